@@ -1,1 +1,20 @@
-//! protocol
+//! What Muster's processes say to one another, and how it is carried.
+//!
+//! * [`id`] names things, [`identity`] proves who speaks, [`envelope`] signs and bounds every message, [`message`]
+//!   holds what can be said, [`limits`] the bounds.
+//! * [`bus`] carries it: [`bus::nats`] over NATS JetStream, [`bus::memory`] seeded and in memory for simulation.
+//! * [`clock`] is the only source of time, so that a simulator can own it.
+//!
+//! Knows nothing of models, tasks or files of weights. Imports no other crate of the project.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod bus;
+pub mod clock;
+pub mod credentials;
+pub mod envelope;
+pub mod id;
+pub mod identity;
+pub mod limits;
+pub mod message;
+pub mod seed;
+pub mod subject;

@@ -1,0 +1,59 @@
+//! The bounds of everything that crosses a process boundary. Each says why it is what it is.
+
+/// The versions of the protocol that this build speaks, newest last.
+pub const PROTOCOL_VERSIONS: &[u16] = &[1];
+
+/// Largest envelope of a group: 8 rollouts of 8,192 tokens with log-probs and commitments compress to about 750 KB
+/// (`research/nats-backbone.md` §3); four times that, and half of the server's `max_payload`.
+pub const GROUP_BYTES_MAX: usize = 4 << 20;
+
+/// Largest envelope that carries a group onward (critique lease, joined group): the group and room for its company.
+pub const CARRIER_BYTES_MAX: usize = GROUP_BYTES_MAX + (1 << 20);
+
+/// Largest envelope of anything else: NATS carries manifests and announcements, never weights (design §6).
+pub const STATEMENT_BYTES_MAX: usize = 64 << 10;
+
+/// Largest batch manifest: 4,096 groups of under 256 bytes each.
+pub const MANIFEST_BYTES_MAX: usize = 1 << 20;
+
+/// Largest signed version: a parameter table of 4,096 tensors of under 256 bytes each.
+pub const VERSION_BYTES_MAX: usize = 1 << 20;
+
+/// How far a message may grow when it is decompressed: well-formed groups compress threefold, manifests tenfold.
+pub const INFLATION_MAX: usize = 16;
+
+/// The server's `max_payload`; the server warns above 8 MiB.
+pub const PAYLOAD_BYTES_MAX: usize = 8 << 20;
+
+/// Most rollouts in a group.
+pub const GROUP_SIZE_MAX: u32 = 256;
+
+/// Most tokens of a prompt and its answer together, before a model's own limit.
+pub const ROLLOUT_TOKENS_MAX: usize = 131_072;
+
+/// Most segments of a rollout: one per turn of a long conversation with tools.
+pub const SEGMENTS_MAX: usize = 256;
+
+/// Most stop ids of a ticket.
+pub const STOP_IDS_MAX: usize = 64;
+
+/// Most versions that a critic lists as held.
+pub const HELD_VERSIONS_MAX: usize = 64;
+
+/// Most reward components of one rollout.
+pub const REWARD_COMPONENTS_MAX: usize = 64;
+
+/// Most findings of one verdict: the first ones decide, the rest repeat them.
+pub const FINDINGS_MAX: usize = 32;
+
+/// Most addresses in one answer about peers: a bounded overlay, not a mesh.
+pub const PEERS_MAX: usize = 64;
+
+/// Longest free text in a message (reasons, names), in bytes.
+pub const TEXT_BYTES_MAX: usize = 1_024;
+
+/// Longest prompt or gold text, in bytes.
+pub const GOLD_BYTES_MAX: usize = 64 << 10;
+
+/// Messages that a subscription or a server holds for a slow reader before it drops (publish) or refuses (request).
+pub const INBOX_MESSAGES_MAX: usize = 4_096;

@@ -1,0 +1,174 @@
+//! What members ask of dispatch and what it answers. Whatever is announced can also be asked for.
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use super::at_most;
+use super::control::ControlState;
+use super::lease::NumericClass;
+use super::version::{Announcement, VersionRef};
+use crate::envelope::{Invalid, Kind, Statement};
+use crate::id::{GroupHash, LeaseId, PolicyVersion};
+use crate::limits::{CARRIER_BYTES_MAX, HELD_VERSIONS_MAX, PEERS_MAX};
+use crate::subject::Verb;
+
+/// Most receipts in one answer.
+pub const RECEIPTS_MAX: usize = 64;
+
+/// A question, signed by who asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Ask {
+    /// Something to answer.
+    Lease {
+        /// The newest version held.
+        held: VersionRef,
+        /// The arithmetic offered.
+        class: NumericClass,
+        /// Most rollouts that fit at once.
+        rollouts_max: u32,
+    },
+    /// A group for a lease.
+    Submit {
+        /// The lease as signed by dispatch.
+        lease: ByteBuf,
+        /// The group as signed by the worker.
+        group: ByteBuf,
+    },
+    /// A group to judge.
+    Critique {
+        /// Versions held.
+        held: Vec<VersionRef>,
+        /// The arithmetic that the judgement is made in.
+        class: NumericClass,
+    },
+    /// A judgement.
+    Verdict {
+        /// The verdict as signed by the critic.
+        verdict: ByteBuf,
+    },
+    /// A version, the newest when none is named.
+    Latest {
+        /// Which.
+        version: Option<PolicyVersion>,
+    },
+    /// Who serves shards.
+    Peers {
+        /// The asker's own record, signed, if it serves.
+        mine: Option<ByteBuf>,
+    },
+    /// What became of groups.
+    Receipt {
+        /// Whose leases.
+        leases: Vec<LeaseId>,
+    },
+    /// What the run is doing.
+    Control,
+    /// What the run is.
+    Descriptor,
+}
+
+impl Ask {
+    /// The verb under which it is asked: a message on another verb's subject is refused.
+    pub fn verb(&self) -> Verb {
+        match self {
+            Ask::Lease { .. } => Verb::Lease,
+            Ask::Submit { .. } => Verb::Submit,
+            Ask::Critique { .. } => Verb::Critique,
+            Ask::Verdict { .. } => Verb::Verdict,
+            Ask::Latest { .. } => Verb::Latest,
+            Ask::Peers { .. } => Verb::Peers,
+            Ask::Receipt { .. } => Verb::Receipt,
+            Ask::Control => Verb::Control,
+            Ask::Descriptor => Verb::Descriptor,
+        }
+    }
+}
+
+impl Statement for Ask {
+    const KIND: Kind = Kind::Ask;
+    const BYTES_MAX: usize = CARRIER_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        match self {
+            Ask::Critique { held, .. } => at_most("held", held.len(), HELD_VERSIONS_MAX),
+            Ask::Receipt { leases } => at_most("leases", leases.len(), RECEIPTS_MAX),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Why there is nothing to do just now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitReason {
+    /// Every open ticket is leased, or every group is with a critic.
+    NothingOpen,
+    /// The learner is behind: the bound on open tickets is reached.
+    Backpressure,
+    /// The version held is too old: fetch the newest.
+    VersionTooOld,
+    /// The run is paused.
+    Paused,
+    /// Dispatch is starting.
+    Starting,
+    /// Too many leases were dropped or rejected: a pause for this worker.
+    CoolDown,
+}
+
+/// An answer, signed by dispatch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    /// A signed lease.
+    Lease(ByteBuf),
+    /// A signed critique lease.
+    CritiqueLease(ByteBuf),
+    /// Nothing just now.
+    Wait {
+        /// When to ask again.
+        retry_ms: u64,
+        /// Why.
+        reason: WaitReason,
+    },
+    /// The group is durable; its receipt follows when its fate is known.
+    Accepted {
+        /// Its name.
+        group: GroupHash,
+    },
+    /// The verdict is recorded.
+    Recorded,
+    /// An announced version, if there is such.
+    Version(Option<Announcement>),
+    /// Signed peer records.
+    Peers(Vec<ByteBuf>),
+    /// Signed fates of the leases asked for, where known.
+    Receipts(Vec<ByteBuf>),
+    /// The run's state.
+    Control(ControlState),
+    /// The signed descriptor.
+    Descriptor(ByteBuf),
+    /// The run is over.
+    Finished,
+    /// Not done, and why. Asking again changes nothing.
+    Refused {
+        /// One sentence with the numbers.
+        reason: String,
+    },
+    /// Another protocol version is needed.
+    UpgradeRequired {
+        /// The versions served.
+        served: Vec<u16>,
+    },
+}
+
+impl Statement for Answer {
+    const KIND: Kind = Kind::Reply;
+    const BYTES_MAX: usize = CARRIER_BYTES_MAX + 4_096;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        match self {
+            Answer::Peers(peers) => at_most("peers", peers.len(), PEERS_MAX),
+            Answer::Receipts(receipts) => at_most("receipts", receipts.len(), RECEIPTS_MAX),
+            _ => Ok(()),
+        }
+    }
+}

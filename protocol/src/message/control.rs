@@ -1,0 +1,88 @@
+//! What the lab decided about a run, and who started when: records of the control log. A process's generation is the
+//! number of its own start in that log, so that a later start always fences an earlier one.
+
+use serde::{Deserialize, Serialize};
+
+use crate::envelope::{Invalid, Kind, Statement};
+use crate::id::{Generation, PolicyVersion};
+use crate::limits::STATEMENT_BYTES_MAX;
+use crate::subject::Role;
+
+/// An event of the control log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlEvent {
+    /// The run was opened under a signed descriptor.
+    Opened {
+        /// The descriptor's envelope.
+        #[serde(with = "serde_bytes")]
+        descriptor: Vec<u8>,
+    },
+    /// A lab process started.
+    Started {
+        /// Which.
+        role: Role,
+    },
+    /// No new leases until resumed.
+    Paused,
+    /// Leases again.
+    Resumed,
+    /// The run is over.
+    Finished {
+        /// The last version.
+        step: PolicyVersion,
+    },
+}
+
+impl Statement for ControlEvent {
+    const KIND: Kind = Kind::Control;
+    const BYTES_MAX: usize = STATEMENT_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
+}
+
+/// Whether a run leases, waits or is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Phase {
+    #[default]
+    Running,
+    Paused,
+    Finished,
+}
+
+/// The control log, folded.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlState {
+    /// What the run is doing.
+    pub phase: Phase,
+    /// The newest start of dispatch.
+    pub dispatch: Generation,
+    /// The newest start of the trainer.
+    pub trainer: Generation,
+    /// The descriptor's envelope, once the run was opened.
+    #[serde(with = "serde_bytes")]
+    pub descriptor: Vec<u8>,
+}
+
+impl ControlState {
+    /// Takes in the record with number `sequence`.
+    pub fn apply(&mut self, sequence: u64, event: ControlEvent) {
+        match event {
+            ControlEvent::Opened { descriptor } => self.descriptor = descriptor,
+            ControlEvent::Started {
+                role: Role::Dispatch,
+            } => self.dispatch = Generation(sequence),
+            ControlEvent::Started {
+                role: Role::Trainer,
+            } => self.trainer = Generation(sequence),
+            ControlEvent::Started { .. } => {}
+            ControlEvent::Paused if self.phase == Phase::Running => self.phase = Phase::Paused,
+            ControlEvent::Resumed if self.phase == Phase::Paused => self.phase = Phase::Running,
+            ControlEvent::Paused | ControlEvent::Resumed => {}
+            ControlEvent::Finished { .. } => self.phase = Phase::Finished,
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! How a ticket ended. A record of the fates log, a line of `selections.jsonl`, and the receipt that its author gets.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::short_text;
+use crate::envelope::{Invalid, Kind, Statement};
+use crate::id::{GroupHash, LeaseId, PeerId, PolicyVersion, TicketId};
+use crate::limits::STATEMENT_BYTES_MAX;
+
+/// How a ticket (or, for `duplicate`, only a group of it) ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fate {
+    /// In a batch.
+    Trained,
+    /// A check found it bad.
+    Rejected,
+    /// Older than the async level when its turn came.
+    Stale,
+    /// All rewards equal: nothing to learn.
+    NoSignal,
+    /// Nobody answered before the ticket's deadline.
+    Expired,
+    /// No longer wanted: the run ended, or a new descriptor holds.
+    Superseded,
+    /// A second group for a ticket that had one. Not a ticket's fate.
+    Duplicate,
+}
+
+impl Fate {
+    /// All of them.
+    pub const ALL: [Fate; 7] = [
+        Fate::Trained,
+        Fate::Rejected,
+        Fate::Stale,
+        Fate::NoSignal,
+        Fate::Expired,
+        Fate::Superseded,
+        Fate::Duplicate,
+    ];
+
+    /// Whether it ends the ticket without training it, so that another may be issued in its place.
+    pub fn frees_a_place(self) -> bool {
+        !matches!(self, Fate::Trained | Fate::Duplicate)
+    }
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Fate::Trained => "trained",
+            Fate::Rejected => "rejected",
+            Fate::Stale => "stale",
+            Fate::NoSignal => "no_signal",
+            Fate::Expired => "expired",
+            Fate::Superseded => "superseded",
+            Fate::Duplicate => "duplicate",
+        })
+    }
+}
+
+/// How a ticket ended, and whose group it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FateRecord {
+    /// The ticket.
+    pub ticket: TicketId,
+    /// The group, where there was one.
+    pub group: Option<GroupHash>,
+    /// The lease that the group answered.
+    pub lease: Option<LeaseId>,
+    /// Who answered.
+    pub worker: Option<PeerId>,
+    /// Under which version.
+    pub policy_version: Option<PolicyVersion>,
+    /// How it ended.
+    pub fate: Fate,
+    /// Why, in one sentence with the numbers.
+    pub reason: String,
+    /// Whether a forward pass checked it.
+    pub audited: bool,
+    /// The step that trained it.
+    pub step: Option<PolicyVersion>,
+}
+
+impl Statement for FateRecord {
+    const KIND: Kind = Kind::Fate;
+    const BYTES_MAX: usize = STATEMENT_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        short_text("reason", &self.reason)
+    }
+}

@@ -1,0 +1,276 @@
+//! A group as submitted: the rollouts of one lease, in one signed message.
+//!
+//! A rollout is a list of segments; only policy segments were sampled, so only they are checked and trained, and
+//! multi-turn answers and tools need no new message.
+
+use serde::{Deserialize, Serialize};
+
+use super::lease::NumericClass;
+use super::version::VersionRef;
+use super::{at_most, some_of};
+use crate::envelope::{Invalid, Kind, Statement};
+use crate::id::{LeaseId, PolicyVersion, TicketId};
+use crate::limits::{GROUP_BYTES_MAX, GROUP_SIZE_MAX, ROLLOUT_TOKENS_MAX, SEGMENTS_MAX};
+
+/// Most commitments of a group: one per 32 tokens of the largest one.
+pub const COMMITMENTS_MAX: usize = 8_192;
+
+/// Where a segment's tokens come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Segment {
+    /// The ticket's prompt.
+    Prompt {
+        /// Its tokens.
+        tokens: Vec<u32>,
+    },
+    /// Drawn from the policy.
+    Policy {
+        /// The tokens drawn.
+        tokens: Vec<u32>,
+        /// The version that drew them.
+        version: PolicyVersion,
+        /// ln μ of each token under the sampling temperature, in nats.
+        rollout_logprobs: Vec<f32>,
+    },
+    /// Put in by a tool or another speaker.
+    Environment {
+        /// Its tokens.
+        tokens: Vec<u32>,
+    },
+}
+
+impl Segment {
+    /// The segment's tokens, wherever they come from.
+    pub fn tokens(&self) -> &[u32] {
+        match self {
+            Segment::Prompt { tokens }
+            | Segment::Policy { tokens, .. }
+            | Segment::Environment { tokens } => tokens,
+        }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// A stop id was drawn: it is the last token.
+    Stop,
+    /// The longest length was reached.
+    Length,
+}
+
+/// One completion.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Rollout {
+    /// In order; the first is the prompt.
+    pub segments: Vec<Segment>,
+    /// Why it ended.
+    pub finish: FinishReason,
+}
+
+impl Rollout {
+    /// A rollout of one turn.
+    pub fn single_turn(
+        prompt: Vec<u32>,
+        tokens: Vec<u32>,
+        version: PolicyVersion,
+        rollout_logprobs: Vec<f32>,
+        finish: FinishReason,
+    ) -> Self {
+        let segments = vec![
+            Segment::Prompt { tokens: prompt },
+            Segment::Policy {
+                tokens,
+                version,
+                rollout_logprobs,
+            },
+        ];
+        Self { segments, finish }
+    }
+
+    /// All tokens in order.
+    pub fn tokens(&self) -> Vec<u32> {
+        self.segments
+            .iter()
+            .flat_map(|segment| segment.tokens().iter().copied())
+            .collect()
+    }
+
+    /// Tokens drawn from the policy and their log-probs, in order.
+    pub fn drawn(&self) -> (Vec<u32>, Vec<f32>) {
+        let mut drawn = (Vec::new(), Vec::new());
+        for segment in &self.segments {
+            if let Segment::Policy {
+                tokens,
+                rollout_logprobs,
+                ..
+            } = segment
+            {
+                drawn.0.extend_from_slice(tokens);
+                drawn.1.extend_from_slice(rollout_logprobs);
+            }
+        }
+        drawn
+    }
+
+    /// The oldest version that drew a token.
+    pub fn oldest_version(&self) -> Option<PolicyVersion> {
+        let versions = self.segments.iter().filter_map(|segment| match segment {
+            Segment::Policy { version, .. } => Some(*version),
+            Segment::Prompt { .. } | Segment::Environment { .. } => None,
+        });
+        versions.min()
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        some_of("segments", self.segments.len(), SEGMENTS_MAX)?;
+        if !matches!(self.segments[0], Segment::Prompt { .. }) {
+            return Err(Invalid::new("segments", "do not begin with the prompt"));
+        }
+        let tokens: usize = self
+            .segments
+            .iter()
+            .map(|segment| segment.tokens().len())
+            .sum();
+        at_most("tokens", tokens, ROLLOUT_TOKENS_MAX)?;
+        let mut drawn = 0;
+        for segment in &self.segments {
+            let Segment::Policy {
+                tokens,
+                rollout_logprobs,
+                ..
+            } = segment
+            else {
+                continue;
+            };
+            drawn += tokens.len();
+            check_logprobs(tokens.len(), rollout_logprobs)?;
+        }
+        if drawn == 0 {
+            return Err(Invalid::new(
+                "segments",
+                "hold no token drawn from the policy",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Rounding may lift a certain token's log-prob above zero by this much.
+const LOGPROB_MAX: f32 = 1e-3;
+
+fn check_logprobs(tokens: usize, logprobs: &[f32]) -> Result<(), Invalid> {
+    if tokens != logprobs.len() {
+        let problem = format!("are {} for {tokens} tokens", logprobs.len());
+        return Err(Invalid::new("rollout_logprobs", problem));
+    }
+    match logprobs
+        .iter()
+        .position(|p| !p.is_finite() || *p > LOGPROB_MAX)
+    {
+        Some(at) => {
+            let problem = format!(
+                "hold {} at position {at}, not a log-probability",
+                logprobs[at]
+            );
+            Err(Invalid::new("rollout_logprobs", problem))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The rollouts of one lease.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Group {
+    /// The lease it answers.
+    pub lease: LeaseId,
+    /// The lease's ticket.
+    pub ticket: TicketId,
+    /// The weights used.
+    pub version: VersionRef,
+    /// The arithmetic used.
+    pub class: NumericClass,
+    /// In the order of the lease's range.
+    pub rollouts: Vec<Rollout>,
+    /// Commitments to the computation, for checks that need them; empty where none is configured.
+    pub commitments: Vec<serde_bytes::ByteBuf>,
+}
+
+impl Group {
+    /// The oldest version that drew a token of the group.
+    pub fn oldest_version(&self) -> PolicyVersion {
+        let oldest = self
+            .rollouts
+            .iter()
+            .filter_map(Rollout::oldest_version)
+            .min();
+        oldest.unwrap_or(self.version.version)
+    }
+}
+
+impl Statement for Group {
+    const KIND: Kind = Kind::Group;
+    const BYTES_MAX: usize = GROUP_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        some_of("rollouts", self.rollouts.len(), GROUP_SIZE_MAX as usize)?;
+        at_most("commitments", self.commitments.len(), COMMITMENTS_MAX)?;
+        self.rollouts.iter().try_for_each(Rollout::validate)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::StateRoot;
+
+    fn group(tokens: Vec<u32>, logprobs: Vec<f32>) -> Group {
+        let version = VersionRef {
+            version: PolicyVersion(3),
+            root: StateRoot([0; 32]),
+        };
+        let rollout = Rollout::single_turn(
+            vec![1, 2],
+            tokens,
+            version.version,
+            logprobs,
+            FinishReason::Stop,
+        );
+        Group {
+            lease: LeaseId([1; 16]),
+            ticket: TicketId(1),
+            version,
+            class: NumericClass::F32Cpu,
+            rollouts: vec![rollout],
+            commitments: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn an_honest_group_is_valid() {
+        assert_eq!(group(vec![5, 6], vec![-0.5, 0.0]).validate(), Ok(()));
+    }
+
+    #[test]
+    fn a_log_prob_that_is_not_a_number_is_refused_with_its_position() {
+        let error = group(vec![5, 6], vec![-0.5, f32::NAN])
+            .validate()
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "rollout_logprobs hold NaN at position 1, not a log-probability"
+        );
+    }
+
+    #[test]
+    fn mismatched_lengths_are_refused_with_both() {
+        let error = group(vec![5, 6], vec![-0.5]).validate().unwrap_err();
+        assert_eq!(error.to_string(), "rollout_logprobs are 1 for 2 tokens");
+    }
+
+    #[test]
+    fn a_group_without_a_drawn_token_is_refused() {
+        assert!(group(Vec::new(), Vec::new()).validate().is_err());
+    }
+}

@@ -1,0 +1,69 @@
+//! A lease: a ticket bound to one worker, one version and one seed. Signed by dispatch, so that a submission can be
+//! admitted by a dispatch that has restarted since and forgotten it.
+
+use serde::{Deserialize, Serialize};
+
+use super::ticket::Ticket;
+use super::version::VersionRef;
+use crate::envelope::{Invalid, Kind, Statement};
+use crate::id::{LeaseId, PeerId, UnixMillis};
+use crate::limits::STATEMENT_BYTES_MAX;
+
+/// Which arithmetic answered: answers of one class agree to rounding, answers of two classes only within thresholds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum NumericClass {
+    F32Cpu,
+    F32Cuda,
+    Bf16Cuda,
+}
+
+/// Rollouts `first .. first + count` of a ticket's group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolloutRange {
+    /// Number of the first rollout.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// A ticket bound to a worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Lease {
+    /// Its id; also the idempotency key of its submission.
+    pub id: LeaseId,
+    /// What to answer.
+    pub ticket: Ticket,
+    /// Who may answer.
+    pub worker: PeerId,
+    /// With exactly which weights.
+    pub version: VersionRef,
+    /// In which arithmetic.
+    pub class: NumericClass,
+    /// Which of the group's rollouts.
+    pub rollouts: RolloutRange,
+    /// Where the draws come from (`protocol::seed::lease_seed`).
+    pub seed: [u8; 32],
+    /// When dispatch gives the ticket to somebody else.
+    pub deadline: UnixMillis,
+}
+
+impl Statement for Lease {
+    const KIND: Kind = Kind::Lease;
+    const BYTES_MAX: usize = STATEMENT_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        self.ticket.check()?;
+        let end = self.rollouts.first.checked_add(self.rollouts.count);
+        if self.rollouts.count == 0 || end.is_none_or(|end| end > self.ticket.group_size) {
+            let RolloutRange { first, count } = self.rollouts;
+            let problem = format!(
+                "are {count} from {first} in a group of {}",
+                self.ticket.group_size
+            );
+            return Err(Invalid::new("rollouts", problem));
+        }
+        Ok(())
+    }
+}

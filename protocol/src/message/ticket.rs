@@ -1,0 +1,90 @@
+//! A ticket: what to answer, and how. Written by dispatch; travels inside leases.
+
+use serde::{Deserialize, Serialize};
+
+use super::{at_most, finite, some_of};
+use crate::envelope::{Invalid, Kind, Statement};
+use crate::id::{DescriptorHash, PolicyVersion, TicketId, UnixMillis};
+use crate::limits::{GROUP_SIZE_MAX, ROLLOUT_TOKENS_MAX, STATEMENT_BYTES_MAX, STOP_IDS_MAX};
+
+/// How tokens are drawn. Temperature only: top-k and top-p masks make honest tokens impossible under another machine's
+/// rounding, so that a check of them would reject the honest (`research/verification-incentives.md` §1.2).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SamplingRules {
+    /// Divides the logits; above zero.
+    pub temperature: f32,
+    /// Longest answer in tokens, the stop id included.
+    pub tokens_max: u32,
+    /// Ids that end an answer.
+    pub stop_ids: Vec<u32>,
+}
+
+impl SamplingRules {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// Names the first field out of its range.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        finite("temperature", self.temperature)?;
+        if self.temperature <= 0.0 || self.temperature > 10.0 {
+            return Err(Invalid::new(
+                "temperature",
+                format!("is {}, outside (0, 10]", self.temperature),
+            ));
+        }
+        if self.tokens_max == 0 || self.tokens_max as usize > ROLLOUT_TOKENS_MAX {
+            let problem = format!("is {}, outside 1..={ROLLOUT_TOKENS_MAX}", self.tokens_max);
+            return Err(Invalid::new("tokens_max", problem));
+        }
+        some_of("stop_ids", self.stop_ids.len(), STOP_IDS_MAX)
+    }
+}
+
+/// What to answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ticket {
+    /// Its number, from 1.
+    pub id: TicketId,
+    /// The run's descriptor.
+    pub descriptor: DescriptorHash,
+    /// The prompt's place in the training split; the gold answer stays with dispatch.
+    pub item: u64,
+    /// The prompt's tokens.
+    pub prompt: Vec<u32>,
+    /// Rollouts wanted.
+    pub group_size: u32,
+    /// How to draw them.
+    pub sampling: SamplingRules,
+    /// Oldest version that may answer it.
+    pub oldest_version: PolicyVersion,
+    /// When it expires.
+    pub deadline: UnixMillis,
+}
+
+impl Ticket {
+    /// Checks lengths and ranges.
+    ///
+    /// # Errors
+    /// Names the first field out of its range.
+    pub fn check(&self) -> Result<(), Invalid> {
+        some_of("prompt", self.prompt.len(), ROLLOUT_TOKENS_MAX)?;
+        at_most(
+            "group_size",
+            self.group_size as usize,
+            GROUP_SIZE_MAX as usize,
+        )?;
+        if self.group_size == 0 {
+            return Err(Invalid::new("group_size", "is zero"));
+        }
+        self.sampling.validate()
+    }
+}
+
+impl Statement for Ticket {
+    const KIND: Kind = Kind::Ticket;
+    const BYTES_MAX: usize = STATEMENT_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        self.check()
+    }
+}

@@ -1,0 +1,317 @@
+//! A version of the policy, signed by the learner, and the objects by which its bytes travel, each described by whoever
+//! made it under that peer's own key: a result is checked against the signed root, so any seeder may make deltas.
+
+use serde::{Deserialize, Serialize};
+
+use super::{at_most, some_of};
+use crate::envelope::{Invalid, Kind, Statement};
+use crate::id::{ContentHash, DescriptorHash, Generation, ObjectId, PolicyVersion, StateRoot};
+use crate::limits::VERSION_BYTES_MAX;
+
+/// Most tensors of a version.
+pub const TENSORS_MAX: usize = 16_384;
+/// Most shards of an object: 1 TiB in shards of 16 MiB.
+pub const SHARDS_MAX: usize = 65_536;
+/// Smallest shard but the last: below it the frame's own cost shows.
+pub const SHARD_BYTES_MIN: u32 = 4 << 10;
+/// Largest shard: what a peer holds in memory for a partner it does not trust yet.
+pub const SHARD_BYTES_MAX: u32 = 16 << 20;
+/// Most small files that travel with a version (tokenizer, configuration).
+pub const FILES_MAX: usize = 32;
+/// Most parts of a state: the base and adapters.
+pub const PARTS_MAX: usize = 64;
+/// Most objects announced with a version.
+pub const OBJECTS_MAX: usize = 16;
+
+/// How a parameter is stored on the wire and on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Dtype {
+    Bf16,
+    F32,
+    F16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+}
+
+/// A row of the canonical parameter table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parameter {
+    /// Hugging Face tensor name.
+    pub name: String,
+    /// Dimensions.
+    pub shape: Vec<u64>,
+    /// Storage type.
+    pub dtype: Dtype,
+    /// Which part of a model split over machines holds it; 0 when it is not split.
+    pub stage: u16,
+}
+
+/// What a part of the state is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum PartKind {
+    Base,
+    Adapter,
+}
+
+/// One part of the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// What it is.
+    pub kind: PartKind,
+    /// Merkle root over its tensors, in the parameter table's order.
+    pub root: ContentHash,
+}
+
+/// A small file that makes the folder whole (`config.json`, `tokenizer.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// File name without any directory.
+    pub name: String,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of its content.
+    pub hash: ContentHash,
+}
+
+/// A version of the policy as the learner signs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// The run's descriptor.
+    pub descriptor: DescriptorHash,
+    /// The learner's fencing token.
+    pub generation: Generation,
+    /// Steps taken.
+    pub version: PolicyVersion,
+    /// The version that it was stepped from.
+    pub parent: Option<StateRoot>,
+    /// The canonical parameter table.
+    pub parameters: Vec<Parameter>,
+    /// The state's parts, in order.
+    pub parts: Vec<Part>,
+    /// Root over the parts.
+    pub root: StateRoot,
+    /// The files beside the weights.
+    pub files: Vec<FileEntry>,
+}
+
+/// Which version, and which weights exactly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct VersionRef {
+    /// Steps taken.
+    pub version: PolicyVersion,
+    /// The weights.
+    pub root: StateRoot,
+}
+
+impl Version {
+    /// Its short name.
+    pub fn reference(&self) -> VersionRef {
+        VersionRef {
+            version: self.version,
+            root: self.root,
+        }
+    }
+}
+
+/// Root over parts: BLAKE3("muster-state-v1\0" ‖ per part: kind ‖ root).
+pub fn state_root(parts: &[Part]) -> StateRoot {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"muster-state-v1\0");
+    for part in parts {
+        hasher.update(&[match part.kind {
+            PartKind::Base => 0,
+            PartKind::Adapter => 1,
+        }]);
+        hasher.update(&part.root.0);
+    }
+    StateRoot(*hasher.finalize().as_bytes())
+}
+
+impl Statement for Version {
+    const KIND: Kind = Kind::Version;
+    const BYTES_MAX: usize = VERSION_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        some_of("parameters", self.parameters.len(), TENSORS_MAX)?;
+        some_of("parts", self.parts.len(), PARTS_MAX)?;
+        at_most("files", self.files.len(), FILES_MAX)?;
+        for parameter in &self.parameters {
+            check_parameter(parameter)?;
+        }
+        for file in &self.files {
+            check_file_name(&file.name)?;
+        }
+        if state_root(&self.parts) != self.root {
+            return Err(Invalid::new("root", "is not the root over the parts"));
+        }
+        Ok(())
+    }
+}
+
+fn check_parameter(parameter: &Parameter) -> Result<(), Invalid> {
+    if parameter.name.is_empty() || parameter.name.len() > 256 {
+        return Err(Invalid::new(
+            "parameters",
+            "have a name that is empty or over 256 bytes",
+        ));
+    }
+    let elements = parameter
+        .shape
+        .iter()
+        .try_fold(1u64, |n, d| n.checked_mul(*d));
+    if parameter.shape.len() > 8 || elements.is_none_or(|n| n == 0 || n > 1 << 40) {
+        let problem = format!(
+            "have an impossible shape {:?} for {}",
+            parameter.shape, parameter.name
+        );
+        return Err(Invalid::new("parameters", problem));
+    }
+    Ok(())
+}
+
+/// A name that stays inside the folder it is written to.
+pub fn check_file_name(name: &str) -> Result<(), Invalid> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.is_empty() || name.len() > 128 || name.starts_with('.') || !name.chars().all(plain) {
+        let shown: String = name.chars().take(64).collect();
+        return Err(Invalid::new(
+            "files",
+            format!("have an unsafe name {shown:?}"),
+        ));
+    }
+    Ok(())
+}
+
+/// What an object holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Content {
+    /// The whole state.
+    Anchor { root: StateRoot },
+    /// What turns one state into another.
+    Delta { from: StateRoot, to: StateRoot },
+    /// A file beside the weights.
+    File { hash: ContentHash },
+}
+
+/// How an object's bytes are to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+#[non_exhaustive]
+pub enum Codec {
+    /// As they are: a file, or a safetensors file in canonical layout.
+    Raw,
+}
+
+/// A transferable object, described by whoever made it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Object {
+    /// What it holds.
+    pub content: Content,
+    /// The version that it leads to, so that holders know when to drop it.
+    pub version: PolicyVersion,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// How to read it.
+    pub codec: Codec,
+    /// Size of every shard but the last.
+    pub shard_bytes: u32,
+    /// BLAKE3 of each shard, in order.
+    pub shards: Vec<ContentHash>,
+}
+
+impl Object {
+    /// The object's name: BLAKE3("muster-object-v1\0" ‖ size ‖ codec ‖ shard size ‖ shard hashes). Whoever describes the
+    /// same bytes cut the same way names the same object.
+    pub fn id(&self) -> ObjectId {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"muster-object-v1\0");
+        hasher.update(&self.bytes.to_le_bytes());
+        hasher.update(&[match self.codec {
+            Codec::Raw => 0,
+        }]);
+        hasher.update(&self.shard_bytes.to_le_bytes());
+        for shard in &self.shards {
+            hasher.update(&shard.0);
+        }
+        ObjectId(*hasher.finalize().as_bytes())
+    }
+}
+
+impl Statement for Object {
+    const KIND: Kind = Kind::Object;
+    const BYTES_MAX: usize = VERSION_BYTES_MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        some_of("shards", self.shards.len(), SHARDS_MAX)?;
+        if !(SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&self.shard_bytes) {
+            let problem = format!(
+                "is {}, outside {SHARD_BYTES_MIN}..={SHARD_BYTES_MAX}",
+                self.shard_bytes
+            );
+            return Err(Invalid::new("shard_bytes", problem));
+        }
+        let needed = self.bytes.div_ceil(u64::from(self.shard_bytes));
+        if self.bytes == 0 || needed != self.shards.len() as u64 {
+            let problem = format!(
+                "are {} where {} bytes need {needed}",
+                self.shards.len(),
+                self.bytes
+            );
+            return Err(Invalid::new("shards", problem));
+        }
+        Ok(())
+    }
+}
+
+/// A version made known: the learner's signed version and signed descriptions of objects that lead to it, as
+/// envelopes. A record of the versions log, and what `latest` answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announcement {
+    /// The signed [`Version`].
+    #[serde(with = "serde_bytes")]
+    pub version: Vec<u8>,
+    /// Signed [`Object`]s.
+    pub objects: Vec<serde_bytes::ByteBuf>,
+}
+
+impl Announcement {
+    /// Decodes a record of the versions log. The envelopes inside are still to be opened.
+    ///
+    /// # Errors
+    /// When the bytes are no announcement or over their bound.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Invalid> {
+        if bytes.len() > VERSION_BYTES_MAX {
+            return Err(Invalid::new(
+                "announcement",
+                format!("has {} bytes", bytes.len()),
+            ));
+        }
+        let announcement: Self = postcard::from_bytes(bytes)
+            .map_err(|error| Invalid::new("announcement", format!("cannot be decoded: {error}")))?;
+        at_most("objects", announcement.objects.len(), OBJECTS_MAX)?;
+        Ok(announcement)
+    }
+
+    /// The bytes of a record.
+    ///
+    /// # Errors
+    /// Never for a well-formed announcement; the encoder's own error otherwise.
+    pub fn encode(&self) -> Result<Vec<u8>, Invalid> {
+        postcard::to_stdvec(self).map_err(|error| Invalid::new("announcement", error.to_string()))
+    }
+}
