@@ -102,7 +102,7 @@ impl RewardConfig {
             None => {
                 return Err(ConfigError::MissingSection {
                     section: "[task]",
-                    example: "[task] type = \"running_sums\"",
+                    example: "type = \"running_sums\"",
                 });
             }
         };

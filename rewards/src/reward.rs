@@ -242,7 +242,7 @@ impl Reward {
         if entries.is_empty() {
             return Err(ConfigError::MissingSection {
                 section: "[[reward]]",
-                example: "[[reward]] type = \"exact_match\"",
+                example: "type = \"exact_match\"",
             });
         }
         if entries.len() > ENTRIES_MAX {

@@ -19,11 +19,11 @@ pub enum ConfigError {
         reason: String,
     },
     /// A whole section is absent.
-    #[error("the configuration has no {section}: add one, for example `{example}`")]
+    #[error("the configuration has no {section}: add it, for example with `{example}`")]
     MissingSection {
         /// The section as it is written in TOML.
         section: &'static str,
-        /// A line that would do.
+        /// A line of it that would do.
         example: &'static str,
     },
     /// A tagged table without its tag.
@@ -267,7 +267,8 @@ fn did_you_mean(found: &str, known: &[&str]) -> String {
 /// Edit distance if `found` could be a slip for `name`; a word that is part of the other is near as well.
 fn closeness(found: &str, name: &str) -> Option<usize> {
     let distance = edit_distance(found, name);
-    let slips_max = (name.len() / 3).max(1);
+    // Two slips are one transposition; every letter replaced is another word.
+    let slips_max = (name.len() / 3).max(2).min(found.len() - 1);
     let contained = found.len() >= 3 && (name.contains(found) || found.contains(name));
     (distance <= slips_max || contained).then_some(distance)
 }
@@ -326,8 +327,8 @@ mod tests {
             @"reward sample has the unknown key `sede`, did you mean `seed`: its keys are `type`, `weight`, `absolute_tolerance`, `seed`"
         );
         insta::assert_snapshot!(
-            refusal("zzz = 1"),
-            @"reward sample has the unknown key `zzz`: its keys are `type`, `weight`, `absolute_tolerance`, `seed`"
+            refusal("zzzz = 1"),
+            @"reward sample has the unknown key `zzzz`: its keys are `type`, `weight`, `absolute_tolerance`, `seed`"
         );
     }
 
