@@ -20,7 +20,7 @@ const EXACT_INTEGER_MAX: f64 = 9_007_199_254_740_992.0;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum JsonlError {
     /// The disk or pipe failed.
-    #[error("{file}:{line} cannot be read: {reason}")]
+    #[error("{file}:{line} cannot be read ({reason}): give a readable file")]
     Unreadable {
         /// The file's name.
         file: String,

@@ -57,7 +57,9 @@ impl Range {
 
 impl fmt::Display for Range {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} to {}", self.min, self.max)
+        // Shown to six places: 0.1 + 0.2 has more, and nobody wrote them.
+        let rounded = |value: f64| (value * 1e6).round() / 1e6;
+        write!(f, "{} to {}", rounded(self.min), rounded(self.max))
     }
 }
 

@@ -79,7 +79,7 @@ fn a_configuration_is_explained_in_sentences() {
     format (weight 0.3, range 0 to 1): pays 1 if the text has <think>…</think> <answer>…</answer> in this order, each once and not empty, with nothing outside of them
     length (weight 0.9, range -1 to 0): takes up to 1 from a text outside 3 to 9 characters, in full when it is 7 characters off
     tokens (weight 1, range -1 to 0): takes up to 1 from a text other than 9 tokens, in full when it is 7 tokens off; an answer that ran out of tokens gets the least
-    the total is the weighted sum and lies in -1.9 to 1000002.1000000001
+    the total is the weighted sum and lies in -1.9 to 1000002.1
     "#);
 }
 

@@ -245,6 +245,11 @@ fn bad_files_are_refused_with_line_and_way_out() {
         refusal("{\"prompt\": \"1+1\", \"gold\": 2}", ""),
         @"none of the task's 1 prompts falls into the development split: add prompts, or change `dev_fraction` (0 does without it) or `seed`"
     );
+    let folder = TaskConfig::Jsonl(toml::from_str("file = '.'").unwrap());
+    insta::assert_snapshot!(
+        Task::open(&folder, Path::new("/")).unwrap_err(),
+        @".:1 cannot be read (Is a directory (os error 21)): give a readable file"
+    );
     let missing = TaskConfig::Jsonl(toml::from_str("file = 'missing.jsonl'").unwrap());
     insta::assert_snapshot!(
         Task::open(&missing, Path::new("/nowhere")).unwrap_err(),
