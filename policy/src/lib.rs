@@ -1,1 +1,44 @@
-//! policy
+//! The policy: one description of the decoder, run over one of two kernel sets, and everything that is done with it:
+//! prescribed generation, teacher-forced scoring, the training pass, the optimizer, weights and tokens.
+//!
+//! It knows nothing of processes, networks, rewards or losses: tokens and weights in, tokens, log-probabilities and
+//! gradients out. Rollout, critique and learner use the same forward pass, so what one of them records the others can
+//! check.
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
+)]
+
+mod config;
+mod decoder;
+mod device;
+mod disk;
+mod engine;
+mod gradient;
+mod kernels;
+mod layout;
+mod optimizer;
+mod policy;
+mod sampling;
+mod score;
+mod supervised;
+mod weights;
+
+#[cfg(test)]
+mod testing;
+
+pub use candle_core::Device;
+
+pub use config::{Architecture, Config, ConfigError};
+pub use device::{DeviceError, device};
+pub use disk::{DiskError, read_file, write_atomically};
+pub use engine::{Completion, EngineConfig, Finish, GenerationRequest, generate};
+pub use gradient::{Coefficients, Gradients, Pass, TrainRow, gradients};
+pub use kernels::KernelSet;
+pub use layout::{Layout, Parameter};
+pub use optimizer::{AdamW, Master, OptimizerError, Update};
+pub use policy::{Policy, PolicyError};
+pub use sampling::{Distribution, Sampling, uniform};
+pub use score::{ScoreRow, TokenScore, logprobs, score};
+pub use supervised::{Supervised, supervised};
+pub use weights::{Image, Storage, TensorEntry, WeightsError};

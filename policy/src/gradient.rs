@@ -1,0 +1,304 @@
+//! One training pass: log-probabilities of the targets, a loss that the caller defines, and the derivative of every
+//! parameter.
+//!
+//! The loss sees one row at a time and returns its derivative by each log-probability, so any objective that is a sum over
+//! rows (REINFORCE, PPO, cross-entropy) needs one forward pass and no code here. Invariant: the result depends on the
+//! rows and the number of shards, never on how many threads the machine runs.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::decoder;
+use crate::kernels::candle::Candle;
+use crate::kernels::fused::Fused;
+use crate::kernels::{Batch, Kernels};
+use crate::layout::{Block, Layout, Parameter};
+use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
+
+/// A text to train on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainRow {
+    /// Prompt and answer, and whatever came between.
+    pub tokens: Vec<u32>,
+    /// Indices of the tokens that are trained, in rising ranges; none may be 0, which nothing predicts.
+    pub targets: Vec<Range<usize>>,
+}
+
+impl TrainRow {
+    /// How many tokens are trained.
+    pub fn target_count(&self) -> usize {
+        self.targets.iter().map(Range::len).sum()
+    }
+
+    /// Tokens that the decoder must read: all before the last target.
+    fn input_len(&self) -> usize {
+        self.targets
+            .iter()
+            .filter(|range| !range.is_empty())
+            .map(|range| range.end - 1)
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+/// What a training pass found.
+#[derive(Debug, Clone)]
+pub struct Pass {
+    /// Derivative of the loss by every parameter.
+    pub gradients: Gradients,
+    /// For each row, the log-probability of each target, in nats.
+    pub logprobs: Vec<Vec<f32>>,
+    /// For each row, the entropy of the distribution that each target was taken from, in nats.
+    pub entropies: Vec<Vec<f32>>,
+    /// Tokens that the decoder read.
+    pub tokens: usize,
+}
+
+/// Derivative of the loss by each log-probability of one row: (row, its log-probabilities) → as many derivatives.
+pub type Coefficients<'a> = dyn Fn(usize, &[f32]) -> Vec<f32> + Sync + 'a;
+
+/// Forward over all rows at once, `coefficients` for each row that has targets, backward.
+///
+/// Rows are dealt to exactly `shards` threads, the longest first, each to the one with the fewest tokens so far; their
+/// gradients are added in the order of the shards.
+///
+/// # Errors
+/// When a row is not one that the decoder can read, no row has a target, or `coefficients` returns a wrong number of
+/// derivatives or one that is not finite.
+pub fn gradients(
+    policy: &Policy,
+    rows: &[TrainRow],
+    temperature: f32,
+    shards: NonZeroUsize,
+    coefficients: &Coefficients<'_>,
+) -> Result<Pass, PolicyError> {
+    check_temperature(temperature)?;
+    for (index, row) in rows.iter().enumerate() {
+        check_train_row(policy, index, row)?;
+    }
+    if rows.iter().all(|row| row.target_count() == 0) {
+        return Err(PolicyError::NoTargets { rows: rows.len() });
+    }
+    let dealt = deal(rows, shards);
+    let work = |members: &[usize]| {
+        let shard = Shard {
+            policy,
+            rows,
+            members,
+            temperature,
+            coefficients,
+        };
+        match policy.prepared() {
+            Prepared::Fused(weights) => shard.pass(Fused::training(weights)),
+            Prepared::Candle(weights) => shard.pass(Candle::training(weights)),
+        }
+    };
+    let passes = std::thread::scope(|scope| {
+        let (first, others) = dealt.split_first().unwrap_or((const { &Vec::new() }, &[]));
+        let spawned: Vec<_> = others
+            .iter()
+            .map(|members| scope.spawn(|| work(members)))
+            .collect();
+        // The calling thread works as well, instead of waiting.
+        let mut passes = vec![work(first)];
+        for thread in spawned {
+            passes.push(
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            );
+        }
+        passes.into_iter().collect::<Result<Vec<_>, _>>()
+    })?;
+    let mut pass = Pass {
+        gradients: Gradients::zeros(policy.layout()),
+        logprobs: vec![Vec::new(); rows.len()],
+        entropies: vec![Vec::new(); rows.len()],
+        tokens: 0,
+    };
+    for (index, (part, members)) in passes.into_iter().zip(&dealt).enumerate() {
+        if index == 0 {
+            pass.gradients = part.gradients;
+        } else {
+            pass.gradients.add(&part.gradients);
+        }
+        pass.tokens += part.tokens;
+        for ((&row, logprobs), entropies) in members.iter().zip(part.logprobs).zip(part.entropies) {
+            pass.logprobs[row] = logprobs;
+            pass.entropies[row] = entropies;
+        }
+    }
+    Ok(pass)
+}
+
+fn check_train_row(policy: &Policy, row: usize, train: &TrainRow) -> Result<(), PolicyError> {
+    policy.check_row(row, &train.tokens, train.tokens.len())?;
+    let (mut free_from, len) = (1, train.tokens.len());
+    for &Range { start, end } in &train.targets {
+        if start < free_from || end < start || end > len {
+            return Err(PolicyError::Targets {
+                row,
+                start,
+                end,
+                len,
+            });
+        }
+        free_from = end;
+    }
+    Ok(())
+}
+
+/// Rows of each shard, in rising order. Rows without targets are in none.
+fn deal(rows: &[TrainRow], shards: NonZeroUsize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..rows.len())
+        .filter(|&row| rows[row].target_count() > 0)
+        .collect();
+    order.sort_by_key(|&row| std::cmp::Reverse(rows[row].input_len()));
+    let mut dealt = vec![(0, Vec::new()); shards.get()];
+    for row in order {
+        if let Some((tokens, members)) = dealt.iter_mut().min_by_key(|(tokens, _)| *tokens) {
+            *tokens += rows[row].input_len();
+            members.push(row);
+        }
+    }
+    let sorted = |(_, mut members): (usize, Vec<usize>)| {
+        members.sort_unstable();
+        members
+    };
+    dealt.into_iter().map(sorted).collect()
+}
+
+/// The share of one thread.
+struct Shard<'a> {
+    policy: &'a Policy,
+    rows: &'a [TrainRow],
+    members: &'a [usize],
+    temperature: f32,
+    coefficients: &'a Coefficients<'a>,
+}
+
+impl Shard<'_> {
+    /// Logprobs and entropies are in the order of the members.
+    fn pass<K: Kernels>(&self, mut kernels: K) -> Result<Pass, PolicyError> {
+        let layout = self.policy.layout();
+        let (mut logprobs, mut entropies) = (Vec::new(), Vec::new());
+        if self.members.is_empty() {
+            let gradients = Gradients::zeros(layout);
+            return Ok(Pass {
+                gradients,
+                logprobs,
+                entropies,
+                tokens: 0,
+            });
+        }
+        let members = self.members.iter().map(|&row| &self.rows[row]);
+        let batch = Batch::packed(members.clone().map(|row| &row.tokens[..row.input_len()]));
+        let (mut wanted, mut targets) = (Vec::new(), Vec::new());
+        for (row, packed) in members.clone().zip(batch.rows.iter()) {
+            for target in row.targets.iter().cloned().flatten() {
+                wanted.push(packed.start + target - 1);
+                targets.push(row.tokens[target]);
+            }
+        }
+        let wanted: Rc<[usize]> = wanted.into();
+        let hidden = decoder::hidden(&mut kernels, layout, &batch, &wanted, None)?;
+        let selected = kernels.selected(&hidden, &layout.head, targets, self.temperature)?;
+        let mut slopes = Vec::with_capacity(selected.logprobs.len());
+        let mut start = 0;
+        for &row in self.members {
+            let range = start..start + self.rows[row].target_count();
+            start = range.end;
+            let found = &selected.logprobs[range.clone()];
+            if found.iter().any(|logprob| !logprob.is_finite()) {
+                return Err(PolicyError::NotFinite { row });
+            }
+            slopes.extend(self.slopes(row, found)?);
+            logprobs.push(found.to_vec());
+            entropies.push(selected.entropies[range].to_vec());
+        }
+        let gradients = kernels.backward(&slopes)?;
+        Ok(Pass {
+            gradients,
+            logprobs,
+            entropies,
+            tokens: batch.tokens.len(),
+        })
+    }
+
+    fn slopes(&self, row: usize, logprobs: &[f32]) -> Result<Vec<f32>, PolicyError> {
+        let slopes = (self.coefficients)(row, logprobs);
+        let found = slopes.iter().filter(|slope| slope.is_finite()).count();
+        if found != logprobs.len() || found != slopes.len() {
+            return Err(PolicyError::Coefficients {
+                row,
+                expected: logprobs.len(),
+                found,
+            });
+        }
+        Ok(slopes)
+    }
+}
+
+/// Derivative of a loss by every parameter, flat, in the order of the parameter table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    layout: Arc<Layout>,
+    values: Vec<f32>,
+    /// For each parameter, whether a derivative reached it. One that none reached would stand still in silence.
+    reached: Vec<bool>,
+}
+
+impl Gradients {
+    /// Nothing reached yet.
+    pub fn zeros(layout: &Arc<Layout>) -> Self {
+        Self {
+            layout: Arc::clone(layout),
+            values: vec![0.0; layout.len()],
+            reached: vec![false; layout.parameters().len()],
+        }
+    }
+
+    /// The parameter table.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// Every derivative, flat.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Every derivative, flat, to scale or clip.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+
+    /// Each parameter with its derivative, or with none if no derivative reached it.
+    pub fn iter(&self) -> impl Iterator<Item = (&Parameter, Option<&[f32]>)> {
+        let parameters = self.layout.parameters().iter().zip(&self.reached);
+        parameters.map(|(parameter, &reached)| {
+            (parameter, reached.then(|| &self.values[parameter.range()]))
+        })
+    }
+
+    /// Adds the gradients of another part of the same batch.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, value) in self.values.iter_mut().zip(&other.values) {
+            *sum += value;
+        }
+        for (sum, reached) in self.reached.iter_mut().zip(&other.reached) {
+            *sum |= reached;
+        }
+    }
+
+    /// The derivatives of a block, to be written or added to; its parameters count as reached.
+    pub(crate) fn block_mut(&mut self, block: &Block) -> &mut [f32] {
+        self.reached[block.parameters.clone()].fill(true);
+        &mut self.values[block.range()]
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,161 @@
+//! What a decoder is made of: the operations, each with its derivative, that a kernel set must provide.
+//!
+//! An operation takes packed, ragged rows: arrays are `[N, width]`, N being the tokens of all rows one after another, so
+//! that no padding is computed. Operations know no model, layer order or sampling. Invariant: every kernel set computes
+//! the same function and the same derivative, up to rounding.
+
+use std::rc::Rc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::gradient::Gradients;
+use crate::layout::{Block, Linear};
+use crate::policy::PolicyError;
+
+pub(crate) mod candle;
+pub(crate) mod fused;
+
+/// Which implementation of the operations runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelSet {
+    /// Own kernels over slices of f32, CPU only: several times faster there.
+    #[default]
+    Fused,
+    /// Composite operations of candle, on any device.
+    Candle,
+}
+
+/// One row of a batch: consecutive tokens of one text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// First token in the packed batch.
+    pub(crate) start: usize,
+    /// Tokens of this row in the batch.
+    pub(crate) len: usize,
+    /// Position of its first token in its text: how many tokens the cache already holds.
+    pub(crate) position: usize,
+    /// Which slot of the cache is its own; of no meaning without a cache.
+    pub(crate) slot: usize,
+}
+
+/// Packed tokens and where each row lies in them.
+#[derive(Debug, Clone)]
+pub(crate) struct Batch {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) rows: Rc<[Row]>,
+}
+
+impl Batch {
+    /// Packs whole texts, each from its first position.
+    pub(crate) fn packed<'a>(texts: impl Iterator<Item = &'a [u32]>) -> Self {
+        let (mut tokens, mut rows) = (Vec::new(), Vec::new());
+        for (slot, text) in texts.enumerate() {
+            rows.push(Row {
+                start: tokens.len(),
+                len: text.len(),
+                position: 0,
+                slot,
+            });
+            tokens.extend_from_slice(text);
+        }
+        Self {
+            tokens,
+            rows: rows.into(),
+        }
+    }
+}
+
+/// What the head says of chosen tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Selected {
+    /// Log-probability of each target, in nats.
+    pub(crate) logprobs: Vec<f32>,
+    /// Entropy of each distribution, in nats; it carries no gradient.
+    pub(crate) entropies: Vec<f32>,
+}
+
+/// The operations of a decoder. An implementation records what the derivative needs if it was made for training.
+///
+/// N is the number of packed tokens, H and KV the query and key heads, D the width of a head, V the vocabulary.
+pub(crate) trait Kernels {
+    /// Activations `[N, width]`.
+    type Array: Clone;
+    /// Keys and values of earlier positions, for a fixed number of slots.
+    type Cache;
+
+    /// Room for `slots` texts of at most `capacity` positions.
+    fn cache(&self, slots: usize, capacity: usize) -> Result<Self::Cache, PolicyError>;
+
+    /// Copies the first `len` positions of one slot to another, in every layer.
+    fn copy_prefix(
+        &self,
+        cache: &mut Self::Cache,
+        from: usize,
+        to: usize,
+        len: usize,
+    ) -> Result<(), PolicyError>;
+
+    /// Rows `tokens` of `table` `[V, width]`: `[N, width]`.
+    fn embed(&mut self, table: &Block, tokens: &[u32]) -> Result<Self::Array, PolicyError>;
+
+    /// `y = x / √(mean(x²) + eps) · w`, `x` `[N, width]`, `w` `[width]`.
+    fn norm(&mut self, x: &Self::Array, weight: &Block) -> Result<Self::Array, PolicyError>;
+
+    /// `y = x Wᵀ + b`, `x` `[N, in]`: `[N, out]`.
+    fn linear(&mut self, x: &Self::Array, linear: &Linear) -> Result<Self::Array, PolicyError>;
+
+    /// `residual + x Wᵀ`, `residual` `[N, out]`, which is used up.
+    fn linear_onto(
+        &mut self,
+        residual: Self::Array,
+        x: &Self::Array,
+        linear: &Linear,
+    ) -> Result<Self::Array, PolicyError>;
+
+    /// Rotary embedding of q and k, then causal grouped attention of every row over its own positions and, with a
+    /// cache, over those before them; new keys and values are added to the cache.
+    ///
+    /// * `qkv` — `[N, (H + 2 KV)·D]`, q first, used up
+    ///
+    /// Returns `[N, H·D]`.
+    fn attention(
+        &mut self,
+        qkv: Self::Array,
+        layer: usize,
+        rows: &Rc<[Row]>,
+        cache: Option<&mut Self::Cache>,
+    ) -> Result<Self::Array, PolicyError>;
+
+    /// `silu(g)·u`, `gate_up` `[N, 2·F]` with g first: `[N, F]`.
+    fn gated(&mut self, gate_up: Self::Array) -> Result<Self::Array, PolicyError>;
+
+    /// The rows `positions` of `x`, each at most once and in rising order: `[M, width]`.
+    fn gather(
+        &mut self,
+        x: Self::Array,
+        positions: &Rc<[usize]>,
+    ) -> Result<Self::Array, PolicyError>;
+
+    /// Logits of the rows `first..first + count` of `hidden`, into `out` `[count, V]` f32 on the host.
+    fn logits(
+        &mut self,
+        hidden: &Self::Array,
+        head: &Block,
+        rows: std::ops::Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), PolicyError>;
+
+    /// Log-probability of `targets` `[M]` under `softmax(hidden headᵀ / temperature)`. The last operation of a training
+    /// pass: [`Kernels::backward`] starts from it.
+    fn selected(
+        &mut self,
+        hidden: &Self::Array,
+        head: &Block,
+        targets: Vec<u32>,
+        temperature: f32,
+    ) -> Result<Selected, PolicyError>;
+
+    /// Derivative of `Σ coefficients · logprobs` by every parameter; the recorded pass is used up.
+    fn backward(&mut self, coefficients: &[f32]) -> Result<Gradients, PolicyError>;
+}

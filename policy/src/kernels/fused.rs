@@ -1,0 +1,340 @@
+//! The `fused` kernel set: own loops and own derivatives over slices of f32, one thread, CPU.
+//!
+//! A pass made for training keeps a tape of what each derivative needs; one made for inference keeps nothing, and arrays
+//! return to a pool as soon as they are used. Derivatives flow into one flat vector in the order of the parameter
+//! table. Invariant: the same calls give the same bits on one machine, whatever else runs beside them.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::config::Config;
+use crate::gradient::Gradients;
+use crate::kernels::{Kernels, Row, Selected};
+use crate::layout::{Block, Layout, Linear};
+use crate::policy::PolicyError;
+
+use attention::{CacheLayer, Heads, Rotary, Turn};
+use buffer::{Buffer, Pool};
+use matmul::{Matrix, Onto, multiply};
+use tape::{Record, Tape};
+
+mod attention;
+mod buffer;
+mod elementwise;
+mod head;
+mod matmul;
+mod tape;
+pub(crate) mod vector;
+
+/// Everything that does not change from pass to pass.
+#[derive(Debug)]
+pub(crate) struct FusedWeights {
+    layout: Arc<Layout>,
+    /// Every parameter, in the order of the table.
+    values: Vec<f32>,
+    heads: Heads,
+    rotary: Rotary,
+    eps: f32,
+}
+
+impl FusedWeights {
+    pub(crate) fn new(config: &Config, layout: Arc<Layout>, values: Vec<f32>) -> Self {
+        let heads = Heads {
+            query: config.num_attention_heads,
+            key: config.num_key_value_heads,
+            dim: config.head_dim(),
+        };
+        let rotary = Rotary::new(config.max_position_embeddings, heads.dim, config.rope_theta);
+        Self {
+            layout,
+            values,
+            heads,
+            rotary,
+            eps: config.rms_norm_eps as f32,
+        }
+    }
+
+    fn block(&self, block: &Block) -> &[f32] {
+        &self.values[block.range()]
+    }
+
+    /// A block of several rows as the matrix it is, `[out, in]`.
+    fn matrix(&self, block: &Block) -> Matrix<'_> {
+        Matrix::new(self.block(block), block.rows, block.columns)
+    }
+}
+
+/// An activation `[N, width]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Array {
+    /// Names it on the tape.
+    id: usize,
+    width: usize,
+    data: Rc<Buffer>,
+}
+
+impl Array {
+    fn rows(&self) -> usize {
+        self.data.len() / self.width
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        Matrix::new(&self.data, self.rows(), self.width)
+    }
+}
+
+/// Keys and values of every layer.
+#[derive(Debug)]
+pub(crate) struct Cache {
+    layers: Vec<CacheLayer>,
+}
+
+/// One pass over the decoder.
+#[derive(Debug)]
+pub(crate) struct Fused {
+    weights: Arc<FusedWeights>,
+    tape: Option<Tape>,
+    pool: Pool,
+    arrays: usize,
+}
+
+impl Fused {
+    /// Keeps nothing for a derivative.
+    pub(crate) fn inference(weights: &Arc<FusedWeights>) -> Self {
+        Self {
+            weights: Arc::clone(weights),
+            tape: None,
+            pool: Pool::default(),
+            arrays: 0,
+        }
+    }
+
+    /// Keeps what [`Kernels::backward`] needs.
+    pub(crate) fn training(weights: &Arc<FusedWeights>) -> Self {
+        Self {
+            tape: Some(Tape::default()),
+            ..Self::inference(weights)
+        }
+    }
+
+    fn array(&mut self, width: usize, data: Buffer) -> Array {
+        self.arrays += 1;
+        Array {
+            id: self.arrays,
+            width,
+            data: Rc::new(data),
+        }
+    }
+
+    /// The buffer itself if nobody else holds it, else a copy.
+    fn owned(&self, data: Rc<Buffer>) -> Buffer {
+        Rc::try_unwrap(data).unwrap_or_else(|shared| Buffer::copied(&self.pool, &shared))
+    }
+
+    fn record(&mut self, record: impl FnOnce() -> Record) {
+        if let Some(tape) = &mut self.tape {
+            tape.push(record());
+        }
+    }
+}
+
+impl Kernels for Fused {
+    type Array = Array;
+    type Cache = Cache;
+
+    fn cache(&self, slots: usize, capacity: usize) -> Result<Cache, PolicyError> {
+        let heads = self.weights.heads;
+        let layers = self.weights.layout.layers.iter();
+        Ok(Cache {
+            layers: layers
+                .map(|_| CacheLayer::new(heads, slots, capacity))
+                .collect(),
+        })
+    }
+
+    fn copy_prefix(
+        &self,
+        cache: &mut Cache,
+        from: usize,
+        to: usize,
+        len: usize,
+    ) -> Result<(), PolicyError> {
+        for layer in &mut cache.layers {
+            layer.copy_prefix(self.weights.heads, from, to, len);
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Block, tokens: &[u32]) -> Result<Array, PolicyError> {
+        let width = table.columns;
+        let mut y = Buffer::stale(&self.pool, tokens.len() * width);
+        let values = self.weights.block(table);
+        for (y, &token) in y.chunks_exact_mut(width).zip(tokens) {
+            y.copy_from_slice(&values[token as usize * width..][..width]);
+        }
+        let out = self.array(width, y);
+        self.record(|| Record::Embed {
+            table: table.clone(),
+            tokens: tokens.to_vec(),
+            out: out.id,
+        });
+        Ok(out)
+    }
+
+    fn norm(&mut self, x: &Array, weight: &Block) -> Result<Array, PolicyError> {
+        let mut y = Buffer::stale(&self.pool, x.data.len());
+        elementwise::norm_forward(
+            &mut y,
+            &x.data,
+            self.weights.block(weight),
+            self.weights.eps,
+        );
+        let out = self.array(x.width, y);
+        self.record(|| Record::Norm {
+            x: x.clone(),
+            weight: weight.clone(),
+            out: out.id,
+        });
+        Ok(out)
+    }
+
+    fn linear(&mut self, x: &Array, linear: &Linear) -> Result<Array, PolicyError> {
+        let weight = self.weights.matrix(&linear.weight).transposed();
+        let mut y = Buffer::stale(&self.pool, x.rows() * linear.weight.rows);
+        multiply(&mut y, x.matrix(), weight, Onto::Nothing);
+        if let Some(bias) = &linear.bias {
+            elementwise::add_bias(&mut y, self.weights.block(bias));
+        }
+        let out = self.array(linear.weight.rows, y);
+        self.record(|| Record::Linear {
+            x: x.clone(),
+            linear: linear.clone(),
+            residual: None,
+            out: out.id,
+        });
+        Ok(out)
+    }
+
+    fn linear_onto(
+        &mut self,
+        residual: Array,
+        x: &Array,
+        linear: &Linear,
+    ) -> Result<Array, PolicyError> {
+        let weight = self.weights.matrix(&linear.weight).transposed();
+        let mut y = self.owned(residual.data);
+        multiply(&mut y, x.matrix(), weight, Onto::Sum);
+        if let Some(bias) = &linear.bias {
+            elementwise::add_bias(&mut y, self.weights.block(bias));
+        }
+        let out = self.array(linear.weight.rows, y);
+        self.record(|| Record::Linear {
+            x: x.clone(),
+            linear: linear.clone(),
+            residual: Some(residual.id),
+            out: out.id,
+        });
+        Ok(out)
+    }
+
+    fn attention(
+        &mut self,
+        qkv: Array,
+        layer: usize,
+        rows: &Rc<[Row]>,
+        cache: Option<&mut Cache>,
+    ) -> Result<Array, PolicyError> {
+        let heads = self.weights.heads;
+        let (input, tokens) = (qkv.id, qkv.rows());
+        let mut rotated = self.owned(qkv.data);
+        attention::rotate(
+            &mut rotated,
+            heads,
+            rows,
+            &self.weights.rotary,
+            Turn::Forward,
+        );
+        let mut y = Buffer::stale(&self.pool, tokens * heads.query * heads.dim);
+        let mut log_sums = Buffer::stale(&self.pool, tokens * heads.query);
+        let cache = cache.map(|cache| &mut cache.layers[layer]);
+        attention::forward((&mut y, &mut log_sums), &rotated, heads, rows, cache);
+        let out = self.array(heads.query * heads.dim, y);
+        self.record(|| Record::Attention {
+            input,
+            rotated,
+            log_sums,
+            rows: Rc::clone(rows),
+            out: out.clone(),
+        });
+        Ok(out)
+    }
+
+    fn gated(&mut self, gate_up: Array) -> Result<Array, PolicyError> {
+        let width = gate_up.width / 2;
+        let mut y = Buffer::stale(&self.pool, gate_up.data.len() / 2);
+        elementwise::gated_forward(&mut y, &gate_up.data, width);
+        let out = self.array(width, y);
+        self.record(|| Record::Gated {
+            gate_up,
+            out: out.id,
+        });
+        Ok(out)
+    }
+
+    fn gather(&mut self, x: Array, positions: &Rc<[usize]>) -> Result<Array, PolicyError> {
+        let width = x.width;
+        let mut y = Buffer::stale(&self.pool, positions.len() * width);
+        for (y, &position) in y.chunks_exact_mut(width).zip(positions.iter()) {
+            y.copy_from_slice(&x.data[position * width..][..width]);
+        }
+        let out = self.array(width, y);
+        self.record(|| Record::Gather {
+            input: x.id,
+            rows: x.rows(),
+            width,
+            positions: Rc::clone(positions),
+            out: out.id,
+        });
+        Ok(out)
+    }
+
+    fn logits(
+        &mut self,
+        hidden: &Array,
+        head: &Block,
+        rows: std::ops::Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), PolicyError> {
+        let x = &hidden.data[rows.start * hidden.width..rows.end * hidden.width];
+        out.resize(rows.len() * head.rows, 0.0);
+        head::chunk_logits(out, x, self.weights.block(head), rows.len());
+        Ok(())
+    }
+
+    fn selected(
+        &mut self,
+        hidden: &Array,
+        head: &Block,
+        targets: Vec<u32>,
+        temperature: f32,
+    ) -> Result<Selected, PolicyError> {
+        let selected = head::forward(
+            &hidden.data,
+            self.weights.block(head),
+            &targets,
+            temperature,
+        );
+        self.record(|| Record::Head {
+            hidden: hidden.clone(),
+            head: head.clone(),
+            targets,
+            temperature,
+        });
+        Ok(selected)
+    }
+
+    fn backward(&mut self, coefficients: &[f32]) -> Result<Gradients, PolicyError> {
+        let tape = self.tape.take().unwrap_or_default();
+        Ok(tape.backward(&self.weights, &self.pool, coefficients))
+    }
+}

@@ -1,0 +1,248 @@
+//! A policy at one version: its shape and its weights, prepared for one kernel set and device, cheap to share.
+//!
+//! Invariant: what a [`Policy`] computes with are exactly the values of the image it was made from.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use crate::config::{Config, ConfigError};
+use crate::disk::{DiskError, read_file};
+use crate::kernels::KernelSet;
+use crate::kernels::candle::CandleWeights;
+use crate::kernels::fused::FusedWeights;
+use crate::layout::Layout;
+use crate::weights::{Image, WeightsError};
+
+/// Largest `config.json` read: the longest in use have a few KiB.
+pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// Largest weight file read, 1 TiB: a bound against following a device file for ever, not a limit on models.
+pub(crate) const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
+
+/// Why a policy could not be loaded or could not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// The configuration is not one that runs.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The weights do not belong to the configuration, or are damaged.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A file was not read.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The tensor library refused.
+    #[error("the tensor library failed: {0}; check the device's free memory")]
+    Tensor(#[from] candle_core::Error),
+    /// The fused kernels run on the CPU.
+    #[error("kernels `fused` run on the cpu only; set kernels to `candle` for this device")]
+    FusedNeedsCpu,
+    /// A row without tokens, or without a token before its first target.
+    #[error("row {row} has no token before the one to predict; give it a prompt")]
+    Empty {
+        /// Place among the rows or requests.
+        row: usize,
+    },
+    /// A row that outgrows the rotary table.
+    #[error(
+        "row {row} takes {positions} positions, but config.json has max_position_embeddings = {positions_max}; shorten the prompt or the answer"
+    )]
+    TooLong {
+        /// Place among the rows or requests.
+        row: usize,
+        /// Prompt and answer together.
+        positions: usize,
+        /// Most that the configuration allows.
+        positions_max: usize,
+    },
+    /// A token that the embedding lacks.
+    #[error(
+        "row {row} holds token {token}, but the vocabulary has {vocab_size}; use the tokenizer that belongs to the model"
+    )]
+    Token {
+        /// Place among the rows or requests.
+        row: usize,
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// Targets outside the row, out of order or overlapping.
+    #[error(
+        "row {row} has targets {start}..{end}, but they must rise without overlap within 1..{len}"
+    )]
+    Targets {
+        /// Place among the rows.
+        row: usize,
+        /// First target of the range at fault.
+        start: usize,
+        /// One past its last.
+        end: usize,
+        /// Tokens of the row.
+        len: usize,
+    },
+    /// No row has a target, so there is nothing to differentiate.
+    #[error("none of the {rows} rows has a target, so there is no gradient; drop the batch")]
+    NoTargets {
+        /// Rows given.
+        rows: usize,
+    },
+    /// A temperature outside its range.
+    #[error("temperature {0} does not lie between 0.01 and 100; use greedy decoding for 0")]
+    Temperature(f32),
+    /// The loss returned a wrong number of derivatives, or one that is not finite.
+    #[error("the loss gave row {row} {found} finite derivatives for its {expected} targets")]
+    Coefficients {
+        /// Place among the rows.
+        row: usize,
+        /// Targets of the row.
+        expected: usize,
+        /// Finite derivatives returned.
+        found: usize,
+    },
+    /// The policy has diverged.
+    #[error("the policy's logits for row {row} are not finite; go back to an earlier version")]
+    NotFinite {
+        /// Place among the rows or requests.
+        row: usize,
+    },
+}
+
+/// A policy ready to generate, score and train.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: Config,
+    layout: Arc<Layout>,
+    weights: Prepared,
+}
+
+/// Weights as a kernel set wants them.
+#[derive(Debug)]
+pub(crate) enum Prepared {
+    Fused(Arc<FusedWeights>),
+    Candle(Arc<CandleWeights>),
+}
+
+impl Policy {
+    /// Loads `config.json` and `model.safetensors` of a Hugging Face folder.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged or describes what does not run here.
+    pub fn load(folder: &Path, kernels: KernelSet, device: &Device) -> Result<Self, PolicyError> {
+        let (config, image) = read_model(folder)?;
+        Self::from_image(&config, &image, kernels, device)
+    }
+
+    /// Prepares published weights.
+    ///
+    /// # Errors
+    /// When the image does not belong to the configuration, or the device refuses.
+    pub fn from_image(
+        config: &Config,
+        image: &Image,
+        kernels: KernelSet,
+        device: &Device,
+    ) -> Result<Self, PolicyError> {
+        config.validate()?;
+        let layout = Arc::new(Layout::new(config));
+        image.fits(&layout)?;
+        let values = image.values();
+        let weights = match kernels {
+            KernelSet::Fused if !device.is_cpu() => return Err(PolicyError::FusedNeedsCpu),
+            KernelSet::Fused => Prepared::Fused(Arc::new(FusedWeights::new(
+                config,
+                Arc::clone(&layout),
+                values,
+            ))),
+            KernelSet::Candle => Prepared::Candle(Arc::new(CandleWeights::new(
+                config,
+                Arc::clone(&layout),
+                &values,
+                device,
+                DType::F32,
+            )?)),
+        };
+        Ok(Self {
+            shared: Arc::new(Shared {
+                config: config.clone(),
+                layout,
+                weights,
+            }),
+        })
+    }
+
+    /// The shape of the decoder.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// The parameter table.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.shared.layout
+    }
+
+    /// Which operations it runs.
+    pub fn kernels(&self) -> KernelSet {
+        match self.shared.weights {
+            Prepared::Fused(_) => KernelSet::Fused,
+            Prepared::Candle(_) => KernelSet::Candle,
+        }
+    }
+
+    pub(crate) fn prepared(&self) -> &Prepared {
+        &self.shared.weights
+    }
+
+    /// Refuses a row whose tokens or length the decoder has no rows for.
+    pub(crate) fn check_row(
+        &self,
+        row: usize,
+        tokens: &[u32],
+        positions: usize,
+    ) -> Result<(), PolicyError> {
+        let vocab_size = self.config().vocab_size;
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(PolicyError::Token {
+                row,
+                token,
+                vocab_size,
+            });
+        }
+        let positions_max = self.config().max_position_embeddings;
+        if positions > positions_max {
+            return Err(PolicyError::TooLong {
+                row,
+                positions,
+                positions_max,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a temperature that no distribution can be taken at.
+pub(crate) fn check_temperature(temperature: f32) -> Result<(), PolicyError> {
+    // The bounds keep logits divided by it within the range of f32 and the distribution apart from greedy.
+    if (0.01..=100.0).contains(&temperature) {
+        Ok(())
+    } else {
+        Err(PolicyError::Temperature(temperature))
+    }
+}
+
+/// Reads `config.json` and `model.safetensors` of a folder.
+pub(crate) fn read_model(folder: &Path) -> Result<(Config, Image), PolicyError> {
+    let hint = "a model folder holds config.json, model.safetensors and tokenizer.json";
+    let text = read_file(&folder.join("config.json"), CONFIG_BYTES_MAX, hint)?;
+    let config = Config::parse(&String::from_utf8_lossy(&text))?;
+    let bytes = read_file(&folder.join("model.safetensors"), WEIGHTS_BYTES_MAX, hint)?;
+    let image = Image::parse(&config, &bytes)?;
+    Ok((config, image))
+}

@@ -1,0 +1,151 @@
+//! Teacher-forced scoring: what a policy thinks of finished answers, every position in one forward pass.
+//!
+//! This is how a critic tells whether an answer was sampled as its lease prescribed. Knows no seeds and no thresholds:
+//! tokens in, probabilities out.
+
+use std::rc::Rc;
+
+use crate::decoder;
+use crate::kernels::candle::Candle;
+use crate::kernels::fused::Fused;
+use crate::kernels::{Batch, Kernels};
+use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
+use crate::sampling::Distribution;
+
+/// Tokens of one forward pass; more rows are scored in several, so that memory does not grow with a submission.
+const TOKENS_MAX: usize = 1 << 13;
+
+/// Elements of logits held at once.
+const LOGITS_MAX: usize = 1 << 20;
+
+/// A finished answer after its prompt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ScoreRow<'a> {
+    /// Prompt and answer.
+    pub tokens: &'a [u32],
+    /// Index of the first token to score: the length of the prompt, at least 1.
+    pub first: usize,
+    /// Divides the logits.
+    pub temperature: f32,
+}
+
+/// What the policy thinks of one token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenScore {
+    /// Log-probability, in nats.
+    pub logprob: f32,
+    /// Cumulative probability of all lower ids.
+    pub cdf_below: f64,
+    /// Cumulative probability of all lower ids and the token.
+    pub cdf_through: f64,
+}
+
+impl TokenScore {
+    /// How far `u` lies outside the interval that prescribes this token: `max(0, below − u, u − through)`.
+    pub fn error(&self, u: f64) -> f64 {
+        (self.cdf_below - u).max(u - self.cdf_through).max(0.0)
+    }
+}
+
+/// Scores the tokens of every row from its `first` on.
+///
+/// # Errors
+/// When a row cannot be scored (no prompt, unknown token, too long, bad temperature), or the logits are not finite.
+pub fn score(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<TokenScore>>, PolicyError> {
+    for (row, score_row) in rows.iter().enumerate() {
+        let ScoreRow {
+            tokens,
+            first,
+            temperature,
+        } = *score_row;
+        if first == 0 || first > tokens.len() {
+            return Err(PolicyError::Empty { row });
+        }
+        policy.check_row(row, tokens, tokens.len())?;
+        check_temperature(temperature)?;
+    }
+    let mut scores = Vec::with_capacity(rows.len());
+    while scores.len() < rows.len() {
+        let first = scores.len();
+        let rest = &rows[first..];
+        let mut tokens = 0;
+        let fitting = rest.iter().take_while(|row| {
+            tokens += row.tokens.len();
+            tokens <= TOKENS_MAX
+        });
+        let part = &rest[..fitting.count().max(1)];
+        match policy.prepared() {
+            Prepared::Fused(weights) => {
+                score_part(Fused::inference(weights), policy, part, first, &mut scores)?;
+            }
+            Prepared::Candle(weights) => {
+                score_part(Candle::inference(weights), policy, part, first, &mut scores)?;
+            }
+        }
+    }
+    Ok(scores)
+}
+
+/// Log-probabilities of the tokens of every row from its `first` on, in nats.
+///
+/// # Errors
+/// As [`score`].
+pub fn logprobs(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<f32>>, PolicyError> {
+    let scores = score(policy, rows)?;
+    Ok(scores
+        .iter()
+        .map(|row| row.iter().map(|token| token.logprob).collect())
+        .collect())
+}
+
+fn score_part<K: Kernels>(
+    mut kernels: K,
+    policy: &Policy,
+    rows: &[ScoreRow<'_>],
+    first_row: usize,
+    scores: &mut Vec<Vec<TokenScore>>,
+) -> Result<(), PolicyError> {
+    // The last token predicts nothing that is asked for.
+    let inputs = rows.iter().map(|row| &row.tokens[..row.tokens.len() - 1]);
+    let batch = Batch::packed(inputs);
+    let mut positions = Vec::new();
+    let mut targets = Vec::new();
+    for (index, (row, packed)) in rows.iter().zip(batch.rows.iter()).enumerate() {
+        scores.push(Vec::with_capacity(row.tokens.len() - row.first));
+        for (offset, &token) in row.tokens[row.first..].iter().enumerate() {
+            positions.push(packed.start + row.first - 1 + offset);
+            targets.push((index, token));
+        }
+    }
+    if targets.is_empty() {
+        return Ok(());
+    }
+    let layout = policy.layout();
+    let wanted: Rc<[usize]> = positions.into();
+    let hidden = decoder::hidden(&mut kernels, layout, &batch, &wanted, None)?;
+    let vocab = layout.head.rows;
+    let rows_at_once = (LOGITS_MAX / vocab).max(1);
+    let (mut logits, mut distribution) = (Vec::new(), Distribution::default());
+    for (chunk, targets) in targets.chunks(rows_at_once).enumerate() {
+        let start = chunk * rows_at_once;
+        let range = start..start + targets.len();
+        kernels.logits(&hidden, &layout.head, range, &mut logits)?;
+        for (logits, &(index, token)) in logits.chunks_exact(vocab).zip(targets) {
+            let row = first_row + index;
+            if !distribution.load(logits, rows[index].temperature) {
+                return Err(PolicyError::NotFinite { row });
+            }
+            let (cdf_below, cdf_through) = distribution.interval(token);
+            let logprob = distribution.logprob(token);
+            scores[row].push(TokenScore {
+                logprob,
+                cdf_below,
+                cdf_through,
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,513 @@
+//! Published weights: one image of every parameter as the bytes of a safetensors file, always the same bytes for the same
+//! values, loadable by Hugging Face transformers as it is.
+//!
+//! Knows the parameter table, not how weights are used. Invariant: an [`Image`] holds exactly the parameters of its
+//! configuration, each with the right shape, bf16 or f32, every value finite.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensors};
+
+use crate::config::Config;
+use crate::layout::{Layout, Parameter};
+
+/// How a parameter is stored; it is computed with in float32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Storage {
+    /// Upper half of a float32: what is published by default, since it halves every transfer.
+    Bf16,
+    /// Exactly what the optimizer holds.
+    F32,
+}
+
+impl Storage {
+    /// Bytes of one element.
+    pub fn width(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// Name in a safetensors header.
+    pub fn tag(self) -> &'static str {
+        match self {
+            Self::Bf16 => "BF16",
+            Self::F32 => "F32",
+        }
+    }
+
+    /// Name in `config.json`.
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bfloat16",
+            Self::F32 => "float32",
+        }
+    }
+}
+
+/// Why bytes are not the weights of a configuration.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum WeightsError {
+    /// The header does not parse.
+    #[error("weights are not a safetensors file ({0}); fetch them again")]
+    Header(String),
+    /// Fewer bytes than the header announces.
+    #[error(
+        "weights are truncated: tensor `{tensor}` needs {expected} bytes in the file, which has {found}; fetch them again"
+    )]
+    Truncated {
+        /// First tensor that is not whole.
+        tensor: String,
+        /// Bytes needed from the start of the file.
+        expected: usize,
+        /// Bytes there are.
+        found: usize,
+    },
+    /// More bytes than the header announces.
+    #[error("weights have {extra} bytes after their last tensor; fetch them again")]
+    Trailing {
+        /// Bytes too many.
+        extra: usize,
+    },
+    /// A parameter of the configuration is not in the file.
+    #[error(
+        "weights lack tensor `{tensor}`, which config.json calls for; use the pair that belongs together"
+    )]
+    Missing {
+        /// Its name.
+        tensor: String,
+    },
+    /// A tensor that the configuration does not have.
+    #[error(
+        "weights hold tensor `{tensor}`, which config.json does not call for; use the pair that belongs together"
+    )]
+    Unexpected {
+        /// Its name.
+        tensor: String,
+    },
+    /// A shape that contradicts the configuration.
+    #[error("tensor `{tensor}` has shape {found:?}, but config.json calls for {expected:?}")]
+    Shape {
+        /// Its name.
+        tensor: String,
+        /// Shape by the configuration.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        found: Vec<usize>,
+    },
+    /// A storage type that is not read.
+    #[error("tensor `{tensor}` is stored as {found}, but BF16, F16 and F32 are what is read")]
+    Dtype {
+        /// Its name.
+        tensor: String,
+        /// Type in the file.
+        found: String,
+    },
+    /// NaN or infinity.
+    #[error(
+        "tensor `{tensor}` holds a value that is not finite at element {element}; fetch the weights again or go back a version"
+    )]
+    NotFinite {
+        /// Its name.
+        tensor: String,
+        /// First bad element.
+        element: usize,
+    },
+    /// A flat vector of the wrong length was to be published.
+    #[error("{found} values were given for {expected} parameters")]
+    Length {
+        /// Elements of the table.
+        expected: usize,
+        /// Elements given.
+        found: usize,
+    },
+}
+
+/// One tensor of an image, so that it can be hashed without knowing anything else about weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorEntry {
+    /// Hugging Face name.
+    pub name: String,
+    /// `[out, in]` or `[width]`.
+    pub shape: Vec<usize>,
+    /// How its elements are stored, little-endian.
+    pub storage: Storage,
+    /// Its bytes within [`Image::bytes`].
+    pub bytes: Range<usize>,
+}
+
+/// Published weights as the canonical bytes of a safetensors file.
+///
+/// Canonical means: header keys and tensors in the order of the parameter table (f32 tensors before bf16 ones, so that
+/// every tensor is aligned to its element), the header padded with spaces to a multiple of eight, `format` = `pt`.
+#[derive(Debug, Clone)]
+pub struct Image {
+    bytes: Arc<[u8]>,
+    /// In the order of the parameter table.
+    tensors: Arc<[TensorEntry]>,
+}
+
+impl Image {
+    /// Reads the bytes of any safetensors file that holds exactly the parameters of `config`, and brings them to
+    /// canonical form. F16 is widened to F32, which loses nothing.
+    ///
+    /// # Errors
+    /// Names the first tensor that is missing, unexpected, truncated, of a wrong shape or type, or not finite.
+    pub fn parse(config: &Config, bytes: &[u8]) -> Result<Self, WeightsError> {
+        let layout = Layout::new(config);
+        let (header_bytes, metadata) = SafeTensors::read_metadata(bytes)
+            .map_err(|error| WeightsError::Header(error.to_string()))?;
+        let data_start = header_bytes + 8;
+        let mut infos = metadata.tensors();
+        // `read_metadata` has checked that the tensors tile the data and that sizes match shapes, not that the data is there.
+        refuse_wrong_length(&metadata.offset_keys(), &infos, data_start, bytes.len())?;
+        let mut sources = Vec::with_capacity(layout.parameters().len());
+        for parameter in layout.parameters() {
+            let info = infos
+                .remove(&parameter.name)
+                .ok_or_else(|| WeightsError::Missing {
+                    tensor: parameter.name.clone(),
+                })?;
+            if info.shape != parameter.shape {
+                return Err(WeightsError::Shape {
+                    tensor: parameter.name.clone(),
+                    expected: parameter.shape.clone(),
+                    found: info.shape.clone(),
+                });
+            }
+            let (start, end) = info.data_offsets;
+            let data = &bytes[data_start + start..data_start + end];
+            refuse_not_finite(parameter, info.dtype, data)?;
+            sources.push((info.dtype, data));
+        }
+        if let Some(tensor) = infos.into_keys().min() {
+            return Err(WeightsError::Unexpected { tensor });
+        }
+        let storages: Vec<Storage> = sources
+            .iter()
+            .map(|(dtype, _)| {
+                if *dtype == Dtype::BF16 {
+                    Storage::Bf16
+                } else {
+                    Storage::F32
+                }
+            })
+            .collect();
+        Ok(Self::build(
+            &layout,
+            &storages,
+            |index, out| match sources[index] {
+                (Dtype::F16, data) => {
+                    for value in data.as_chunks().0 {
+                        out.extend_from_slice(&f16::from_le_bytes(*value).to_f32().to_le_bytes());
+                    }
+                }
+                (_, data) => out.extend_from_slice(data),
+            },
+        ))
+    }
+
+    /// Publishes a flat vector of every parameter, all stored alike.
+    ///
+    /// # Errors
+    /// When the length is wrong or a value is not finite (or is not once stored: bf16 keeps the range of f32, but
+    /// rounding its largest values up overflows).
+    pub fn from_values(
+        layout: &Layout,
+        values: &[f32],
+        storage: Storage,
+    ) -> Result<Self, WeightsError> {
+        if values.len() != layout.len() {
+            return Err(WeightsError::Length {
+                expected: layout.len(),
+                found: values.len(),
+            });
+        }
+        for parameter in layout.parameters() {
+            let bad = values[parameter.range()]
+                .iter()
+                .position(|&value| match storage {
+                    Storage::F32 => !value.is_finite(),
+                    Storage::Bf16 => !bf16::from_f32(value).is_finite(),
+                });
+            if let Some(element) = bad {
+                return Err(WeightsError::NotFinite {
+                    tensor: parameter.name.clone(),
+                    element,
+                });
+            }
+        }
+        let storages = vec![storage; layout.parameters().len()];
+        Ok(Self::build(layout, &storages, |index, out| {
+            let values = &values[layout.parameters()[index].range()];
+            match storage {
+                Storage::F32 => {
+                    out.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                }
+                Storage::Bf16 => {
+                    out.extend(
+                        values
+                            .iter()
+                            .flat_map(|&value| bf16::from_f32(value).to_le_bytes()),
+                    );
+                }
+            }
+        }))
+    }
+
+    /// Lays the file out and has `write` append the bytes of each parameter.
+    fn build(
+        layout: &Layout,
+        storages: &[Storage],
+        mut write: impl FnMut(usize, &mut Vec<u8>),
+    ) -> Self {
+        let order = file_order(storages);
+        let mut tensors: Vec<TensorEntry> = layout
+            .parameters()
+            .iter()
+            .zip(storages)
+            .map(|(parameter, &storage)| TensorEntry {
+                name: parameter.name.clone(),
+                shape: parameter.shape.clone(),
+                storage,
+                bytes: 0..parameter.len() * storage.width(),
+            })
+            .collect();
+        let mut end = 0;
+        for &index in &order {
+            let entry = &mut tensors[index];
+            entry.bytes = end..end + entry.bytes.end;
+            end = entry.bytes.end;
+        }
+        let header = header(
+            &[("format", "pt")],
+            order
+                .iter()
+                .map(|&index| HeaderTensor::from(&tensors[index])),
+        );
+        let mut bytes = Vec::with_capacity(header.len() + end);
+        bytes.extend_from_slice(&header);
+        for &index in &order {
+            write(index, &mut bytes);
+        }
+        for entry in &mut tensors {
+            entry.bytes = entry.bytes.start + header.len()..entry.bytes.end + header.len();
+        }
+        Self {
+            bytes: bytes.into(),
+            tensors: tensors.into(),
+        }
+    }
+
+    /// The file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The file, shared.
+    pub fn shared_bytes(&self) -> Arc<[u8]> {
+        Arc::clone(&self.bytes)
+    }
+
+    /// Every tensor, in the order of the parameter table.
+    pub fn tensors(&self) -> &[TensorEntry] {
+        &self.tensors
+    }
+
+    /// Storage of the widest tensor: what `config.json` names as the model's type.
+    pub fn storage(&self) -> Storage {
+        let any_f32 = self
+            .tensors
+            .iter()
+            .any(|entry| entry.storage == Storage::F32);
+        if any_f32 { Storage::F32 } else { Storage::Bf16 }
+    }
+
+    /// Every parameter widened to f32, flat, in the order of the parameter table.
+    pub fn values(&self) -> Vec<f32> {
+        let elements = self
+            .tensors
+            .iter()
+            .map(|entry| entry.bytes.len() / entry.storage.width());
+        let mut values = Vec::with_capacity(elements.sum());
+        for entry in self.tensors.iter() {
+            let data = &self.bytes[entry.bytes.clone()];
+            match entry.storage {
+                Storage::Bf16 => values.extend(
+                    data.as_chunks()
+                        .0
+                        .iter()
+                        .map(|&value| bf16::from_le_bytes(value).to_f32()),
+                ),
+                Storage::F32 => {
+                    values.extend(
+                        data.as_chunks()
+                            .0
+                            .iter()
+                            .map(|&value| f32::from_le_bytes(value)),
+                    );
+                }
+            }
+        }
+        values
+    }
+
+    /// Whether this image holds exactly the parameters of `layout`.
+    pub(crate) fn fits(&self, layout: &Layout) -> Result<(), WeightsError> {
+        let mut entries = self.tensors.iter();
+        for parameter in layout.parameters() {
+            let entry = entries
+                .next()
+                .filter(|entry| entry.name == parameter.name)
+                .ok_or_else(|| WeightsError::Missing {
+                    tensor: parameter.name.clone(),
+                })?;
+            if entry.shape != parameter.shape {
+                return Err(WeightsError::Shape {
+                    tensor: parameter.name.clone(),
+                    expected: parameter.shape.clone(),
+                    found: entry.shape.clone(),
+                });
+            }
+        }
+        match entries.next() {
+            None => Ok(()),
+            Some(entry) => Err(WeightsError::Unexpected {
+                tensor: entry.name.clone(),
+            }),
+        }
+    }
+}
+
+/// A tensor as a safetensors header lists it; offsets count from the end of the header.
+pub(crate) struct HeaderTensor<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) storage: Storage,
+    pub(crate) shape: &'a [usize],
+    pub(crate) offsets: Range<usize>,
+}
+
+impl<'a> From<&'a TensorEntry> for HeaderTensor<'a> {
+    fn from(entry: &'a TensorEntry) -> Self {
+        Self {
+            name: &entry.name,
+            storage: entry.storage,
+            shape: &entry.shape,
+            offsets: entry.bytes.clone(),
+        }
+    }
+}
+
+/// A safetensors header with its length in front, padded so that the data starts at a multiple of eight.
+///
+/// Written by hand since the library sorts tensors its own way, and these bytes are hashed and signed.
+pub(crate) fn header<'a>(
+    metadata: &[(&str, &str)],
+    tensors: impl Iterator<Item = HeaderTensor<'a>>,
+) -> Vec<u8> {
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let pairs: Vec<String> = metadata
+        .iter()
+        .map(|(key, value)| format!("{}:{}", quoted(key), quoted(value)))
+        .collect();
+    let mut text = format!("{{\"__metadata__\":{{{}}}", pairs.join(","));
+    for tensor in tensors {
+        let shape: Vec<String> = tensor.shape.iter().map(usize::to_string).collect();
+        // Writing to a string cannot fail.
+        write!(
+            text,
+            ",{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+            quoted(tensor.name),
+            tensor.storage.tag(),
+            shape.join(","),
+            tensor.offsets.start,
+            tensor.offsets.end
+        )
+        .ok();
+    }
+    text.push('}');
+    while !text.len().is_multiple_of(8) {
+        text.push(' ');
+    }
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(text.as_bytes());
+    bytes
+}
+
+/// Table indices in the order of the file: wider elements first, the table's order within a width.
+fn file_order(storages: &[Storage]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..storages.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(storages[index].width()));
+    order
+}
+
+fn refuse_wrong_length(
+    names: &[String],
+    infos: &HashMap<String, &safetensors::tensor::TensorInfo>,
+    data_start: usize,
+    found: usize,
+) -> Result<(), WeightsError> {
+    let mut data_end = data_start;
+    for name in names {
+        let Some(info) = infos.get(name) else {
+            continue;
+        };
+        let expected = data_start.saturating_add(info.data_offsets.1);
+        if expected > found {
+            return Err(WeightsError::Truncated {
+                tensor: name.clone(),
+                expected,
+                found,
+            });
+        }
+        data_end = data_end.max(expected);
+    }
+    if found > data_end {
+        return Err(WeightsError::Trailing {
+            extra: found - data_end,
+        });
+    }
+    Ok(())
+}
+
+fn refuse_not_finite(parameter: &Parameter, dtype: Dtype, data: &[u8]) -> Result<(), WeightsError> {
+    let bad = match dtype {
+        Dtype::F32 => data
+            .as_chunks()
+            .0
+            .iter()
+            .position(|&v| !f32::from_le_bytes(v).is_finite()),
+        Dtype::BF16 => data
+            .as_chunks()
+            .0
+            .iter()
+            .position(|&v| !bf16::from_le_bytes(v).is_finite()),
+        Dtype::F16 => data
+            .as_chunks()
+            .0
+            .iter()
+            .position(|&v| !f16::from_le_bytes(v).is_finite()),
+        other => {
+            return Err(WeightsError::Dtype {
+                tensor: parameter.name.clone(),
+                found: format!("{other:?}"),
+            });
+        }
+    };
+    match bad {
+        None => Ok(()),
+        Some(element) => Err(WeightsError::NotFinite {
+            tensor: parameter.name.clone(),
+            element,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;
