@@ -14,10 +14,21 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::subject::{Log, Queue, Subject};
+use crate::subject::{Log, Queue, StreamLimits, Subject};
 
+mod inbox;
 pub mod memory;
 pub mod nats;
+
+/// How long a durable write, or a look at what is stored, waits for the server: a restart of a local server takes a
+/// third of a second, a write to a busy disk less than one.
+pub const DURABLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest key of a durable message: it travels in a header and is remembered for the duplicate window.
+pub const KEY_BYTES_MAX: usize = 256;
+
+/// Most messages handed out by one call of [`Bus::take`]: they are all in memory at once.
+pub const TAKE_MESSAGES_MAX: usize = 1_024;
 
 /// Why the bus did not do what was asked. Variants are what a caller can do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +97,62 @@ impl BusError {
     }
 }
 
+/// Other bounds of the queues than [`Queue::limits`]: for tests, and for a machine that knows its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct QueueBounds {
+    /// Most messages held.
+    pub messages_max: Option<u64>,
+    /// How long a message that was taken may stay unacknowledged.
+    pub ack_wait: Option<Duration>,
+}
+
+impl QueueBounds {
+    /// The bounds of `queue` with these in place of its own.
+    pub(crate) fn of(self, queue: Queue) -> StreamLimits {
+        let limits = queue.limits();
+        StreamLimits {
+            messages_max: self.messages_max.or(limits.messages_max),
+            ack_wait: self.ack_wait.unwrap_or(limits.ack_wait),
+            ..limits
+        }
+    }
+}
+
+/// Refuses what is over the bound before it is sent: the server would cut the connection of who sends it.
+pub(crate) fn check_size(subject: &str, payload: &Bytes, limit: usize) -> Result<(), BusError> {
+    if payload.len() > limit {
+        return Err(BusError::TooLarge {
+            subject: subject.to_owned(),
+            bytes: payload.len(),
+            limit,
+        });
+    }
+    Ok(())
+}
+
+/// Refuses a key that a header cannot carry, and the empty one, which would identify nothing.
+pub(crate) fn check_key(key: &str) -> Result<(), BusError> {
+    if key.is_empty()
+        || key.len() > KEY_BYTES_MAX
+        || !key.bytes().all(|byte| byte.is_ascii_graphic())
+    {
+        let shown: String = key.chars().take(64).collect();
+        return Err(BusError::Server(format!(
+            "key `{}` is not 1 to {KEY_BYTES_MAX} visible ASCII characters: choose such a key",
+            shown.escape_debug()
+        )));
+    }
+    Ok(())
+}
+
+/// Says that a delivery was voided by [`Bus::reclaim`]: never retry its acknowledgement.
+pub(crate) fn void_delivery(queue: Queue, sequence: u64) -> BusError {
+    BusError::Server(format!(
+        "message {sequence} of queue {} was reclaimed by another reader: this delivery of it is void",
+        queue.token()
+    ))
+}
+
 /// Whether a keyed message was new.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Enqueued {
@@ -134,7 +201,7 @@ pub struct Heard {
 /// What a subscriber reads: bounded; when the reader is too slow the oldest news is lost, and counted by the bus.
 #[derive(Debug)]
 pub struct Subscription {
-    pub(crate) inbox: tokio::sync::mpsc::Receiver<Heard>,
+    pub(crate) inbox: inbox::Reader<Heard>,
 }
 
 impl Subscription {
@@ -143,7 +210,7 @@ impl Subscription {
     /// # Cancel safety
     /// A cancelled call loses nothing.
     pub async fn next(&mut self) -> Option<Heard> {
-        self.inbox.recv().await
+        self.inbox.next().await
     }
 }
 
@@ -279,10 +346,16 @@ pub trait Bus: Send + Sync + fmt::Debug {
     /// Makes the run's queues and logs where they do not exist yet. Idempotent.
     async fn create_streams(&self) -> Result<(), BusError>;
 
-    /// Stores a message in a queue, once per key (within the queue's duplicate window).
+    /// Stores a message in a queue, once per key (within the queue's duplicate window). After [`BusError::Timeout`] it
+    /// may or may not stand there: the same call again tells which.
     async fn enqueue(&self, queue: Queue, key: &str, payload: Bytes) -> Result<Enqueued, BusError>;
 
-    /// Takes up to `max` messages, waiting up to `wait` for the first. Empty when none came.
+    /// Takes up to `max` messages (at most [`TAKE_MESSAGES_MAX`]), waiting up to `wait` for the first. Empty when none
+    /// came.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: what a cancelled call was handed comes again only after the queue's wait. Await it in a task of
+    /// its own, never as an arm of a select.
     async fn take(
         &self,
         queue: Queue,

@@ -24,14 +24,14 @@ impl Subject {
         &self.0
     }
 
-    /// Whether `self`, a pattern with `*` for one token and `>` for the rest, covers `subject`.
+    /// Whether `self`, a pattern with `*` for one token and `>` for the rest, covers `subject`, which may be a pattern.
     pub fn covers(&self, subject: &Subject) -> bool {
         let mut wanted = self.0.split('.');
         let mut found = subject.0.split('.');
         loop {
             match (wanted.next(), found.next()) {
                 (Some(">"), Some(_)) => return true,
-                (Some("*"), Some(_)) => {}
+                (Some("*"), Some(f)) if f != ">" => {}
                 (Some(w), Some(f)) if w == f => {}
                 (None, None) => return true,
                 _ => return false,
@@ -271,6 +271,16 @@ impl Subjects {
         Subject(format!("muster.{}.ask.{}.*", self.run, verb.token()))
     }
 
+    /// Where everybody's requests for anything arrive.
+    pub fn all_asks(&self) -> Subject {
+        Subject(format!("muster.{}.ask.*.*", self.run))
+    }
+
+    /// All news of the run.
+    pub fn all_news(&self) -> Subject {
+        Subject(format!("muster.{}.news.*", self.run))
+    }
+
     /// News for all: a new version was made, or control changed. Carries the log's record.
     pub fn news(&self, log: Log) -> Subject {
         Subject(format!("muster.{}.news.{}", self.run, log.token()))
@@ -300,9 +310,24 @@ impl Subjects {
         )
     }
 
-    /// Prefix of the inboxes that `user`'s replies come to.
+    /// Prefix of the inboxes that `user`'s replies come to. The name is a token of its own, since a `*` inside a token
+    /// is no wildcard to the server, and who answers must be allowed to write to everybody's inbox.
     pub fn inbox_prefix(user: &str) -> String {
-        format!("_INBOX_{user}")
+        format!("_INBOX.{user}")
+    }
+
+    /// Whether `address` is in the inbox of `user`, whose name is one token.
+    pub fn is_inbox_of(user: &str, address: &str) -> bool {
+        let within = address
+            .strip_prefix("_INBOX.")
+            .and_then(|rest| rest.strip_prefix(user));
+        !user.is_empty() && within.is_some_and(|rest| rest.len() > 1 && rest.starts_with('.'))
+    }
+
+    /// Where `user` asks and nobody may listen: the server's refusal comes back in order, after the refusals of what
+    /// was sent before.
+    pub fn sync(user: &str) -> Subject {
+        Subject(format!("_SYNC.{user}"))
     }
 }
 
@@ -326,7 +351,8 @@ impl Permissions {
                 format!("muster.{run}.>"),
                 "$JS.API.>".to_owned(),
                 "$JS.ACK.>".to_owned(),
-                "_INBOX_*.>".to_owned(),
+                "_INBOX.*.>".to_owned(),
+                Subjects::sync(user).0,
             ];
             return Self {
                 publish,
@@ -357,6 +383,7 @@ mod tests {
         assert!(!subject("a.*").covers(&subject("a.b.c")));
         assert!(subject("a.>").covers(&subject("a.b.c")));
         assert!(!subject("a.>").covers(&subject("a")));
+        assert!(!subject("a.*").covers(&subject("a.>")));
     }
 
     #[test]

@@ -1,0 +1,188 @@
+//! What a network does to messages: it delays, loses and doubles them, all drawn from one seed; and the record of what
+//! moved, by which two runs are compared.
+
+use std::time::Duration;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// How bad the network is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Weather {
+    /// Shortest and longest delay of one hop, drawn evenly between them.
+    pub delay: (Duration, Duration),
+    /// Share of news, requests and answers that are lost, each hop alone.
+    pub loss: f64,
+    /// Share of news, requests and answers that arrive twice.
+    pub duplication: f64,
+    /// Share of durable calls whose way there, and again whose confirmation, is lost.
+    pub durable_loss: f64,
+}
+
+impl Default for Weather {
+    /// A perfect network: nothing is lost, nothing takes time.
+    fn default() -> Self {
+        Self {
+            delay: (Duration::ZERO, Duration::ZERO),
+            loss: 0.0,
+            duplication: 0.0,
+            durable_loss: 0.0,
+        }
+    }
+}
+
+/// The one source of chance.
+#[derive(Debug)]
+pub(super) struct Network {
+    rng: ChaCha8Rng,
+    weather: Weather,
+}
+
+/// Whether a message of a durable call arrives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hop {
+    Arrives(Duration),
+    Lost,
+}
+
+impl Network {
+    pub(super) fn new(seed: u64, weather: Weather) -> Self {
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            weather,
+        }
+    }
+
+    pub(super) fn set_weather(&mut self, weather: Weather) {
+        self.weather = weather;
+    }
+
+    /// The delays after which the copies of a message arrive: none when it is lost, two when it is doubled.
+    pub(super) fn copies(&mut self) -> Vec<Duration> {
+        if self.happens(self.weather.loss) {
+            return Vec::new();
+        }
+        let copies = if self.happens(self.weather.duplication) {
+            2
+        } else {
+            1
+        };
+        (0..copies).map(|_| self.delay()).collect()
+    }
+
+    /// One way of a durable call.
+    pub(super) fn durable_hop(&mut self) -> Hop {
+        if self.happens(self.weather.durable_loss) {
+            return Hop::Lost;
+        }
+        Hop::Arrives(self.delay())
+    }
+
+    /// A number below `count`, to choose who serves.
+    pub(super) fn choose(&mut self, count: usize) -> usize {
+        if count < 2 {
+            0
+        } else {
+            self.rng.random_range(0..count)
+        }
+    }
+
+    fn delay(&mut self) -> Duration {
+        let (shortest, longest) = self.weather.delay;
+        if longest <= shortest {
+            shortest
+        } else {
+            self.rng.random_range(shortest..=longest)
+        }
+    }
+
+    fn happens(&mut self, share: f64) -> bool {
+        share > 0.0 && self.rng.random::<f64>() < share
+    }
+}
+
+/// What a message did, in the record.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Moved {
+    Heard = 1,
+    Asked = 2,
+    Answered = 3,
+    Stored = 4,
+    Taken = 5,
+    Acked = 6,
+    Appended = 7,
+}
+
+/// A running BLAKE3 over every message that moved.
+#[derive(Debug, Default)]
+pub(super) struct Trace {
+    hasher: blake3::Hasher,
+    line: Vec<u8>,
+}
+
+impl Trace {
+    /// Takes up: what it did, its subject, whom or what it concerns, the hash of its bytes and the virtual time.
+    pub(super) fn record(
+        &mut self,
+        moved: Moved,
+        subject: &str,
+        number: u64,
+        hash: &blake3::Hash,
+        at: Duration,
+    ) {
+        self.line.clear();
+        self.line.push(moved as u8);
+        self.line
+            .extend_from_slice(&(subject.len() as u32).to_le_bytes());
+        self.line.extend_from_slice(subject.as_bytes());
+        self.line.extend_from_slice(&number.to_le_bytes());
+        self.line.extend_from_slice(hash.as_bytes());
+        self.line.extend_from_slice(&at.as_nanos().to_le_bytes());
+        self.hasher.update(&self.line);
+    }
+
+    pub(super) fn hash(&self) -> blake3::Hash {
+        self.hasher.finalize()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shares_are_those_asked_for() {
+        let weather = Weather {
+            loss: 0.05,
+            duplication: 0.1,
+            ..Weather::default()
+        };
+        let mut network = Network::new(7, weather);
+        let mut counts = [0u32; 3];
+        for _ in 0..100_000 {
+            counts[network.copies().len()] += 1;
+        }
+        assert!((4_700..5_300).contains(&counts[0]), "{counts:?}");
+        assert!((9_100..9_900).contains(&counts[2]), "{counts:?}");
+    }
+
+    #[test]
+    fn delays_stay_between_their_bounds() {
+        let delay = (Duration::from_millis(2), Duration::from_millis(5));
+        let mut network = Network::new(
+            7,
+            Weather {
+                delay,
+                ..Weather::default()
+            },
+        );
+        for _ in 0..1_000 {
+            assert!(
+                network
+                    .copies()
+                    .iter()
+                    .all(|drawn| (delay.0..=delay.1).contains(drawn))
+            );
+        }
+    }
+}
