@@ -109,6 +109,15 @@ pub fn write_atomically(
         .map_err(refused)
 }
 
+/// Makes a folder and those above it, if they are not there.
+pub(crate) fn create_folder(path: &Path) -> Result<(), DiskError> {
+    fs::create_dir_all(path).map_err(|source| DiskError::Io {
+        path: path.to_owned(),
+        action: "written",
+        source,
+    })
+}
+
 fn write_through(
     path: &Path,
     contents: impl FnOnce(&mut dyn Write) -> io::Result<()>,

@@ -4,13 +4,12 @@
 //! Knows the parameter table, not how weights are used. Invariant: an [`Image`] holds exactly the parameters of its
 //! configuration, each with the right shape, bf16 or f32, every value finite.
 
-use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors};
 
 use crate::config::Config;
 use crate::layout::{Layout, Parameter};
@@ -161,12 +160,10 @@ impl Image {
     /// Names the first tensor that is missing, unexpected, truncated, of a wrong shape or type, or not finite.
     pub fn parse(config: &Config, bytes: &[u8]) -> Result<Self, WeightsError> {
         let layout = Layout::new(config);
-        let (header_bytes, metadata) = SafeTensors::read_metadata(bytes)
-            .map_err(|error| WeightsError::Header(error.to_string()))?;
+        let (header_bytes, metadata) =
+            SafeTensors::read_metadata(bytes).map_err(|error| explained(error, bytes))?;
         let data_start = header_bytes + 8;
         let mut infos = metadata.tensors();
-        // `read_metadata` has checked that the tensors tile the data and that sizes match shapes, not that the data is there.
-        refuse_wrong_length(&metadata.offset_keys(), &infos, data_start, bytes.len())?;
         let mut sources = Vec::with_capacity(layout.parameters().len());
         for parameter in layout.parameters() {
             let info = infos
@@ -447,33 +444,39 @@ fn file_order(storages: &[Storage]) -> Vec<usize> {
     order
 }
 
-fn refuse_wrong_length(
-    names: &[String],
-    infos: &HashMap<String, &safetensors::tensor::TensorInfo>,
-    data_start: usize,
-    found: usize,
-) -> Result<(), WeightsError> {
-    let mut data_end = data_start;
-    for name in names {
-        let Some(info) = infos.get(name) else {
-            continue;
-        };
-        let expected = data_start.saturating_add(info.data_offsets.1);
+/// The library's error, or, where it says only that the length is wrong, the first tensor that is not whole.
+fn explained(error: SafeTensorError, bytes: &[u8]) -> WeightsError {
+    let unexplained = WeightsError::Header(error.to_string());
+    if !matches!(error, SafeTensorError::MetadataIncompleteBuffer) {
+        return unexplained;
+    }
+    let Some((length, rest)) = bytes.split_first_chunk() else {
+        return unexplained;
+    };
+    let header = usize::try_from(u64::from_le_bytes(*length))
+        .ok()
+        .and_then(|len| rest.get(..len));
+    let Some(metadata) = header.and_then(|header| serde_json::from_slice::<Metadata>(header).ok())
+    else {
+        return unexplained;
+    };
+    let data_start = 8 + header.map_or(0, <[u8]>::len);
+    let found = bytes.len();
+    for tensor in metadata.offset_keys() {
+        let end = metadata.info(&tensor).map_or(0, |info| info.data_offsets.1);
+        let expected = data_start.saturating_add(end);
         if expected > found {
-            return Err(WeightsError::Truncated {
-                tensor: name.clone(),
+            return WeightsError::Truncated {
+                tensor,
                 expected,
                 found,
-            });
+            };
         }
-        data_end = data_end.max(expected);
     }
-    if found > data_end {
-        return Err(WeightsError::Trailing {
-            extra: found - data_end,
-        });
+    let data_end = data_start.saturating_add(metadata.data_len());
+    WeightsError::Trailing {
+        extra: found.saturating_sub(data_end),
     }
-    Ok(())
 }
 
 fn refuse_not_finite(parameter: &Parameter, dtype: Dtype, data: &[u8]) -> Result<(), WeightsError> {

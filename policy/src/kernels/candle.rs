@@ -92,7 +92,8 @@ pub(crate) struct Cache {
 pub(crate) struct Candle {
     weights: Arc<CandleWeights>,
     training: bool,
-    logprobs: Option<Tensor>,
+    /// Output of the head, where the derivative starts.
+    pub(crate) logprobs: Option<Tensor>,
 }
 
 impl Candle {

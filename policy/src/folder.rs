@@ -1,0 +1,222 @@
+//! A model as a Hugging Face folder: what users bring, what checkpoints are, and what transformers loads as it is.
+//!
+//! Invariant: a folder that was read has a configuration, weights and a tokenizer that belong together.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::config::{Config, ConfigError, TokenIds};
+use crate::disk::{DiskError, create_folder, read_file, write_atomically};
+use crate::policy::{CONFIG_BYTES_MAX, PolicyError, read_model};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::weights::Image;
+
+/// Why a folder is not a model.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// Configuration or weights.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The tokenizer, or its fit.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A file was not read or written.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The generation settings do not parse.
+    #[error(
+        "generation_config.json cannot be read: {0}; remove it, or use the file that came with the model"
+    )]
+    Generation(String),
+    /// A stop token that the embedding lacks.
+    #[error("generation_config.json does not fit: {0}")]
+    StopTokens(ConfigError),
+}
+
+/// A whole model.
+#[derive(Debug, Clone)]
+pub struct ModelFolder {
+    /// Shape and special tokens.
+    pub config: Config,
+    /// Weights.
+    pub image: Image,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+}
+
+/// What is read of `generation_config.json`.
+#[derive(Deserialize)]
+struct Generation {
+    eos_token_id: Option<TokenIds>,
+    pad_token_id: Option<u32>,
+}
+
+impl ModelFolder {
+    /// Reads a folder. The tokens that end an answer are those of `generation_config.json`, else of `config.json`, else
+    /// the tokenizer's.
+    ///
+    /// # Errors
+    /// Names the first file that is missing, damaged or does not fit the others.
+    pub fn read(folder: &Path) -> Result<Self, FolderError> {
+        let (mut config, image) = read_model(folder)?;
+        let tokenizer = Tokenizer::load(folder)?;
+        tokenizer.check(&config)?;
+        match read_file(&folder.join("generation_config.json"), CONFIG_BYTES_MAX, "") {
+            // Optional: older folders keep these ids in config.json.
+            Err(DiskError::Missing { .. }) => {}
+            Err(error) => return Err(error.into()),
+            Ok(text) => {
+                let generation: Generation = serde_json::from_slice(&text)
+                    .map_err(|error| FolderError::Generation(error.to_string()))?;
+                if let Some(ids) = generation.eos_token_id {
+                    config.eos_token_ids = ids.into_vec();
+                }
+                config.pad_token_id = generation.pad_token_id.or(config.pad_token_id);
+                config.validate().map_err(FolderError::StopTokens)?;
+            }
+        }
+        if config.eos_token_ids.is_empty() {
+            config.eos_token_ids.extend(tokenizer.eos());
+        }
+        Ok(Self {
+            config,
+            image,
+            tokenizer,
+        })
+    }
+
+    /// Writes the folder, weights last, so that a folder with weights is whole; each file whole or not at all.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write(&self, folder: &Path) -> Result<(), FolderError> {
+        create_folder(folder)?;
+        let generation = json!({
+            "eos_token_id": TokenIds::from_slice(&self.config.eos_token_ids),
+            "pad_token_id": self.config.pad_token_id,
+            "bos_token_id": self.config.bos_token_id,
+        });
+        let config = self.config.to_json(self.image.storage().torch_name());
+        let generation = format!("{generation:#}\n");
+        for (name, bytes) in [
+            ("config.json", config.as_bytes()),
+            ("generation_config.json", generation.as_bytes()),
+            ("tokenizer.json", self.tokenizer.json().as_bytes()),
+            (
+                "tokenizer_config.json",
+                self.tokenizer.settings().as_bytes(),
+            ),
+            ("model.safetensors", self.image.bytes()),
+        ] {
+            write_atomically(&folder.join(name), |file| file.write_all(bytes))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::kernels::KernelSet;
+    use crate::policy::Policy;
+    use crate::testing::{image, tiny, untied};
+
+    fn model(config: Config) -> ModelFolder {
+        let tokenizer = Tokenizer::characters("0123456789+=.").unwrap();
+        ModelFolder {
+            image: image(&config, 1),
+            tokenizer,
+            config,
+        }
+    }
+
+    #[test]
+    fn a_folder_reads_back_as_it_was_written() {
+        for config in [tiny(), untied()] {
+            let (folder, written) = (tempfile::tempdir().unwrap(), model(config));
+            let path = folder.path().join("new/model");
+            written.write(&path).unwrap();
+            let read = ModelFolder::read(&path).unwrap();
+            assert_eq!(read.config, written.config);
+            assert_eq!(read.image.bytes(), written.image.bytes());
+            assert_eq!(
+                read.tokenizer.encode("1+2=").unwrap(),
+                written.tokenizer.encode("1+2=").unwrap()
+            );
+            Policy::load(&path, KernelSet::Fused, &Device::Cpu).unwrap();
+        }
+    }
+
+    #[test]
+    fn each_missing_file_is_named() {
+        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+            let folder = tempfile::tempdir().unwrap();
+            model(tiny()).write(folder.path()).unwrap();
+            std::fs::remove_file(folder.path().join(name)).unwrap();
+            let error = ModelFolder::read(folder.path()).unwrap_err().to_string();
+            assert!(error.contains(&format!("{name} is missing")), "{error}");
+        }
+    }
+
+    #[test]
+    fn files_of_another_model_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        model(tiny()).write(folder.path()).unwrap();
+        let large = Config {
+            vocab_size: 38,
+            ..tiny()
+        };
+        std::fs::write(folder.path().join("config.json"), large.to_json("float32")).unwrap();
+        let error = ModelFolder::read(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("model.embed_tokens.weight"), "{error}");
+        let wide: String = ('\u{4E00}'..).take(36).collect();
+        let mut mixed = model(tiny());
+        mixed.tokenizer = Tokenizer::characters(&wide).unwrap();
+        mixed.write(folder.path()).unwrap();
+        let error = ModelFolder::read(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("vocab_size"), "{error}");
+    }
+
+    #[test]
+    fn stop_tokens_come_from_the_nearest_file_that_names_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        model(tiny()).write(path).unwrap();
+        let stops = || ModelFolder::read(path).map(|model| model.config.eos_token_ids);
+        std::fs::write(
+            path.join("generation_config.json"),
+            r#"{"eos_token_id": [4, 5]}"#,
+        )
+        .unwrap();
+        assert_eq!(stops().unwrap(), [4, 5]);
+        std::fs::write(
+            path.join("generation_config.json"),
+            r#"{"eos_token_id": 99}"#,
+        )
+        .unwrap();
+        assert!(
+            stops()
+                .unwrap_err()
+                .to_string()
+                .contains("generation_config.json")
+        );
+        std::fs::write(path.join("generation_config.json"), "{").unwrap();
+        assert!(
+            stops()
+                .unwrap_err()
+                .to_string()
+                .contains("generation_config.json")
+        );
+        std::fs::remove_file(path.join("generation_config.json")).unwrap();
+        let silent = Config {
+            eos_token_ids: vec![],
+            ..tiny()
+        };
+        std::fs::write(path.join("config.json"), silent.to_json("float32")).unwrap();
+        assert_eq!(stops().unwrap(), [1]);
+    }
+}
