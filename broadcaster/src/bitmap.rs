@@ -1,0 +1,130 @@
+//! Which shards of an object somebody holds: one bit per shard.
+//!
+//! Invariant: bits past the last shard are zero, so that equal sets have equal bytes and a count is a count of shards.
+
+/// A set of shard numbers below a fixed length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bitmap {
+    bits: Vec<u8>,
+    length: u32,
+    ones: u32,
+}
+
+impl Bitmap {
+    /// No shard of `length`.
+    pub fn empty(length: u32) -> Self {
+        Self { bits: vec![0; length.div_ceil(8) as usize], length, ones: 0 }
+    }
+
+    /// Every shard of `length`.
+    pub fn full(length: u32) -> Self {
+        let mut bitmap = Self::empty(length);
+        (0..length).for_each(|shard| {
+            bitmap.insert(shard);
+        });
+        bitmap
+    }
+
+    /// Reads what a peer sent. `None` when the length or the padding is not that of `length` shards.
+    pub fn from_bytes(bytes: &[u8], length: u32) -> Option<Self> {
+        if bytes.len() != length.div_ceil(8) as usize {
+            return None;
+        }
+        let padding_is_zero = match (length % 8, bytes.last()) {
+            (0, _) | (_, None) => true,
+            (used, Some(last)) => last >> used == 0,
+        };
+        let ones = bytes.iter().map(|byte| byte.count_ones()).sum();
+        padding_is_zero.then(|| Self { bits: bytes.to_vec(), length, ones })
+    }
+
+    /// What travels: bit `i % 8` of byte `i / 8` is shard `i`.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bits
+    }
+
+    /// How many shards there are.
+    pub fn length(&self) -> u32 {
+        self.length
+    }
+
+    /// How many shards are in the set.
+    pub fn count(&self) -> u32 {
+        self.ones
+    }
+
+    /// Whether every shard is in the set.
+    pub fn is_full(&self) -> bool {
+        self.ones == self.length
+    }
+
+    /// Whether `shard` is in the set; a number out of range never is.
+    pub fn contains(&self, shard: u32) -> bool {
+        shard < self.length && self.bits[(shard / 8) as usize] >> (shard % 8) & 1 == 1
+    }
+
+    /// Adds `shard`; false when it was there already or is out of range.
+    pub fn insert(&mut self, shard: u32) -> bool {
+        if shard >= self.length || self.contains(shard) {
+            return false;
+        }
+        self.bits[(shard / 8) as usize] |= 1 << (shard % 8);
+        self.ones += 1;
+        true
+    }
+
+    /// Adds every shard of `other`, a set over as many shards.
+    pub fn insert_all(&mut self, other: &Bitmap) {
+        debug_assert_eq!(self.length, other.length, "sets over different objects");
+        self.bits.iter_mut().zip(&other.bits).for_each(|(ours, theirs)| *ours |= theirs);
+        self.ones = self.bits.iter().map(|byte| byte.count_ones()).sum();
+    }
+
+    /// Takes `shard` out; false when it was not there.
+    pub fn remove(&mut self, shard: u32) -> bool {
+        if !self.contains(shard) {
+            return false;
+        }
+        self.bits[(shard / 8) as usize] &= !(1 << (shard % 8));
+        self.ones -= 1;
+        true
+    }
+
+    /// The shards in the set, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..self.length).filter(|shard| self.contains(*shard))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn padding_that_is_not_zero_is_refused() {
+        assert!(Bitmap::from_bytes(&[0b0000_0111], 3).is_some());
+        assert_eq!(Bitmap::from_bytes(&[0b0000_1111], 3), None);
+        assert_eq!(Bitmap::from_bytes(&[0, 0], 3), None);
+        assert_eq!(Bitmap::from_bytes(&[], 0), Some(Bitmap::empty(0)));
+    }
+
+    proptest! {
+        #[test]
+        fn it_agrees_with_a_plain_set(length in 1u32..200, moves in proptest::collection::vec((any::<bool>(), 0u32..220), 0..300)) {
+            let mut bitmap = Bitmap::empty(length);
+            let mut set = std::collections::BTreeSet::new();
+            for (add, shard) in moves {
+                if add {
+                    prop_assert_eq!(bitmap.insert(shard), shard < length && set.insert(shard));
+                } else {
+                    prop_assert_eq!(bitmap.remove(shard), set.remove(&shard));
+                }
+            }
+            prop_assert_eq!(bitmap.count() as usize, set.len());
+            prop_assert!(bitmap.iter().eq(set.iter().copied()));
+            prop_assert_eq!(Bitmap::from_bytes(bitmap.as_bytes(), length), Some(bitmap));
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! Which shard to ask from whom next, when to stop waiting and whom to drop: the fetcher's side of the swarm, as a pure
+//! machine. Answers and the time go in, requests come out.
+//!
+//! Peers that let the asker choose are asked for the rarest shard that they hold and nobody was asked for yet. A peer that
+//! chooses itself (the learner) is asked for any shard but those that are held, on their way, or to be had from peers that
+//! have proved quick. A request that takes much longer than the quickest peer's is doubled elsewhere; one that is not
+//! answered at all costs the peer its place. A bad shard costs it its place for good. Knows nothing of bytes, sockets or
+//! hashes. Invariants: a banned peer is never asked; requests in flight are bounded, per peer and in all.
+
+mod exchange;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use muster_protocol::id::PeerId;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha12Rng;
+
+use crate::bitmap::Bitmap;
+use crate::wire::{Chooser, RequestId};
+
+pub use exchange::{Action, Answer, Ask, Fault, ShardVerdict};
+
+/// Shards asked of a new peer at once; one more for each that it delivers.
+const WINDOW_MIN: usize = 2;
+/// Shards asked of a proven peer at once: hides a round trip without letting one peer hold many shards back.
+const WINDOW_MAX: usize = 8;
+/// Bytes of shards asked for at once, of all peers: what a fetch may hold in memory beyond its object.
+const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
+/// Requests for shards in flight at once, of all peers, however small or large shards are.
+const REQUESTS_MAX: usize = 64;
+const REQUESTS_MIN: usize = 4;
+/// Slowest peer that is waited for, about 16 KiB/s: below it a peer holds back more than it brings.
+const BYTES_PER_MS_MIN: u64 = 16;
+/// A request is doubled elsewhere once it takes this many times as long as the quickest peer's usual one.
+const HEDGE_FACTOR: u64 = 8;
+/// Bounds of that time, and its value before anything was delivered.
+const HEDGE_MS: std::ops::RangeInclusive<u64> = 250..=30_000;
+const HEDGE_MS_AT_FIRST: u64 = 1_000;
+/// How often a peer that lacks something is asked what it has by now: at once after news, ever less without.
+const POLL_MS_MIN: u64 = 20;
+const POLL_MS_MAX: u64 = 500;
+/// Longest wait that a busy peer may ask for: beyond it the peer is of no use anyway.
+const BUSY_MS_MAX: u64 = 30_000;
+
+/// How patient a plan is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// How long any request may take, besides the time that its bytes need at the slowest rate.
+    pub request_ms: u64,
+}
+
+impl Default for Patience {
+    /// 10 s: several round trips of the worst link, and shorter than a person waits before asking what is wrong.
+    fn default() -> Self {
+        Self { request_ms: 10_000 }
+    }
+}
+
+#[derive(Debug)]
+struct Source {
+    held: Bitmap,
+    chooser: Option<Chooser>,
+    /// Shards asked for and not yet answered.
+    pending: usize,
+    is_polled: bool,
+    poll_at_ms: u64,
+    poll_ms: u64,
+    busy_until_ms: u64,
+    /// Good shards since it last refused one.
+    delivered: usize,
+    /// Refusals since its last good shard.
+    refusals: u32,
+    /// Usual time from a request to its shard: an average that forgets.
+    usual_ms: Option<u64>,
+}
+
+impl Source {
+    /// It refused a shard that it said it holds. It is asked ever less until it delivers again: a peer that refuses at once
+    /// whatever it is asked would otherwise keep shards in flight, and so from being asked of others, for ever.
+    fn refuse(&mut self, now_ms: u64) {
+        self.delivered = 0;
+        let wait_ms = POLL_MS_MIN << self.refusals.min(16);
+        self.refusals += 1;
+        self.busy_until_ms = now_ms + wait_ms.min(BUSY_MS_MAX);
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Have,
+    Shard(u32),
+    Any,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    source: PeerId,
+    asked: Asked,
+    asked_at_ms: u64,
+}
+
+/// The fetch of one object.
+#[derive(Debug)]
+pub struct Plan {
+    shard_bytes: u64,
+    patience: Patience,
+    held: Bitmap,
+    /// How many requests for each shard are in flight.
+    in_flight: Vec<u8>,
+    /// How many sources hold each shard.
+    holders: Vec<u16>,
+    sources: BTreeMap<PeerId, Source>,
+    requests: BTreeMap<RequestId, Pending>,
+    next_request: u32,
+    banned: BTreeSet<PeerId>,
+    /// Peers that were dropped as slow; they are asked for one shard at a time.
+    slow: BTreeSet<PeerId>,
+    dropped: Vec<Action>,
+    rng: ChaCha12Rng,
+}
+
+impl Plan {
+    /// The fetch of an object with shards of `shard_bytes`, of which `held` are here.
+    pub fn new(shard_bytes: u32, held: Bitmap, patience: Patience, seed: u64) -> Self {
+        let shards = held.length() as usize;
+        Self {
+            shard_bytes: u64::from(shard_bytes).max(1),
+            patience,
+            held,
+            in_flight: vec![0; shards],
+            holders: vec![0; shards],
+            sources: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            next_request: 0,
+            banned: BTreeSet::new(),
+            slow: BTreeSet::new(),
+            dropped: Vec::new(),
+            rng: ChaCha12Rng::seed_from_u64(seed),
+        }
+    }
+
+    /// Whether every shard is here.
+    pub fn is_finished(&self) -> bool {
+        self.held.is_full()
+    }
+
+    /// How many shards are here.
+    pub fn held_count(&self) -> u32 {
+        self.held.count()
+    }
+
+    /// Requests for shards in flight.
+    pub fn requests_in_flight(&self) -> usize {
+        self.sources.values().map(|source| source.pending).sum()
+    }
+
+    /// Most requests for shards in flight at once.
+    pub fn requests_max(&self) -> usize {
+        let by_bytes = BYTES_IN_FLIGHT_MAX / self.shard_bytes;
+        (by_bytes as usize).clamp(REQUESTS_MIN, REQUESTS_MAX)
+    }
+
+    /// A peer is connected. False when it is banned or known already: it is then not asked.
+    pub fn add_source(&mut self, peer: PeerId, now_ms: u64) -> bool {
+        if self.banned.contains(&peer) || self.sources.contains_key(&peer) {
+            return false;
+        }
+        let source = Source {
+            held: Bitmap::empty(self.held.length()),
+            chooser: None,
+            pending: 0,
+            is_polled: false,
+            poll_at_ms: now_ms,
+            poll_ms: POLL_MS_MIN,
+            busy_until_ms: now_ms,
+            delivered: 0,
+            refusals: 0,
+            usual_ms: None,
+        };
+        self.sources.insert(peer, source);
+        true
+    }
+
+    /// A peer is gone: what it was asked for may be asked elsewhere.
+    pub fn remove_source(&mut self, peer: &PeerId) {
+        let Some(source) = self.sources.remove(peer) else { return };
+        source.held.iter().for_each(|shard| self.holders[shard as usize] -= 1);
+        let requests = std::mem::take(&mut self.requests);
+        for (request, pending) in requests {
+            match (pending.source == *peer, pending.asked) {
+                (false, _) => {
+                    self.requests.insert(request, pending);
+                }
+                (true, Asked::Shard(shard)) => self.in_flight[shard as usize] -= 1,
+                (true, Asked::Have | Asked::Any) => {}
+            }
+        }
+    }
+
+    /// Takes an answer in.
+    pub fn on_answer(&mut self, peer: PeerId, answer: Answer, now_ms: u64) {
+        if let Answer::Shard { shard, verdict: ShardVerdict::Bad, .. } = answer {
+            self.banned.insert(peer);
+            return self.drop_source(peer, Fault::BadShard { shard });
+        }
+        // A good shard counts even when it comes from a peer that was given up a moment ago.
+        if let Answer::Shard { shard, .. } = answer {
+            self.held.insert(shard);
+        }
+        if !self.sources.contains_key(&peer) {
+            return;
+        }
+        let Some(pending) = self.release(peer, answer.request()) else {
+            return self.drop_source(peer, Fault::Protocol { problem: "an answer to no request" });
+        };
+        match (answer, pending.asked) {
+            (Answer::Held { shards, chooser, .. }, Asked::Have) => {
+                self.on_held(peer, &shards, chooser, now_ms);
+            }
+            (Answer::Shard { shard, .. }, Asked::Shard(asked)) if asked == shard => {
+                self.on_shard(peer, pending, now_ms);
+            }
+            (Answer::Shard { .. }, Asked::Any) => self.on_shard(peer, pending, now_ms),
+            (Answer::Missing { .. }, asked) => self.on_missing(peer, asked, now_ms),
+            (Answer::Busy { retry_ms, holders, .. }, Asked::Shard(_) | Asked::Any) => {
+                self.on_busy(peer, retry_ms, &holders, now_ms);
+            }
+            _ => self.drop_source(peer, Fault::Protocol { problem: "an answer to another request" }),
+        }
+    }
+
+    /// What to do now.
+    pub fn decide(&mut self, now_ms: u64) -> Vec<Action> {
+        self.expire(now_ms);
+        let mut actions = std::mem::take(&mut self.dropped);
+        if self.is_finished() {
+            return actions;
+        }
+        let peers: Vec<PeerId> = self.sources.keys().copied().collect();
+        // One request each and turn, so that the first peer does not take every shard.
+        loop {
+            let before = actions.len();
+            for peer in &peers {
+                if let Some(ask) = self.next_ask(peer, now_ms) {
+                    let request = self.record(*peer, &ask, now_ms);
+                    actions.push(Action::Ask { source: *peer, request, ask });
+                }
+            }
+            if actions.len() == before {
+                break;
+            }
+        }
+        debug_assert!(self.requests_in_flight() <= self.requests_max());
+        actions
+    }
+
+    /// When [`Self::decide`] may have something to do though nothing was answered.
+    pub fn wake_at_ms(&self, now_ms: u64) -> Option<u64> {
+        let (hedge_ms, timeout_ms) = (self.hedge_ms(), self.timeout_ms());
+        let requests = self
+            .requests
+            .values()
+            .flat_map(|pending| [pending.asked_at_ms + hedge_ms, pending.asked_at_ms + timeout_ms]);
+        let sources = self.sources.values().flat_map(|source| {
+            let poll = (!source.is_polled && !source.held.is_full()).then_some(source.poll_at_ms);
+            [poll, Some(source.busy_until_ms)].into_iter().flatten()
+        });
+        requests.chain(sources).filter(|at_ms| *at_ms > now_ms).min()
+    }
+
+    fn next_ask(&mut self, peer: &PeerId, now_ms: u64) -> Option<Ask> {
+        let source = self.sources.get(peer)?;
+        if !source.is_polled && !source.held.is_full() && source.poll_at_ms <= now_ms {
+            return Some(Ask::Have);
+        }
+        let chooser = source.chooser?;
+        let no_room = source.pending >= self.window(peer, source)
+            || self.requests_in_flight() >= self.requests_max();
+        if no_room || source.busy_until_ms > now_ms {
+            return None;
+        }
+        match chooser {
+            Chooser::Asker => self.rarest(peer).or_else(|| self.overdue(peer, now_ms)).map(Ask::Shard),
+            Chooser::Holder => self.any_but(now_ms).map(Ask::AnyBut),
+        }
+    }
+
+    fn window(&self, peer: &PeerId, source: &Source) -> usize {
+        match self.slow.contains(peer) {
+            true => 1,
+            false => (WINDOW_MIN + source.delivered).min(WINDOW_MAX),
+        }
+    }
+
+    /// Of the shards that this peer holds and nobody was asked for, the one that fewest hold; which of several is drawn,
+    /// so that peers which start together do not all fetch the same.
+    fn rarest(&mut self, peer: &PeerId) -> Option<u32> {
+        let source = self.sources.get(peer)?;
+        let (mut best, mut fewest, mut ties) = (None, u16::MAX, 0u32);
+        for shard in source.held.iter() {
+            let (index, holders) = (shard as usize, self.holders[shard as usize]);
+            if self.held.contains(shard) || self.in_flight[index] > 0 || holders > fewest {
+                continue;
+            }
+            ties = if holders < fewest { 1 } else { ties + 1 };
+            fewest = holders;
+            if self.rng.random_range(0..ties) == 0 {
+                best = Some(shard);
+            }
+        }
+        best
+    }
+
+    /// A shard that another peer is overdue with, asked once and held by this one.
+    fn overdue(&self, peer: &PeerId, now_ms: u64) -> Option<u32> {
+        let source = self.sources.get(peer)?;
+        let hedge_ms = self.hedge_ms();
+        let overdue = self.requests.values().filter_map(|pending| match pending.asked {
+            Asked::Shard(shard)
+                if pending.source != *peer
+                    && pending.asked_at_ms + hedge_ms <= now_ms
+                    && self.in_flight[shard as usize] == 1
+                    && !self.held.contains(shard)
+                    && source.held.contains(shard) =>
+            {
+                Some((pending.asked_at_ms, shard))
+            }
+            _ => None,
+        });
+        overdue.min().map(|(_, shard)| shard)
+    }
+
+    /// What is not needed from a peer that chooses; `None` when that is everything.
+    fn any_but(&self, now_ms: u64) -> Option<Bitmap> {
+        let hedge_ms = self.hedge_ms();
+        let overdue: BTreeSet<PeerId> = self
+            .requests
+            .values()
+            .filter(|pending| pending.asked_at_ms + hedge_ms <= now_ms)
+            .map(|pending| pending.source)
+            .collect();
+        let mut except = self.held.clone();
+        let quick = self.sources.iter().filter(|(peer, source)| {
+            let is_proven = source.delivered > 0 && source.chooser == Some(Chooser::Asker);
+            is_proven && !overdue.contains(peer) && !self.slow.contains(peer)
+        });
+        quick.for_each(|(_, source)| except.insert_all(&source.held));
+        let mut asked_any = 0;
+        for pending in self.requests.values().filter(|pending| !overdue.contains(&pending.source)) {
+            match pending.asked {
+                Asked::Shard(shard) => {
+                    except.insert(shard);
+                }
+                Asked::Any => asked_any += 1,
+                Asked::Have => {}
+            }
+        }
+        // Each request in flight for any shard will bring one of the rest.
+        (except.length() - except.count() > asked_any).then_some(except)
+    }
+
+    fn hedge_ms(&self) -> u64 {
+        let quickest = self.sources.values().filter_map(|source| source.usual_ms).min();
+        quickest.map_or(HEDGE_MS_AT_FIRST, |usual_ms| {
+            (HEDGE_FACTOR * usual_ms).clamp(*HEDGE_MS.start(), *HEDGE_MS.end())
+        })
+    }
+
+    fn timeout_ms(&self) -> u64 {
+        self.patience.request_ms + WINDOW_MAX as u64 * self.shard_bytes / BYTES_PER_MS_MIN
+    }
+
+    fn record(&mut self, peer: PeerId, ask: &Ask, now_ms: u64) -> RequestId {
+        let request = RequestId(self.next_request);
+        self.next_request = self.next_request.wrapping_add(1);
+        let asked = match ask {
+            Ask::Have => Asked::Have,
+            Ask::Shard(shard) => Asked::Shard(*shard),
+            Ask::AnyBut(_) => Asked::Any,
+        };
+        if let Asked::Shard(shard) = asked {
+            self.in_flight[shard as usize] += 1;
+        }
+        if let Some(source) = self.sources.get_mut(&peer) {
+            match asked {
+                Asked::Have => source.is_polled = true,
+                Asked::Shard(_) | Asked::Any => source.pending += 1,
+            }
+        }
+        self.requests.insert(request, Pending { source: peer, asked, asked_at_ms: now_ms });
+        request
+    }
+
+    /// Takes a request out of flight, if this peer was asked it.
+    fn release(&mut self, peer: PeerId, request: RequestId) -> Option<Pending> {
+        let pending = *self.requests.get(&request).filter(|pending| pending.source == peer)?;
+        self.requests.remove(&request);
+        if let Asked::Shard(shard) = pending.asked {
+            self.in_flight[shard as usize] -= 1;
+        }
+        let source = self.sources.get_mut(&peer)?;
+        match pending.asked {
+            Asked::Have => source.is_polled = false,
+            Asked::Shard(_) | Asked::Any => source.pending -= 1,
+        }
+        Some(pending)
+    }
+
+    fn on_held(&mut self, peer: PeerId, shards: &[u8], chooser: Chooser, now_ms: u64) {
+        let Some(held) = Bitmap::from_bytes(shards, self.held.length()) else {
+            let problem = "a bitmap of another length";
+            return self.drop_source(peer, Fault::Protocol { problem });
+        };
+        let Some(source) = self.sources.get_mut(&peer) else { return };
+        let has_news = held.count() > source.held.count();
+        source.held.iter().for_each(|shard| self.holders[shard as usize] -= 1);
+        held.iter().for_each(|shard| self.holders[shard as usize] += 1);
+        source.held = held;
+        source.chooser = Some(chooser);
+        source.poll_ms = if has_news { POLL_MS_MIN } else { (2 * source.poll_ms).min(POLL_MS_MAX) };
+        source.poll_at_ms = now_ms + source.poll_ms;
+    }
+
+    fn on_shard(&mut self, peer: PeerId, pending: Pending, now_ms: u64) {
+        let Some(source) = self.sources.get_mut(&peer) else { return };
+        let took_ms = now_ms.saturating_sub(pending.asked_at_ms);
+        source.usual_ms = Some(source.usual_ms.map_or(took_ms, |usual_ms| (3 * usual_ms + took_ms) / 4));
+        source.delivered = source.delivered.saturating_add(1);
+        source.refusals = 0;
+        self.slow.remove(&peer);
+    }
+
+    fn on_missing(&mut self, peer: PeerId, asked: Asked, now_ms: u64) {
+        let Some(source) = self.sources.get_mut(&peer) else { return };
+        match asked {
+            Asked::Shard(shard) => {
+                source.refuse(now_ms);
+                if source.held.remove(shard) {
+                    self.holders[shard as usize] -= 1;
+                }
+            }
+            Asked::Have => {}
+            Asked::Any => source.busy_until_ms = now_ms + POLL_MS_MAX,
+        }
+        source.poll_ms = (2 * source.poll_ms).min(POLL_MS_MAX);
+        source.poll_at_ms = now_ms + source.poll_ms;
+    }
+
+    fn on_busy(&mut self, peer: PeerId, retry_ms: u32, holders: &[PeerId], now_ms: u64) {
+        if let Some(source) = self.sources.get_mut(&peer) {
+            if source.chooser == Some(Chooser::Asker) {
+                source.refuse(now_ms);
+            }
+            let wait_ms = u64::from(retry_ms).clamp(POLL_MS_MIN, BUSY_MS_MAX);
+            source.busy_until_ms = source.busy_until_ms.max(now_ms + wait_ms);
+        }
+        // They were sent it a moment ago: what they said they hold is out of date.
+        for holder in holders {
+            if let Some(source) = self.sources.get_mut(holder) {
+                source.poll_at_ms = source.poll_at_ms.min(now_ms);
+                source.poll_ms = POLL_MS_MIN;
+            }
+        }
+    }
+
+    fn expire(&mut self, now_ms: u64) {
+        let timeout_ms = self.timeout_ms();
+        let late: BTreeSet<PeerId> = self
+            .requests
+            .values()
+            .filter(|pending| pending.asked_at_ms + timeout_ms <= now_ms)
+            .map(|pending| pending.source)
+            .collect();
+        for peer in late {
+            self.slow.insert(peer);
+            self.drop_source(peer, Fault::Slow { waited_ms: timeout_ms });
+        }
+    }
+
+    fn drop_source(&mut self, peer: PeerId, fault: Fault) {
+        self.remove_source(&peer);
+        self.dropped.push(Action::Drop { source: peer, fault });
+    }
+}
+
+#[cfg(test)]
+mod tests;

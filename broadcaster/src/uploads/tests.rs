@@ -1,0 +1,139 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const OBJECT: ObjectId = ObjectId([9; 32]);
+
+fn peer(number: u8) -> PeerId {
+    PeerId([number; 32])
+}
+
+/// Asks and, if it is sent, finishes at once.
+fn ask(uploads: &mut Uploads, now_ms: u64, number: u8, got: &mut Bitmap) -> Decision {
+    let held = Bitmap::full(got.length());
+    let decision = uploads.decide(now_ms, peer(number), OBJECT, &held, Wanted::AnyBut(got));
+    if let Decision::Send { shard } = decision {
+        uploads.finish(now_ms, &peer(number), &OBJECT, shard, Outcome::Sent);
+        assert!(got.insert(shard));
+    }
+    decision
+}
+
+#[test]
+fn the_first_pass_sends_every_shard_once_whoever_asks() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let mut got = [Bitmap::empty(10), Bitmap::empty(10), Bitmap::empty(10)];
+    for turn in 0..10 {
+        let who = turn % 3;
+        let decision = ask(&mut uploads, 5, who as u8, &mut got[who]);
+        assert!(matches!(decision, Decision::Send { .. }));
+    }
+    assert_eq!(got.iter().map(Bitmap::count).sum::<u32>(), 10);
+    let Decision::Busy { retry_ms, holders } = ask(&mut uploads, 105, 0, &mut got[0]) else {
+        panic!("a second copy before the grace has passed")
+    };
+    assert_eq!(retry_ms, 200);
+    assert!(holders == [peer(1)] || holders == [peer(2)], "{holders:?}");
+}
+
+#[test]
+fn a_peer_alone_among_the_dead_gets_everything_after_one_grace() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let (mut dead, mut alive) = (Bitmap::empty(10), Bitmap::empty(10));
+    while !dead.is_full() {
+        ask(&mut uploads, 0, 1, &mut dead);
+    }
+    for _ in 0..10 {
+        assert!(matches!(ask(&mut uploads, GRACE_MS_MIN, 2, &mut alive), Decision::Send { .. }));
+    }
+    assert!(alive.is_full());
+}
+
+#[test]
+fn the_grace_is_as_long_as_the_first_pass_took() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let mut first = Bitmap::empty(2);
+    ask(&mut uploads, 1_000, 1, &mut first);
+    ask(&mut uploads, 6_000, 1, &mut first);
+    let waiting = ask(&mut uploads, 7_000, 2, &mut Bitmap::empty(2));
+    assert!(matches!(waiting, Decision::Busy { retry_ms: 4_000, .. }), "{waiting:?}");
+}
+
+#[test]
+fn a_peer_that_asks_again_for_what_it_got_waits_longer_than_others() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let (held, nothing) = (Bitmap::full(1), Bitmap::empty(1));
+    let mut decide = |now_ms, number| {
+        uploads.decide(now_ms, peer(number), OBJECT, &held, Wanted::AnyBut(&nothing))
+    };
+    assert_eq!(decide(0, 1), Decision::Send { shard: 0 });
+    assert!(matches!(decide(GRACE_MS_MIN, 1), Decision::Busy { .. }));
+    assert_eq!(decide(GRACE_MS_MIN, 2), Decision::Send { shard: 0 });
+    assert_eq!(decide(10 * REPEAT_MS, 1), Decision::Send { shard: 0 });
+}
+
+#[test]
+fn a_shard_that_did_not_leave_counts_as_never_sent() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let held = Bitmap::full(1);
+    let decision = uploads.decide(0, peer(1), OBJECT, &held, Wanted::Shard(0));
+    assert_eq!(decision, Decision::Send { shard: 0 });
+    uploads.finish(0, &peer(1), &OBJECT, 0, Outcome::Failed);
+    for number in [1, 2] {
+        let again = uploads.decide(1, peer(number), OBJECT, &held, Wanted::Shard(0));
+        assert_eq!(again, Decision::Send { shard: 0 });
+        uploads.finish(1, &peer(number), &OBJECT, 0, Outcome::Failed);
+    }
+}
+
+#[test]
+fn what_is_not_held_is_missing() {
+    let mut uploads = Uploads::new(Sharing::OnDemand);
+    let mut held = Bitmap::empty(4);
+    held.insert(2);
+    let mut decide = |wanted| uploads.decide(0, peer(1), OBJECT, &held, wanted);
+    assert_eq!(decide(Wanted::Shard(1)), Decision::Missing);
+    assert_eq!(decide(Wanted::Shard(99)), Decision::Missing);
+    assert_eq!(decide(Wanted::AnyBut(&held)), Decision::Missing);
+    assert_eq!(decide(Wanted::AnyBut(&Bitmap::empty(4))), Decision::Send { shard: 2 });
+}
+
+proptest! {
+    /// Peers that never pass anything on, some of which ask for everything again and again.
+    #[test]
+    fn every_peer_finishes_from_the_learner_alone(
+        shards in 1u32..40,
+        honest in 1u8..8,
+        greedy in 0u8..4,
+        step_ms in 1u64..200,
+    ) {
+        let mut uploads = Uploads::new(Sharing::FirstCopies);
+        let held = Bitmap::full(shards);
+        let nothing = Bitmap::empty(shards);
+        let mut got: Vec<Bitmap> = (0..honest).map(|_| Bitmap::empty(shards)).collect();
+        let (mut now_ms, mut sent) = (0, vec![0u64; shards as usize]);
+        while got.iter().any(|bitmap| !bitmap.is_full()) {
+            for number in 0..greedy {
+                let who = peer(100 + number);
+                let decision = uploads.decide(now_ms, who, OBJECT, &held, Wanted::AnyBut(&nothing));
+                if let Decision::Send { shard } = decision {
+                    uploads.finish(now_ms, &who, &OBJECT, shard, Outcome::Sent);
+                    sent[shard as usize] += 1;
+                }
+            }
+            for (number, bitmap) in got.iter_mut().enumerate() {
+                if let Decision::Send { shard } = ask(&mut uploads, now_ms, number as u8, bitmap) {
+                    sent[shard as usize] += 1;
+                }
+            }
+            if now_ms < GRACE_MS_MIN {
+                prop_assert!(sent.iter().all(|copies| *copies <= 1), "a second copy within the grace");
+            }
+            now_ms += step_ms;
+            // A greedy peer gets a pass each time its wait has doubled, so a handful of rounds each.
+            let rounds = u64::from(honest) + 8 * u64::from(greedy) + 2;
+            let bound_ms = rounds * GRACE_MS_MIN * 8 + step_ms * u64::from(shards) * rounds;
+            prop_assert!(now_ms < 2 * bound_ms, "still not finished at {now_ms} ms");
+        }
+    }
+}
