@@ -11,10 +11,13 @@
 pub mod bus;
 pub mod clock;
 pub mod credentials;
+pub mod desk;
 pub mod envelope;
 pub mod id;
 pub mod identity;
 pub mod limits;
 pub mod message;
+pub mod nats_server;
+mod os;
 pub mod seed;
 pub mod subject;

@@ -1,1 +1,505 @@
+//! The bus over NATS JetStream.
+//!
+//! A call either ends with the server's word or with an error soon: what is sent while the server is away would pile up
+//! unseen in the client library, a refused permission would look like a request that nobody answers, and a subscription
+//! would be believed before the server has it. So every call first waits for the connection, listens for a refusal while
+//! it waits for its answer, and asks for the server's echo where there is no answer to wait for.
+//!
+//! After a lost connection the library connects again by itself, for ever, at pauses drawn evenly up to a bound that
+//! doubles to 30 s; what was listened to before is listened to again. Refused credentials end it for good.
 
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, Message, Subscriber};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use self::api::Wire;
+use self::link::{Link, Use, refused_credentials};
+use self::streams::Streams;
+use super::inbox::{self, Pushed, Writer};
+use super::{
+    Bus, BusError, DURABLE_TIMEOUT, Delivery, Enqueued, Heard, QueueBounds, Record, Request,
+    Requests, Responder, SharedBus, StreamState, Subscription, check_key, check_size,
+};
+use crate::id::RunId;
+use crate::limits::{INBOX_MESSAGES_MAX, PAYLOAD_BYTES_MAX};
+use crate::subject::{Log, Queue, Subject, Subjects};
+
+mod api;
+mod delivery;
+mod link;
+mod streams;
+
+/// The oldest server whose answers are understood: batched reads of a log came with it.
+const SERVER_VERSION_MIN: (i64, i64, i64) = (2, 11, 0);
+/// How long one attempt to connect may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often a silent connection is tried; after two lost answers it is given up.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
+/// How long closing waits for what was published to leave.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the word of a refusal may take from the library's reader to the task that reports it.
+const REPORT_PAUSE: Duration = Duration::from_millis(2);
+/// The group in which everybody who serves a subject takes turns.
+const SERVERS: &str = "muster";
+
+/// How to reach a run's bus.
+#[derive(Clone)]
+pub struct NatsConfig {
+    /// Servers, such as `nats://127.0.0.1:4222`: one, or the members of a cluster.
+    pub urls: Vec<String>,
+    /// The run.
+    pub run: RunId,
+    /// The secret of the nkey that logs in, `SU…`.
+    pub login_seed: String,
+    /// What the connection is called in the server's lists.
+    pub name: String,
+    /// Other bounds of the queues than their own, used when they are made.
+    pub bounds: QueueBounds,
+    /// Servers that hold each stream, used when it is made: 1, or 3 in a cluster.
+    pub replicas: usize,
+}
+
+impl NatsConfig {
+    /// One server, the queues' own bounds, no replication.
+    pub fn new(url: &str, run: &RunId, login_seed: &str, name: &str) -> Self {
+        Self {
+            urls: vec![url.to_owned()],
+            run: run.clone(),
+            login_seed: login_seed.to_owned(),
+            name: name.to_owned(),
+            bounds: QueueBounds::default(),
+            replicas: 1,
+        }
+    }
+}
+
+impl fmt::Debug for NatsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let servers = shown(&self.urls);
+        write!(
+            f,
+            "NatsConfig({} as {} at {servers}, seed secret)",
+            self.run, self.name
+        )
+    }
+}
+
+/// A connection to a run's bus over NATS.
+pub struct NatsBus {
+    wire: Wire,
+    streams: Arc<Streams>,
+    /// Tasks that carry messages from the client library to readers.
+    forwarders: TaskTracker,
+    shutdown: CancellationToken,
+    /// Ends the forwarders of a bus that was dropped without being closed.
+    _shutdown_on_drop: DropGuard,
+}
+
+impl NatsBus {
+    /// Connects and logs in. Fails within seconds when no server answers.
+    ///
+    /// # Errors
+    /// [`BusError::Closed`] with the server's address, the reason and the way out.
+    pub async fn connect(config: NatsConfig) -> Result<SharedBus, BusError> {
+        let servers = shown(&config.urls);
+        let user = nkeys::KeyPair::from_seed(&config.login_seed)
+            .map(|pair| pair.public_key())
+            .ok()
+            .filter(|user| user.starts_with('U'))
+            .ok_or_else(|| {
+                let name = &config.name;
+                BusError::Closed(format!(
+                    "the login seed of {name} is not the seed of an nkey user (SU…): take it from the run's credentials"
+                ))
+            })?;
+        let link = Arc::new(Link::new(user.clone(), servers));
+        let client = options(&config, &link).connect(&config.urls[..]).await;
+        let client = client.map_err(|error| unreachable(&error, &link))?;
+        let (major, minor, patch) = SERVER_VERSION_MIN;
+        if !client.is_server_compatible(major, minor, patch) {
+            let version = client.server_info().version;
+            return Err(BusError::Closed(format!(
+                "the NATS server at {} is version {version}, older than {major}.{minor}: run ./setup, or start a newer one",
+                link.servers
+            )));
+        }
+        let wire = Wire { client, link };
+        let subjects = Subjects::of(&config.run);
+        let streams = Streams::new(wire.clone(), subjects, config.bounds, config.replicas);
+        let shutdown = CancellationToken::new();
+        Ok(Arc::new(Self {
+            wire,
+            streams: Arc::new(streams),
+            forwarders: TaskTracker::new(),
+            _shutdown_on_drop: shutdown.clone().drop_guard(),
+            shutdown,
+        }))
+    }
+
+    /// Returns when the server has seen everything that was sent before, and its refusals have come.
+    async fn sync(&self) -> Result<(), BusError> {
+        let link = &self.wire.link;
+        let sync = Subjects::sync(&link.user);
+        match self
+            .wire
+            .request(sync.as_str(), None, Bytes::new(), DURABLE_TIMEOUT)
+            .await
+        {
+            // Nobody may listen there: the refusal is the echo.
+            Ok(_) | Err(BusError::NoResponders { .. } | BusError::Denied { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Fails when the server has refused `pattern` by now.
+    async fn confirm_subscription(&self, pattern: &Subject) -> Result<(), BusError> {
+        self.sync().await?;
+        // The refusal overtook the echo, but another task reports it.
+        tokio::time::sleep(REPORT_PAUSE).await;
+        if self.wire.link.was_denied(Use::Subscribe, pattern.as_str()) {
+            return Err(BusError::Denied {
+                subject: pattern.as_str().to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Waits for the connection before anything is handed to the library.
+    async fn ready(&self, subject: &Subject) -> Result<(), BusError> {
+        let Wire { client, link } = &self.wire;
+        link.ready(client, subject.as_str(), DURABLE_TIMEOUT)
+            .await
+            .map(|_| ())
+    }
+}
+
+fn options(config: &NatsConfig, link: &Arc<Link>) -> ConnectOptions {
+    let (on_event, on_attempt) = (link.clone(), link.clone());
+    ConnectOptions::with_nkey(config.login_seed.clone())
+        .name(&config.name)
+        .custom_inbox_prefix(Subjects::inbox_prefix(&link.user))
+        .connection_timeout(CONNECT_TIMEOUT)
+        .ping_interval(PING_INTERVAL)
+        .request_timeout(None)
+        .subscription_capacity(INBOX_MESSAGES_MAX)
+        .reconnect_delay_callback(move |attempts| on_attempt.reconnect_pause(attempts))
+        .event_callback(move |event| {
+            on_event.on_event(&event);
+            std::future::ready(())
+        })
+}
+
+/// The addresses without the secrets that a URL may hold.
+fn shown(urls: &[String]) -> String {
+    let shown = urls
+        .iter()
+        .map(|url| match (url.split_once("://"), url.rsplit_once('@')) {
+            (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{host}"),
+            (None, Some((_, host))) => host.to_owned(),
+            (_, None) => url.clone(),
+        });
+    shown.collect::<Vec<_>>().join(", ")
+}
+
+fn unreachable(error: &ConnectError, link: &Link) -> BusError {
+    let servers = &link.servers;
+    BusError::Closed(match error.kind() {
+        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
+            refused_credentials(&link.user, servers)
+        }
+        ConnectErrorKind::ServerParse => {
+            format!("`{servers}` is not an address of a NATS server: write it as nats://host:4222")
+        }
+        kind => {
+            // The library's own sentence repeats its kind in front of the reason.
+            let reason = std::error::Error::source(error)
+                .map_or_else(|| kind.to_string(), ToString::to_string);
+            format!(
+                "no NATS server answers at {servers} ({reason}): start it, or give the address of one that runs"
+            )
+        }
+    })
+}
+
+impl fmt::Debug for NatsBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Link { user, servers, .. } = &*self.wire.link;
+        write!(
+            f,
+            "NatsBus({user} at {servers}, {} lost)",
+            self.wire.link.news_lost()
+        )
+    }
+}
+
+#[async_trait]
+impl Bus for NatsBus {
+    fn user(&self) -> &str {
+        &self.wire.link.user
+    }
+
+    async fn publish(&self, subject: &Subject, payload: Bytes) -> Result<(), BusError> {
+        check_size(subject.as_str(), &payload, PAYLOAD_BYTES_MAX)?;
+        self.ready(subject).await?;
+        let denied = || BusError::Denied {
+            subject: subject.as_str().to_owned(),
+        };
+        if self.wire.link.was_denied(Use::Publish, subject.as_str()) {
+            return Err(denied());
+        }
+        let sent = self
+            .wire
+            .client
+            .publish(subject.as_str().to_owned(), payload)
+            .await;
+        sent.map_err(|error| not_sent(subject, &error))?;
+        self.sync().await?;
+        // The refusal overtook the echo, but another task reports it; should it be late, the next call tells.
+        tokio::task::yield_now().await;
+        if self.wire.link.was_denied(Use::Publish, subject.as_str()) {
+            return Err(denied());
+        }
+        Ok(())
+    }
+
+    async fn subscribe(&self, pattern: &Subject) -> Result<Subscription, BusError> {
+        self.ready(pattern).await?;
+        let subscribed = self
+            .wire
+            .client
+            .subscribe(pattern.as_str().to_owned())
+            .await;
+        let subscriber = subscribed.map_err(|error| not_sent(pattern, &error))?;
+        self.confirm_subscription(pattern).await?;
+        let (writer, inbox) = inbox::channel();
+        let forwarder = NewsForwarder {
+            pattern: pattern.clone(),
+            subscriber,
+            writer,
+            link: self.wire.link.clone(),
+        };
+        self.forwarders.spawn(forwarder.run(self.shutdown.clone()));
+        Ok(Subscription { inbox })
+    }
+
+    async fn request(
+        &self,
+        subject: &Subject,
+        payload: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, BusError> {
+        check_size(subject.as_str(), &payload, PAYLOAD_BYTES_MAX)?;
+        self.wire
+            .request(subject.as_str(), None, payload, timeout)
+            .await
+    }
+
+    async fn serve(&self, pattern: &Subject) -> Result<Requests, BusError> {
+        self.ready(pattern).await?;
+        let Wire { client, link } = &self.wire;
+        let subscribed = client
+            .queue_subscribe(pattern.as_str().to_owned(), SERVERS.to_owned())
+            .await;
+        let subscriber = subscribed.map_err(|error| not_sent(pattern, &error))?;
+        self.confirm_subscription(pattern).await?;
+        let (sender, inbox) = mpsc::channel(INBOX_MESSAGES_MAX);
+        let forwarder = RequestForwarder {
+            pattern: pattern.clone(),
+            subscriber,
+            sender,
+            wire: Wire {
+                client: client.clone(),
+                link: link.clone(),
+            },
+        };
+        self.forwarders.spawn(forwarder.run(self.shutdown.clone()));
+        Ok(Requests { inbox })
+    }
+
+    async fn create_streams(&self) -> Result<(), BusError> {
+        self.streams.create().await
+    }
+
+    async fn enqueue(&self, queue: Queue, key: &str, payload: Bytes) -> Result<Enqueued, BusError> {
+        check_key(key)?;
+        check_size(queue.token(), &payload, queue.limits().message_bytes_max)?;
+        self.streams.enqueue(queue, key, payload).await
+    }
+
+    async fn take(
+        &self,
+        queue: Queue,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<Delivery>, BusError> {
+        self.streams.take(queue, max, wait).await
+    }
+
+    async fn reclaim(&self, queue: Queue) -> Result<(), BusError> {
+        self.streams.reclaim(queue).await
+    }
+
+    async fn queue_state(&self, queue: Queue) -> Result<StreamState, BusError> {
+        self.streams.state(queue.token()).await
+    }
+
+    async fn append(
+        &self,
+        log: Log,
+        key: &str,
+        expected_last: Option<u64>,
+        payload: Bytes,
+    ) -> Result<Enqueued, BusError> {
+        check_key(key)?;
+        check_size(log.token(), &payload, log.limits().message_bytes_max)?;
+        self.streams.append(log, key, expected_last, payload).await
+    }
+
+    async fn read(&self, log: Log, after: u64, max: usize) -> Result<Vec<Record>, BusError> {
+        self.streams.read(log, after, max).await
+    }
+
+    async fn last(&self, log: Log) -> Result<Option<Record>, BusError> {
+        self.streams.last(log).await
+    }
+
+    async fn close(&self) {
+        let Wire { client, link } = &self.wire;
+        if link.is_up()
+            && tokio::time::timeout(FLUSH_TIMEOUT, client.flush())
+                .await
+                .is_err()
+        {
+            tracing::warn!("what was published last may not have reached the NATS server");
+        }
+        link.close();
+        self.shutdown.cancel();
+        self.forwarders.close();
+        self.forwarders.wait().await;
+        if let Err(error) = client.drain().await {
+            tracing::debug!(%error, "NATS connection was closed already");
+        }
+    }
+}
+
+fn not_sent(subject: &Subject, error: &dyn fmt::Display) -> BusError {
+    BusError::Server(format!("nothing sent on {subject}: {error}"))
+}
+
+/// Carries news from the library to one subscription.
+struct NewsForwarder {
+    pattern: Subject,
+    subscriber: Subscriber,
+    writer: Writer<Heard>,
+    link: Arc<Link>,
+}
+
+impl NewsForwarder {
+    /// Ends with the bus, with its reader, and with a refusal that comes late.
+    async fn run(mut self, shutdown: CancellationToken) {
+        loop {
+            tokio::select! {
+                biased; // ends first, so that a flood cannot starve them
+                () = shutdown.cancelled() => break,
+                () = self.writer.closed() => break,
+                _ = self.link.denied(Use::Subscribe, self.pattern.as_str()) => break,
+                message = self.subscriber.next() => match message {
+                    Some(message) => self.on_message(message),
+                    None => break,
+                },
+            }
+        }
+    }
+
+    fn on_message(&self, message: Message) {
+        let subject = Subject::from(message.subject.to_string());
+        let heard = Heard {
+            subject,
+            payload: message.payload,
+        };
+        if self.writer.push(heard) == Pushed::Evicted {
+            self.link.on_lost_news("a subscription's inbox was full");
+        }
+    }
+}
+
+/// Carries requests from the library to one server of them.
+struct RequestForwarder {
+    pattern: Subject,
+    subscriber: Subscriber,
+    sender: mpsc::Sender<Request>,
+    wire: Wire,
+}
+
+impl RequestForwarder {
+    /// Ends with the bus, with its reader, and with a refusal that comes late.
+    async fn run(mut self, shutdown: CancellationToken) {
+        loop {
+            tokio::select! {
+                biased; // ends first, so that a flood cannot starve them
+                () = shutdown.cancelled() => break,
+                () = self.sender.closed() => break,
+                _ = self.wire.link.denied(Use::Subscribe, self.pattern.as_str()) => break,
+                message = self.subscriber.next() => match message {
+                    Some(message) => self.on_message(message),
+                    None => break,
+                },
+            }
+        }
+    }
+
+    /// Hands a request on, unless its answer would be published on somebody else's behalf.
+    fn on_message(&self, message: Message) {
+        let asker = message.subject.rsplit('.').next().unwrap_or_default();
+        let own_inbox = message
+            .reply
+            .filter(|reply| Subjects::is_inbox_of(asker, reply.as_str()));
+        let Some(reply) = own_inbox else {
+            tracing::debug!(
+                asker,
+                "request dropped: its answer would not go to its asker's inbox"
+            );
+            return;
+        };
+        let subject = Subject::from(message.subject.to_string());
+        let responder = NatsResponder {
+            wire: self.wire.clone(),
+            reply,
+        };
+        let request = Request {
+            subject,
+            payload: message.payload,
+            responder: Box::new(responder),
+        };
+        if self.sender.try_send(request).is_err() {
+            self.wire.link.on_lost_news("a server's inbox was full");
+        }
+    }
+}
+
+struct NatsResponder {
+    wire: Wire,
+    reply: async_nats::Subject,
+}
+
+#[async_trait]
+impl Responder for NatsResponder {
+    async fn reply(self: Box<Self>, payload: Bytes) {
+        let Wire { client, link } = &self.wire;
+        if let Err(error) = check_size(self.reply.as_str(), &payload, PAYLOAD_BYTES_MAX) {
+            tracing::error!(%error, "answer not sent");
+        } else if !link.is_up() {
+            tracing::debug!("answer not sent: the NATS server is away, and its asker with it");
+        } else if let Err(error) = client.publish(self.reply, payload).await {
+            tracing::warn!(%error, "answer not sent");
+        }
+    }
+}

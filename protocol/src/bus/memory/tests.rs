@@ -41,7 +41,7 @@ async fn small_swarm(config: MemoryConfig) -> ([u8; 32], Duration, MemoryCounter
                     .enqueue(Queue::Intake, &served.to_string(), text("q"))
                     .await;
                 request.reply(text(&format!("{served} {queued:?}"))).await;
-                if served % 10 == 0 {
+                if served.is_multiple_of(10) {
                     dispatch
                         .publish(&subjects.news(Log::Versions), text("news"))
                         .await

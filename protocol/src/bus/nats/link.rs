@@ -1,0 +1,395 @@
+//! What the server says out of turn: that the connection came or went, that something is not permitted, that the
+//! credentials are refused. The client library tells these only to a callback, long after the call that they concern has
+//! returned; here a call can wait for them.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_nats::{ClientError, Event, ServerError};
+use rand::Rng;
+use tokio::sync::{Notify, watch};
+
+use crate::bus::BusError;
+
+/// Longest pause between two attempts to connect: ten thousand machines then knock 700 times a second.
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Longest pause before the first attempt; it doubles with each. A local server is back within a third of a second.
+const RECONNECT_PAUSE_FIRST: Duration = Duration::from_millis(50);
+/// The pause of a connection that must not come back: the library offers no other way to stop its attempts.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 3_600);
+/// Refusals in a row after which the credentials are believed to be bad; fewer may be a server that reads its users anew.
+const REFUSALS_MAX: u32 = 3;
+/// Denials remembered; a program that collects more has a bug, and its oldest ones are asked again.
+const DENIALS_MAX: usize = 256;
+/// How often a call that waits for the connection looks by itself, should the library have dropped an event.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Whether calls can be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum LinkState {
+    /// Connected.
+    Up,
+    /// The library is connecting again.
+    Down,
+    /// Gone for good, with the sentence that says why.
+    Closed(String),
+}
+
+/// What a permission is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    Publish,
+    Subscribe,
+}
+
+/// The state of one connection, as the library's callback reports it.
+#[derive(Debug)]
+pub(super) struct Link {
+    /// Who connects and where to, for messages.
+    pub(super) user: String,
+    pub(super) servers: String,
+    state: watch::Sender<LinkState>,
+    denials: Mutex<VecDeque<(Use, String)>>,
+    denied: Notify,
+    refusals: AtomicU32,
+    news_lost: AtomicU64,
+}
+
+impl Link {
+    pub(super) fn new(user: String, servers: String) -> Self {
+        Self {
+            user,
+            servers,
+            state: watch::Sender::new(LinkState::Up),
+            denials: Mutex::new(VecDeque::new()),
+            denied: Notify::new(),
+            refusals: AtomicU32::new(0),
+            news_lost: AtomicU64::new(0),
+        }
+    }
+
+    /// Takes up what the library reports.
+    pub(super) fn on_event(&self, event: &Event) {
+        match event {
+            Event::Connected => {
+                self.refusals.store(0, Ordering::Relaxed);
+                // Whatever was denied may be permitted now.
+                self.lock().clear();
+                self.set(LinkState::Up);
+            }
+            Event::Disconnected => {
+                tracing::warn!(servers = self.servers, "connection to the NATS server lost");
+                self.set(LinkState::Down);
+            }
+            Event::ServerError(ServerError::AuthorizationViolation) => self.on_refusal(),
+            Event::ServerError(ServerError::Other(text)) => self.on_complaint(text),
+            Event::ServerError(ServerError::SlowConsumer(_)) | Event::SlowConsumer(_) => {
+                self.on_lost_news("the client library's buffer was full");
+            }
+            Event::ClientError(ClientError::Other(text)) if is_refusal(text) => self.on_refusal(),
+            Event::ClientError(error) => tracing::debug!(%error, "NATS client"),
+            Event::LameDuckMode | Event::Draining | Event::Closed => {
+                tracing::debug!(%event, "NATS client");
+            }
+        }
+    }
+
+    /// Counts a message that no reader had room for.
+    pub(super) fn on_lost_news(&self, reason: &str) {
+        let lost = self.news_lost.fetch_add(1, Ordering::Relaxed) + 1;
+        if lost.is_power_of_two() {
+            tracing::warn!(lost, reason, "messages lost by slow readers so far");
+        }
+    }
+
+    /// Messages that no reader had room for.
+    pub(super) fn news_lost(&self) -> u64 {
+        self.news_lost.load(Ordering::Relaxed)
+    }
+
+    fn on_complaint(&self, text: &str) {
+        if let Some((usage, subject)) = violation(text) {
+            tracing::error!(
+                user = self.user,
+                ?usage,
+                subject,
+                "not permitted by the NATS server"
+            );
+            let mut denials = self.lock();
+            if denials.len() >= DENIALS_MAX {
+                denials.pop_front();
+            }
+            denials.push_back((usage, subject.to_owned()));
+            drop(denials);
+            self.denied.notify_waiters();
+        } else if is_refusal(text) {
+            self.on_refusal();
+        } else {
+            tracing::warn!(text, "NATS server");
+        }
+    }
+
+    fn on_refusal(&self) {
+        let refusals = self.refusals.fetch_add(1, Ordering::Relaxed) + 1;
+        if refusals >= REFUSALS_MAX {
+            self.set(LinkState::Closed(refused_credentials(
+                &self.user,
+                &self.servers,
+            )));
+        }
+    }
+
+    /// Ends the connection: every call from now on says so.
+    pub(super) fn close(&self) {
+        self.set(LinkState::Closed(
+            "this connection to the bus is closed: connect again".to_owned(),
+        ));
+    }
+
+    /// A closed link stays closed.
+    fn set(&self, state: LinkState) {
+        self.state.send_if_modified(|current| {
+            let changes = !matches!(current, LinkState::Closed(_)) && *current != state;
+            if changes {
+                *current = state;
+            }
+            changes
+        });
+    }
+
+    /// How long to wait before attempt number `attempts`, from 1, to connect: anything up to a bound that doubles.
+    pub(super) fn reconnect_pause(&self, attempts: usize) -> Duration {
+        if matches!(*self.state.borrow(), LinkState::Closed(_)) {
+            return NEVER;
+        }
+        let doublings = u32::try_from(attempts.saturating_sub(1))
+            .unwrap_or(u32::MAX)
+            .min(16);
+        let bound = (RECONNECT_PAUSE_FIRST * 2u32.pow(doublings)).min(RECONNECT_PAUSE_MAX);
+        rand::rng().random_range(Duration::ZERO..=bound)
+    }
+
+    /// Whether a message sent now would leave at once.
+    pub(super) fn is_up(&self) -> bool {
+        *self.state.borrow() == LinkState::Up
+    }
+
+    /// Waits until calls can be made, so that nothing piles up in the library's buffer. Returns what tells when the
+    /// connection is lost.
+    pub(super) async fn ready(
+        &self,
+        client: &async_nats::Client,
+        subject: &str,
+        timeout: Duration,
+    ) -> Result<Lifeline<'_>, BusError> {
+        let start = Instant::now();
+        let mut state = self.state.subscribe();
+        loop {
+            match &*state.borrow_and_update() {
+                LinkState::Up => break,
+                LinkState::Closed(reason) => return Err(BusError::Closed(reason.clone())),
+                LinkState::Down => {}
+            }
+            let Some(left) = timeout.checked_sub(start.elapsed()) else {
+                return Err(timed_out(subject, start));
+            };
+            let look_again = tokio::time::timeout(LOOK_AGAIN.min(left), state.changed()).await;
+            let connected = client.connection_state() == async_nats::connection::State::Connected;
+            if look_again.is_err() && connected {
+                self.set(LinkState::Up);
+            }
+        }
+        Ok(Lifeline {
+            link: self,
+            state,
+            subject: subject.to_owned(),
+            start,
+        })
+    }
+
+    /// Returns when the server has denied this use of `subject` on this connection, before the call or during it.
+    ///
+    /// # Cancel safety
+    /// Holds no state.
+    pub(super) async fn denied(&self, usage: Use, subject: &str) -> BusError {
+        loop {
+            let mut denied = std::pin::pin!(self.denied.notified());
+            denied.as_mut().enable();
+            if self.was_denied(usage, subject) {
+                return BusError::Denied {
+                    subject: subject.to_owned(),
+                };
+            }
+            denied.await;
+        }
+    }
+
+    /// Whether the server has denied this use of `subject` on this connection.
+    pub(super) fn was_denied(&self, usage: Use, subject: &str) -> bool {
+        self.lock()
+            .iter()
+            .any(|(denied, about)| *denied == usage && about == subject)
+    }
+
+    /// No code panics while it holds the lock, so a poisoned one is still whole.
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(Use, String)>> {
+        self.denials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A call's hold on the connection that it was made on.
+pub(super) struct Lifeline<'a> {
+    link: &'a Link,
+    state: watch::Receiver<LinkState>,
+    subject: String,
+    start: Instant,
+}
+
+impl Lifeline<'_> {
+    /// Returns when the connection is lost: the answer to what was sent on it will not come any more.
+    pub(super) async fn lost(&mut self) -> BusError {
+        loop {
+            if self.state.changed().await.is_err() {
+                return BusError::Closed(
+                    "the connection to the bus is gone: connect again".to_owned(),
+                );
+            }
+            match &*self.state.borrow_and_update() {
+                LinkState::Up => {}
+                LinkState::Down => return timed_out(&self.subject, self.start),
+                LinkState::Closed(reason) => return BusError::Closed(reason.clone()),
+            }
+        }
+    }
+
+    /// Runs a call that uses `subject` until it ends, is denied, loses its connection or takes longer than `timeout`,
+    /// which is counted from when the link was asked for.
+    pub(super) async fn run<T>(
+        mut self,
+        usage: Use,
+        timeout: Duration,
+        call: impl Future<Output = Result<T, BusError>>,
+    ) -> Result<T, BusError> {
+        let (link, start) = (self.link, self.start);
+        let subject = self.subject.clone();
+        tokio::select! {
+            biased;
+            denied = link.denied(usage, &subject) => Err(denied),
+            result = call => result,
+            lost = self.lost() => Err(lost),
+            () = tokio::time::sleep(timeout.saturating_sub(start.elapsed())) => {
+                Err(timed_out(&subject, start))
+            }
+        }
+    }
+}
+
+/// Nobody answered in the time since `start`.
+pub(super) fn timed_out(subject: &str, start: Instant) -> BusError {
+    let waited_ms = start.elapsed().as_millis() as u64;
+    BusError::Timeout {
+        subject: subject.to_owned(),
+        waited_ms,
+    }
+}
+
+/// The sentence for credentials that the server does not take.
+pub(super) fn refused_credentials(user: &str, servers: &str) -> String {
+    format!(
+        "the NATS server at {servers} refuses the credentials of {user}: ask the run's lab for valid ones"
+    )
+}
+
+/// The use and the subject of a complaint such as `Permissions Violation for Publish to "a.b"`.
+fn violation(text: &str) -> Option<(Use, &str)> {
+    let lower = text.to_ascii_lowercase();
+    let about = lower.find("permissions violation for ")?;
+    let usage = &lower[about + "permissions violation for ".len()..];
+    let usage = if usage.starts_with("subscription") {
+        Use::Subscribe
+    } else {
+        Use::Publish
+    };
+    let subject = text.split('"').nth(1)?;
+    Some((usage, subject))
+}
+
+/// Whether a complaint means that the credentials are not or no longer taken.
+fn is_refusal(text: &str) -> bool {
+    let lower = text.to_ascii_lowercase();
+    [
+        "authorization violation",
+        "authentication revoked",
+        "authentication expired",
+    ]
+    .iter()
+    .any(|phrase| lower.contains(phrase))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link() -> Link {
+        Link::new("UA".to_owned(), "nats://127.0.0.1:1".to_owned())
+    }
+
+    #[test]
+    fn a_complaint_names_its_subject() {
+        let publish = "Permissions Violation for Publish to \"muster.r.queue.ready\"";
+        assert_eq!(
+            violation(publish),
+            Some((Use::Publish, "muster.r.queue.ready"))
+        );
+        let subscribe = "Permissions Violation for Subscription to \"A.b.>\" using queue \"q\"";
+        assert_eq!(violation(subscribe), Some((Use::Subscribe, "A.b.>")));
+        assert_eq!(violation("Permissions Violation for Publish to"), None);
+        assert_eq!(violation("Maximum Payload Violation"), None);
+    }
+
+    #[test]
+    fn pauses_grow_to_their_bound_and_are_drawn_evenly_below_it() {
+        let link = link();
+        for attempts in [0, 1, 2, 3, 40, usize::MAX] {
+            let doublings = attempts.saturating_sub(1).min(16) as u32;
+            let bound = (RECONNECT_PAUSE_FIRST * 2u32.pow(doublings)).min(RECONNECT_PAUSE_MAX);
+            for _ in 0..50 {
+                assert!(link.reconnect_pause(attempts) <= bound);
+            }
+        }
+        link.close();
+        assert_eq!(link.reconnect_pause(1), NEVER);
+    }
+
+    #[test]
+    fn credentials_refused_again_and_again_close_the_connection_for_good() {
+        let link = link();
+        let refusal = Event::ClientError(ClientError::Other("authorization violation".to_owned()));
+        for _ in 0..REFUSALS_MAX {
+            assert!(link.is_up());
+            link.on_event(&refusal);
+        }
+        link.on_event(&Event::Connected);
+        assert!(!link.is_up());
+    }
+
+    #[tokio::test]
+    async fn a_denial_reaches_the_call_that_it_concerns_and_no_other() {
+        let link = link();
+        let text = "Permissions Violation for Publish to \"a.b\"".to_owned();
+        let (denied, ()) = tokio::join!(link.denied(Use::Publish, "a.b"), async {
+            link.on_event(&Event::ServerError(ServerError::Other(text)));
+        });
+        assert_eq!(
+            denied,
+            BusError::Denied {
+                subject: "a.b".to_owned()
+            }
+        );
+        assert!(!link.was_denied(Use::Subscribe, "a.b") && !link.was_denied(Use::Publish, "a.c"));
+        link.on_event(&Event::Connected);
+        assert!(!link.was_denied(Use::Publish, "a.b"));
+    }
+}
