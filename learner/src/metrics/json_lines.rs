@@ -113,12 +113,21 @@ impl<L: Line> JsonLines<L> {
     /// When a number is not finite or the disk refuses; the log then ends as it did before, and may be appended to
     /// again.
     pub fn append(&mut self, line: &L) -> Result<(), JsonLinesError> {
+        self.append_by(line, |file, text| file.write_all(text))
+    }
+
+    /// `write` is a parameter so that a test can run out of space half-way through a line.
+    fn append_by(
+        &mut self,
+        line: &L,
+        write: impl FnOnce(&mut File, &[u8]) -> io::Result<()>,
+    ) -> Result<(), JsonLinesError> {
         let mut text = serde_json::to_string(line).map_err(|error| self.unwritable(&error))?;
         if text.contains("null") {
             self.refuse_not_finite(&text)?;
         }
         text.push('\n');
-        match self.file.write_all(text.as_bytes()) {
+        match write(&mut self.file, text.as_bytes()) {
             Ok(()) => {
                 self.bytes += text.len() as u64;
                 Ok(())

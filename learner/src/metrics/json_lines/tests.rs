@@ -120,6 +120,21 @@ fn a_full_disk_is_told_in_one_sentence() {
     );
 }
 
+#[test]
+fn a_disk_that_fills_up_within_a_line_leaves_none_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("eval.jsonl");
+    log_of(&path, 2);
+    let mut log = JsonLines::open(&path, |_| true).unwrap();
+    let full = log.append_by(&eval(2), |file, text| {
+        file.write_all(&text[..text.len() / 2])?;
+        Err(io::ErrorKind::StorageFull.into())
+    });
+    assert!(matches!(full, Err(JsonLinesError::DiskFull { .. })));
+    log.append(&eval(3)).unwrap();
+    assert_eq!(versions(&read_all(&path).unwrap()), [0, 1, 3]);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_device_without_space_gives_that_error() {
