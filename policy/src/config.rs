@@ -457,7 +457,8 @@ mod tests {
 
     #[test]
     fn sizes_that_do_not_fit_are_refused_by_name() {
-        let broken: [(fn(&mut Config), &str); 5] = [
+        type Breaks = fn(&mut Config);
+        let broken: [(Breaks, &str); 5] = [
             (|config| config.num_attention_heads = 5, "hidden_size"),
             (
                 |config| config.num_key_value_heads = 3,

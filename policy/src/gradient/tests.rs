@@ -1,3 +1,6 @@
+// One range of targets is the usual case here.
+#![allow(clippy::single_range_in_vec_init)]
+
 use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -271,7 +274,8 @@ fn a_loss_that_answers_wrongly_is_refused_by_row() {
     let config = tiny();
     let rows = rows(&config);
     let policy = policy(&config, 1, KernelSet::Fused);
-    let answers: [fn(usize, &[f32]) -> Vec<f32>; 3] = [
+    type Answer = fn(usize, &[f32]) -> Vec<f32>;
+    let answers: [Answer; 3] = [
         |_, logprobs| vec![0.0; logprobs.len() - 1],
         |_, logprobs| vec![0.0; logprobs.len() + 1],
         |_, logprobs| vec![f32::NAN; logprobs.len()],
@@ -287,7 +291,6 @@ fn rows_that_cannot_be_trained_are_refused() {
     let config = tiny();
     let policy = policy(&config, 1, KernelSet::Fused);
     let row = |tokens: Vec<u32>, targets| TrainRow { tokens, targets };
-    #[allow(clippy::single_range_in_vec_init)]
     let bad = [
         row(vec![1, 2, 3], vec![0..2]),
         row(vec![1, 2, 3], vec![2..4]),

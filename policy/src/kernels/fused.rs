@@ -5,7 +5,7 @@
 //! table. Invariant: the same calls give the same bits on one machine, whatever else runs beside them.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::config::Config;
 use crate::gradient::Gradients;
@@ -15,7 +15,7 @@ use crate::policy::PolicyError;
 
 use attention::{CacheLayer, Heads, Rotary, Turn};
 use buffer::{Buffer, Pool};
-use matmul::{Matrix, Onto, multiply};
+use matmul::{Matrix, Onto, Panels, multiply};
 use tape::{Record, Tape};
 
 mod attention;
@@ -35,7 +35,13 @@ pub(crate) struct FusedWeights {
     heads: Heads,
     rotary: Rotary,
     eps: f32,
+    /// One for each block, made when a few rows are first multiplied with it; the large batches of a learner never ask.
+    panels: Vec<OnceLock<Panels>>,
 }
+
+/// Up to this many rows are multiplied with panels. Above it, a general product's own copy of the weights is paid for, and
+/// it blocks long sums for the cache.
+const PANEL_ROWS_MAX: usize = 64;
 
 impl FusedWeights {
     pub(crate) fn new(config: &Config, layout: Arc<Layout>, values: Vec<f32>) -> Self {
@@ -45,17 +51,31 @@ impl FusedWeights {
             dim: config.head_dim(),
         };
         let rotary = Rotary::new(config.max_position_embeddings, heads.dim, config.rope_theta);
+        let panels = layout.blocks().iter().map(|_| OnceLock::new()).collect();
         Self {
             layout,
             values,
             heads,
             rotary,
             eps: config.rms_norm_eps as f32,
+            panels,
         }
     }
 
     fn block(&self, block: &Block) -> &[f32] {
         &self.values[block.range()]
+    }
+
+    /// `out = x Wᵀ` or `out += x Wᵀ`, `x` `[N, in]`.
+    fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
+        let rows = x.len() / block.columns;
+        if rows > PANEL_ROWS_MAX {
+            let x = Matrix::new(x, rows, block.columns);
+            return multiply(out, x, self.matrix(block).transposed(), onto);
+        }
+        let panels = self.panels[block.index]
+            .get_or_init(|| Panels::new(self.block(block), block.rows, block.columns));
+        panels.multiply(out, x, onto);
     }
 
     /// A block of several rows as the matrix it is, `[out, in]`.
@@ -199,9 +219,9 @@ impl Kernels for Fused {
     }
 
     fn linear(&mut self, x: &Array, linear: &Linear) -> Result<Array, PolicyError> {
-        let weight = self.weights.matrix(&linear.weight).transposed();
         let mut y = Buffer::stale(&self.pool, x.rows() * linear.weight.rows);
-        multiply(&mut y, x.matrix(), weight, Onto::Nothing);
+        self.weights
+            .product(&mut y, &x.data, &linear.weight, Onto::Nothing);
         if let Some(bias) = &linear.bias {
             elementwise::add_bias(&mut y, self.weights.block(bias));
         }
@@ -221,9 +241,9 @@ impl Kernels for Fused {
         x: &Array,
         linear: &Linear,
     ) -> Result<Array, PolicyError> {
-        let weight = self.weights.matrix(&linear.weight).transposed();
         let mut y = self.owned(residual.data);
-        multiply(&mut y, x.matrix(), weight, Onto::Sum);
+        self.weights
+            .product(&mut y, &x.data, &linear.weight, Onto::Sum);
         if let Some(bias) = &linear.bias {
             elementwise::add_bias(&mut y, self.weights.block(bias));
         }
@@ -307,7 +327,7 @@ impl Kernels for Fused {
     ) -> Result<(), PolicyError> {
         let x = &hidden.data[rows.start * hidden.width..rows.end * hidden.width];
         out.resize(rows.len() * head.rows, 0.0);
-        head::chunk_logits(out, x, self.weights.block(head), rows.len());
+        self.weights.product(out, x, head, Onto::Nothing);
         Ok(())
     }
 

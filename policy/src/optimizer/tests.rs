@@ -16,7 +16,7 @@ fn gradients(master: &Master, seed: u64) -> Gradients {
         .iter()
         .map(|text| TrainRow {
             tokens: text.to_vec(),
-            targets: [1..text.len()].into(),
+            targets: std::iter::once(1..text.len()).collect(),
         })
         .collect();
     crate::supervised(&policy, &rows, NonZeroUsize::MIN)
@@ -145,7 +145,8 @@ fn a_gradient_that_is_missing_or_not_finite_is_refused_by_name_and_changes_nothi
 
 #[test]
 fn settings_out_of_range_are_refused_by_name() {
-    let breaks: [(fn(&mut AdamW), &str); 5] = [
+    type Breaks = fn(&mut AdamW);
+    let breaks: [(Breaks, &str); 5] = [
         (|s| s.learning_rate = f32::NAN, "learning_rate"),
         (|s| s.beta1 = 1.0, "beta1"),
         (|s| s.epsilon = 0.0, "epsilon"),

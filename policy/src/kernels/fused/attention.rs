@@ -4,11 +4,11 @@
 //! (FlashAttention, arXiv:2205.14135), so memory grows with the tokens and not with their square. Keys are read
 //! transposed, `[D, positions]`, so that a query's scores are a sum of rows.
 
-use super::vector::{add_scaled, dot, exp, exp_shifted, largest, row_product, vectorised};
+use super::vector::{LANES, add_scaled, dot, exp, exp_shifted, largest, row_product, vectorised};
 use crate::kernels::Row;
 
 /// Positions are padded to a multiple of this where keys lie transposed, so that no scores are computed one by one.
-const PADDING: usize = 8;
+const PADDING: usize = LANES;
 
 /// Sizes of one attention layer.
 #[derive(Debug, Clone, Copy)]
@@ -252,13 +252,15 @@ fn attend(
         let visible = position + i + 1;
         let query = &token[h * dim..(h + 1) * dim];
         let padded = visible.next_multiple_of(PADDING);
-        row_product(&mut scores[..padded], query, keys.transposed, keys.stride);
-        let scores = &mut scores[..visible];
+        let scores = &mut scores[..padded];
+        row_product(scores, query, keys.transposed, keys.stride);
+        // Padding and later positions get no weight.
+        scores[visible..].fill(f32::NEG_INFINITY);
         let max = largest(scores);
         let sum = exp_shifted(scores, max, scale);
         log_sums[i * heads.query + h] = max * scale + sum.ln();
         let out = &mut out[(i * heads.query + h) * dim..][..dim];
-        row_product(out, scores, keys.values, keys.value_stride);
+        row_product(out, &scores[..visible], keys.values, keys.value_stride);
         let inverse = 1.0 / sum;
         for value in out.iter_mut() {
             *value *= inverse;

@@ -68,7 +68,7 @@ pub(crate) fn backward(
 }
 
 /// `logits = x wᵀ`
-pub(crate) fn chunk_logits(logits: &mut [f32], x: &[f32], w: &[f32], rows: usize) {
+fn chunk_logits(logits: &mut [f32], x: &[f32], w: &[f32], rows: usize) {
     let width = x.len() / rows.max(1);
     let vocab = logits.len() / rows.max(1);
     let w = Matrix::new(w, vocab, width).transposed();

@@ -1,28 +1,37 @@
 //! Loops over slices of f32 and f64 that the compiler turns into the widest vectors the machine has.
 //!
-//! The order of every sum is fixed by the code (sixteen partial sums, then a tree) and no multiplication is contracted
-//! with an addition, so the result does not depend on the width of the machine's vectors.
+//! The order of every sum is fixed by the code: sixteen partial sums, then a tree. Only where `FMA` is used by name does
+//! the result depend on whether the machine contracts a multiplication with an addition.
 
 /// Lanes of the partial sums: one AVX-512 register of f32.
 pub(crate) const LANES: usize = 16;
 
 /// Defines a function whose body is compiled three times, for AVX-512, for AVX2 and for any machine, and chosen when called.
+/// The body may use `FMA`, a constant that tells whether [`multiply_add`] should contract.
 macro_rules! vectorised {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $kind:ty),* $(,)?) $(-> $out:ty)? $body:block) => {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $kind:ty),* $(,)?)
+        $(-> $out:ty)? $body:block
+    ) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name($($arg: $kind),*) $(-> $out)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn portable($($arg: $kind),*) $(-> $out)? $body
+            fn portable<const FMA: bool>($($arg: $kind),*) $(-> $out)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx512($($arg: $kind),*) $(-> $out)? { portable($($arg),*) }
+                fn avx512($($arg: $kind),*) $(-> $out)? {
+                    portable::<true>($($arg),*)
+                }
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx2($($arg: $kind),*) $(-> $out)? { portable($($arg),*) }
+                fn avx2($($arg: $kind),*) $(-> $out)? {
+                    portable::<true>($($arg),*)
+                }
                 match $crate::kernels::fused::vector::width() {
                     // Safety: `width` has found these features on this machine; the body itself is safe code.
                     #[allow(unsafe_code)]
@@ -36,7 +45,7 @@ macro_rules! vectorised {
                     $crate::kernels::fused::vector::Width::Portable => {}
                 }
             }
-            portable($($arg),*)
+            portable::<false>($($arg),*)
         }
     };
 }
@@ -76,7 +85,8 @@ pub(crate) fn width() -> Width {
 pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding and taking it off rounds to an integer
     let clamped = x.clamp(-87.0, 88.0);
-    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_2e-3;
@@ -85,7 +95,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let value = p * (r * r) + r + 1.0;
-    let power = f32::from_bits((((n as i32) + 127) as u32) << 23);
+    // The low bits of `shifted` hold n itself; a conversion that checks its range would not vectorise.
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     if x < -87.0 { 0.0 } else { value * power }
 }
 
@@ -111,7 +122,6 @@ pub(crate) fn exp_f64(x: f64) -> f64 {
     let p = p * r + 1.0 / 6.0;
     let p = p * r + 0.5;
     let value = p * (r * r) + r + 1.0;
-    // The low bits of `shifted` hold n itself; no conversion, which AVX2 lacks for 64 bits.
     let power = f64::from_bits((shifted.to_bits().wrapping_add(1023)) << 52);
     if x < -700.0 { 0.0 } else { value * power }
 }
@@ -177,18 +187,36 @@ pub(crate) fn exp_shifted(values: &mut [f32], shift: f32, scale: f32) -> f32 {
             partial[lane] += chunk[lane];
         }
     }
-    for (lane, value) in rest.iter_mut().enumerate() {
-        *value = exp((*value - shift) * scale);
-        partial[lane] += *value;
+    // The rest as one more vector, filled up with what adds nothing.
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    for lane in 0..LANES {
+        last[lane] = exp((last[lane] - shift) * scale);
+        partial[lane] += last[lane];
     }
+    rest.copy_from_slice(&last[..rest.len()]);
     tree(partial)
+}
+
+/// `a·b + c`, rounded once where the machine does that in one instruction.
+#[inline(always)]
+pub(crate) fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    // Without the instruction `mul_add` would be a call into the C library.
+    if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
 /// `out += a·x`
 #[inline(always)]
 pub(crate) fn add_scaled(out: &mut [f32], a: f32, x: &[f32]) {
-    for (o, x) in out.iter_mut().zip(x) {
-        *o += a * x;
+    let (out_chunks, out_rest) = out.as_chunks_mut::<8>();
+    let (x_chunks, x_rest) = x.as_chunks::<8>();
+    for (out, x) in out_chunks.iter_mut().zip(x_chunks) {
+        for lane in 0..8 {
+            out[lane] += a * x[lane];
+        }
+    }
+    for (out, x) in out_rest.iter_mut().zip(x_rest) {
+        *out += a * x;
     }
 }
 
