@@ -13,7 +13,11 @@ pub struct Bitmap {
 impl Bitmap {
     /// No shard of `length`.
     pub fn empty(length: u32) -> Self {
-        Self { bits: vec![0; length.div_ceil(8) as usize], length, ones: 0 }
+        Self {
+            bits: vec![0; length.div_ceil(8) as usize],
+            length,
+            ones: 0,
+        }
     }
 
     /// Every shard of `length`.
@@ -35,7 +39,11 @@ impl Bitmap {
             (used, Some(last)) => last >> used == 0,
         };
         let ones = bytes.iter().map(|byte| byte.count_ones()).sum();
-        padding_is_zero.then(|| Self { bits: bytes.to_vec(), length, ones })
+        padding_is_zero.then(|| Self {
+            bits: bytes.to_vec(),
+            length,
+            ones,
+        })
     }
 
     /// What travels: bit `i % 8` of byte `i / 8` is shard `i`.
@@ -76,7 +84,10 @@ impl Bitmap {
     /// Adds every shard of `other`, a set over as many shards.
     pub fn insert_all(&mut self, other: &Bitmap) {
         debug_assert_eq!(self.length, other.length, "sets over different objects");
-        self.bits.iter_mut().zip(&other.bits).for_each(|(ours, theirs)| *ours |= theirs);
+        self.bits
+            .iter_mut()
+            .zip(&other.bits)
+            .for_each(|(ours, theirs)| *ours |= theirs);
         self.ones = self.bits.iter().map(|byte| byte.count_ones()).sum();
     }
 

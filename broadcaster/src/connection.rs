@@ -100,8 +100,13 @@ pub async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<PeerId, ConnectionError> {
     let limit_ms = HANDSHAKE_DEADLINE.as_millis() as u64;
     let proving = prove_both(stream, identity, side);
-    let late = |_| ConnectionError::Late { step: "the handshake", limit_ms };
-    tokio::time::timeout(HANDSHAKE_DEADLINE, proving).await.map_err(late)?
+    let late = |_| ConnectionError::Late {
+        step: "the handshake",
+        limit_ms,
+    };
+    tokio::time::timeout(HANDSHAKE_DEADLINE, proving)
+        .await
+        .map_err(late)?
 }
 
 async fn prove_both<S: AsyncRead + AsyncWrite + Unpin>(
@@ -109,14 +114,20 @@ async fn prove_both<S: AsyncRead + AsyncWrite + Unpin>(
     identity: &Identity,
     side: Side,
 ) -> Result<PeerId, ConnectionError> {
-    let own = Greeting { key: identity.handshake_id(), nonce: rand::random() };
+    let own = Greeting {
+        key: identity.handshake_id(),
+        nonce: rand::random(),
+    };
     let theirs;
     match side {
         Side::Dialler { expected } => {
             greet(stream, &own).await?;
             theirs = read_greeting(stream, &own).await?;
             if theirs.key != expected {
-                return Err(ConnectionError::WrongPeer { expected, found: theirs.key });
+                return Err(ConnectionError::WrongPeer {
+                    expected,
+                    found: theirs.key,
+                });
             }
             check_proof(stream, &theirs, &transcript(ACCEPTOR, &own, &theirs)).await?;
             prove(stream, identity, &transcript(DIALLER, &own, &theirs)).await?;
@@ -149,7 +160,15 @@ async fn greet<S: AsyncWrite + Unpin>(
     own: &Greeting,
 ) -> Result<(), ConnectionError> {
     let versions = WIRE_VERSIONS.to_vec();
-    write_message(stream, &Message::Hello { versions, key: own.key, nonce: own.nonce }).await
+    write_message(
+        stream,
+        &Message::Hello {
+            versions,
+            key: own.key,
+            nonce: own.nonce,
+        },
+    )
+    .await
 }
 
 async fn read_greeting<S: AsyncRead + AsyncWrite + Unpin>(
@@ -157,11 +176,20 @@ async fn read_greeting<S: AsyncRead + AsyncWrite + Unpin>(
     own: &Greeting,
 ) -> Result<Greeting, ConnectionError> {
     let (versions, key, nonce) = match read_frame(stream, GREETING_BYTES_MAX).await? {
-        Frame::Message(Message::Hello { versions, key, nonce }) => (versions, key, nonce),
+        Frame::Message(Message::Hello {
+            versions,
+            key,
+            nonce,
+        }) => (versions, key, nonce),
         other => return Err(misplaced("a greeting", &other)),
     };
-    if !versions.iter().any(|version| WIRE_VERSIONS.contains(version)) {
-        let refusal = Refusal::UpgradeRequired { served: WIRE_VERSIONS.to_vec() };
+    if !versions
+        .iter()
+        .any(|version| WIRE_VERSIONS.contains(version))
+    {
+        let refusal = Refusal::UpgradeRequired {
+            served: WIRE_VERSIONS.to_vec(),
+        };
         write_message(stream, &Message::Refused(refusal.clone())).await?;
         return Err(ConnectionError::Refused(refusal));
     }
@@ -191,9 +219,9 @@ async fn check_proof<S: AsyncRead + Unpin>(
         {
             Ok(())
         }
-        Frame::Message(Message::Proof { .. }) => {
-            Err(ConnectionError::BadProof { claimed: theirs.key })
-        }
+        Frame::Message(Message::Proof { .. }) => Err(ConnectionError::BadProof {
+            claimed: theirs.key,
+        }),
         other => Err(misplaced("a proof", &other)),
     }
 }
@@ -206,12 +234,12 @@ pub(crate) fn misplaced(expected: &'static str, found: &Frame) -> ConnectionErro
         }
         Frame::Message(Message::Hello { .. }) => "a greeting",
         Frame::Message(Message::Proof { .. }) => "a proof",
-        Frame::Message(
-            Message::Have { .. } | Message::Want { .. } | Message::WantAny { .. },
-        ) => "a request",
-        Frame::Message(
-            Message::Held { .. } | Message::Missing { .. } | Message::Busy { .. },
-        ) => "an answer",
+        Frame::Message(Message::Have { .. } | Message::Want { .. } | Message::WantAny { .. }) => {
+            "a request"
+        }
+        Frame::Message(Message::Held { .. } | Message::Missing { .. } | Message::Busy { .. }) => {
+            "an answer"
+        }
         Frame::Shard { .. } => "a shard",
     };
     ConnectionError::Unexpected { expected, found }
@@ -264,7 +292,9 @@ pub async fn write_shard<S: AsyncWrite + Unpin>(
     bytes: Bytes,
 ) -> Result<(), ConnectionError> {
     let header = wire::shard_header(request, shard, bytes.len());
-    stream.write_all_buf(&mut Buf::chain(&header[..], bytes)).await?;
+    stream
+        .write_all_buf(&mut Buf::chain(&header[..], bytes))
+        .await?;
     Ok(())
 }
 
@@ -278,7 +308,10 @@ mod tests {
         dialler: &Identity,
         expected: PeerId,
         acceptor: &Identity,
-    ) -> (Result<PeerId, ConnectionError>, Result<PeerId, ConnectionError>) {
+    ) -> (
+        Result<PeerId, ConnectionError>,
+        Result<PeerId, ConnectionError>,
+    ) {
         let (mut a, mut b) = duplex(4_096);
         let dialling = async {
             let proved = handshake(&mut a, dialler, Side::Dialler { expected }).await;
@@ -303,7 +336,11 @@ mod tests {
 
     #[tokio::test]
     async fn another_identity_than_expected_is_refused() {
-        let (a, b, c) = (Identity::generate(), Identity::generate(), Identity::generate());
+        let (a, b, c) = (
+            Identity::generate(),
+            Identity::generate(),
+            Identity::generate(),
+        );
         let (dialled, accepted) = meet(&a, c.handshake_id(), &b).await;
         assert!(matches!(dialled, Err(ConnectionError::WrongPeer { .. })));
         assert!(accepted.is_err());
@@ -311,10 +348,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_claimed_key_without_its_secret_is_refused() {
-        let (victim, liar, server) = (Identity::generate(), Identity::generate(), Identity::generate());
+        let (victim, liar, server) = (
+            Identity::generate(),
+            Identity::generate(),
+            Identity::generate(),
+        );
         let (mut a, mut b) = duplex(4_096);
         let lying = async {
-            let own = Greeting { key: victim.handshake_id(), nonce: [1; 32] };
+            let own = Greeting {
+                key: victim.handshake_id(),
+                nonce: [1; 32],
+            };
             greet(&mut a, &own).await?;
             let theirs = read_greeting(&mut a, &own).await?;
             check_proof(&mut a, &theirs, &transcript(ACCEPTOR, &own, &theirs)).await?;
@@ -322,7 +366,9 @@ mod tests {
         };
         let (lied, served) = tokio::join!(lying, handshake(&mut b, &server, Side::Acceptor));
         lied.unwrap();
-        let Err(ConnectionError::BadProof { claimed }) = served else { panic!("{served:?}") };
+        let Err(ConnectionError::BadProof { claimed }) = served else {
+            panic!("{served:?}")
+        };
         assert_eq!(claimed, victim.handshake_id());
     }
 
@@ -331,7 +377,10 @@ mod tests {
         let server = Identity::generate();
         let (mut a, mut b) = duplex(4_096);
         let reflecting = async {
-            let own = Greeting { key: Identity::generate().handshake_id(), nonce: [1; 32] };
+            let own = Greeting {
+                key: Identity::generate().handshake_id(),
+                nonce: [1; 32],
+            };
             greet(&mut a, &own).await?;
             read_greeting(&mut a, &own).await?;
             let Frame::Message(proof) = read_frame(&mut a, GREETING_BYTES_MAX).await? else {
@@ -339,7 +388,8 @@ mod tests {
             };
             write_message(&mut a, &proof).await
         };
-        let (reflected, served) = tokio::join!(reflecting, handshake(&mut b, &server, Side::Acceptor));
+        let (reflected, served) =
+            tokio::join!(reflecting, handshake(&mut b, &server, Side::Acceptor));
         reflected.unwrap();
         assert!(matches!(served, Err(ConnectionError::BadProof { .. })));
     }
@@ -347,20 +397,41 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_silent_peer_is_given_up_at_the_deadline() {
         let (_silent, mut stream) = duplex(64);
-        let error = handshake(&mut stream, &Identity::generate(), Side::Acceptor).await.unwrap_err();
-        assert!(matches!(error, ConnectionError::Late { limit_ms: 5_000, .. }), "{error}");
+        let error = handshake(&mut stream, &Identity::generate(), Side::Acceptor)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ConnectionError::Late {
+                    limit_ms: 5_000,
+                    ..
+                }
+            ),
+            "{error}"
+        );
     }
 
     #[tokio::test]
     async fn another_version_is_told_which_are_served() {
         let (mut a, mut b) = duplex(4_096);
-        let hello = Message::Hello { versions: vec![9], key: PeerId([1; 32]), nonce: [0; 32] };
+        let hello = Message::Hello {
+            versions: vec![9],
+            key: PeerId([1; 32]),
+            nonce: [0; 32],
+        };
         write_message(&mut a, &hello).await.unwrap();
         let refused = handshake(&mut b, &Identity::generate(), Side::Acceptor).await;
-        assert!(matches!(refused, Err(ConnectionError::Refused(Refusal::UpgradeRequired { .. }))));
+        assert!(matches!(
+            refused,
+            Err(ConnectionError::Refused(Refusal::UpgradeRequired { .. }))
+        ));
         let told = read_frame(&mut a, GREETING_BYTES_MAX).await.unwrap();
         let served = WIRE_VERSIONS.to_vec();
-        assert_eq!(told, Frame::Message(Message::Refused(Refusal::UpgradeRequired { served })));
+        assert_eq!(
+            told,
+            Frame::Message(Message::Refused(Refusal::UpgradeRequired { served }))
+        );
     }
 
     #[tokio::test]
@@ -368,6 +439,9 @@ mod tests {
         let (mut a, mut b) = duplex(64);
         a.write_u32_le(1 << 30).await.unwrap();
         let error = read_frame(&mut b, GREETING_BYTES_MAX).await.unwrap_err();
-        assert!(matches!(error, ConnectionError::Wire(WireError::TooLarge { .. })), "{error}");
+        assert!(
+            matches!(error, ConnectionError::Wire(WireError::TooLarge { .. })),
+            "{error}"
+        );
     }
 }

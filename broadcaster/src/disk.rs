@@ -104,7 +104,9 @@ pub fn write_folder(
 ) -> Result<(), DiskError> {
     let occupied = path.symlink_metadata().is_ok();
     if occupied && existing == Existing::Refuse {
-        return Err(DiskError::Exists { path: path.to_owned() });
+        return Err(DiskError::Exists {
+            path: path.to_owned(),
+        });
     }
     if let Some(parent) = parent_of(path) {
         create_directory(parent)?;
@@ -160,13 +162,21 @@ pub fn read_file(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, DiskErr
     };
     let expected = file.metadata().map_err(failed)?.len();
     if expected > bytes_max {
-        return Err(DiskError::TooLarge { path: path.to_owned(), limit: bytes_max });
+        return Err(DiskError::TooLarge {
+            path: path.to_owned(),
+            limit: bytes_max,
+        });
     }
     let mut bytes = Vec::with_capacity(expected as usize);
     // One byte more, so that a file that grows meanwhile is seen.
-    file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(failed)?;
+    file.take(bytes_max + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
     if bytes.len() as u64 > bytes_max {
-        return Err(DiskError::TooLarge { path: path.to_owned(), limit: bytes_max });
+        return Err(DiskError::TooLarge {
+            path: path.to_owned(),
+            limit: bytes_max,
+        });
     }
     Ok(Some(bytes))
 }
@@ -174,10 +184,12 @@ pub fn read_file(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, DiskErr
 /// A name in a folder, and whether it is a plain file (not a folder, link or device).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FolderEntry {
-    /// Its name; what is not UTF-8 is shown with replacements.
+    /// Its name; what is not UTF-8 is written with replacements.
     pub name: String,
     /// Whether it is a plain file.
     pub is_file: bool,
+    /// Its size.
+    pub bytes: u64,
 }
 
 /// What is in a folder, in the order of the names. Reads at most `entries_max`.
@@ -189,8 +201,14 @@ pub fn list_folder(path: &Path, entries_max: usize) -> Result<Vec<FolderEntry>, 
     let mut entries = Vec::new();
     for entry in fs::read_dir(path).map_err(failed)?.take(entries_max) {
         let entry = entry.map_err(failed)?;
-        let is_file = entry.file_type().map_err(failed)?.is_file();
-        entries.push(FolderEntry { name: entry.file_name().to_string_lossy().into_owned(), is_file });
+        // Of the entry itself: a link is not followed.
+        let metadata = entry.metadata().map_err(failed)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        entries.push(FolderEntry {
+            name,
+            is_file: metadata.is_file(),
+            bytes: metadata.len(),
+        });
     }
     entries.sort();
     Ok(entries)
@@ -259,7 +277,11 @@ fn failed(action: &'static str, path: &Path, needed: u64, source: io::Error) -> 
             let free = free_bytes(&path);
             DiskError::Full { path, needed, free }
         }
-        _ => DiskError::Io { action, path, source },
+        _ => DiskError::Io {
+            action,
+            path,
+            source,
+        },
     }
 }
 
@@ -268,7 +290,9 @@ fn free_bytes(path: &Path) -> u64 {
     // A file that is not there yet has the file system of the first directory above it that is.
     path.ancestors()
         .find_map(|place| nix::sys::statvfs::statvfs(place).ok())
-        .map_or(0, |stat| stat.blocks_available().saturating_mul(stat.fragment_size()))
+        .map_or(0, |stat| {
+            stat.blocks_available().saturating_mul(stat.fragment_size())
+        })
 }
 
 #[cfg(test)]
@@ -283,7 +307,10 @@ mod tests {
         write_file(&path, b"two", Durability::Durable).unwrap();
         assert_eq!(read_file(&path, 3).unwrap().unwrap(), b"two");
         assert_eq!(list_folder(folder.path(), 10).unwrap().len(), 1);
-        assert!(matches!(read_file(&path, 2), Err(DiskError::TooLarge { limit: 2, .. })));
+        assert!(matches!(
+            read_file(&path, 2),
+            Err(DiskError::TooLarge { limit: 2, .. })
+        ));
         assert!(read_file(&folder.path().join("b"), 3).unwrap().is_none());
     }
 
@@ -295,9 +322,16 @@ mod tests {
         let again = write_folder(&path, &[("a", b"3")], Existing::Refuse);
         assert!(matches!(again, Err(DiskError::Exists { .. })));
         write_folder(&path, &[("a", b"3")], Existing::Replace).unwrap();
-        let expected = FolderEntry { name: "a".to_owned(), is_file: true };
+        let expected = FolderEntry {
+            name: "a".to_owned(),
+            is_file: true,
+            bytes: 1,
+        };
         assert_eq!(list_folder(&path, 10).unwrap(), [expected]);
-        assert_eq!(list_folder(&parent.path().join("new"), 10).unwrap().len(), 1);
+        assert_eq!(
+            list_folder(&parent.path().join("new"), 10).unwrap().len(),
+            1
+        );
     }
 
     #[test]
@@ -315,7 +349,12 @@ mod tests {
     fn a_full_disk_says_how_much_is_needed_and_free() {
         let full = io::Error::from(io::ErrorKind::StorageFull);
         let error = failed("write", Path::new("/no/such/file"), 70, full);
-        let DiskError::Full { needed: 70, free, .. } = error else { panic!("{error}") };
+        let DiskError::Full {
+            needed: 70, free, ..
+        } = error
+        else {
+            panic!("{error}")
+        };
         assert!(free > 0);
     }
 }

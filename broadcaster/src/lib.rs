@@ -1,13 +1,30 @@
-//! broadcaster
+//! How weights travel: versions described and verified, cut in shards, passed from peer to peer, kept as folders.
+//!
+//! * [`state`] says what a version's root covers; [`object`] cuts bytes in shards; [`store`] keeps them.
+//! * [`plan`] and [`uploads`] decide who asks whom for what, and who is sent what; both are pure. [`rate`] caps uploads.
+//! * [`wire`] and [`connection`] are what peers say, and how they prove who they are.
+//! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts.
+//! * [`snapshot`] writes and verifies a Hugging Face folder.
+//!
+//! Moves bytes, never tensors: what a tensor means is not known here.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bitmap;
 pub mod connection;
 pub mod disk;
+mod fetch;
+mod link;
+pub mod meter;
+mod node;
 pub mod object;
 pub mod plan;
 pub mod rate;
+mod server;
+pub mod snapshot;
 pub mod state;
 pub mod store;
+pub mod swarm;
 pub mod uploads;
 pub mod wire;
+
+pub use swarm::{FetchError, Source, Swarm, SwarmConfig, SwarmError};

@@ -6,9 +6,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use muster_protocol::id::{ContentHash, PolicyVersion};
-use muster_protocol::message::version::{
-    Codec, Content, Object, SHARD_BYTES_MAX, SHARD_BYTES_MIN,
-};
+use muster_protocol::message::version::{Codec, Content, Object, SHARD_BYTES_MAX, SHARD_BYTES_MIN};
 
 /// Shards that a small object is cut in, about: enough that peers can trade, few enough that frames cost little.
 const SHARDS_AIM: u64 = 48;
@@ -72,7 +70,9 @@ pub fn shard_bytes(bytes: u64) -> Result<u32, ObjectError> {
     }
     let aim = bytes.div_ceil(SHARDS_AIM).next_power_of_two();
     let needed = bytes.div_ceil(DESCRIBED_SHARDS_MAX).next_power_of_two();
-    let size = aim.clamp(u64::from(SHARD_BYTES_MIN), u64::from(LARGE_SHARD_BYTES)).max(needed);
+    let size = aim
+        .clamp(u64::from(SHARD_BYTES_MIN), u64::from(LARGE_SHARD_BYTES))
+        .max(needed);
     // At most the limit divided by the number of shards, which is the largest shard.
     Ok(u32::try_from(size).unwrap_or(SHARD_BYTES_MAX))
 }
@@ -87,8 +87,18 @@ pub fn describe_object(
     bytes: &[u8],
 ) -> Result<Object, ObjectError> {
     let shard_bytes = shard_bytes(bytes.len() as u64)?;
-    let shards = bytes.chunks(shard_bytes as usize).map(ContentHash::of).collect();
-    Ok(Object { content, version, bytes: bytes.len() as u64, codec: Codec::Raw, shard_bytes, shards })
+    let shards = bytes
+        .chunks(shard_bytes as usize)
+        .map(ContentHash::of)
+        .collect();
+    Ok(Object {
+        content,
+        version,
+        bytes: bytes.len() as u64,
+        codec: Codec::Raw,
+        shard_bytes,
+        shards,
+    })
 }
 
 /// How many shards an object has; a validated description has at most 65,536.
@@ -128,7 +138,10 @@ pub fn verify_shard(object: &Object, shard: u32, bytes: &[u8]) -> Result<(), Obj
 /// Names the size, or the first byte range that differs.
 pub fn verify_object(object: &Object, bytes: &[u8]) -> Result<(), ObjectError> {
     if bytes.len() as u64 != object.bytes {
-        return Err(ObjectError::Size { expected: object.bytes, found: bytes.len() as u64 });
+        return Err(ObjectError::Size {
+            expected: object.bytes,
+            found: bytes.len() as u64,
+        });
     }
     for (shard, chunk) in bytes.chunks(object.shard_bytes.max(1) as usize).enumerate() {
         verify_shard(object, u32::try_from(shard).unwrap_or(u32::MAX), chunk)?;
@@ -142,7 +155,9 @@ pub fn assemble(shards: &[Bytes]) -> Bytes {
         return only.clone();
     }
     let mut whole = Vec::with_capacity(shards.iter().map(Bytes::len).sum());
-    shards.iter().for_each(|shard| whole.extend_from_slice(shard));
+    shards
+        .iter()
+        .for_each(|shard| whole.extend_from_slice(shard));
     whole.into()
 }
 
@@ -155,7 +170,14 @@ mod tests {
     use super::*;
 
     fn anchor(bytes: &[u8]) -> Object {
-        describe_object(Content::Anchor { root: StateRoot([1; 32]) }, PolicyVersion(3), bytes).unwrap()
+        describe_object(
+            Content::Anchor {
+                root: StateRoot([1; 32]),
+            },
+            PolicyVersion(3),
+            bytes,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -177,7 +199,10 @@ mod tests {
     fn an_object_without_bytes_or_with_too_many_is_refused() {
         assert_eq!(shard_bytes(0), Err(ObjectError::Empty));
         assert_eq!(shard_bytes(256 << 30), Ok(16 << 20));
-        assert!(matches!(shard_bytes((256 << 30) + 1), Err(ObjectError::TooLarge { .. })));
+        assert!(matches!(
+            shard_bytes((256 << 30) + 1),
+            Err(ObjectError::TooLarge { .. })
+        ));
     }
 
     #[test]
@@ -187,10 +212,19 @@ mod tests {
         object.validate().unwrap();
         verify_object(&object, &bytes).unwrap();
         bytes[9_000] ^= 1;
-        let expected = ObjectError::Differs { shard: 2, range: 8_192..12_288 };
+        let expected = ObjectError::Differs {
+            shard: 2,
+            range: 8_192..12_288,
+        };
         assert_eq!(verify_object(&object, &bytes), Err(expected));
         let truncated = verify_object(&object, &bytes[..19_999]);
-        assert_eq!(truncated, Err(ObjectError::Size { expected: 20_000, found: 19_999 }));
+        assert_eq!(
+            truncated,
+            Err(ObjectError::Size {
+                expected: 20_000,
+                found: 19_999
+            })
+        );
     }
 
     proptest! {

@@ -183,8 +183,13 @@ impl Plan {
 
     /// A peer is gone: what it was asked for may be asked elsewhere.
     pub fn remove_source(&mut self, peer: &PeerId) {
-        let Some(source) = self.sources.remove(peer) else { return };
-        source.held.iter().for_each(|shard| self.holders[shard as usize] -= 1);
+        let Some(source) = self.sources.remove(peer) else {
+            return;
+        };
+        source
+            .held
+            .iter()
+            .for_each(|shard| self.holders[shard as usize] -= 1);
         let requests = std::mem::take(&mut self.requests);
         for (request, pending) in requests {
             match (pending.source == *peer, pending.asked) {
@@ -199,7 +204,12 @@ impl Plan {
 
     /// Takes an answer in.
     pub fn on_answer(&mut self, peer: PeerId, answer: Answer, now_ms: u64) {
-        if let Answer::Shard { shard, verdict: ShardVerdict::Bad, .. } = answer {
+        if let Answer::Shard {
+            shard,
+            verdict: ShardVerdict::Bad,
+            ..
+        } = answer
+        {
             self.banned.insert(peer);
             return self.drop_source(peer, Fault::BadShard { shard });
         }
@@ -211,10 +221,20 @@ impl Plan {
             return;
         }
         let Some(pending) = self.release(peer, answer.request()) else {
-            return self.drop_source(peer, Fault::Protocol { problem: "an answer to no request" });
+            return self.drop_source(
+                peer,
+                Fault::Protocol {
+                    problem: "an answer to no request",
+                },
+            );
         };
         match (answer, pending.asked) {
-            (Answer::Held { shards, chooser, .. }, Asked::Have) => {
+            (
+                Answer::Held {
+                    shards, chooser, ..
+                },
+                Asked::Have,
+            ) => {
                 self.on_held(peer, &shards, chooser, now_ms);
             }
             (Answer::Shard { shard, .. }, Asked::Shard(asked)) if asked == shard => {
@@ -222,10 +242,20 @@ impl Plan {
             }
             (Answer::Shard { .. }, Asked::Any) => self.on_shard(peer, pending, now_ms),
             (Answer::Missing { .. }, asked) => self.on_missing(peer, asked, now_ms),
-            (Answer::Busy { retry_ms, holders, .. }, Asked::Shard(_) | Asked::Any) => {
+            (
+                Answer::Busy {
+                    retry_ms, holders, ..
+                },
+                Asked::Shard(_) | Asked::Any,
+            ) => {
                 self.on_busy(peer, retry_ms, &holders, now_ms);
             }
-            _ => self.drop_source(peer, Fault::Protocol { problem: "an answer to another request" }),
+            _ => self.drop_source(
+                peer,
+                Fault::Protocol {
+                    problem: "an answer to another request",
+                },
+            ),
         }
     }
 
@@ -243,7 +273,11 @@ impl Plan {
             for peer in &peers {
                 if let Some(ask) = self.next_ask(peer, now_ms) {
                     let request = self.record(*peer, &ask, now_ms);
-                    actions.push(Action::Ask { source: *peer, request, ask });
+                    actions.push(Action::Ask {
+                        source: *peer,
+                        request,
+                        ask,
+                    });
                 }
             }
             if actions.len() == before {
@@ -257,15 +291,20 @@ impl Plan {
     /// When [`Self::decide`] may have something to do though nothing was answered.
     pub fn wake_at_ms(&self, now_ms: u64) -> Option<u64> {
         let (hedge_ms, timeout_ms) = (self.hedge_ms(), self.timeout_ms());
-        let requests = self
-            .requests
-            .values()
-            .flat_map(|pending| [pending.asked_at_ms + hedge_ms, pending.asked_at_ms + timeout_ms]);
+        let requests = self.requests.values().flat_map(|pending| {
+            [
+                pending.asked_at_ms + hedge_ms,
+                pending.asked_at_ms + timeout_ms,
+            ]
+        });
         let sources = self.sources.values().flat_map(|source| {
             let poll = (!source.is_polled && !source.held.is_full()).then_some(source.poll_at_ms);
             [poll, Some(source.busy_until_ms)].into_iter().flatten()
         });
-        requests.chain(sources).filter(|at_ms| *at_ms > now_ms).min()
+        requests
+            .chain(sources)
+            .filter(|at_ms| *at_ms > now_ms)
+            .min()
     }
 
     fn next_ask(&mut self, peer: &PeerId, now_ms: u64) -> Option<Ask> {
@@ -280,7 +319,10 @@ impl Plan {
             return None;
         }
         match chooser {
-            Chooser::Asker => self.rarest(peer).or_else(|| self.overdue(peer, now_ms)).map(Ask::Shard),
+            Chooser::Asker => self
+                .rarest(peer)
+                .or_else(|| self.overdue(peer, now_ms))
+                .map(Ask::Shard),
             Chooser::Holder => self.any_but(now_ms).map(Ask::AnyBut),
         }
     }
@@ -315,18 +357,21 @@ impl Plan {
     fn overdue(&self, peer: &PeerId, now_ms: u64) -> Option<u32> {
         let source = self.sources.get(peer)?;
         let hedge_ms = self.hedge_ms();
-        let overdue = self.requests.values().filter_map(|pending| match pending.asked {
-            Asked::Shard(shard)
-                if pending.source != *peer
-                    && pending.asked_at_ms + hedge_ms <= now_ms
-                    && self.in_flight[shard as usize] == 1
-                    && !self.held.contains(shard)
-                    && source.held.contains(shard) =>
-            {
-                Some((pending.asked_at_ms, shard))
-            }
-            _ => None,
-        });
+        let overdue = self
+            .requests
+            .values()
+            .filter_map(|pending| match pending.asked {
+                Asked::Shard(shard)
+                    if pending.source != *peer
+                        && pending.asked_at_ms + hedge_ms <= now_ms
+                        && self.in_flight[shard as usize] == 1
+                        && !self.held.contains(shard)
+                        && source.held.contains(shard) =>
+                {
+                    Some((pending.asked_at_ms, shard))
+                }
+                _ => None,
+            });
         overdue.min().map(|(_, shard)| shard)
     }
 
@@ -346,7 +391,11 @@ impl Plan {
         });
         quick.for_each(|(_, source)| except.insert_all(&source.held));
         let mut asked_any = 0;
-        for pending in self.requests.values().filter(|pending| !overdue.contains(&pending.source)) {
+        for pending in self
+            .requests
+            .values()
+            .filter(|pending| !overdue.contains(&pending.source))
+        {
             match pending.asked {
                 Asked::Shard(shard) => {
                     except.insert(shard);
@@ -360,7 +409,11 @@ impl Plan {
     }
 
     fn hedge_ms(&self) -> u64 {
-        let quickest = self.sources.values().filter_map(|source| source.usual_ms).min();
+        let quickest = self
+            .sources
+            .values()
+            .filter_map(|source| source.usual_ms)
+            .min();
         quickest.map_or(HEDGE_MS_AT_FIRST, |usual_ms| {
             (HEDGE_FACTOR * usual_ms).clamp(*HEDGE_MS.start(), *HEDGE_MS.end())
         })
@@ -387,13 +440,23 @@ impl Plan {
                 Asked::Shard(_) | Asked::Any => source.pending += 1,
             }
         }
-        self.requests.insert(request, Pending { source: peer, asked, asked_at_ms: now_ms });
+        self.requests.insert(
+            request,
+            Pending {
+                source: peer,
+                asked,
+                asked_at_ms: now_ms,
+            },
+        );
         request
     }
 
     /// Takes a request out of flight, if this peer was asked it.
     fn release(&mut self, peer: PeerId, request: RequestId) -> Option<Pending> {
-        let pending = *self.requests.get(&request).filter(|pending| pending.source == peer)?;
+        let pending = *self
+            .requests
+            .get(&request)
+            .filter(|pending| pending.source == peer)?;
         self.requests.remove(&request);
         if let Asked::Shard(shard) = pending.asked {
             self.in_flight[shard as usize] -= 1;
@@ -411,27 +474,45 @@ impl Plan {
             let problem = "a bitmap of another length";
             return self.drop_source(peer, Fault::Protocol { problem });
         };
-        let Some(source) = self.sources.get_mut(&peer) else { return };
+        let Some(source) = self.sources.get_mut(&peer) else {
+            return;
+        };
         let has_news = held.count() > source.held.count();
-        source.held.iter().for_each(|shard| self.holders[shard as usize] -= 1);
-        held.iter().for_each(|shard| self.holders[shard as usize] += 1);
+        source
+            .held
+            .iter()
+            .for_each(|shard| self.holders[shard as usize] -= 1);
+        held.iter()
+            .for_each(|shard| self.holders[shard as usize] += 1);
         source.held = held;
         source.chooser = Some(chooser);
-        source.poll_ms = if has_news { POLL_MS_MIN } else { (2 * source.poll_ms).min(POLL_MS_MAX) };
+        source.poll_ms = if has_news {
+            POLL_MS_MIN
+        } else {
+            (2 * source.poll_ms).min(POLL_MS_MAX)
+        };
         source.poll_at_ms = now_ms + source.poll_ms;
     }
 
     fn on_shard(&mut self, peer: PeerId, pending: Pending, now_ms: u64) {
-        let Some(source) = self.sources.get_mut(&peer) else { return };
+        let Some(source) = self.sources.get_mut(&peer) else {
+            return;
+        };
         let took_ms = now_ms.saturating_sub(pending.asked_at_ms);
-        source.usual_ms = Some(source.usual_ms.map_or(took_ms, |usual_ms| (3 * usual_ms + took_ms) / 4));
+        source.usual_ms = Some(
+            source
+                .usual_ms
+                .map_or(took_ms, |usual_ms| (3 * usual_ms + took_ms) / 4),
+        );
         source.delivered = source.delivered.saturating_add(1);
         source.refusals = 0;
         self.slow.remove(&peer);
     }
 
     fn on_missing(&mut self, peer: PeerId, asked: Asked, now_ms: u64) {
-        let Some(source) = self.sources.get_mut(&peer) else { return };
+        let Some(source) = self.sources.get_mut(&peer) else {
+            return;
+        };
         match asked {
             Asked::Shard(shard) => {
                 source.refuse(now_ms);
@@ -473,13 +554,21 @@ impl Plan {
             .collect();
         for peer in late {
             self.slow.insert(peer);
-            self.drop_source(peer, Fault::Slow { waited_ms: timeout_ms });
+            self.drop_source(
+                peer,
+                Fault::Slow {
+                    waited_ms: timeout_ms,
+                },
+            );
         }
     }
 
     fn drop_source(&mut self, peer: PeerId, fault: Fault) {
         self.remove_source(&peer);
-        self.dropped.push(Action::Drop { source: peer, fault });
+        self.dropped.push(Action::Drop {
+            source: peer,
+            fault,
+        });
     }
 }
 

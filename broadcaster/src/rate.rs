@@ -25,7 +25,12 @@ impl TokenBucket {
     pub fn new(bytes_per_second: NonZeroU64, now_ms: u64) -> Self {
         let rate = bytes_per_second.get() as f64;
         let burst_bytes = rate * BURST_SHARE;
-        Self { bytes_per_ms: rate / 1_000.0, burst_bytes, tokens: burst_bytes, filled_at_ms: now_ms }
+        Self {
+            bytes_per_ms: rate / 1_000.0,
+            burst_bytes,
+            tokens: burst_bytes,
+            filled_at_ms: now_ms,
+        }
     }
 
     /// Takes `bytes` and says how many milliseconds to wait before they may be sent.
@@ -34,7 +39,11 @@ impl TokenBucket {
         self.filled_at_ms = self.filled_at_ms.max(now_ms);
         self.tokens = (self.tokens + passed_ms * self.bytes_per_ms).min(self.burst_bytes);
         self.tokens -= bytes as f64;
-        if self.tokens >= 0.0 { 0 } else { (-self.tokens / self.bytes_per_ms).ceil() as u64 }
+        if self.tokens >= 0.0 {
+            0
+        } else {
+            (-self.tokens / self.bytes_per_ms).ceil() as u64
+        }
     }
 }
 

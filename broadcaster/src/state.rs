@@ -84,7 +84,9 @@ pub enum StateError {
         place: String,
     },
     /// Every shard is as described, or no description is known, and still the root is another.
-    #[error("weights have root {found} where the version says {expected}: fetch the file from another peer")]
+    #[error(
+        "weights have root {found} where the version says {expected}: fetch the file from another peer"
+    )]
     Root {
         /// As signed.
         expected: ContentHash,
@@ -114,9 +116,14 @@ pub struct TensorSpan {
 /// Names what is wrong with the file.
 pub fn describe_state(bytes: &[u8]) -> Result<(Vec<Parameter>, Part), StateError> {
     let spans = tensor_spans(bytes)?;
-    let leaves: Vec<ContentHash> =
-        spans.iter().map(|span| leaf(&span.parameter, &bytes[span.range.clone()])).collect();
-    let part = Part { kind: PartKind::Base, root: merkle_root(&leaves) };
+    let leaves: Vec<ContentHash> = spans
+        .iter()
+        .map(|span| leaf(&span.parameter, &bytes[span.range.clone()]))
+        .collect();
+    let part = Part {
+        kind: PartKind::Base,
+        root: merkle_root(&leaves),
+    };
     Ok((spans.into_iter().map(|span| span.parameter).collect(), part))
 }
 
@@ -133,8 +140,16 @@ pub fn verify_state(
     if let Some(object) = anchor {
         verify_against_anchor(bytes, version, object)?;
     }
-    let [Part { kind: PartKind::Base, root: expected }] = version.parts[..] else {
-        return Err(StateError::Parts { parts: version.parts.len() });
+    let [
+        Part {
+            kind: PartKind::Base,
+            root: expected,
+        },
+    ] = version.parts[..]
+    else {
+        return Err(StateError::Parts {
+            parts: version.parts.len(),
+        });
     };
     let found = root_by_table(bytes, &version.parameters)?;
     if found != expected {
@@ -150,19 +165,23 @@ pub fn verify_state(
 pub fn tensor_spans(bytes: &[u8]) -> Result<Vec<TensorSpan>, StateError> {
     let found = bytes.len() as u64;
     let short = |needed| StateError::Length { needed, found };
-    let (length, rest) =
-        bytes.split_first_chunk::<LENGTH_BYTES>().ok_or_else(|| short(LENGTH_BYTES as u64))?;
+    let (length, rest) = bytes
+        .split_first_chunk::<LENGTH_BYTES>()
+        .ok_or_else(|| short(LENGTH_BYTES as u64))?;
     let header_bytes = u64::from_le_bytes(*length);
     if header_bytes > HEADER_BYTES_MAX {
-        let problem = format!("its length is {header_bytes}, at most {HEADER_BYTES_MAX} is allowed");
+        let problem =
+            format!("its length is {header_bytes}, at most {HEADER_BYTES_MAX} is allowed");
         return Err(StateError::Header { problem });
     }
     let needed = LENGTH_BYTES as u64 + header_bytes;
     // At most 8 MiB, so the cast holds on any machine.
-    let (header, data) =
-        rest.split_at_checked(header_bytes as usize).ok_or_else(|| short(needed))?;
-    let header: Header = serde_json::from_slice(header)
-        .map_err(|error| StateError::Header { problem: error.to_string() })?;
+    let (header, data) = rest
+        .split_at_checked(header_bytes as usize)
+        .ok_or_else(|| short(needed))?;
+    let header: Header = serde_json::from_slice(header).map_err(|error| StateError::Header {
+        problem: error.to_string(),
+    })?;
     tile(header, data.len() as u64, needed)
 }
 
@@ -220,7 +239,11 @@ fn root_by_table(bytes: &[u8], table: &[Parameter]) -> Result<ContentHash, State
         if (found.dtype, &found.shape) != (expected.dtype, &expected.shape) {
             let shown = |row: &Parameter| format!("{:?} {:?}", row.dtype, row.shape);
             let (expected, found) = (shown(expected), shown(found));
-            return Err(StateError::Shape { name: name(), expected, found });
+            return Err(StateError::Shape {
+                name: name(),
+                expected,
+                found,
+            });
         }
         leaves.push(leaf(found, &bytes[span.range]));
     }
@@ -240,10 +263,13 @@ fn verify_against_anchor(
             let place = place_of(bytes, version, &range);
             Err(StateError::Differs { range, place })
         }
-        Err(ObjectError::Size { expected, found }) => {
-            Err(StateError::Length { needed: expected, found })
-        }
-        Err(error) => Err(StateError::Header { problem: error.to_string() }),
+        Err(ObjectError::Size { expected, found }) => Err(StateError::Length {
+            needed: expected,
+            found,
+        }),
+        Err(error) => Err(StateError::Header {
+            problem: error.to_string(),
+        }),
         Ok(()) => Ok(()),
     }
 }
@@ -251,10 +277,16 @@ fn verify_against_anchor(
 /// The first tensor that lies in a byte range. The file is wrong somewhere, so its header is believed only while every
 /// tensor in it is one of the version.
 fn place_of(bytes: &[u8], version: &Version, range: &Range<u64>) -> String {
-    let Ok(mut spans) = tensor_spans(bytes) else { return "header".to_owned() };
+    let Ok(mut spans) = tensor_spans(bytes) else {
+        return "header".to_owned();
+    };
     spans.sort_by_key(|span| span.range.start);
-    let in_header = spans.first().is_none_or(|first| (range.start as usize) < first.range.start);
-    let here = spans.iter().find(|span| span.range.end as u64 > range.start);
+    let in_header = spans
+        .first()
+        .is_none_or(|first| (range.start as usize) < first.range.start);
+    let here = spans
+        .iter()
+        .find(|span| span.range.end as u64 > range.start);
     match here.filter(|span| !in_header && version.parameters.contains(&span.parameter)) {
         Some(span) => format!("tensor `{}`", span.parameter.name),
         None => "header".to_owned(),
@@ -313,7 +345,9 @@ impl<'de> Visitor<'de> for HeaderVisitor {
 /// be a byte that no root covers.
 fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSpan>, StateError> {
     if header.0.is_empty() {
-        return Err(StateError::Header { problem: "it lists no tensor".to_owned() });
+        return Err(StateError::Header {
+            problem: "it lists no tensor".to_owned(),
+        });
     }
     let mut spans = Vec::with_capacity(header.0.len());
     for (name, entry) in header.0 {
@@ -321,18 +355,23 @@ fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSp
         let parameter = parameter(name, entry)?;
         spans.push((start, end, parameter));
     }
-    spans.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)));
+    spans.sort_by_key(|span| (span.0, span.1));
     let mut covered = 0;
     for (start, end, parameter) in &spans {
         if *start != covered {
             let problem = format!("starts at {start} where the one before it ends at {covered}");
-            return Err(StateError::Tensor { name: parameter.name.clone(), problem });
+            return Err(StateError::Tensor {
+                name: parameter.name.clone(),
+                problem,
+            });
         }
         covered = *end;
     }
     if covered != data_bytes {
-        let (needed, found) =
-            (data_start.saturating_add(covered), data_start.saturating_add(data_bytes));
+        let (needed, found) = (
+            data_start.saturating_add(covered),
+            data_start.saturating_add(data_bytes),
+        );
         return Err(StateError::Length { needed, found });
     }
     // Every offset is at most the number of bytes in memory now, so the casts hold.
@@ -348,10 +387,17 @@ fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSp
 }
 
 fn parameter(name: String, entry: Entry) -> Result<Parameter, StateError> {
-    let Entry { dtype, shape, data_offsets: (start, end) } = entry;
+    let Entry {
+        dtype,
+        shape,
+        data_offsets: (start, end),
+    } = entry;
     let refused = |problem: String| {
         let shown = name.chars().take(64).collect();
-        Err(StateError::Tensor { name: shown, problem })
+        Err(StateError::Tensor {
+            name: shown,
+            problem,
+        })
     };
     let dtype = match dtype.as_str() {
         "BF16" => Dtype::Bf16,
@@ -365,15 +411,26 @@ fn parameter(name: String, entry: Entry) -> Result<Parameter, StateError> {
     if name.is_empty() || name.len() > 256 {
         return refused(format!("has a name of {} bytes, not 1 to 256", name.len()));
     }
-    let elements = shape.iter().try_fold(1u64, |n, dimension| n.checked_mul(*dimension));
-    let bytes = elements.and_then(|n| n.checked_mul(dtype.bytes())).filter(|bytes| *bytes > 0);
+    let elements = shape
+        .iter()
+        .try_fold(1u64, |n, dimension| n.checked_mul(*dimension));
+    let bytes = elements
+        .and_then(|n| n.checked_mul(dtype.bytes()))
+        .filter(|bytes| *bytes > 0);
     if shape.len() > 8 || bytes.is_none() {
         return refused(format!("has an impossible shape of rank {}", shape.len()));
     }
     if end.checked_sub(start) != bytes {
-        return refused(format!("lies at {start}..{end}, which is not the size of {shape:?}"));
+        return refused(format!(
+            "lies at {start}..{end}, which is not the size of {shape:?}"
+        ));
     }
-    Ok(Parameter { name, shape, dtype, stage: 0 })
+    Ok(Parameter {
+        name,
+        shape,
+        dtype,
+        stage: 0,
+    })
 }
 
 #[cfg(test)]

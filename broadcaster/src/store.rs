@@ -44,7 +44,9 @@ pub enum StoreError {
         object: ObjectId,
     },
     /// No room, and nothing that may go.
-    #[error("object of {needed} bytes does not fit: {pinned} of at most {bytes_max} bytes are in use and must stay: raise the store's `bytes_max`")]
+    #[error(
+        "object of {needed} bytes does not fit: {pinned} of at most {bytes_max} bytes are in use and must stay: raise the store's `bytes_max`"
+    )]
     NoRoom {
         /// Size of the object.
         needed: u64,
@@ -73,7 +75,11 @@ pub struct StoreConfig {
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { directory: None, bytes_max: 8 << 30, versions_kept: 4 }
+        Self {
+            directory: None,
+            bytes_max: 8 << 30,
+            versions_kept: 4,
+        }
     }
 }
 
@@ -146,7 +152,11 @@ impl Store {
     /// # Errors
     /// When the directory cannot be made or read. What is damaged in it is removed instead.
     pub fn open(config: StoreConfig) -> Result<Self, StoreError> {
-        let store = Self { config, entries: DashMap::new(), admission: Mutex::new(()) };
+        let store = Self {
+            config,
+            entries: DashMap::new(),
+            admission: Mutex::new(()),
+        };
         if let Some(directory) = &store.config.directory {
             disk::create_directory(directory)?;
             for folder in disk::list_folder(directory, FOLDERS_MAX)? {
@@ -164,7 +174,10 @@ impl Store {
     pub fn admit(&self, object: &Object) -> Result<ObjectId, StoreError> {
         object.validate()?;
         let id = object.id();
-        let _one_at_a_time = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self
+            .admission
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(mut entry) = self.entries.get_mut(&id) {
             entry.version = entry.version.max(object.version);
             return Ok(id);
@@ -176,7 +189,8 @@ impl Store {
                 .map_err(|error| Invalid::new("object", error.to_string()))?;
             disk::write_file(&folder.join(DESCRIPTION), &description, Durability::Cache)?;
         }
-        self.entries.insert(id, Entry::new(Arc::new(object.clone())));
+        self.entries
+            .insert(id, Entry::new(Arc::new(object.clone())));
         Ok(id)
     }
 
@@ -197,7 +211,10 @@ impl Store {
         if let Some(folder) = self.folder(id) {
             disk::write_file(&folder.join(shard.to_string()), &bytes, Durability::Cache)?;
         }
-        let mut entry = self.entries.get_mut(id).ok_or(StoreError::Unknown { object: *id })?;
+        let mut entry = self
+            .entries
+            .get_mut(id)
+            .ok_or(StoreError::Unknown { object: *id })?;
         Ok(entry.put(shard, bytes))
     }
 
@@ -214,7 +231,10 @@ impl Store {
                 disk::write_file(&folder.join(shard.to_string()), chunk, Durability::Cache)?;
             }
         }
-        let mut entry = self.entries.get_mut(&id).ok_or(StoreError::Unknown { object: id })?;
+        let mut entry = self
+            .entries
+            .get_mut(&id)
+            .ok_or(StoreError::Unknown { object: id })?;
         entry.put_whole(bytes);
         Ok(id)
     }
@@ -232,7 +252,10 @@ impl Store {
     /// One shard, if it is held.
     pub fn shard(&self, id: &ObjectId, shard: u32) -> Option<Bytes> {
         let entry = self.entries.get(id)?;
-        entry.held.contains(shard).then(|| entry.shards[shard as usize].clone())
+        entry
+            .held
+            .contains(shard)
+            .then(|| entry.shards[shard as usize].clone())
     }
 
     /// The whole object, if every shard is held. The first call puts it together.
@@ -268,6 +291,16 @@ impl Store {
         }
     }
 
+    /// Whether shards are written to a disk.
+    pub fn is_persistent(&self) -> bool {
+        self.config.directory.is_some()
+    }
+
+    /// Whether an object is held, if only in part.
+    pub fn contains(&self, id: &ObjectId) -> bool {
+        self.entries.contains_key(id)
+    }
+
     /// Declared sizes of all that is held.
     pub fn bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.object.bytes).sum()
@@ -281,7 +314,10 @@ impl Store {
     }
 
     fn folder(&self, id: &ObjectId) -> Option<PathBuf> {
-        self.config.directory.as_ref().map(|directory| directory.join(id.to_string()))
+        self.config
+            .directory
+            .as_ref()
+            .map(|directory| directory.join(id.to_string()))
     }
 
     /// Lets go of what retention does not keep, then of the oldest until the newcomer fits.
@@ -306,7 +342,9 @@ impl Store {
 
     /// Takes back what a folder holds, and removes what is not whole.
     fn load(&self, name: &str) -> Result<(), StoreError> {
-        let Some(directory) = &self.config.directory else { return Ok(()) };
+        let Some(directory) = &self.config.directory else {
+            return Ok(());
+        };
         let folder = directory.join(name);
         let Some(object) = described(&folder, name) else {
             tracing::warn!(folder = %folder.display(), "not an object: removed");
@@ -358,12 +396,20 @@ fn to_drop(
     newcomer: &Object,
     config: &StoreConfig,
 ) -> Result<Vec<ObjectId>, StoreError> {
-    let mut versions: BTreeSet<PolicyVersion> =
-        rows.iter().filter(|row| !row.is_file).map(|row| row.version).collect();
+    let mut versions: BTreeSet<PolicyVersion> = rows
+        .iter()
+        .filter(|row| !row.is_file)
+        .map(|row| row.version)
+        .collect();
     if !matches!(newcomer.content, Content::File { .. }) {
         versions.insert(newcomer.version);
     }
-    let oldest_kept = versions.iter().rev().take(config.versions_kept.max(1)).next_back().copied();
+    let oldest_kept = versions
+        .iter()
+        .rev()
+        .take(config.versions_kept.max(1))
+        .next_back()
+        .copied();
     let outlived = |row: &Row| !row.is_file && Some(row.version) < oldest_kept;
     rows.sort_by_key(|row| (!outlived(row), row.is_file, row.version, row.id));
     let mut bytes: u64 = rows.iter().map(|row| row.bytes).sum();
@@ -380,7 +426,11 @@ fn to_drop(
     }
     if bytes.saturating_add(newcomer.bytes) > config.bytes_max || count >= OBJECTS_MAX {
         let (needed, bytes_max) = (newcomer.bytes, config.bytes_max);
-        return Err(StoreError::NoRoom { needed, pinned: bytes, bytes_max });
+        return Err(StoreError::NoRoom {
+            needed,
+            pinned: bytes,
+            bytes_max,
+        });
     }
     Ok(dropped)
 }

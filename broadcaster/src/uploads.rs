@@ -109,7 +109,10 @@ pub struct Uploads {
 impl Uploads {
     /// Nothing sent yet.
     pub fn new(sharing: Sharing) -> Self {
-        Self { sharing, objects: BTreeMap::new() }
+        Self {
+            sharing,
+            objects: BTreeMap::new(),
+        }
     }
 
     /// Decides about one request of `peer`, where `held` are the shards that can be sent.
@@ -125,15 +128,24 @@ impl Uploads {
             .objects
             .entry(object)
             .or_insert_with(|| ObjectUploads::new(held.length(), now_ms));
-        debug_assert_eq!(uploads.copies.len(), held.length() as usize, "an object has one size");
-        let Some(shard) = uploads.least_sent(&peer, held, wanted) else { return Decision::Missing };
+        debug_assert_eq!(
+            uploads.copies.len(),
+            held.length() as usize,
+            "an object has one size"
+        );
+        let Some(shard) = uploads.least_sent(&peer, held, wanted) else {
+            return Decision::Missing;
+        };
         let wait_ms = match self.sharing {
             Sharing::OnDemand => None,
             Sharing::FirstCopies => uploads.wait_ms(now_ms, &peer, shard),
         };
         if let Some(wait_ms) = wait_ms {
             let retry_ms = wait_ms.max(RETRY_MS_MIN);
-            return Decision::Busy { retry_ms, holders: uploads.holders(&peer, shard) };
+            return Decision::Busy {
+                retry_ms,
+                holders: uploads.holders(&peer, shard),
+            };
         }
         uploads.begin(now_ms, peer, shard);
         Decision::Send { shard }
@@ -148,7 +160,9 @@ impl Uploads {
         shard: u32,
         outcome: Outcome,
     ) {
-        let Some(uploads) = self.objects.get_mut(object) else { return };
+        let Some(uploads) = self.objects.get_mut(object) else {
+            return;
+        };
         match outcome {
             Outcome::Sent if uploads.round == 1 => uploads.opened_at_ms = now_ms,
             Outcome::Sent => {}
@@ -174,7 +188,9 @@ impl ObjectUploads {
     }
 
     fn was_sent(&self, peer: &PeerId, shard: u32) -> bool {
-        self.peers.get(peer).is_some_and(|served| served.shards.contains(shard))
+        self.peers
+            .get(peer)
+            .is_some_and(|served| served.shards.contains(shard))
     }
 
     /// The shard that is wanted, held and sent least; one that this peer was sent before comes last.
@@ -190,7 +206,11 @@ impl ObjectUploads {
 
     /// How long this peer has to wait for this shard; `None` when it may have it now. Opens the next round when it is due.
     fn wait_ms(&mut self, now_ms: u64, peer: &PeerId, shard: u32) -> Option<u64> {
-        if let Some(served) = self.peers.get(peer).filter(|served| served.shards.contains(shard)) {
+        if let Some(served) = self
+            .peers
+            .get(peer)
+            .filter(|served| served.shards.contains(shard))
+        {
             let repeat_ms = REPEAT_MS << served.repeats.min(REPEAT_DOUBLINGS_MAX);
             let due_ms = served.at_ms.saturating_add(repeat_ms);
             if now_ms < due_ms {
@@ -247,10 +267,11 @@ impl ObjectUploads {
             }
         }
         let shards = self.copies.len() as u32;
-        let served = self
-            .peers
-            .entry(peer)
-            .or_insert_with(|| Served { shards: Bitmap::empty(shards), at_ms: now_ms, repeats: 0 });
+        let served = self.peers.entry(peer).or_insert_with(|| Served {
+            shards: Bitmap::empty(shards),
+            at_ms: now_ms,
+            repeats: 0,
+        });
         if !served.shards.insert(shard) {
             served.shards = Bitmap::empty(shards);
             served.shards.insert(shard);

@@ -217,12 +217,17 @@ pub fn decode(mut frame: Bytes) -> Result<Frame, WireError> {
     }
     match frame.get_u8() {
         KIND_MESSAGE => decode_message(&frame).map(Frame::Message),
-        KIND_SHARD if frame.len() < SHARD_PREFIX_BYTES - 1 => {
-            Err(WireError::Malformed(format!("shard frame of {} bytes", frame.len() + 1)))
-        }
+        KIND_SHARD if frame.len() < SHARD_PREFIX_BYTES - 1 => Err(WireError::Malformed(format!(
+            "shard frame of {} bytes",
+            frame.len() + 1
+        ))),
         KIND_SHARD => {
             let (request, shard) = (RequestId(frame.get_u32_le()), frame.get_u32_le());
-            Ok(Frame::Shard { request, shard, bytes: frame })
+            Ok(Frame::Shard {
+                request,
+                shard,
+                bytes: frame,
+            })
         }
         kind => Err(WireError::UnknownKind { kind }),
     }
@@ -230,15 +235,25 @@ pub fn decode(mut frame: Bytes) -> Result<Frame, WireError> {
 
 fn decode_message(body: &[u8]) -> Result<Message, WireError> {
     if body.len() > MESSAGE_BYTES_MAX {
-        return Err(WireError::TooLarge { bytes: body.len(), limit: MESSAGE_BYTES_MAX });
+        return Err(WireError::TooLarge {
+            bytes: body.len(),
+            limit: MESSAGE_BYTES_MAX,
+        });
     }
     let (message, rest) = postcard::take_from_bytes::<Message>(body)
         .map_err(|error| WireError::Malformed(error.to_string()))?;
     if !rest.is_empty() {
-        return Err(WireError::Malformed(format!("{} bytes follow the message", rest.len())));
+        return Err(WireError::Malformed(format!(
+            "{} bytes follow the message",
+            rest.len()
+        )));
     }
     let too_many = |field, found, limit| match found > limit {
-        true => Err(WireError::TooMany { field, found, limit }),
+        true => Err(WireError::TooMany {
+            field,
+            found,
+            limit,
+        }),
         false => Ok(()),
     };
     match &message {
@@ -259,7 +274,10 @@ pub fn encode_message(message: &Message) -> Result<Vec<u8>, WireError> {
     let mut frame = postcard::to_extend(message, frame).map_err(malformed)?;
     let length = frame.len() - 4;
     if length > MESSAGE_BYTES_MAX {
-        return Err(WireError::TooLarge { bytes: length, limit: MESSAGE_BYTES_MAX });
+        return Err(WireError::TooLarge {
+            bytes: length,
+            limit: MESSAGE_BYTES_MAX,
+        });
     }
     frame[..4].copy_from_slice(&(length as u32).to_le_bytes());
     Ok(frame)
@@ -284,7 +302,10 @@ mod tests {
     fn round_trip(message: &Message) -> Message {
         let frame = encode_message(message).unwrap();
         let length = u32::from_le_bytes(frame[..4].try_into().unwrap());
-        assert_eq!(check_length(length, MESSAGE_BYTES_MAX).unwrap(), frame.len() - 4);
+        assert_eq!(
+            check_length(length, MESSAGE_BYTES_MAX).unwrap(),
+            frame.len() - 4
+        );
         match decode(Bytes::copy_from_slice(&frame[4..])).unwrap() {
             Frame::Message(message) => message,
             Frame::Shard { .. } => panic!("a message came back as a shard"),
@@ -294,15 +315,37 @@ mod tests {
     fn one_of_each() -> Vec<Message> {
         let (request, object) = (RequestId(7), ObjectId([2; 32]));
         vec![
-            Message::Hello { versions: vec![1], key: PeerId([1; 32]), nonce: [3; 32] },
-            Message::Proof { signature: serde_bytes::ByteArray::new([4; 64]) },
+            Message::Hello {
+                versions: vec![1],
+                key: PeerId([1; 32]),
+                nonce: [3; 32],
+            },
+            Message::Proof {
+                signature: serde_bytes::ByteArray::new([4; 64]),
+            },
             Message::Refused(Refusal::Full { connections_max: 5 }),
             Message::Have { request, object },
-            Message::Held { request, shards: vec![0b101], chooser: Chooser::Holder },
-            Message::Want { request, object, shard: 300 },
-            Message::WantAny { request, object, except: vec![0b1] },
+            Message::Held {
+                request,
+                shards: vec![0b101],
+                chooser: Chooser::Holder,
+            },
+            Message::Want {
+                request,
+                object,
+                shard: 300,
+            },
+            Message::WantAny {
+                request,
+                object,
+                except: vec![0b1],
+            },
             Message::Missing { request },
-            Message::Busy { request, retry_ms: 300, holders: vec![PeerId([6; 32])] },
+            Message::Busy {
+                request,
+                retry_ms: 300,
+                holders: vec![PeerId([6; 32])],
+            },
         ]
     }
 
@@ -321,32 +364,59 @@ mod tests {
             format!("26000000010807ac0201{}", hex(6, 32)),
         ];
         for (message, golden) in one_of_each().iter().zip(golden) {
-            assert_eq!(hex::encode(encode_message(message).unwrap()), golden, "{message:?}");
+            assert_eq!(
+                hex::encode(encode_message(message).unwrap()),
+                golden,
+                "{message:?}"
+            );
             assert_eq!(round_trip(message), *message);
         }
-        assert_eq!(hex::encode(shard_header(RequestId(7), 300, 2)), "0b000000" .to_owned() + "02070000002c010000");
+        assert_eq!(
+            hex::encode(shard_header(RequestId(7), 300, 2)),
+            "0b000000".to_owned() + "02070000002c010000"
+        );
     }
 
     #[test]
     fn a_frame_over_its_limit_is_refused_before_it_is_read() {
         let error = check_length(u32::MAX, FRAME_BYTES_MAX).unwrap_err();
-        assert_eq!(error, WireError::TooLarge { bytes: u32::MAX as usize, limit: FRAME_BYTES_MAX });
+        assert_eq!(
+            error,
+            WireError::TooLarge {
+                bytes: u32::MAX as usize,
+                limit: FRAME_BYTES_MAX
+            }
+        );
         assert_eq!(check_length(0, 10), Err(WireError::Empty));
     }
 
     #[test]
     fn lists_over_their_bound_are_refused() {
         let holders = vec![PeerId([0; 32]); HOLDERS_MAX + 1];
-        let message = Message::Busy { request: RequestId(1), retry_ms: 1, holders };
+        let message = Message::Busy {
+            request: RequestId(1),
+            retry_ms: 1,
+            holders,
+        };
         let frame = encode_message(&message).unwrap();
         let error = decode(Bytes::copy_from_slice(&frame[4..])).unwrap_err();
-        assert!(matches!(error, WireError::TooMany { field: "holders", .. }));
+        assert!(matches!(
+            error,
+            WireError::TooMany {
+                field: "holders",
+                ..
+            }
+        ));
     }
 
     #[test]
     fn the_largest_bitmap_fits_in_a_message() {
         let except = vec![0xff; SHARDS_MAX / 8];
-        let message = Message::WantAny { request: RequestId(u32::MAX), object: ObjectId([0; 32]), except };
+        let message = Message::WantAny {
+            request: RequestId(u32::MAX),
+            object: ObjectId([0; 32]),
+            except,
+        };
         assert_eq!(round_trip(&message), message);
     }
 

@@ -17,21 +17,35 @@ fn plan(shards: u32) -> Plan {
 /// The requests of this peer among the actions.
 fn asks(actions: &[Action], of: PeerId) -> Vec<(RequestId, Ask)> {
     let ask = |action: &Action| match action {
-        Action::Ask { source, request, ask } if *source == of => Some((*request, ask.clone())),
+        Action::Ask {
+            source,
+            request,
+            ask,
+        } if *source == of => Some((*request, ask.clone())),
         _ => None,
     };
     actions.iter().filter_map(ask).collect()
 }
 
 /// Adds a peer, has it say what it holds, and returns what it is asked then.
-fn join(plan: &mut Plan, number: u8, held: &Bitmap, chooser: Chooser, now_ms: u64) -> Vec<(RequestId, Ask)> {
+fn join(
+    plan: &mut Plan,
+    number: u8,
+    held: &Bitmap,
+    chooser: Chooser,
+    now_ms: u64,
+) -> Vec<(RequestId, Ask)> {
     assert!(plan.add_source(peer(number), now_ms));
     let actions = plan.decide(now_ms);
     let request = match asks(&actions, peer(number))[..] {
         [(request, Ask::Have)] => request,
         ref other => panic!("a new peer was asked {other:?}"),
     };
-    let answer = Answer::Held { request, shards: held.as_bytes().to_vec(), chooser };
+    let answer = Answer::Held {
+        request,
+        shards: held.as_bytes().to_vec(),
+        chooser,
+    };
     plan.on_answer(peer(number), answer, now_ms);
     asks(&plan.decide(now_ms), peer(number))
 }
@@ -63,7 +77,15 @@ fn the_rarest_shard_is_asked_for_first() {
     let request = asks(&actions, peer(2))[0].0;
     // A peer that says what it holds and is then busy, so that it only makes shards less rare.
     let shards = common.as_bytes().to_vec();
-    plan.on_answer(peer(2), Answer::Held { request, shards, chooser: Chooser::Asker }, 0);
+    plan.on_answer(
+        peer(2),
+        Answer::Held {
+            request,
+            shards,
+            chooser: Chooser::Asker,
+        },
+        0,
+    );
     let first = shard_numbers(&join(&mut plan, 1, &Bitmap::full(8), Chooser::Asker, 0));
     assert_eq!(first[0], 5);
 }
@@ -72,19 +94,41 @@ fn the_rarest_shard_is_asked_for_first() {
 fn a_bad_shard_bans_and_its_requests_go_to_others() {
     let mut plan = plan(4);
     let asked = join(&mut plan, 1, &Bitmap::full(4), Chooser::Asker, 0);
-    let (request, Ask::Shard(shard)) = asked[0].clone() else { panic!("{asked:?}") };
-    plan.on_answer(peer(1), Answer::Shard { request, shard, verdict: ShardVerdict::Bad }, 5);
+    let (request, Ask::Shard(shard)) = asked[0].clone() else {
+        panic!("{asked:?}")
+    };
+    plan.on_answer(
+        peer(1),
+        Answer::Shard {
+            request,
+            shard,
+            verdict: ShardVerdict::Bad,
+        },
+        5,
+    );
     let actions = plan.decide(5);
-    assert_eq!(actions, [Action::Drop { source: peer(1), fault: Fault::BadShard { shard } }]);
+    assert_eq!(
+        actions,
+        [Action::Drop {
+            source: peer(1),
+            fault: Fault::BadShard { shard }
+        }]
+    );
     assert!(!plan.add_source(peer(1), 6), "a banned peer came back");
     assert_eq!(plan.requests_in_flight(), 0);
-    assert_eq!(join(&mut plan, 2, &Bitmap::full(4), Chooser::Asker, 6).len(), 2);
+    assert_eq!(
+        join(&mut plan, 2, &Bitmap::full(4), Chooser::Asker, 6).len(),
+        2
+    );
 }
 
 #[test]
 fn an_overdue_shard_is_asked_of_another_peer_too() {
     let mut plan = plan(2);
-    assert_eq!(join(&mut plan, 1, &Bitmap::full(2), Chooser::Asker, 0).len(), 2);
+    assert_eq!(
+        join(&mut plan, 1, &Bitmap::full(2), Chooser::Asker, 0).len(),
+        2
+    );
     assert_eq!(join(&mut plan, 2, &Bitmap::full(2), Chooser::Asker, 0), []);
     assert_eq!(plan.wake_at_ms(0), Some(HEDGE_MS_AT_FIRST));
     let again = shard_numbers(&asks(&plan.decide(HEDGE_MS_AT_FIRST), peer(2)));
@@ -99,8 +143,17 @@ fn a_peer_that_never_answers_is_dropped_and_asked_less_when_it_returns() {
     let late_ms = plan.timeout_ms();
     let dropped = plan.decide(late_ms);
     let fault = Fault::Slow { waited_ms: late_ms };
-    assert_eq!(dropped, [Action::Drop { source: peer(1), fault }]);
-    assert_eq!(join(&mut plan, 1, &Bitmap::full(8), Chooser::Asker, late_ms).len(), 1);
+    assert_eq!(
+        dropped,
+        [Action::Drop {
+            source: peer(1),
+            fault
+        }]
+    );
+    assert_eq!(
+        join(&mut plan, 1, &Bitmap::full(8), Chooser::Asker, late_ms).len(),
+        1
+    );
 }
 
 #[test]
@@ -110,27 +163,59 @@ fn a_peer_that_chooses_is_not_asked_for_what_a_quick_peer_has() {
     two.insert(0);
     two.insert(1);
     let asked = join(&mut plan, 1, &two, Chooser::Asker, 0);
-    let (request, Ask::Shard(shard)) = asked[0].clone() else { panic!("{asked:?}") };
-    plan.on_answer(peer(1), Answer::Shard { request, shard, verdict: ShardVerdict::Good }, 1);
+    let (request, Ask::Shard(shard)) = asked[0].clone() else {
+        panic!("{asked:?}")
+    };
+    plan.on_answer(
+        peer(1),
+        Answer::Shard {
+            request,
+            shard,
+            verdict: ShardVerdict::Good,
+        },
+        1,
+    );
     let any = join(&mut plan, 2, &Bitmap::full(4), Chooser::Holder, 1);
-    let [(_, Ask::AnyBut(except)), (busy, _)] = &any[..] else { panic!("{any:?}") };
+    let [(_, Ask::AnyBut(except)), (busy, _)] = &any[..] else {
+        panic!("{any:?}")
+    };
     assert_eq!(except.iter().collect::<Vec<_>>(), [0, 1]);
     // Both of the others are on their way now.
-    plan.on_answer(peer(2), Answer::Busy { request: *busy, retry_ms: 100, holders: vec![] }, 2);
+    plan.on_answer(
+        peer(2),
+        Answer::Busy {
+            request: *busy,
+            retry_ms: 100,
+            holders: vec![],
+        },
+        2,
+    );
     assert_eq!(asks(&plan.decide(50), peer(2)), []);
     assert_eq!(asks(&plan.decide(102), peer(2)).len(), 1);
 }
 
 #[test]
 fn answers_to_nothing_and_bitmaps_of_another_length_end_a_connection() {
-    let stray = Answer::Missing { request: RequestId(77) };
-    let wrong = |request| Answer::Held { request, shards: vec![0; 9], chooser: Chooser::Asker };
+    let stray = Answer::Missing {
+        request: RequestId(77),
+    };
+    let wrong = |request| Answer::Held {
+        request,
+        shards: vec![0; 9],
+        chooser: Chooser::Asker,
+    };
     for answer in [stray, wrong(RequestId(0))] {
         let mut plan = plan(4);
         plan.add_source(peer(1), 0);
         plan.decide(0);
         plan.on_answer(peer(1), answer, 1);
-        let [Action::Drop { fault: Fault::Protocol { .. }, .. }] = plan.decide(1)[..] else {
+        let [
+            Action::Drop {
+                fault: Fault::Protocol { .. },
+                ..
+            },
+        ] = plan.decide(1)[..]
+        else {
             panic!("it stays connected")
         };
     }
@@ -138,7 +223,11 @@ fn answers_to_nothing_and_bitmaps_of_another_length_end_a_connection() {
 
 #[test]
 fn requests_in_flight_are_bounded_by_their_bytes() {
-    for (shard_bytes, expected) in [(4 << 10, REQUESTS_MAX), (2 << 20, 32), (16 << 20, REQUESTS_MIN)] {
+    for (shard_bytes, expected) in [
+        (4 << 10, REQUESTS_MAX),
+        (2 << 20, 32),
+        (16 << 20, REQUESTS_MIN),
+    ] {
         let plan = Plan::new(shard_bytes, Bitmap::empty(9), Patience::default(), 1);
         assert_eq!(plan.requests_max(), expected);
     }
@@ -162,24 +251,50 @@ enum Manner {
 }
 
 fn answer_of(manner: Manner, nth: u64, shards: u32, request: RequestId, ask: &Ask) -> Vec<Answer> {
-    let good = |shard| Answer::Shard { request, shard, verdict: ShardVerdict::Good };
+    let good = |shard| Answer::Shard {
+        request,
+        shard,
+        verdict: ShardVerdict::Good,
+    };
     let missing = |except: &Bitmap| (0..shards).find(|shard| !except.contains(*shard));
-    let chooser = if manner == Manner::Chooses { Chooser::Holder } else { Chooser::Asker };
+    let chooser = if manner == Manner::Chooses {
+        Chooser::Holder
+    } else {
+        Chooser::Asker
+    };
     let full = Bitmap::full(shards).as_bytes().to_vec();
     match (manner, ask) {
         (Manner::Silent, _) => vec![],
-        (Manner::Babbles, _) if nth > 3 => vec![Answer::Missing { request: RequestId(u32::MAX) }],
-        (_, Ask::Have) => vec![Answer::Held { request, shards: full, chooser }],
+        (Manner::Babbles, _) if nth > 3 => vec![Answer::Missing {
+            request: RequestId(u32::MAX),
+        }],
+        (_, Ask::Have) => vec![Answer::Held {
+            request,
+            shards: full,
+            chooser,
+        }],
         (Manner::ServesRubbish, Ask::Shard(shard)) => {
-            vec![Answer::Shard { request, shard: *shard, verdict: ShardVerdict::Bad }]
+            vec![Answer::Shard {
+                request,
+                shard: *shard,
+                verdict: ShardVerdict::Bad,
+            }]
         }
         (Manner::ClaimsAndLacks, Ask::Shard(_)) => vec![Answer::Missing { request }],
         (Manner::AlwaysBusy, Ask::Shard(_)) if nth > 1 => {
-            vec![Answer::Busy { request, retry_ms: 1, holders: vec![peer(0)] }]
+            vec![Answer::Busy {
+                request,
+                retry_ms: 1,
+                holders: vec![peer(0)],
+            }]
         }
         (_, Ask::Shard(shard)) => vec![good(*shard)],
         (Manner::Chooses, Ask::AnyBut(_)) if nth.is_multiple_of(3) => {
-            vec![Answer::Busy { request, retry_ms: 300, holders: vec![peer(3)] }]
+            vec![Answer::Busy {
+                request,
+                retry_ms: 300,
+                holders: vec![peer(3)],
+            }]
         }
         (_, Ask::AnyBut(except)) => missing(except).map(good).into_iter().collect(),
     }

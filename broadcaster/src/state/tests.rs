@@ -9,11 +9,16 @@ use crate::object::describe_object;
 /// A file with these tensors of f32, laid out in the order given.
 fn file(tensors: &[(&str, Vec<f32>)]) -> Vec<u8> {
     let mut header = serde_json::Map::new();
-    header.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt"}));
+    header.insert(
+        "__metadata__".to_owned(),
+        serde_json::json!({"format": "pt"}),
+    );
     let mut data = Vec::new();
     for (name, values) in tensors {
         let start = data.len();
-        values.iter().for_each(|value| data.extend_from_slice(&value.to_le_bytes()));
+        values
+            .iter()
+            .for_each(|value| data.extend_from_slice(&value.to_le_bytes()));
         let entry = serde_json::json!({
             "dtype": "F32", "shape": [values.len()], "data_offsets": [start, data.len()]
         });
@@ -23,11 +28,19 @@ fn file(tensors: &[(&str, Vec<f32>)]) -> Vec<u8> {
 }
 
 fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
+    [
+        &(header.len() as u64).to_le_bytes()[..],
+        header.as_bytes(),
+        data,
+    ]
+    .concat()
 }
 
 fn sample() -> Vec<u8> {
-    file(&[("norm", vec![1.0; 8]), ("embed", (0..3_000).map(|i| i as f32).collect())])
+    file(&[
+        ("norm", vec![1.0; 8]),
+        ("embed", (0..3_000).map(|i| i as f32).collect()),
+    ])
 }
 
 fn version_of(bytes: &[u8]) -> Version {
@@ -53,7 +66,10 @@ fn anchor_of(bytes: &[u8]) -> Object {
 fn the_root_does_not_depend_on_the_layout_of_the_file() {
     let (a, b) = (("a", vec![1.0, 2.0]), ("b", vec![3.0]));
     let (table, part) = describe_state(&file(&[a.clone(), b.clone()])).unwrap();
-    assert_eq!(describe_state(&file(&[b, a])).unwrap(), (table.clone(), part));
+    assert_eq!(
+        describe_state(&file(&[b, a])).unwrap(),
+        (table.clone(), part)
+    );
     let names: Vec<&str> = table.iter().map(|row| row.name.as_str()).collect();
     assert_eq!(names, ["a", "b"]);
 }
@@ -84,7 +100,10 @@ fn the_tree_has_the_shape_of_rfc_6962() {
     assert_eq!(merkle_root(&leaves[..3]), node(&node(&l(0), &l(1)), &l(2)));
     let left = node(&node(&l(0), &l(1)), &node(&l(2), &l(3)));
     assert_eq!(merkle_root(&leaves[..5]), node(&left, &l(4)));
-    assert_eq!(merkle_root(&leaves), node(&left, &node(&node(&l(4), &l(5)), &l(6))));
+    assert_eq!(
+        merkle_root(&leaves),
+        node(&left, &node(&node(&l(4), &l(5)), &l(6)))
+    );
 }
 
 #[test]
@@ -92,7 +111,10 @@ fn the_weights_of_a_version_are_recognised_in_any_layout() {
     let version = version_of(&sample());
     version.validate().unwrap();
     verify_state(&sample(), &version, Some(&anchor_of(&sample()))).unwrap();
-    let other = file(&[("embed", (0..3_000).map(|i| i as f32).collect()), ("norm", vec![1.0; 8])]);
+    let other = file(&[
+        ("embed", (0..3_000).map(|i| i as f32).collect()),
+        ("norm", vec![1.0; 8]),
+    ]);
     assert_ne!(other, sample());
     verify_state(&other, &version, None).unwrap();
 }
@@ -104,19 +126,36 @@ fn a_changed_tensor_is_named_with_its_bytes() {
     bytes[9_000] ^= 1;
     let error = verify_state(&bytes, &version, Some(&anchor_of(&sample()))).unwrap_err();
     let end = (bytes.len() as u64).min(12_288);
-    let expected = StateError::Differs { range: 8_192..end, place: "tensor `embed`".to_owned() };
+    let expected = StateError::Differs {
+        range: 8_192..end,
+        place: "tensor `embed`".to_owned(),
+    };
     assert_eq!(error, expected);
-    assert!(matches!(verify_state(&bytes, &version, None), Err(StateError::Root { .. })));
+    assert!(matches!(
+        verify_state(&bytes, &version, None),
+        Err(StateError::Root { .. })
+    ));
 }
 
 #[test]
 fn missing_unexpected_and_reshaped_tensors_are_named() {
     let version = version_of(&file(&[("a", vec![1.0]), ("b", vec![2.0])]));
-    let check = |tensors: &[(&str, Vec<f32>)]| verify_state(&file(tensors), &version, None).unwrap_err();
+    let check =
+        |tensors: &[(&str, Vec<f32>)]| verify_state(&file(tensors), &version, None).unwrap_err();
     let a = ("a", vec![1.0]);
-    assert_eq!(check(std::slice::from_ref(&a)), StateError::Missing { name: "b".to_owned() });
+    assert_eq!(
+        check(std::slice::from_ref(&a)),
+        StateError::Missing {
+            name: "b".to_owned()
+        }
+    );
     let extra = check(&[a.clone(), ("b", vec![2.0]), ("c", vec![3.0])]);
-    assert_eq!(extra, StateError::Unexpected { name: "c".to_owned() });
+    assert_eq!(
+        extra,
+        StateError::Unexpected {
+            name: "c".to_owned()
+        }
+    );
     let reshaped = check(&[a, ("b", vec![2.0, 2.0])]);
     assert!(matches!(reshaped, StateError::Shape { name, .. } if name == "b"));
 }
@@ -125,30 +164,56 @@ fn missing_unexpected_and_reshaped_tensors_are_named() {
 fn hostile_headers_are_refused_with_the_reason() {
     let entry = |range: &str| format!(r#"{{"dtype":"F32","shape":[1],"data_offsets":{range}}}"#);
     let refused = |header: String, problem: &str| {
-        let error = describe_state(&with_header(&header, &[0; 8])).unwrap_err().to_string();
+        let error = describe_state(&with_header(&header, &[0; 8]))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(problem), "{header}: {error}");
     };
     let at = |range: &str| entry(range);
     refused("{}".to_owned(), "no tensor");
     refused("[".to_owned(), "not readable");
-    refused(format!(r#"{{"a":{},"a":{}}}"#, at("[0,4]"), at("[4,8]")), "appears twice");
-    refused(format!(r#"{{"a":{},"b":{}}}"#, at("[0,4]"), at("[0,4]")), "starts at 0");
+    refused(
+        format!(r#"{{"a":{},"a":{}}}"#, at("[0,4]"), at("[4,8]")),
+        "appears twice",
+    );
+    refused(
+        format!(r#"{{"a":{},"b":{}}}"#, at("[0,4]"), at("[0,4]")),
+        "starts at 0",
+    );
     refused(format!(r#"{{"a":{}}}"#, at("[4,8]")), "starts at 4");
-    refused(format!(r#"{{"a":{}}}"#, at("[0,4]")), "has 70 bytes where it needs 66");
+    refused(
+        format!(r#"{{"a":{}}}"#, at("[0,4]")),
+        "has 70 bytes where it needs 66",
+    );
     refused(format!(r#"{{"a":{}}}"#, at("[8,4]")), "not the size");
-    refused(format!(r#"{{"a":{}}}"#, at("[18446744073709551615,4]")), "not the size");
-    refused(r#"{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}"#.to_owned(), "has type");
+    refused(
+        format!(r#"{{"a":{}}}"#, at("[18446744073709551615,4]")),
+        "not the size",
+    );
+    refused(
+        r#"{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}"#.to_owned(),
+        "has type",
+    );
     let huge = r#"{"a":{"dtype":"F32","shape":[9223372036854775807,4],"data_offsets":[0,8]}}"#;
     refused(huge.to_owned(), "impossible shape");
     let long = [&u64::MAX.to_le_bytes()[..], &[b'{'; 64]].concat();
-    assert!(matches!(describe_state(&long), Err(StateError::Header { .. })));
+    assert!(matches!(
+        describe_state(&long),
+        Err(StateError::Header { .. })
+    ));
 }
 
 #[test]
 fn a_truncated_file_says_how_much_is_missing() {
     let bytes = sample();
     for keep in [0, 7, 8, 40, bytes.len() - 1] {
-        assert!(matches!(describe_state(&bytes[..keep]), Err(StateError::Length { .. })), "{keep}");
+        assert!(
+            matches!(
+                describe_state(&bytes[..keep]),
+                Err(StateError::Length { .. })
+            ),
+            "{keep}"
+        );
     }
 }
 

@@ -44,7 +44,10 @@ fn a_peer_alone_among_the_dead_gets_everything_after_one_grace() {
         ask(&mut uploads, 0, 1, &mut dead);
     }
     for _ in 0..10 {
-        assert!(matches!(ask(&mut uploads, GRACE_MS_MIN, 2, &mut alive), Decision::Send { .. }));
+        assert!(matches!(
+            ask(&mut uploads, GRACE_MS_MIN, 2, &mut alive),
+            Decision::Send { .. }
+        ));
     }
     assert!(alive.is_full());
 }
@@ -56,7 +59,16 @@ fn the_grace_is_as_long_as_the_first_pass_took() {
     ask(&mut uploads, 1_000, 1, &mut first);
     ask(&mut uploads, 6_000, 1, &mut first);
     let waiting = ask(&mut uploads, 7_000, 2, &mut Bitmap::empty(2));
-    assert!(matches!(waiting, Decision::Busy { retry_ms: 4_000, .. }), "{waiting:?}");
+    assert!(
+        matches!(
+            waiting,
+            Decision::Busy {
+                retry_ms: 4_000,
+                ..
+            }
+        ),
+        "{waiting:?}"
+    );
 }
 
 #[test]
@@ -64,7 +76,13 @@ fn a_peer_that_asks_again_for_what_it_got_waits_longer_than_others() {
     let mut uploads = Uploads::new(Sharing::FirstCopies);
     let (held, nothing) = (Bitmap::full(1), Bitmap::empty(1));
     let mut decide = |now_ms, number| {
-        uploads.decide(now_ms, peer(number), OBJECT, &held, Wanted::AnyBut(&nothing))
+        uploads.decide(
+            now_ms,
+            peer(number),
+            OBJECT,
+            &held,
+            Wanted::AnyBut(&nothing),
+        )
     };
     assert_eq!(decide(0, 1), Decision::Send { shard: 0 });
     assert!(matches!(decide(GRACE_MS_MIN, 1), Decision::Busy { .. }));
@@ -95,7 +113,10 @@ fn what_is_not_held_is_missing() {
     assert_eq!(decide(Wanted::Shard(1)), Decision::Missing);
     assert_eq!(decide(Wanted::Shard(99)), Decision::Missing);
     assert_eq!(decide(Wanted::AnyBut(&held)), Decision::Missing);
-    assert_eq!(decide(Wanted::AnyBut(&Bitmap::empty(4))), Decision::Send { shard: 2 });
+    assert_eq!(
+        decide(Wanted::AnyBut(&Bitmap::empty(4))),
+        Decision::Send { shard: 2 }
+    );
 }
 
 proptest! {

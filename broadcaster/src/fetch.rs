@@ -1,0 +1,407 @@
+//! The fetch of one object: connects to the peers that are known, as they become known, does what the plan decides, and
+//! hands out the whole.
+//!
+//! The decisions are in [`crate::plan`]; here are sockets, timers and the book of peers. Shards are kept and served to
+//! others from the moment they are verified; a fetch that fails leaves them in the store for the next one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use muster_protocol::id::{ContentHash, ObjectId, PeerId};
+use muster_protocol::message::peer::PeerRecord;
+use muster_protocol::message::version::{Content, Object};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::bitmap::Bitmap;
+use crate::link::{Link, LinkError, LinkEvent, LinkId};
+use crate::meter::Ban;
+use crate::node::{Book, Node};
+use crate::plan::{Action, Answer, Ask, Fault, Patience, Plan, ShardVerdict};
+use crate::store::StoreError;
+use crate::wire::{Message, RequestId};
+
+/// Reports of all links waiting to be looked at; a link waits when there is no room, and its peer with it.
+const EVENTS_MAX: usize = 256;
+/// Wait before a peer that could not be reached is tried again; doubles with each failure in a row.
+const REDIAL_MS_MIN: u64 = 100;
+const REDIAL_MS_MAX: u64 = 10_000;
+/// Longest sleep of the loop: a fetch without peers looks at its own patience this often.
+const SLEEP_MS_MAX: u64 = 1_000;
+
+/// Why an object was not fetched. What arrived stays in the store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FetchError {
+    /// The object cannot be kept.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// Nothing arrives.
+    #[error("object {} has {held} of {shards} shards and none arrived for {waited_ms} ms from {peers} known peers ({last}): check that a peer which holds it can be reached", object.short())]
+    Stalled {
+        /// Which object.
+        object: ObjectId,
+        /// Shards that are here.
+        held: u32,
+        /// Shards in all.
+        shards: u32,
+        /// How long nothing came.
+        waited_ms: u64,
+        /// Peers known.
+        peers: usize,
+        /// What went wrong last.
+        last: String,
+    },
+    /// It arrived, and it is not what its description says that it holds.
+    #[error("file object {} is intact but its content is not {expected}: its description is wrong, fetch one described by another peer", object.short())]
+    WrongContent {
+        /// Which object.
+        object: ObjectId,
+        /// What the description promised.
+        expected: ContentHash,
+    },
+    /// The process is ending.
+    #[error("fetch was stopped: start it again to go on")]
+    Stopped,
+}
+
+/// Keeps an object in the store while it is fetched.
+struct Pin<'a> {
+    node: &'a Node,
+    id: ObjectId,
+}
+
+impl<'a> Pin<'a> {
+    fn new(node: &'a Node, id: ObjectId) -> Result<Self, FetchError> {
+        match node.store.pin(&id) {
+            true => Ok(Self { node, id }),
+            false => Err(StoreError::Unknown { object: id }.into()),
+        }
+    }
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        self.node.store.unpin(&self.id);
+    }
+}
+
+/// Fetches an object, or what of it is not here yet.
+pub(crate) async fn fetch(node: &Arc<Node>, object: &Object) -> Result<Bytes, FetchError> {
+    let object = Arc::new(object.clone());
+    let admitted = Arc::clone(&object);
+    let id = node.blocking(move |store| store.admit(&admitted)).await?;
+    let _stays = Pin::new(node, id)?;
+    let gate = node.gate(id);
+    let _turn = tokio::select! {
+        biased;
+        () = node.shutdown.cancelled() => return Err(FetchError::Stopped),
+        turn = gate.acquire() => turn,
+    };
+    let held = node
+        .store
+        .held(&id)
+        .ok_or(StoreError::Unknown { object: id })?;
+    if !held.is_full() {
+        Fetch::new(node, &object, id, held).run().await?;
+    }
+    let whole = node.blocking(move |store| store.whole(&id)).await;
+    let whole = whole.ok_or(StoreError::Unknown { object: id })?;
+    check_content(&object, id, &whole)?;
+    Ok(whole)
+}
+
+/// A file's description promises a hash of the whole, which its shards do not bind.
+fn check_content(object: &Object, id: ObjectId, whole: &Bytes) -> Result<(), FetchError> {
+    match object.content {
+        Content::File { hash } if ContentHash::of(whole) != hash => Err(FetchError::WrongContent {
+            object: id,
+            expected: hash,
+        }),
+        Content::File { .. } | Content::Anchor { .. } | Content::Delta { .. } => Ok(()),
+    }
+}
+
+/// What is known about reaching one entry of the book.
+#[derive(Debug, Default)]
+struct Dial {
+    record: Option<PeerRecord>,
+    link: Option<LinkId>,
+    failures: u32,
+    again_at_ms: u64,
+}
+
+/// A peer that can be asked.
+struct Partner {
+    link: LinkId,
+    asks: mpsc::Sender<Message>,
+}
+
+struct Fetch<'a> {
+    node: &'a Arc<Node>,
+    object: &'a Arc<Object>,
+    id: ObjectId,
+    plan: Plan,
+    book: watch::Receiver<Book>,
+    dials: BTreeMap<PeerId, Dial>,
+    links: BTreeMap<LinkId, AbortHandle>,
+    partners: BTreeMap<PeerId, Partner>,
+    next_link: u64,
+    /// Links end with the fetch: dropping the set aborts them.
+    tasks: JoinSet<()>,
+    reports: mpsc::Sender<(LinkId, LinkEvent)>,
+    inbox: mpsc::Receiver<(LinkId, LinkEvent)>,
+    progress_at_ms: u64,
+    last_problem: String,
+}
+
+impl<'a> Fetch<'a> {
+    fn new(node: &'a Arc<Node>, object: &'a Arc<Object>, id: ObjectId, held: Bitmap) -> Self {
+        let (reports, inbox) = mpsc::channel(EVENTS_MAX);
+        let patience = Patience {
+            request_ms: node.request_ms,
+        };
+        Self {
+            plan: Plan::new(object.shard_bytes, held, patience, rand::random()),
+            book: node.book.subscribe(),
+            dials: BTreeMap::new(),
+            links: BTreeMap::new(),
+            partners: BTreeMap::new(),
+            next_link: 0,
+            tasks: JoinSet::new(),
+            reports,
+            inbox,
+            progress_at_ms: node.now_ms(),
+            last_problem: "no peer is known".to_owned(),
+            node,
+            object,
+            id,
+        }
+    }
+
+    async fn run(mut self) -> Result<(), FetchError> {
+        let shutdown = self.node.shutdown.clone();
+        loop {
+            let now_ms = self.node.now_ms();
+            self.dial(now_ms);
+            self.act(now_ms);
+            if self.plan.is_finished() {
+                return Ok(());
+            }
+            self.check_progress(now_ms)?;
+            let wake_at = self.node.instant(self.wake_at_ms(now_ms));
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Err(FetchError::Stopped),
+                Some((link, event)) = self.inbox.recv() => self.on_event(link, event)?,
+                Ok(()) = self.book.changed() => {}
+                () = tokio::time::sleep_until(wake_at) => {}
+            }
+            // What else has arrived is taken in before the next decision.
+            while let Ok((link, event)) = self.inbox.try_recv() {
+                self.on_event(link, event)?;
+            }
+        }
+    }
+
+    fn wake_at_ms(&self, now_ms: u64) -> u64 {
+        let dials = self.dials.values().filter(|dial| dial.link.is_none());
+        dials
+            .map(|dial| dial.again_at_ms)
+            .chain(self.plan.wake_at_ms(now_ms))
+            .filter(|at_ms| *at_ms > now_ms)
+            .min()
+            .unwrap_or(u64::MAX)
+            .min(now_ms + SLEEP_MS_MAX)
+    }
+
+    fn check_progress(&self, now_ms: u64) -> Result<(), FetchError> {
+        let waited_ms = now_ms.saturating_sub(self.progress_at_ms);
+        if waited_ms < self.node.stall_ms {
+            return Ok(());
+        }
+        Err(FetchError::Stalled {
+            object: self.id,
+            held: self.plan.held_count(),
+            shards: crate::object::shard_count(self.object),
+            waited_ms,
+            peers: self.dials.len(),
+            last: self.last_problem.clone(),
+        })
+    }
+
+    /// Connects to whoever is in the book and not connected.
+    fn dial(&mut self, now_ms: u64) {
+        while self.tasks.try_join_next().is_some() {}
+        let book = self.book.borrow_and_update().clone();
+        self.dials
+            .retain(|peer, dial| dial.link.is_some() || book.contains_key(peer));
+        for (peer, record) in book {
+            let is_us = record.handshake == self.node.identity.handshake_id();
+            if is_us || self.node.meter.is_banned(&record.handshake) {
+                self.dials.remove(&peer);
+                continue;
+            }
+            let dial = self.dials.entry(peer).or_default();
+            if dial.record.as_ref() != Some(&record) {
+                *dial = Dial {
+                    link: dial.link,
+                    record: Some(record.clone()),
+                    ..Dial::default()
+                };
+            }
+            if dial.link.is_none() && dial.again_at_ms <= now_ms {
+                let id = LinkId(self.next_link);
+                self.next_link += 1;
+                dial.link = Some(id);
+                self.start_link(id, record);
+            }
+        }
+    }
+
+    fn start_link(&mut self, id: LinkId, record: PeerRecord) {
+        let link = Link {
+            id,
+            node: Arc::clone(self.node),
+            object: Arc::clone(self.object),
+            object_id: self.id,
+            record,
+            events: self.reports.clone(),
+        };
+        self.links.insert(id, self.tasks.spawn(link.run()));
+    }
+
+    fn act(&mut self, now_ms: u64) {
+        for action in self.plan.decide(now_ms) {
+            match action {
+                Action::Ask {
+                    source,
+                    request,
+                    ask,
+                } => self.ask(source, request, ask),
+                Action::Drop { source, fault } => self.drop_partner(source, &fault),
+            }
+        }
+    }
+
+    fn ask(&mut self, source: PeerId, request: RequestId, ask: Ask) {
+        let object = self.id;
+        let message = match ask {
+            Ask::Have => Message::Have { request, object },
+            Ask::Shard(shard) => Message::Want {
+                request,
+                object,
+                shard,
+            },
+            Ask::AnyBut(except) => Message::WantAny {
+                request,
+                object,
+                except: except.as_bytes().to_vec(),
+            },
+        };
+        let Some(partner) = self.partners.get(&source) else {
+            return;
+        };
+        // A link that takes no more requests than a plan has in flight has ended, or is about to say so.
+        if partner.asks.try_send(message).is_err() {
+            tracing::trace!(source = %source.short(), "request not taken");
+        }
+    }
+
+    fn drop_partner(&mut self, source: PeerId, fault: &Fault) {
+        tracing::debug!(source = %source.short(), object = %self.id.short(), %fault, "peer dropped");
+        if let Fault::BadShard { shard } = fault {
+            let ban = Ban {
+                object: self.id,
+                shard: *shard,
+                at: self.node.clock.now(),
+            };
+            tracing::warn!(source = %source.short(), %ban, "peer banned");
+            self.node.meter.ban(source, ban);
+        }
+        let Some(partner) = self.partners.remove(&source) else {
+            return;
+        };
+        self.end_link(partner.link, format!("peer {} {fault}", source.short()));
+    }
+
+    fn on_event(&mut self, link: LinkId, event: LinkEvent) -> Result<(), FetchError> {
+        let now_ms = self.node.now_ms();
+        match event {
+            LinkEvent::Unkept(error) => return Err(error.into()),
+            _ if !self.links.contains_key(&link) => {}
+            LinkEvent::Up { source, asks } => self.on_up(link, source, asks, now_ms),
+            LinkEvent::Answer(answer) => self.on_answer(link, answer, now_ms),
+            LinkEvent::Down(error) => self.on_down(link, &error),
+        }
+        Ok(())
+    }
+
+    fn on_up(&mut self, link: LinkId, source: PeerId, asks: mpsc::Sender<Message>, now_ms: u64) {
+        // Two entries of the book may lead to one peer: one connection is enough.
+        if self.plan.add_source(source, now_ms) {
+            self.partners.insert(source, Partner { link, asks });
+        } else {
+            self.end_link(
+                link,
+                format!("peer {} is connected already", source.short()),
+            );
+        }
+    }
+
+    fn on_answer(&mut self, link: LinkId, answer: Answer, now_ms: u64) {
+        let source = self
+            .partners
+            .iter()
+            .find(|(_, partner)| partner.link == link);
+        let Some(source) = source.map(|(source, _)| *source) else {
+            return;
+        };
+        if let Answer::Shard {
+            verdict: ShardVerdict::Good,
+            ..
+        } = answer
+        {
+            self.progress_at_ms = now_ms;
+            for dial in self
+                .dials
+                .values_mut()
+                .filter(|dial| dial.link == Some(link))
+            {
+                dial.failures = 0;
+            }
+        }
+        self.plan.on_answer(source, answer, now_ms);
+    }
+
+    fn on_down(&mut self, link: LinkId, error: &LinkError) {
+        let source = self
+            .partners
+            .iter()
+            .find(|(_, partner)| partner.link == link);
+        if let Some(source) = source.map(|(source, _)| *source) {
+            self.partners.remove(&source);
+            self.plan.remove_source(&source);
+        }
+        self.end_link(link, format!("peer {error}"));
+    }
+
+    fn end_link(&mut self, link: LinkId, problem: String) {
+        if let Some(task) = self.links.remove(&link) {
+            task.abort();
+        }
+        let now_ms = self.node.now_ms();
+        for dial in self
+            .dials
+            .values_mut()
+            .filter(|dial| dial.link == Some(link))
+        {
+            dial.link = None;
+            let wait_ms = REDIAL_MS_MIN << dial.failures.min(16);
+            dial.failures += 1;
+            dial.again_at_ms = now_ms + wait_ms.min(REDIAL_MS_MAX);
+        }
+        self.last_problem = problem;
+    }
+}

@@ -1,0 +1,267 @@
+//! The public face of the broadcaster: one peer that offers what it has, fetches what it lacks, and serves both.
+//!
+//! A [`Swarm`] is a cheap handle; its server runs on the caller's task tracker until the shutdown. Who the other peers are
+//! is told from outside ([`Swarm::meet`]), from records that those peers have signed. What is fetched is verified shard by
+//! shard against its description; whether the description leads to a version that the learner signed is for
+//! [`crate::state`] to say.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::num::{NonZeroU32, NonZeroU64};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use muster_protocol::clock::SharedClock;
+use muster_protocol::envelope::{Invalid, Statement};
+use muster_protocol::id::{ObjectId, PeerId};
+use muster_protocol::identity::Identity;
+use muster_protocol::limits::PEERS_MAX;
+use muster_protocol::message::peer::PeerRecord;
+use muster_protocol::message::version::Object;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::fetch;
+use crate::meter::Stats;
+use crate::node::{Node, Parts, on_blocking_thread};
+use crate::server::Server;
+use crate::store::{Store, StoreConfig, StoreError};
+use crate::uploads::{Sharing, Uploads};
+use crate::wire::Chooser;
+
+pub use crate::fetch::FetchError;
+
+/// How a peer takes part.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SwarmConfig {
+    /// Where to listen. Loopback and any free port by default: to be reached from elsewhere is a decision.
+    pub listen: SocketAddr,
+    /// `host:port` under which others reach this peer. By default what it listens on, unless that is every interface.
+    pub advertise: Vec<String>,
+    /// Most bytes of shards uploaded per second, of all connections; no limit by default.
+    pub upload_bytes_per_second: Option<NonZeroU64>,
+    /// How freely shards are given; on demand by default.
+    pub sharing: Sharing,
+    /// Most connections accepted at once. 256: each costs a socket and the kernel's buffers, about 100 MB in all.
+    pub connections_max: NonZeroU32,
+    /// A fetch fails when nothing arrived for this long. 60 s: longer than any peer may make others wait.
+    pub stall_ms: NonZeroU64,
+    /// How long one request may take, besides the time that its bytes need. 10 s: some round trips of the worst link.
+    pub request_ms: NonZeroU64,
+    /// How much is kept, and where.
+    pub store: StoreConfig,
+}
+
+impl Default for SwarmConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            advertise: Vec::new(),
+            upload_bytes_per_second: None,
+            sharing: Sharing::default(),
+            connections_max: NonZeroU32::MIN.saturating_add(255),
+            stall_ms: NonZeroU64::MIN.saturating_add(59_999),
+            request_ms: NonZeroU64::MIN.saturating_add(9_999),
+            store: StoreConfig::default(),
+        }
+    }
+}
+
+/// Why a peer could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SwarmError {
+    /// The address is taken or not ours.
+    #[error(
+        "cannot listen on {address} ({source}): choose another address, or port 0 for any free one"
+    )]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// What others would be told about us breaks a rule.
+    #[error("own peer record is not valid ({0}): change `advertise`")]
+    Record(#[from] Invalid),
+    /// The store could not be opened.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+}
+
+/// Where objects come from: peers, or a simulation of them.
+#[async_trait]
+pub trait Source: Send + Sync + std::fmt::Debug {
+    /// Fetches a whole object.
+    ///
+    /// # Errors
+    /// When it cannot be had; what arrived is kept for the next attempt.
+    async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError>;
+}
+
+/// A peer of the swarm.
+#[derive(Debug, Clone)]
+pub struct Swarm {
+    node: Arc<Node>,
+    address: SocketAddr,
+    advertise: Arc<[String]>,
+}
+
+impl Swarm {
+    /// Opens the store, listens, and serves on `tracker` until `shutdown`.
+    ///
+    /// # Errors
+    /// When the address is taken, or the store's directory cannot be used.
+    pub async fn start(
+        config: SwarmConfig,
+        identity: Identity,
+        clock: SharedClock,
+        tracker: &TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Result<Self, SwarmError> {
+        let failed = |source| SwarmError::Listen {
+            address: config.listen,
+            source,
+        };
+        let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let store = on_blocking_thread(|| Store::open(config.store)).await?;
+        let node = Arc::new(Node::new(Parts {
+            identity,
+            clock,
+            store,
+            uploads: Uploads::new(config.sharing),
+            upload_bytes_per_second: config.upload_bytes_per_second,
+            stall_ms: config.stall_ms.get(),
+            request_ms: config.request_ms.get(),
+            shutdown,
+        }));
+        let chooser = match config.sharing {
+            Sharing::OnDemand => Chooser::Asker,
+            Sharing::FirstCopies => Chooser::Holder,
+        };
+        let server = Server::new(Arc::clone(&node), chooser, config.connections_max);
+        tracker.spawn(Arc::new(server).run(listener, tracker.clone()));
+        let swarm = Self {
+            node,
+            address,
+            advertise: advertised(config.advertise, address).into(),
+        };
+        swarm.peer_record().validate()?;
+        Ok(swarm)
+    }
+
+    /// Where this peer listens, the port chosen.
+    pub fn local_address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What to sign and tell others, so that they can reach this peer. Without an address when it listens on every
+    /// interface and was not told under which name it is known: it can fetch then, and nobody can dial it.
+    pub fn peer_record(&self) -> PeerRecord {
+        PeerRecord {
+            handshake: self.node.identity.handshake_id(),
+            addresses: self.advertise.to_vec(),
+            issued: self.node.clock.now(),
+        }
+    }
+
+    /// Offers a whole object to the swarm. Verifies it first, on a thread that may block.
+    ///
+    /// # Errors
+    /// When the bytes are not the object, there is no room, or the disk fails.
+    pub async fn offer(&self, object: &Object, bytes: Bytes) -> Result<ObjectId, StoreError> {
+        let object = object.clone();
+        let offered = self
+            .node
+            .blocking(move |store| store.offer(&object, bytes))
+            .await;
+        self.forget_dropped();
+        offered
+    }
+
+    /// Learns where a peer can be reached. `peer` has signed `record`. A newer record replaces an older one; a fetch in
+    /// progress uses it at once. When the book is full the record said longest ago goes.
+    pub fn meet(&self, peer: PeerId, record: PeerRecord) {
+        self.node.book.send_if_modified(|book| {
+            let known = book.get(&peer);
+            if known.is_some_and(|known| known.issued >= record.issued) {
+                return false;
+            }
+            if known.is_none() && book.len() >= PEERS_MAX {
+                let oldest = book.iter().min_by_key(|(_, record)| record.issued);
+                oldest.map(|(peer, _)| *peer).map(|peer| book.remove(&peer));
+            }
+            book.insert(peer, record);
+            true
+        });
+    }
+
+    /// Forgets where a peer can be reached.
+    pub fn part(&self, peer: &PeerId) {
+        self.node
+            .book
+            .send_if_modified(|book| book.remove(peer).is_some());
+    }
+
+    /// Fetches an object from the peers that are known, or become known meanwhile. The caller has checked that its version
+    /// is one that the learner signed. Two fetches of one object share the work.
+    ///
+    /// # Cancel safety
+    /// Safe: what arrived is in the store, and the next fetch goes on with it.
+    ///
+    /// # Errors
+    /// When nothing arrives any more, or what arrives cannot be kept.
+    pub async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
+        let fetched = Box::pin(fetch::fetch(&self.node, object)).await;
+        self.forget_dropped();
+        fetched
+    }
+
+    /// A whole object, if it is here.
+    pub fn held(&self, object: &ObjectId) -> Option<Bytes> {
+        self.node.store.whole(object)
+    }
+
+    /// Keeps an object whatever comes, until [`Self::unpin`]. False when it is not here.
+    pub fn pin(&self, object: &ObjectId) -> bool {
+        self.node.store.pin(object)
+    }
+
+    /// Lets an object go when room is needed.
+    pub fn unpin(&self, object: &ObjectId) {
+        self.node.store.unpin(object);
+    }
+
+    /// What went in and out, and who was banned.
+    pub fn stats(&self) -> Stats {
+        self.node.meter.stats()
+    }
+
+    /// What was sent of objects that are gone is of no more use.
+    fn forget_dropped(&self) {
+        self.node
+            .uploads()
+            .retain(|object| self.node.store.contains(object));
+    }
+}
+
+#[async_trait]
+impl Source for Swarm {
+    async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
+        Swarm::fetch(self, object).await
+    }
+}
+
+fn advertised(configured: Vec<String>, address: SocketAddr) -> Vec<String> {
+    if configured.is_empty() && !address.ip().is_unspecified() {
+        return vec![address.to_string()];
+    }
+    configured
+}
+
+#[cfg(test)]
+mod tests;
