@@ -38,29 +38,42 @@ fn joined(request: &GenerationRequest, completion: &Completion) -> Vec<u32> {
         .collect()
 }
 
-/// Largest difference of log-probs between decoding and scoring, and largest error of the cumulative distribution.
+/// Largest difference of log-probs between decoding and scoring, and largest error of the cumulative distribution. All
+/// rows are scored at once: that takes other products than decoding a few.
 fn disagreement(
     policy: &Policy,
     requests: &[GenerationRequest],
     completions: &[Completion],
 ) -> (f32, f64) {
-    let (mut logprob_error, mut cdf_error) = (0.0f32, 0.0f64);
-    for (request, completion) in requests.iter().zip(completions) {
-        let Sampling::Prescribed {
+    let texts: Vec<Vec<u32>> = requests
+        .iter()
+        .zip(completions)
+        .map(|(request, answer)| joined(request, answer))
+        .collect();
+    let prescribed = |request: &GenerationRequest| match request.sampling {
+        Sampling::Prescribed {
             seed,
             rollout,
             temperature,
-        } = request.sampling
-        else {
-            continue;
-        };
-        let tokens = joined(request, completion);
-        let row = ScoreRow {
-            tokens: &tokens,
-            first: request.prompt.len(),
-            temperature,
-        };
-        let scores = score(policy, &[row]).unwrap().remove(0);
+        } => (seed, rollout, temperature),
+        Sampling::Greedy => panic!("greedy answers have no seed"),
+    };
+    let rows: Vec<ScoreRow<'_>> = requests
+        .iter()
+        .zip(&texts)
+        .map(|(request, tokens)| {
+            let temperature = prescribed(request).2;
+            ScoreRow {
+                tokens,
+                first: request.prompt.len(),
+                temperature,
+            }
+        })
+        .collect();
+    let (mut logprob_error, mut cdf_error) = (0.0f32, 0.0f64);
+    let scores = score(policy, &rows).unwrap();
+    for ((request, completion), scores) in requests.iter().zip(completions).zip(&scores) {
+        let (seed, rollout, _) = prescribed(request);
         assert_eq!(scores.len(), completion.tokens.len());
         for (t, (score, logprob)) in scores.iter().zip(&completion.logprobs).enumerate() {
             logprob_error = logprob_error.max((score.logprob - logprob).abs());
