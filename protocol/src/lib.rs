@@ -9,6 +9,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bus;
+pub mod child;
 pub mod clock;
 pub mod credentials;
 pub mod desk;

@@ -6,18 +6,15 @@
 
 use std::fmt;
 use std::fs;
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt;
-use tokio::sync::{oneshot, watch};
 
+use crate::child::Child;
 use crate::id::RunId;
-use crate::os;
 use crate::subject::Role;
 
 mod config;
@@ -93,7 +90,7 @@ pub enum NatsServerError {
         kept_in: PathBuf,
     },
     /// It ended while it started.
-    #[error("the NATS server in {} ended as it started: {complaint}", dir.display())]
+    #[error("the NATS server in {} ended as it started: {complaint} (more in its nats.log and nats.out)", dir.display())]
     Ended {
         /// Its folder.
         dir: PathBuf,
@@ -101,7 +98,7 @@ pub enum NatsServerError {
         complaint: String,
     },
     /// It runs and does not answer.
-    #[error("the NATS server in {} does not answer after {waited_s} s: {complaint}", dir.display())]
+    #[error("the NATS server in {} does not answer after {waited_s} s: {complaint} (more in its nats.log)", dir.display())]
     Silent {
         /// Its folder.
         dir: PathBuf,
@@ -163,6 +160,8 @@ pub struct NatsServer {
     dir: PathBuf,
     port: u16,
     child: Child,
+    /// Where this server's words begin in a log that earlier ones wrote before it.
+    log_start: u64,
 }
 
 impl NatsServer {
@@ -214,10 +213,11 @@ impl NatsServer {
         let errors = output
             .try_clone()
             .map_err(|error| unusable_dir(dir, &error))?;
+        let log_start = fs::metadata(dir.join(LOG_FILE)).map_or(0, |log| log.len());
         let mut command = Command::new(binary);
         command.arg("-c").arg(dir.join(CONFIG_FILE));
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
-        let started = Child::start(command).await;
+        let started = Child::start("nats-server", command).await;
         let child = started.map_err(|error| NatsServerError::Unusable {
             path: binary.to_owned(),
             reason: error.to_string(),
@@ -226,12 +226,20 @@ impl NatsServer {
             dir: dir.to_owned(),
             port: 0,
             child,
+            log_start,
         })
     }
 
     async fn wait_until_ready(&mut self, start: Instant) -> Result<(), NatsServerError> {
         loop {
-            if self.child.has_ended() {
+            let ended = self.child.has_ended();
+            if let Some(reason) = self.complaint().filter(|complaint| is_disk_full(complaint)) {
+                return Err(NatsServerError::Directory {
+                    path: self.dir.clone(),
+                    reason,
+                });
+            }
+            if ended {
                 let complaint = self.complaint_or("it left no word");
                 return Err(NatsServerError::Ended {
                     dir: self.dir.clone(),
@@ -299,11 +307,12 @@ impl NatsServer {
         self.complaint_or(&how)
     }
 
-    /// The server's last complaint in its log.
+    /// This server's last complaint that is not about a client: a full disk shows here, while writes merely time out.
     pub fn complaint(&self) -> Option<String> {
-        [LOG_FILE, OUTPUT_FILE]
-            .iter()
-            .find_map(|file| last_complaint(&self.dir.join(file)))
+        let log = tail(&self.dir.join(LOG_FILE), self.log_start);
+        let output = tail(&self.dir.join(OUTPUT_FILE), 0);
+        last_complaint(&log.unwrap_or_default())
+            .or_else(|| first_words(&output.unwrap_or_default()))
     }
 
     fn complaint_or(&self, otherwise: &str) -> String {
@@ -312,13 +321,13 @@ impl NatsServer {
 
     /// Stops the server: asks it, waits, kills it.
     pub async fn stop(self) {
-        self.child.signal(Signal::SIGTERM);
+        self.child.terminate();
         if tokio::time::timeout(STOP_TIMEOUT, self.child.ended())
             .await
             .is_err()
         {
             tracing::warn!(dir = %self.dir.display(), "the NATS server does not stop: killing it");
-            self.child.signal(Signal::SIGKILL);
+            self.child.kill();
             self.child.ended().await;
         }
     }
@@ -330,115 +339,22 @@ impl fmt::Debug for NatsServer {
     }
 }
 
-/// A child process with a thread of its own, which starts it and waits for it.
-struct Child {
-    /// Its number as long as it has not been waited for, so that a signal cannot reach another process.
-    pid: Arc<Mutex<Option<u32>>>,
-    end: watch::Receiver<Option<String>>,
-}
-
-impl Child {
-    async fn start(mut command: Command) -> io::Result<Self> {
-        os::tie_to_parent(&mut command);
-        let pid = Arc::new(Mutex::new(None));
-        let (started, starting) = oneshot::channel();
-        let (ending, end) = watch::channel(None);
-        let supervised = pid.clone();
-        std::thread::Builder::new()
-            .name("nats-server".to_owned())
-            .spawn(move || supervise(command, &supervised, started, &ending))?;
-        match starting.await {
-            Ok(Ok(())) => Ok(Self { pid, end }),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(io::Error::other("the thread that starts it ended")),
-        }
-    }
-
-    fn pid(&self) -> Option<u32> {
-        *lock(&self.pid)
-    }
-
-    fn has_ended(&self) -> bool {
-        self.end.borrow().is_some()
-    }
-
-    /// Returns how it ended, when it has.
-    async fn ended(&self) -> String {
-        let mut end = self.end.clone();
-        match end.wait_for(Option::is_some).await {
-            Ok(how) => how.clone().unwrap_or_default(),
-            Err(_) => "the thread that waits for it ended".to_owned(),
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        if let Some(pid) = *lock(&self.pid)
-            && let Err(error) = os::signal(pid, signal)
-        {
-            tracing::debug!(pid, %signal, %error, "signal not sent");
-        }
-    }
-}
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        self.signal(Signal::SIGKILL);
-    }
-}
-
-/// Starts the child and lives until it has ended.
-fn supervise(
-    mut command: Command,
-    pid: &Mutex<Option<u32>>,
-    started: oneshot::Sender<io::Result<()>>,
-    ending: &watch::Sender<Option<String>>,
-) {
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            if started.send(Err(error)).is_err() {
-                tracing::debug!("nobody waits for the NATS server any more");
-            }
-            return;
-        }
-    };
-    *lock(pid) = Some(child.id());
-    if started.send(Ok(())).is_err() {
-        // Whoever asked for it was cancelled.
-        if let Err(error) = child.kill() {
-            tracing::debug!(%error, "NATS server not killed");
-        }
-    }
-    if let Err(error) = os::wait_for_end(child.id()) {
-        tracing::debug!(%error, "NATS server cannot be watched");
-    }
-    let mut supervised = lock(pid);
-    let status = child.wait();
-    *supervised = None;
-    drop(supervised);
-    ending.send_replace(Some(how_it_ended(status)));
-}
-
-fn how_it_ended(status: io::Result<ExitStatus>) -> String {
-    match status {
-        Ok(status) => format!("it ended with {status}"),
-        Err(error) => format!("it cannot be waited for ({error})"),
-    }
-}
-
-/// No code panics while it holds the lock, so a poisoned one is still whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Makes the folder and its path absolute: the server's working directory is none of its business.
+/// Makes the folder and its path absolute: the server's working directory is none of its business. Removes what a killed
+/// server has left, since numbers of processes come again.
 fn prepare_dir(config: &mut ServerConfig) -> Result<(), NatsServerError> {
-    let store = config.dir.join(STORE_DIR);
-    fs::create_dir_all(&store).map_err(|error| unusable_dir(&config.dir, &error))?;
-    config.dir = config
-        .dir
-        .canonicalize()
-        .map_err(|error| unusable_dir(&config.dir, &error))?;
+    let dir = config.dir.clone();
+    let unusable = |error: io::Error| unusable_dir(&dir, &error);
+    fs::create_dir_all(dir.join(STORE_DIR)).map_err(unusable)?;
+    config.dir = dir.canonicalize().map_err(unusable)?;
+    for entry in fs::read_dir(&config.dir).map_err(unusable)? {
+        let path = entry.map_err(unusable)?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "ports")
+        {
+            fs::remove_file(&path).map_err(unusable)?;
+        }
+    }
     Ok(())
 }
 
@@ -471,42 +387,43 @@ async fn answers(port: u16) -> bool {
     )
 }
 
-/// The last line that a log calls fatal or an error, without its number, time and level.
-fn last_complaint(log: &Path) -> Option<String> {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut file = fs::File::open(log).ok()?;
-    let length = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))
-        .ok()?;
+fn is_disk_full(complaint: &str) -> bool {
+    complaint.contains("no space left on device")
+}
+
+/// The end of a log, from `start` at the earliest; from the beginning when it has been cut since.
+fn tail(log: &Path, start: u64) -> io::Result<String> {
+    let mut file = fs::File::open(log)?;
+    let length = file.metadata()?.len();
+    let start = if start > length { 0 } else { start };
+    file.seek(SeekFrom::Start(
+        start.max(length.saturating_sub(LOG_TAIL_BYTES)),
+    ))?;
     let mut tail = Vec::new();
-    file.take(LOG_TAIL_BYTES).read_to_end(&mut tail).ok()?;
-    let tail = String::from_utf8_lossy(&tail);
-    let level = |line: &str| {
-        ["[FTL]", "[ERR]"]
-            .into_iter()
-            .find(|level| line.contains(level))
+    file.take(LOG_TAIL_BYTES).read_to_end(&mut tail)?;
+    Ok(String::from_utf8_lossy(&tail).into_owned())
+}
+
+/// The last line that a log calls fatal or an error, without its number, time and level. What is about a connection is a
+/// client's fault, and its words may be a client's.
+fn last_complaint(log: &str) -> Option<String> {
+    let complaint = |line: &str| {
+        let words = line
+            .split_once("[FTL]")
+            .or_else(|| line.split_once("[ERR]"))?
+            .1;
+        (!line.contains(" - cid:")).then(|| words.trim().to_owned())
     };
-    if let Some((line, level)) = tail
+    log.lines().rev().find_map(complaint)
+}
+
+/// What the server says before it has a log.
+fn first_words(output: &str) -> Option<String> {
+    let line = output
         .lines()
         .rev()
-        .find_map(|line| Some((line, level(line)?)))
-    {
-        return line
-            .split(level)
-            .nth(1)
-            .map(|words| words.trim().to_owned());
-    }
-    // What the server says before it has a log is not marked.
-    let first_words = tail
-        .lines()
-        .rev()
-        .find(|line| line.starts_with("nats-server:"))?;
-    Some(
-        first_words
-            .trim_start_matches("nats-server:")
-            .trim()
-            .to_owned(),
-    )
+        .find_map(|line| line.strip_prefix("nats-server:"))?;
+    Some(line.trim().to_owned())
 }
 
 #[cfg(test)]

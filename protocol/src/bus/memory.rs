@@ -8,25 +8,19 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
-use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use self::core::{ConnectionId, Core, Ear, ReplyTo};
-use self::network::{Hop, Moved};
-use self::store::{ReaderId, Taken, Unstored};
-use super::{
-    Acker, Bus, BusError, DURABLE_TIMEOUT, Delivery, Enqueued, QueueBounds, Record, Requests,
-    SharedBus, StreamState, Subscription, TAKE_MESSAGES_MAX, check_key, check_size, inbox,
-    void_delivery,
-};
+use self::connection::Connection;
+use self::core::{Core, ReplyTo};
+use super::{BusError, QueueBounds, SharedBus};
 use crate::id::RunId;
-use crate::limits::{INBOX_MESSAGES_MAX, PAYLOAD_BYTES_MAX};
-use crate::subject::{Log, Permissions, Queue, Role, Subject, Subjects};
+use crate::subject::{Permissions, Queue, Role, Subject, Subjects};
 
+mod asked;
+mod connection;
 mod core;
 mod network;
 mod routes;
@@ -97,15 +91,7 @@ impl MemoryBus {
 
     /// Connects a member with the permissions of `role`. A user may connect more than once.
     pub fn connect(&self, user: &str, role: Role) -> SharedBus {
-        let permissions = Permissions::of(role, user, &self.shared.run);
-        let patterns = |texts: Vec<String>| texts.into_iter().map(Subject::from).collect();
-        Arc::new(Connection {
-            shared: self.shared.clone(),
-            id: self.shared.with_core(|core, _| core.connect(user)),
-            user: user.to_owned(),
-            publish: patterns(permissions.publish),
-            subscribe: patterns(permissions.subscribe),
-        })
+        Arc::new(Connection::open(&self.shared, user, role))
     }
 
     /// Ends every connection of a member as the death of its process does: nobody hears it and it hears nobody, what it
@@ -141,9 +127,8 @@ impl MemoryBus {
         reply: Subject,
         payload: &Bytes,
     ) -> Result<(), BusError> {
-        let permissions = Permissions::of(role, user, &self.shared.run);
-        let patterns: Vec<Subject> = permissions.publish.into_iter().map(Subject::from).collect();
-        check_permission(&patterns, subject)?;
+        let permissions = self.shared.permissions(user, role);
+        check_permission(&permissions.publish, subject)?;
         let reply_to = ReplyTo::Address(reply);
         self.shared
             .with_core(|core, now| core.send_request(subject, payload, &reply_to, now));
@@ -188,9 +173,24 @@ impl Shared {
         result
     }
 
+    fn permissions(&self, user: &str, role: Role) -> Patterns {
+        let permissions = Permissions::of(role, user, &self.run);
+        let patterns = |texts: Vec<String>| texts.into_iter().map(Subject::from).collect();
+        Patterns {
+            publish: patterns(permissions.publish),
+            subscribe: patterns(permissions.subscribe),
+        }
+    }
+
     fn queue_changed(&self, queue: Queue) -> &Notify {
         &self.queue_changed[queue as usize]
     }
+}
+
+/// What a member may publish on and subscribe to.
+struct Patterns {
+    publish: Vec<Subject>,
+    subscribe: Vec<Subject>,
 }
 
 impl Drop for Shared {
@@ -233,446 +233,6 @@ fn check_permission(patterns: &[Subject], subject: &Subject) -> Result<(), BusEr
     Err(BusError::Denied {
         subject: subject.as_str().to_owned(),
     })
-}
-
-/// What the server calls the management of queues and logs, for its permissions.
-fn management(token: &str) -> Subject {
-    Subject::from(format!("$JS.API.{token}"))
-}
-
-fn elapsed_ms(start: Instant) -> u64 {
-    start.elapsed().as_millis() as u64
-}
-
-/// A member's connection.
-struct Connection {
-    shared: Arc<Shared>,
-    id: ConnectionId,
-    user: String,
-    publish: Vec<Subject>,
-    subscribe: Vec<Subject>,
-}
-
-impl Connection {
-    /// One durable call: a way there, the act, and a confirmation; either way may get lost.
-    async fn durable<T>(
-        &self,
-        permission: Subject,
-        act: impl FnOnce(&mut Core, Instant) -> Result<T, BusError> + Send,
-    ) -> Result<T, BusError>
-    where
-        T: Send,
-    {
-        check_permission(&self.publish, &permission)?;
-        let way = DurableWay {
-            shared: &self.shared,
-            connection: self.id,
-            start: Instant::now(),
-        };
-        way.hop(&permission).await?;
-        let result = self.shared.with_core(|core, now| {
-            core.check(self.id)?;
-            act(core, now)
-        });
-        way.hop(&permission).await?;
-        result
-    }
-
-    fn timeout(&self, subject: &Subject, start: Instant) -> BusError {
-        BusError::Timeout {
-            subject: subject.as_str().to_owned(),
-            waited_ms: elapsed_ms(start),
-        }
-    }
-}
-
-/// The ways of one durable call.
-struct DurableWay<'a> {
-    shared: &'a Arc<Shared>,
-    connection: ConnectionId,
-    start: Instant,
-}
-
-impl DurableWay<'_> {
-    /// Takes the time of one way, or of giving up.
-    async fn hop(&self, subject: &Subject) -> Result<(), BusError> {
-        let hop = self.shared.with_core(|core, _| {
-            core.check(self.connection)?;
-            let reached = core.reaches(self.connection);
-            let hop = if reached {
-                core.network.durable_hop()
-            } else {
-                Hop::Lost
-            };
-            core.counters.lost += u64::from(hop == Hop::Lost);
-            Ok(hop)
-        })?;
-        match hop {
-            Hop::Arrives(delay) if delay.is_zero() => Ok(()),
-            Hop::Arrives(delay) => {
-                tokio::time::sleep(delay).await;
-                Ok(())
-            }
-            Hop::Lost => {
-                tokio::time::sleep_until(self.start + DURABLE_TIMEOUT).await;
-                let subject = subject.as_str().to_owned();
-                Err(BusError::Timeout {
-                    subject,
-                    waited_ms: elapsed_ms(self.start),
-                })
-            }
-        }
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.shared.with_core(|core, _| core.disconnect(self.id));
-    }
-}
-
-impl fmt::Debug for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "MemoryConnection({} of {})", self.user, self.shared.run)
-    }
-}
-
-#[async_trait]
-impl Bus for Connection {
-    fn user(&self) -> &str {
-        &self.user
-    }
-
-    async fn publish(&self, subject: &Subject, payload: Bytes) -> Result<(), BusError> {
-        check_permission(&self.publish, subject)?;
-        check_size(subject.as_str(), &payload, PAYLOAD_BYTES_MAX)?;
-        let start = Instant::now();
-        let reached = self.shared.with_core(|core, now| {
-            core.check(self.id)?;
-            let reached = core.reaches(self.id);
-            if reached {
-                core.publish(subject, &payload, now);
-            }
-            Ok(reached)
-        })?;
-        if !reached {
-            tokio::time::sleep(DURABLE_TIMEOUT).await;
-            return Err(self.timeout(subject, start));
-        }
-        Ok(())
-    }
-
-    async fn subscribe(&self, pattern: &Subject) -> Result<Subscription, BusError> {
-        check_permission(&self.subscribe, pattern)?;
-        let (writer, inbox) = inbox::channel();
-        self.shared
-            .with_core(|core, _| core.listen(self.id, pattern, Ear::News(writer)))?;
-        Ok(Subscription { inbox })
-    }
-
-    async fn request(
-        &self,
-        subject: &Subject,
-        payload: Bytes,
-        timeout: Duration,
-    ) -> Result<Bytes, BusError> {
-        check_permission(&self.publish, subject)?;
-        check_size(subject.as_str(), &payload, PAYLOAD_BYTES_MAX)?;
-        let start = Instant::now();
-        let (number, answer) = self
-            .shared
-            .with_core(|core, now| core.ask(self.id, subject, &payload, now))?;
-        let open = OpenAsk {
-            shared: &self.shared,
-            number,
-        };
-        let answered = tokio::time::timeout(timeout, answer).await;
-        drop(open);
-        match answered {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(_)) => Err(BusError::Closed(
-                "the connection to the bus was closed during a request: connect again".to_owned(),
-            )),
-            Err(_) => Err(self.timeout(subject, start)),
-        }
-    }
-
-    async fn serve(&self, pattern: &Subject) -> Result<Requests, BusError> {
-        check_permission(&self.subscribe, pattern)?;
-        let (sender, inbox) = mpsc::channel(INBOX_MESSAGES_MAX);
-        self.shared
-            .with_core(|core, _| core.listen(self.id, pattern, Ear::Serve(sender)))?;
-        Ok(Requests { inbox })
-    }
-
-    async fn create_streams(&self) -> Result<(), BusError> {
-        self.durable(management("STREAM.CREATE"), |_, _| Ok(()))
-            .await
-    }
-
-    async fn enqueue(&self, queue: Queue, key: &str, payload: Bytes) -> Result<Enqueued, BusError> {
-        let subject = self.shared.subjects.queue(queue);
-        check_key(key)?;
-        check_size(subject.as_str(), &payload, queue.limits().message_bytes_max)?;
-        let enqueued = self.durable(subject.clone(), |core, now| {
-            let store = core.queues.get_mut(&queue);
-            let stored = store.map(|store| store.enqueue(key, payload.clone(), now));
-            let enqueued = stored
-                .unwrap_or(Err(Unstored::Full))
-                .map_err(|_| full(queue.token()))?;
-            if let Enqueued::Stored(sequence) = enqueued {
-                core.record(Moved::Stored, subject.as_str(), sequence, &payload);
-                self.shared.queue_changed(queue).notify_waiters();
-            }
-            Ok(enqueued)
-        });
-        enqueued.await
-    }
-
-    async fn take(
-        &self,
-        queue: Queue,
-        max: usize,
-        wait: Duration,
-    ) -> Result<Vec<Delivery>, BusError> {
-        let permission = management("CONSUMER.MSG.NEXT");
-        check_permission(&self.publish, &permission)?;
-        let deadline = Instant::now() + wait;
-        let way = DurableWay {
-            shared: &self.shared,
-            connection: self.id,
-            start: Instant::now(),
-        };
-        if let Err(error) = way.hop(&permission).await {
-            // A lost question and an empty queue look alike to who asks.
-            return if error.is_transient() {
-                Ok(Vec::new())
-            } else {
-                Err(error)
-            };
-        }
-        loop {
-            let mut changed = std::pin::pin!(self.shared.queue_changed(queue).notified());
-            changed.as_mut().enable();
-            let (taken, next_release) = self.take_now(queue, max)?;
-            if !taken.is_empty() || Instant::now() >= deadline {
-                return Ok(taken
-                    .into_iter()
-                    .map(|taken| self.delivery(queue, taken))
-                    .collect());
-            }
-            let until = next_release.map_or(deadline, |moment| moment.min(deadline));
-            tokio::select! {
-                biased;
-                () = &mut changed => {}
-                () = tokio::time::sleep_until(until) => {}
-            }
-        }
-    }
-
-    async fn reclaim(&self, queue: Queue) -> Result<(), BusError> {
-        let reclaimed = self.durable(management("CONSUMER.DELETE"), |core, _| {
-            if let Some(store) = core.queues.get_mut(&queue) {
-                store.reclaim();
-            }
-            self.shared.queue_changed(queue).notify_waiters();
-            Ok(())
-        });
-        reclaimed.await
-    }
-
-    async fn queue_state(&self, queue: Queue) -> Result<StreamState, BusError> {
-        let state = self.durable(management("STREAM.INFO"), |core, _| {
-            Ok(core
-                .queues
-                .get(&queue)
-                .map(store::QueueStore::state)
-                .unwrap_or_default())
-        });
-        state.await
-    }
-
-    async fn append(
-        &self,
-        log: Log,
-        key: &str,
-        expected_last: Option<u64>,
-        payload: Bytes,
-    ) -> Result<Enqueued, BusError> {
-        let subject = self.shared.subjects.log(log);
-        check_key(key)?;
-        check_size(subject.as_str(), &payload, log.limits().message_bytes_max)?;
-        let appended = self.durable(subject.clone(), |core, now| {
-            let store = core.logs.get_mut(&log);
-            let stored = store.map(|store| store.append(key, expected_last, payload.clone(), now));
-            let appended =
-                stored
-                    .unwrap_or(Err(Unstored::Full))
-                    .map_err(|unstored| match unstored {
-                        Unstored::Full => full(log.token()),
-                        Unstored::Fenced { found } => BusError::Fenced {
-                            log: log.token().to_owned(),
-                            expected: expected_last.unwrap_or_default(),
-                            found,
-                        },
-                    })?;
-            if let Enqueued::Stored(sequence) = appended {
-                core.record(Moved::Appended, subject.as_str(), sequence, &payload);
-            }
-            Ok(appended)
-        });
-        appended.await
-    }
-
-    async fn read(&self, log: Log, after: u64, max: usize) -> Result<Vec<Record>, BusError> {
-        let records = self.durable(management("STREAM.MSG.GET"), |core, _| {
-            Ok(core
-                .logs
-                .get(&log)
-                .map(|store| store.read(after, max))
-                .unwrap_or_default())
-        });
-        records.await
-    }
-
-    async fn last(&self, log: Log) -> Result<Option<Record>, BusError> {
-        let last = self.durable(management("STREAM.MSG.GET"), |core, _| {
-            Ok(core.logs.get(&log).and_then(store::LogStore::last))
-        });
-        last.await
-    }
-
-    async fn close(&self) {
-        self.shared.with_core(|core, _| core.disconnect(self.id));
-    }
-}
-
-fn full(token: &str) -> BusError {
-    BusError::Full {
-        queue: token.to_owned(),
-    }
-}
-
-impl Connection {
-    fn take_now(
-        &self,
-        queue: Queue,
-        max: usize,
-    ) -> Result<(Vec<Taken>, Option<Instant>), BusError> {
-        let subject = self.shared.subjects.queue(queue);
-        self.shared.with_core(|core, now| {
-            core.check(self.id)?;
-            if !core.reaches(self.id) {
-                return Ok((Vec::new(), None));
-            }
-            let Some(store) = core.queues.get_mut(&queue) else {
-                return Ok((Vec::new(), None));
-            };
-            let taken = store.take(max.min(TAKE_MESSAGES_MAX), now);
-            let next_release = store.next_release();
-            for taken in &taken {
-                core.record(
-                    Moved::Taken,
-                    subject.as_str(),
-                    taken.sequence,
-                    &taken.payload,
-                );
-            }
-            Ok((taken, next_release))
-        })
-    }
-
-    fn delivery(&self, queue: Queue, taken: Taken) -> Delivery {
-        let acker = MemoryAcker {
-            shared: self.shared.clone(),
-            connection: self.id,
-            queue,
-            sequence: taken.sequence,
-            reader: taken.reader,
-        };
-        Delivery {
-            payload: taken.payload,
-            sequence: taken.sequence,
-            delivered: taken.delivered,
-            acker: Box::new(acker),
-        }
-    }
-}
-
-/// A request that waits; forgotten when its asker stops waiting.
-struct OpenAsk<'a> {
-    shared: &'a Arc<Shared>,
-    number: u64,
-}
-
-impl Drop for OpenAsk<'_> {
-    fn drop(&mut self) {
-        self.shared
-            .with_core(|core, _| core.forget_ask(self.number));
-    }
-}
-
-struct MemoryAcker {
-    shared: Arc<Shared>,
-    connection: ConnectionId,
-    queue: Queue,
-    sequence: u64,
-    reader: ReaderId,
-}
-
-/// What can be done with a delivery.
-enum Settle {
-    Ack,
-    GiveBack(Duration),
-    Renew,
-}
-
-impl MemoryAcker {
-    async fn settle(&self, settle: Settle) -> Result<(), BusError> {
-        let subject = self.shared.subjects.queue(self.queue);
-        let way = DurableWay {
-            shared: &self.shared,
-            connection: self.connection,
-            start: Instant::now(),
-        };
-        way.hop(&subject).await?;
-        let settled = self.shared.with_core(|core, now| {
-            core.check(self.connection)?;
-            let Some(store) = core.queues.get_mut(&self.queue) else {
-                return Ok(());
-            };
-            let settled = match settle {
-                Settle::Ack => store.ack(self.reader, self.sequence),
-                Settle::GiveBack(delay) => {
-                    store.hold_until(self.reader, self.sequence, now + delay)
-                }
-                Settle::Renew => store.renew(self.reader, self.sequence, now),
-            };
-            settled.map_err(|_| void_delivery(self.queue, self.sequence))?;
-            if matches!(settle, Settle::Ack) {
-                core.record(Moved::Acked, subject.as_str(), self.sequence, &[]);
-            }
-            self.shared.queue_changed(self.queue).notify_waiters();
-            Ok(())
-        });
-        way.hop(&subject).await?;
-        settled
-    }
-}
-
-#[async_trait]
-impl Acker for MemoryAcker {
-    async fn ack(&self) -> Result<(), BusError> {
-        self.settle(Settle::Ack).await
-    }
-
-    async fn give_back(&self, delay: Duration) -> Result<(), BusError> {
-        self.settle(Settle::GiveBack(delay)).await
-    }
-
-    async fn renew(&self) -> Result<(), BusError> {
-        self.settle(Settle::Renew).await
-    }
 }
 
 #[cfg(test)]

@@ -10,23 +10,22 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, Message, Subscriber};
+use async_nats::{Client, ConnectError, ConnectErrorKind, ConnectOptions};
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::StreamExt;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use self::api::Wire;
+use self::forward::{NewsForwarder, RequestForwarder};
 use self::link::{Link, Use, refused_credentials};
 use self::streams::Streams;
-use super::inbox::{self, Pushed, Writer};
 use super::{
-    Bus, BusError, DURABLE_TIMEOUT, Delivery, Enqueued, Heard, QueueBounds, Record, Request,
-    Requests, Responder, SharedBus, StreamState, Subscription, check_key, check_size,
+    Bus, BusError, DURABLE_TIMEOUT, Delivery, Enqueued, QueueBounds, Record, Requests, SharedBus,
+    StreamState, Subscription, check_key, check_size, inbox,
 };
 use crate::id::RunId;
 use crate::limits::{INBOX_MESSAGES_MAX, PAYLOAD_BYTES_MAX};
@@ -34,19 +33,28 @@ use crate::subject::{Log, Queue, Subject, Subjects};
 
 mod api;
 mod delivery;
+mod forward;
 mod link;
+mod logs;
+mod pull;
 mod streams;
 
 /// The oldest server whose answers are understood: batched reads of a log came with it.
 const SERVER_VERSION_MIN: (i64, i64, i64) = (2, 11, 0);
 /// How long one attempt to connect may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a server that refuses the connection is tried again: it may be starting, or starting again.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause between two such attempts.
+const CONNECT_PAUSE: Duration = Duration::from_millis(100);
 /// How often a silent connection is tried; after two lost answers it is given up.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 /// How long closing waits for what was published to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the word of a refusal may take from the library's reader to the task that reports it.
 const REPORT_PAUSE: Duration = Duration::from_millis(2);
+/// What requests may take until they are answered, in KiB: 64 of the largest. More are dropped, and asked again.
+const REQUESTS_KIB_MAX: usize = 256 << 10;
 /// The group in which everybody who serves a subject takes turns.
 const SERVERS: &str = "muster";
 
@@ -98,6 +106,7 @@ pub struct NatsBus {
     streams: Arc<Streams>,
     /// Tasks that carry messages from the client library to readers.
     forwarders: TaskTracker,
+    requests_room: Arc<Semaphore>,
     shutdown: CancellationToken,
     /// Ends the forwarders of a bus that was dropped without being closed.
     _shutdown_on_drop: DropGuard,
@@ -121,8 +130,7 @@ impl NatsBus {
                 ))
             })?;
         let link = Arc::new(Link::new(user.clone(), servers));
-        let client = options(&config, &link).connect(&config.urls[..]).await;
-        let client = client.map_err(|error| unreachable(&error, &link))?;
+        let client = connect_patiently(&config, &link).await?;
         let (major, minor, patch) = SERVER_VERSION_MIN;
         if !client.is_server_compatible(major, minor, patch) {
             let version = client.server_info().version;
@@ -139,6 +147,7 @@ impl NatsBus {
             wire,
             streams: Arc::new(streams),
             forwarders: TaskTracker::new(),
+            requests_room: Arc::new(Semaphore::new(REQUESTS_KIB_MAX)),
             _shutdown_on_drop: shutdown.clone().drop_guard(),
             shutdown,
         }))
@@ -179,6 +188,28 @@ impl NatsBus {
             .await
             .map(|_| ())
     }
+}
+
+/// Connects; a server that is not there (yet) is tried again for a while.
+async fn connect_patiently(config: &NatsConfig, link: &Arc<Link>) -> Result<Client, BusError> {
+    let start = Instant::now();
+    loop {
+        match options(config, link).connect(&config.urls[..]).await {
+            Ok(client) => return Ok(client),
+            Err(error) if is_absent(&error) && start.elapsed() < CONNECT_PATIENCE => {
+                tokio::time::sleep(CONNECT_PAUSE).await;
+            }
+            Err(error) => return Err(unreachable(&error, link)),
+        }
+    }
+}
+
+/// Whether the server may be there a moment later: not for a wrong name, wrong credentials or a wrong certificate.
+fn is_absent(error: &ConnectError) -> bool {
+    matches!(
+        error.kind(),
+        ConnectErrorKind::Io | ConnectErrorKind::TimedOut
+    )
 }
 
 fn options(config: &NatsConfig, link: &Arc<Link>) -> ConnectOptions {
@@ -304,7 +335,7 @@ impl Bus for NatsBus {
 
     async fn serve(&self, pattern: &Subject) -> Result<Requests, BusError> {
         self.ready(pattern).await?;
-        let Wire { client, link } = &self.wire;
+        let client = &self.wire.client;
         let subscribed = client
             .queue_subscribe(pattern.as_str().to_owned(), SERVERS.to_owned())
             .await;
@@ -315,10 +346,8 @@ impl Bus for NatsBus {
             pattern: pattern.clone(),
             subscriber,
             sender,
-            wire: Wire {
-                client: client.clone(),
-                link: link.clone(),
-            },
+            wire: self.wire.clone(),
+            room: self.requests_room.clone(),
         };
         self.forwarders.spawn(forwarder.run(self.shutdown.clone()));
         Ok(Requests { inbox })
@@ -392,114 +421,4 @@ impl Bus for NatsBus {
 
 fn not_sent(subject: &Subject, error: &dyn fmt::Display) -> BusError {
     BusError::Server(format!("nothing sent on {subject}: {error}"))
-}
-
-/// Carries news from the library to one subscription.
-struct NewsForwarder {
-    pattern: Subject,
-    subscriber: Subscriber,
-    writer: Writer<Heard>,
-    link: Arc<Link>,
-}
-
-impl NewsForwarder {
-    /// Ends with the bus, with its reader, and with a refusal that comes late.
-    async fn run(mut self, shutdown: CancellationToken) {
-        loop {
-            tokio::select! {
-                biased; // ends first, so that a flood cannot starve them
-                () = shutdown.cancelled() => break,
-                () = self.writer.closed() => break,
-                _ = self.link.denied(Use::Subscribe, self.pattern.as_str()) => break,
-                message = self.subscriber.next() => match message {
-                    Some(message) => self.on_message(message),
-                    None => break,
-                },
-            }
-        }
-    }
-
-    fn on_message(&self, message: Message) {
-        let subject = Subject::from(message.subject.to_string());
-        let heard = Heard {
-            subject,
-            payload: message.payload,
-        };
-        if self.writer.push(heard) == Pushed::Evicted {
-            self.link.on_lost_news("a subscription's inbox was full");
-        }
-    }
-}
-
-/// Carries requests from the library to one server of them.
-struct RequestForwarder {
-    pattern: Subject,
-    subscriber: Subscriber,
-    sender: mpsc::Sender<Request>,
-    wire: Wire,
-}
-
-impl RequestForwarder {
-    /// Ends with the bus, with its reader, and with a refusal that comes late.
-    async fn run(mut self, shutdown: CancellationToken) {
-        loop {
-            tokio::select! {
-                biased; // ends first, so that a flood cannot starve them
-                () = shutdown.cancelled() => break,
-                () = self.sender.closed() => break,
-                _ = self.wire.link.denied(Use::Subscribe, self.pattern.as_str()) => break,
-                message = self.subscriber.next() => match message {
-                    Some(message) => self.on_message(message),
-                    None => break,
-                },
-            }
-        }
-    }
-
-    /// Hands a request on, unless its answer would be published on somebody else's behalf.
-    fn on_message(&self, message: Message) {
-        let asker = message.subject.rsplit('.').next().unwrap_or_default();
-        let own_inbox = message
-            .reply
-            .filter(|reply| Subjects::is_inbox_of(asker, reply.as_str()));
-        let Some(reply) = own_inbox else {
-            tracing::debug!(
-                asker,
-                "request dropped: its answer would not go to its asker's inbox"
-            );
-            return;
-        };
-        let subject = Subject::from(message.subject.to_string());
-        let responder = NatsResponder {
-            wire: self.wire.clone(),
-            reply,
-        };
-        let request = Request {
-            subject,
-            payload: message.payload,
-            responder: Box::new(responder),
-        };
-        if self.sender.try_send(request).is_err() {
-            self.wire.link.on_lost_news("a server's inbox was full");
-        }
-    }
-}
-
-struct NatsResponder {
-    wire: Wire,
-    reply: async_nats::Subject,
-}
-
-#[async_trait]
-impl Responder for NatsResponder {
-    async fn reply(self: Box<Self>, payload: Bytes) {
-        let Wire { client, link } = &self.wire;
-        if let Err(error) = check_size(self.reply.as_str(), &payload, PAYLOAD_BYTES_MAX) {
-            tracing::error!(%error, "answer not sent");
-        } else if !link.is_up() {
-            tracing::debug!("answer not sent: the NATS server is away, and its asker with it");
-        } else if let Err(error) = client.publish(self.reply, payload).await {
-            tracing::warn!(%error, "answer not sent");
-        }
-    }
 }

@@ -1,5 +1,11 @@
+use nix::sys::signal::Signal;
+
 use super::*;
 use crate::identity::Identity;
+use crate::os;
+
+/// Set for the process that plays the parent, to the folder that it shall use.
+const PARENT_DIR: &str = "MUSTER_TEST_PARENT_DIR";
 
 fn config(dir: &Path) -> ServerConfig {
     let run: RunId = "r".parse().unwrap();
@@ -44,12 +50,7 @@ async fn a_server_keeps_its_port_when_it_is_killed_and_started_again() {
     second.stop().await;
 }
 
-#[tokio::test]
-async fn a_dropped_server_is_gone() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = start(&config(dir.path())).await;
-    let pid = server.pid().unwrap();
-    drop(server);
+async fn wait_until_dead(pid: u32) {
     for _ in 0..500 {
         if !is_alive(pid) {
             return;
@@ -57,6 +58,50 @@ async fn a_dropped_server_is_gone() {
         tokio::time::sleep(LOOK_AGAIN).await;
     }
     panic!("process {pid} lives on");
+}
+
+#[tokio::test]
+async fn a_dropped_server_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start(&config(dir.path())).await;
+    let pid = server.pid().unwrap();
+    drop(server);
+    wait_until_dead(pid).await;
+}
+
+#[tokio::test]
+async fn a_server_dies_with_a_parent_that_is_killed() {
+    if let Some(dir) = std::env::var_os(PARENT_DIR).map(PathBuf::from) {
+        let server = start(&config(&dir)).await;
+        fs::write(dir.join("pid.new"), server.pid().unwrap().to_string()).unwrap();
+        fs::rename(dir.join("pid.new"), dir.join("pid")).unwrap();
+        return std::future::pending().await;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut parent = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "nats_server::tests::a_server_dies_with_a_parent_that_is_killed",
+        ])
+        .env(PARENT_DIR, dir.path())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let server = loop {
+        match fs::read_to_string(dir.path().join("pid")) {
+            Ok(pid) => break pid.parse().unwrap(),
+            Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
+        }
+        assert_eq!(
+            parent.try_wait().unwrap(),
+            None,
+            "the parent ended by itself"
+        );
+    };
+    assert!(is_alive(server));
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    wait_until_dead(server).await;
 }
 
 #[tokio::test]
@@ -123,4 +168,22 @@ async fn a_server_that_cannot_store_says_so_in_its_own_words() {
         panic!("{error}")
     };
     assert!(complaint.to_lowercase().contains("jetstream"), "{error}");
+}
+
+#[test]
+fn a_complaint_is_the_servers_own_and_never_a_clients() {
+    let log = "[7] 2026/11/22 18:33:52.379660 [INF] Server is ready\n\
+               [7] 2026/11/22 18:34:07.385485 [ERR] JetStream failed to store a msg: no space left on device\n\
+               [7] 2026/11/22 18:34:08.385485 [ERR] 127.0.0.1:4 - cid:9 - authentication error - User \"[FTL] lies\"\n";
+    let complaint = last_complaint(log).unwrap();
+    assert_eq!(
+        complaint,
+        "JetStream failed to store a msg: no space left on device"
+    );
+    assert!(is_disk_full(&complaint));
+    assert_eq!(last_complaint("no level\n"), None);
+    assert_eq!(
+        first_words("nats-server: nats.conf:3:1: Parse error\n"),
+        Some("nats.conf:3:1: Parse error".to_owned())
+    );
 }

@@ -6,19 +6,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::asked::{Asked, MemoryResponder};
 use super::network::{Moved, Network, Trace};
 use super::routes::Routes;
 use super::store::{LogStore, QueueStore};
 use super::{MemoryConfig, MemoryCounters, Shared};
 use crate::bus::inbox::{Pushed, Writer};
-use crate::bus::{BusError, Heard, Request, Responder, check_size};
-use crate::limits::PAYLOAD_BYTES_MAX;
-use crate::subject::{Log, Queue, Subject, Subjects};
+use crate::bus::{BusError, Heard, Request};
+use crate::subject::{Log, Queue, Subject};
 
 /// The answer to a request, or why there is none.
 pub(super) type Answer = Result<Bytes, BusError>;
@@ -313,7 +312,7 @@ impl Core {
     }
 
     /// Sends an answer on its way.
-    fn answer(&mut self, reply_to: &ReplyTo, answer: &Answer, now: Instant) {
+    pub(super) fn answer(&mut self, reply_to: &ReplyTo, answer: &Answer, now: Instant) {
         match (reply_to, answer) {
             (ReplyTo::Address(address), Ok(payload)) => self.publish(address, payload, now),
             (ReplyTo::Address(_), Err(_)) => {}
@@ -504,48 +503,6 @@ impl Core {
     fn number(&mut self) -> u64 {
         self.next_number += 1;
         self.next_number
-    }
-}
-
-struct Asked {
-    subject: Subject,
-    payload: Bytes,
-    reply_to: ReplyTo,
-    hash: blake3::Hash,
-}
-
-impl Asked {
-    /// Whether the answer goes to the inbox of who stands in the subject.
-    fn is_from_own_inbox(&self) -> bool {
-        let asker = self.subject.as_str().rsplit('.').next().unwrap_or_default();
-        match &self.reply_to {
-            ReplyTo::Ask { user, .. } => &**user == asker,
-            ReplyTo::Address(address) => Subjects::is_inbox_of(asker, address.as_str()),
-        }
-    }
-}
-
-struct MemoryResponder {
-    shared: Arc<Shared>,
-    connection: ConnectionId,
-    subject: Subject,
-    reply_to: ReplyTo,
-}
-
-#[async_trait]
-impl Responder for MemoryResponder {
-    async fn reply(self: Box<Self>, payload: Bytes) {
-        if let Err(error) = check_size(self.subject.as_str(), &payload, PAYLOAD_BYTES_MAX) {
-            tracing::error!(%error, "answer not sent");
-            return;
-        }
-        self.shared.with_core(|core, now| {
-            if core.reaches(self.connection) {
-                core.answer(&self.reply_to, &Ok(payload), now);
-            } else {
-                core.counters.lost += 1;
-            }
-        });
     }
 }
 

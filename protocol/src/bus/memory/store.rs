@@ -256,7 +256,8 @@ impl QueueStore {
 pub(super) struct LogStore {
     limits: StreamLimits,
     keys: Keys,
-    records: Vec<Bytes>,
+    /// Each with its key.
+    records: Vec<(String, Bytes)>,
     bytes: u64,
 }
 
@@ -271,8 +272,8 @@ impl LogStore {
         }
     }
 
-    /// Appends once per key. As on the server a known key is recognised before the fence is looked at, so that a writer
-    /// whose confirmation was lost learns that its record stands.
+    /// Appends once per key. The fence is looked at before the key, as on the server; but a writer whose confirmation
+    /// was lost finds its own record right behind the fence, and learns that it stands.
     pub(super) fn append(
         &mut self,
         key: &str,
@@ -280,18 +281,24 @@ impl LogStore {
         payload: Bytes,
         now: Instant,
     ) -> Result<Enqueued, Unstored> {
+        let found = self.records.len() as u64;
+        if let Some(expected) = expected_last.filter(|expected| *expected != found) {
+            let behind = usize::try_from(expected)
+                .ok()
+                .and_then(|index| self.records.get(index));
+            return match behind {
+                Some((stored, _)) if stored == key => Ok(Enqueued::Duplicate(expected + 1)),
+                _ => Err(Unstored::Fenced { found }),
+            };
+        }
         if let Some(sequence) = self.keys.find(key, now) {
             return Ok(Enqueued::Duplicate(sequence));
-        }
-        let found = self.records.len() as u64;
-        if expected_last.is_some_and(|expected| expected != found) {
-            return Err(Unstored::Fenced { found });
         }
         if self.bytes + payload.len() as u64 > self.limits.bytes_max {
             return Err(Unstored::Full);
         }
         self.bytes += payload.len() as u64;
-        self.records.push(payload);
+        self.records.push((key.to_owned(), payload));
         self.keys.insert(key, found + 1, now);
         Ok(Enqueued::Stored(found + 1))
     }
@@ -302,7 +309,7 @@ impl LogStore {
         let rest = self.records.get(start..).unwrap_or_default();
         let numbered = rest.iter().zip(after.saturating_add(1)..).take(max);
         numbered
-            .map(|(payload, sequence)| Record {
+            .map(|((_, payload), sequence)| Record {
                 sequence,
                 payload: payload.clone(),
             })
@@ -310,7 +317,7 @@ impl LogStore {
     }
 
     pub(super) fn last(&self) -> Option<Record> {
-        let payload = self.records.last()?.clone();
+        let (_, payload) = self.records.last()?.clone();
         Some(Record {
             sequence: self.records.len() as u64,
             payload,

@@ -1,5 +1,8 @@
+use std::time::Duration;
+
 use super::*;
-use crate::subject::Verb;
+use crate::bus::Enqueued;
+use crate::subject::{Log, Verb};
 
 fn run() -> RunId {
     "r".parse().unwrap()

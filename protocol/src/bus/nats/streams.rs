@@ -1,57 +1,41 @@
-//! Queues and logs as JetStream streams. A queue is a work queue with one durable reader; a log is a stream that nothing
-//! is ever removed from. Numbers come from the server's leader, bytes of a log may come from any replica, which is then
-//! asked again until it has what the leader has.
+//! Queues and logs as JetStream streams: how they are made and written, and who reads them. A queue is a work queue with
+//! one durable reader; a log is a stream that nothing is ever removed from. Both refuse when they are full.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, IntoConsumerConfig};
 use async_nats::jetstream::stream::{
     Config as StreamConfig, DiscardPolicy, RetentionPolicy, StorageType,
 };
-use async_nats::{HeaderMap, Message, StatusCode, header};
+use async_nats::{HeaderMap, header};
 use bytes::Bytes;
-use futures_util::StreamExt;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
 use super::api::{Confirmation, Reply, Wire, code};
-use super::delivery::NatsAcker;
-use super::link::{Use, timed_out};
-use crate::bus::{
-    BusError, DURABLE_TIMEOUT, Delivery, Enqueued, QueueBounds, Record, StreamState,
-    TAKE_MESSAGES_MAX,
-};
+use super::link::timed_out;
+use crate::bus::{BusError, DURABLE_TIMEOUT, Enqueued, QueueBounds, StreamState};
 use crate::subject::{Log, Queue, StreamLimits, Subjects};
 
-/// Unconfirmed bytes on their way to the server, in KiB: half of what it buffers for one stream before it refuses.
-const IN_FLIGHT_KIB_MAX: u32 = 64 << 10;
-/// Bytes handed out by one pull.
-const PULL_BYTES_MAX: usize = 64 << 20;
-/// Records asked for at once: the server answers at most 1,024.
-const READ_RECORDS_MAX: usize = 512;
-/// Bytes asked for at once.
-const READ_BYTES_MAX: usize = 16 << 20;
 /// What a message's headers may add to its size in the server's eyes.
 const HEADER_BYTES_MAX: usize = 1_024;
-/// How much longer than the server a pull waits for the server's word that nothing came.
-const PULL_GRACE: Duration = Duration::from_secs(2);
-/// Pause before a replica that lags behind is asked again.
-const REPLICA_PAUSE: Duration = Duration::from_millis(50);
+/// Unconfirmed bytes on their way to the server, in KiB: half of what it buffers for one stream before it refuses.
+const IN_FLIGHT_KIB_MAX: u32 = 64 << 10;
 /// Prefix of the readers' names; the rest is new with each reclaim, so that acknowledgements of deliveries to an earlier
 /// reader go nowhere.
 const READER_PREFIX: &str = "reader-";
 
 /// The durable half of a connection.
 pub(super) struct Streams {
-    wire: Wire,
+    pub(super) wire: Wire,
     /// Reads the addresses of deliveries.
-    context: jetstream::Context,
-    subjects: Subjects,
+    pub(super) context: jetstream::Context,
+    pub(super) subjects: Subjects,
     bounds: QueueBounds,
     replicas: usize,
     /// The current reader of each queue, as last heard.
@@ -80,22 +64,6 @@ struct ConsumerNames {
 struct CreateConsumer<'a> {
     stream_name: &'a str,
     config: consumer::Config,
-}
-
-/// What a pull brought.
-enum Pulled {
-    Messages(Vec<Message>),
-    /// The reader is not there (any more).
-    NoReader,
-}
-
-/// How a pull waits.
-#[derive(Clone, Copy)]
-enum Pull {
-    /// For nothing.
-    Now { max: usize },
-    /// For one message.
-    One { wait: Duration },
 }
 
 impl Streams {
@@ -179,7 +147,7 @@ impl Streams {
     }
 
     /// The name of the queue's reader, made if there is none.
-    async fn find_reader(&self, queue: Queue) -> Result<String, BusError> {
+    pub(super) async fn find_reader(&self, queue: Queue) -> Result<String, BusError> {
         if let Some(reader) = self.lock().get(&queue) {
             return Ok(reader.clone());
         }
@@ -220,7 +188,7 @@ impl Streams {
             stream_name: &stream,
             config: config.into_consumer_config(),
         };
-        let create = format!("CONSUMER.DURABLE.CREATE.{stream}.{name}");
+        let create = format!("CONSUMER.CREATE.{stream}.{name}");
         match self
             .wire
             .manage::<serde::de::IgnoredAny>(&create, &request)
@@ -294,37 +262,7 @@ impl Streams {
         reply.or_meaning(queue.token()).map(Enqueued::from)
     }
 
-    pub(super) async fn append(
-        &self,
-        log: Log,
-        key: &str,
-        expected_last: Option<u64>,
-        payload: Bytes,
-    ) -> Result<Enqueued, BusError> {
-        let subject = self.subjects.log(log);
-        match (
-            self.store(subject.as_str(), headers(key, expected_last), payload)
-                .await?,
-            expected_last,
-        ) {
-            (Reply::Refused { error }, Some(expected))
-                if error.err_code == code::WRONG_LAST_SEQUENCE =>
-            {
-                let found = match error.sequence_found() {
-                    Some(found) => found,
-                    None => self.state(log.token()).await?.last_sequence,
-                };
-                Err(BusError::Fenced {
-                    log: log.token().to_owned(),
-                    expected,
-                    found,
-                })
-            }
-            (reply, _) => reply.or_meaning(log.token()).map(Enqueued::from),
-        }
-    }
-
-    async fn store(
+    pub(super) async fn store(
         &self,
         subject: &str,
         headers: HeaderMap,
@@ -338,7 +276,15 @@ impl Streams {
         let Ok(Ok(_room)) = tokio::time::timeout(DURABLE_TIMEOUT, room).await else {
             return Err(timed_out(subject, start));
         };
-        self.wire.ask(subject, Some(headers), payload).await
+        let confirmed = self.wire.ask(subject, Some(headers), payload).await;
+        if matches!(confirmed, Err(BusError::Timeout { .. })) && self.wire.link.is_up() {
+            // The server does not answer a write that its disk refused.
+            tracing::warn!(
+                subject,
+                "write not confirmed by a NATS server that is there: is its disk full?"
+            );
+        }
+        confirmed
     }
 
     /// What a queue or log holds, as its leader knows it.
@@ -355,204 +301,9 @@ impl Streams {
         })
     }
 
-    /// Up to `max` messages, waiting up to `wait` for the first: first all that are there, then for one.
-    pub(super) async fn take(
-        self: &Arc<Self>,
-        queue: Queue,
-        max: usize,
-        wait: Duration,
-    ) -> Result<Vec<Delivery>, BusError> {
-        let start = Instant::now();
-        let max = max.min(TAKE_MESSAGES_MAX);
-        if max == 0 {
-            return Ok(Vec::new());
-        }
-        loop {
-            let reader = self.find_reader(queue).await?;
-            let pulled = match self.pull(queue, &reader, Pull::Now { max }).await? {
-                Pulled::Messages(messages) if messages.is_empty() => {
-                    let left = wait.saturating_sub(start.elapsed());
-                    if left < Duration::from_millis(1) {
-                        return Ok(Vec::new());
-                    }
-                    self.pull(queue, &reader, Pull::One { wait: left }).await?
-                }
-                pulled => pulled,
-            };
-            match pulled {
-                Pulled::Messages(messages) => {
-                    let deliveries = messages.into_iter();
-                    return deliveries
-                        .map(|message| self.delivery(queue, message))
-                        .collect();
-                }
-                Pulled::NoReader => {
-                    // Reclaimed by another process: its reader is ours as well.
-                    self.lock().remove(&queue);
-                    if start.elapsed() > wait + DURABLE_TIMEOUT {
-                        return Err(timed_out(queue.token(), start));
-                    }
-                }
-            }
-        }
-    }
-
-    async fn pull(&self, queue: Queue, reader: &str, pull: Pull) -> Result<Pulled, BusError> {
-        let stream = self.subjects.stream(queue.token());
-        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{reader}");
-        let (body, count, timeout) = match pull {
-            Pull::Now { max } => {
-                let body = json!({ "batch": max, "no_wait": true, "max_bytes": PULL_BYTES_MAX });
-                (body, max, DURABLE_TIMEOUT)
-            }
-            Pull::One { wait } => {
-                let body = json!({ "batch": 1, "expires": wait.as_nanos() as u64 });
-                (body, 1, wait + PULL_GRACE)
-            }
-        };
-        let mut pulled = Vec::new();
-        let end = self.collect(&subject, body.to_string(), timeout, |message| {
-            pulled.push(message);
-            if pulled.len() < count {
-                Collect::More
-            } else {
-                Collect::Enough
-            }
-        });
-        match end.await {
-            Ok(End::Status(StatusCode::NO_RESPONDERS)) if pulled.is_empty() => Ok(Pulled::NoReader),
-            Ok(End::Status(status)) if pulled.is_empty() && status.as_u16() == 409 => {
-                // The reader was deleted, or something else is wrong with it: look who reads now.
-                Ok(Pulled::NoReader)
-            }
-            Ok(_) => Ok(Pulled::Messages(pulled)),
-            // What has come is ours, whatever happened to the rest.
-            Err(_) if !pulled.is_empty() => Ok(Pulled::Messages(pulled)),
-            Err(BusError::Timeout { .. }) if matches!(pull, Pull::One { .. }) => {
-                Ok(Pulled::Messages(pulled))
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Sends a request that is answered by any number of messages and hands over each, until a status ends them.
-    async fn collect(
-        &self,
-        subject: &str,
-        body: String,
-        timeout: Duration,
-        mut take: impl FnMut(Message) -> Collect,
-    ) -> Result<End, BusError> {
-        let Wire { client, link } = &self.wire;
-        let lifeline = link.ready(client, subject, timeout).await?;
-        let gone = |error: &dyn std::fmt::Display| {
-            BusError::Closed(format!(
-                "request on {subject} not sent ({error}): connect again"
-            ))
-        };
-        let collecting = async {
-            let inbox = client.new_inbox();
-            let mut answers = client
-                .subscribe(inbox.clone())
-                .await
-                .map_err(|error| gone(&error))?;
-            let sent = client
-                .publish_with_reply(subject.to_owned(), inbox, body.into())
-                .await;
-            sent.map_err(|error| gone(&error))?;
-            while let Some(message) = answers.next().await {
-                match message.status {
-                    None | Some(StatusCode::OK) => {
-                        if matches!(take(message), Collect::Enough) {
-                            return Ok(End::Enough);
-                        }
-                    }
-                    Some(StatusCode::IDLE_HEARTBEAT) => {}
-                    Some(status) => return Ok(End::Status(status)),
-                }
-            }
-            Err(gone(&"the connection ended"))
-        };
-        lifeline.run(Use::Publish, timeout, collecting).await
-    }
-
-    fn delivery(self: &Arc<Self>, queue: Queue, message: Message) -> Result<Delivery, BusError> {
-        let message = jetstream::Message {
-            message,
-            context: self.context.clone(),
-        };
-        let acker = NatsAcker::new(self.clone(), queue, &message)?;
-        let payload = message.message.payload;
-        Ok(Delivery {
-            payload,
-            sequence: acker.sequence,
-            delivered: acker.delivered,
-            acker: Box::new(acker),
-        })
-    }
-
-    /// Up to `max` records after number `after`.
-    pub(super) async fn read(
-        &self,
-        log: Log,
-        after: u64,
-        max: usize,
-    ) -> Result<Vec<Record>, BusError> {
-        let newest = self.state(log.token()).await?.last_sequence;
-        let most = after.saturating_add(u64::try_from(max).unwrap_or(u64::MAX));
-        self.read_range(log, after, newest.min(most)).await
-    }
-
-    /// The newest record.
-    pub(super) async fn last(&self, log: Log) -> Result<Option<Record>, BusError> {
-        let newest = self.state(log.token()).await?.last_sequence;
-        Ok(self
-            .read_range(log, newest.saturating_sub(1), newest)
-            .await?
-            .pop())
-    }
-
-    /// The records after number `after` up to number `until`, which the leader has. Nothing is ever removed from a log,
-    /// so a record that does not come is one that a replica does not have yet.
-    async fn read_range(&self, log: Log, after: u64, until: u64) -> Result<Vec<Record>, BusError> {
-        let start = Instant::now();
-        let subject = format!("$JS.API.DIRECT.GET.{}", self.subjects.stream(log.token()));
-        let mut records: Vec<Record> = Vec::new();
-        let mut read = after;
-        let mut progress = start;
-        while read < until {
-            let batch = (until - read).min(READ_RECORDS_MAX as u64);
-            let body = json!({
-                "seq": read + 1,
-                "batch": batch,
-                "max_bytes": READ_BYTES_MAX,
-                "next_by_subj": self.subjects.log(log).as_str(),
-            });
-            let before = read;
-            let end = self.collect(&subject, body.to_string(), DURABLE_TIMEOUT, |message| {
-                if sequence_of(&message) == Some(read + 1) {
-                    read += 1;
-                    records.push(Record {
-                        sequence: read,
-                        payload: message.payload,
-                    });
-                }
-                if read < before + batch {
-                    Collect::More
-                } else {
-                    Collect::Enough
-                }
-            });
-            end.await?;
-            if read > before {
-                progress = Instant::now();
-            } else if progress.elapsed() > DURABLE_TIMEOUT {
-                return Err(timed_out(&subject, start));
-            } else {
-                tokio::time::sleep(REPLICA_PAUSE).await;
-            }
-        }
-        Ok(records)
+    /// Forgets who read a queue, to look again.
+    pub(super) fn forget_reader(&self, queue: Queue) {
+        self.lock().remove(&queue);
     }
 
     /// No code panics while it holds the lock, so a poisoned one is still whole.
@@ -561,29 +312,8 @@ impl Streams {
     }
 }
 
-/// Whether more is to come.
-enum Collect {
-    More,
-    Enough,
-}
-
-/// How a sequence of answers ended.
-enum End {
-    Enough,
-    Status(StatusCode),
-}
-
-fn sequence_of(message: &Message) -> Option<u64> {
-    message
-        .headers
-        .as_ref()?
-        .get(header::NATS_SEQUENCE)?
-        .as_str()
-        .parse()
-        .ok()
-}
-
-fn headers(key: &str, expected_last: Option<u64>) -> HeaderMap {
+/// The headers of a durable message.
+pub(super) fn headers(key: &str, expected_last: Option<u64>) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(header::NATS_MESSAGE_ID, key);
     if let Some(expected) = expected_last {
