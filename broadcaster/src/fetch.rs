@@ -66,19 +66,10 @@ pub enum FetchError {
     Stopped,
 }
 
-/// Keeps an object in the store while it is fetched.
+/// Takes a fetch's pin off its object when the fetch ends, however it ends.
 struct Pin<'a> {
     node: &'a Node,
     id: ObjectId,
-}
-
-impl<'a> Pin<'a> {
-    fn new(node: &'a Node, id: ObjectId) -> Result<Self, FetchError> {
-        match node.store.pin(&id) {
-            true => Ok(Self { node, id }),
-            false => Err(StoreError::Unknown { object: id }.into()),
-        }
-    }
 }
 
 impl Drop for Pin<'_> {
@@ -91,8 +82,10 @@ impl Drop for Pin<'_> {
 pub(crate) async fn fetch(node: &Arc<Node>, object: &Object) -> Result<Bytes, FetchError> {
     let object = Arc::new(object.clone());
     let admitted = Arc::clone(&object);
-    let id = node.blocking(move |store| store.admit(&admitted)).await?;
-    let _stays = Pin::new(node, id)?;
+    let id = node
+        .blocking(move |store| store.admit_pinned(&admitted))
+        .await?;
+    let _pinned = Pin { node, id };
     let gate = node.gate(id);
     let _turn = tokio::select! {
         biased;

@@ -18,6 +18,7 @@ pub mod meter;
 mod node;
 pub mod object;
 pub mod plan;
+pub mod presence;
 pub mod rate;
 mod server;
 pub mod snapshot;

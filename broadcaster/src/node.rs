@@ -89,11 +89,17 @@ impl Node {
         self.uploads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes bytes from the upload cap; how long to wait, or `None` without a cap.
-    pub(crate) fn take_upload(&self, bytes: usize) -> Option<u64> {
-        let bucket = self.bucket.as_ref()?;
-        let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(bucket.take(bytes, self.now_ms()))
+    /// Whether uploads have a cap.
+    pub(crate) fn is_capped(&self) -> bool {
+        self.bucket.is_some()
+    }
+
+    /// Takes bytes from the upload cap, and says how many milliseconds to wait before they may leave.
+    pub(crate) fn take_upload(&self, bytes: usize) -> u64 {
+        self.bucket.as_ref().map_or(0, |bucket| {
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.take(bytes, self.now_ms())
+        })
     }
 
     /// The gate of an object's fetch.

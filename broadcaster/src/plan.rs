@@ -8,6 +8,8 @@
 //! hashes. Invariants: a banned peer is never asked; requests in flight are bounded, per peer and in all.
 
 mod exchange;
+mod requests;
+mod source;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +17,8 @@ use muster_protocol::id::PeerId;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
+use self::requests::{Asked, Pending, Requests};
+use self::source::{BUSY_MS_MAX, POLL_MS_MAX, POLL_MS_MIN, Source};
 use crate::bitmap::Bitmap;
 use crate::wire::{Chooser, RequestId};
 
@@ -36,11 +40,8 @@ const HEDGE_FACTOR: u64 = 8;
 /// Bounds of that time, and its value before anything was delivered.
 const HEDGE_MS: std::ops::RangeInclusive<u64> = 250..=30_000;
 const HEDGE_MS_AT_FIRST: u64 = 1_000;
-/// How often a peer that lacks something is asked what it has by now: at once after news, ever less without.
-const POLL_MS_MIN: u64 = 20;
-const POLL_MS_MAX: u64 = 500;
-/// Longest wait that a busy peer may ask for: beyond it the peer is of no use anyway.
-const BUSY_MS_MAX: u64 = 30_000;
+/// Most slow peers remembered, many times those known at once: the list only makes a returning peer wait its turn.
+const SLOW_PEERS_MAX: usize = 1_024;
 
 /// How patient a plan is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,62 +57,17 @@ impl Default for Patience {
     }
 }
 
-#[derive(Debug)]
-struct Source {
-    held: Bitmap,
-    chooser: Option<Chooser>,
-    /// Shards asked for and not yet answered.
-    pending: usize,
-    is_polled: bool,
-    poll_at_ms: u64,
-    poll_ms: u64,
-    busy_until_ms: u64,
-    /// Good shards since it last refused one.
-    delivered: usize,
-    /// Refusals since its last good shard.
-    refusals: u32,
-    /// Usual time from a request to its shard: an average that forgets.
-    usual_ms: Option<u64>,
-}
-
-impl Source {
-    /// It refused a shard that it said it holds. It is asked ever less until it delivers again: a peer that refuses at once
-    /// whatever it is asked would otherwise keep shards in flight, and so from being asked of others, for ever.
-    fn refuse(&mut self, now_ms: u64) {
-        self.delivered = 0;
-        let wait_ms = POLL_MS_MIN << self.refusals.min(16);
-        self.refusals += 1;
-        self.busy_until_ms = now_ms + wait_ms.min(BUSY_MS_MAX);
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asked {
-    Have,
-    Shard(u32),
-    Any,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Pending {
-    source: PeerId,
-    asked: Asked,
-    asked_at_ms: u64,
-}
-
 /// The fetch of one object.
 #[derive(Debug)]
 pub struct Plan {
     shard_bytes: u64,
     patience: Patience,
     held: Bitmap,
-    /// How many requests for each shard are in flight.
-    in_flight: Vec<u8>,
     /// How many sources hold each shard.
     holders: Vec<u16>,
     sources: BTreeMap<PeerId, Source>,
-    requests: BTreeMap<RequestId, Pending>,
-    next_request: u32,
+    requests: Requests,
+    /// Peers that served a bad shard, for the length of this fetch; the swarm remembers them for longer.
     banned: BTreeSet<PeerId>,
     /// Peers that were dropped as slow; they are asked for one shard at a time.
     slow: BTreeSet<PeerId>,
@@ -127,11 +83,9 @@ impl Plan {
             shard_bytes: u64::from(shard_bytes).max(1),
             patience,
             held,
-            in_flight: vec![0; shards],
             holders: vec![0; shards],
             sources: BTreeMap::new(),
-            requests: BTreeMap::new(),
-            next_request: 0,
+            requests: Requests::new(shards),
             banned: BTreeSet::new(),
             slow: BTreeSet::new(),
             dropped: Vec::new(),
@@ -165,19 +119,8 @@ impl Plan {
         if self.banned.contains(&peer) || self.sources.contains_key(&peer) {
             return false;
         }
-        let source = Source {
-            held: Bitmap::empty(self.held.length()),
-            chooser: None,
-            pending: 0,
-            is_polled: false,
-            poll_at_ms: now_ms,
-            poll_ms: POLL_MS_MIN,
-            busy_until_ms: now_ms,
-            delivered: 0,
-            refusals: 0,
-            usual_ms: None,
-        };
-        self.sources.insert(peer, source);
+        self.sources
+            .insert(peer, Source::new(self.held.length(), now_ms));
         true
     }
 
@@ -190,16 +133,7 @@ impl Plan {
             .held
             .iter()
             .for_each(|shard| self.holders[shard as usize] -= 1);
-        let requests = std::mem::take(&mut self.requests);
-        for (request, pending) in requests {
-            match (pending.source == *peer, pending.asked) {
-                (false, _) => {
-                    self.requests.insert(request, pending);
-                }
-                (true, Asked::Shard(shard)) => self.in_flight[shard as usize] -= 1,
-                (true, Asked::Have | Asked::Any) => {}
-            }
-        }
+        self.requests.forget(peer);
     }
 
     /// Takes an answer in.
@@ -291,7 +225,7 @@ impl Plan {
     /// When [`Self::decide`] may have something to do though nothing was answered.
     pub fn wake_at_ms(&self, now_ms: u64) -> Option<u64> {
         let (hedge_ms, timeout_ms) = (self.hedge_ms(), self.timeout_ms());
-        let requests = self.requests.values().flat_map(|pending| {
+        let requests = self.requests.iter().flat_map(|pending| {
             [
                 pending.asked_at_ms + hedge_ms,
                 pending.asked_at_ms + timeout_ms,
@@ -340,8 +274,8 @@ impl Plan {
         let source = self.sources.get(peer)?;
         let (mut best, mut fewest, mut ties) = (None, u16::MAX, 0u32);
         for shard in source.held.iter() {
-            let (index, holders) = (shard as usize, self.holders[shard as usize]);
-            if self.held.contains(shard) || self.in_flight[index] > 0 || holders > fewest {
+            let holders = self.holders[shard as usize];
+            if self.held.contains(shard) || self.requests.copies(shard) > 0 || holders > fewest {
                 continue;
             }
             ties = if holders < fewest { 1 } else { ties + 1 };
@@ -359,12 +293,12 @@ impl Plan {
         let hedge_ms = self.hedge_ms();
         let overdue = self
             .requests
-            .values()
+            .iter()
             .filter_map(|pending| match pending.asked {
                 Asked::Shard(shard)
                     if pending.source != *peer
-                        && pending.asked_at_ms + hedge_ms <= now_ms
-                        && self.in_flight[shard as usize] == 1
+                        && pending.is_older_than(hedge_ms, now_ms)
+                        && self.requests.copies(shard) == 1
                         && !self.held.contains(shard)
                         && source.held.contains(shard) =>
                 {
@@ -380,8 +314,8 @@ impl Plan {
         let hedge_ms = self.hedge_ms();
         let overdue: BTreeSet<PeerId> = self
             .requests
-            .values()
-            .filter(|pending| pending.asked_at_ms + hedge_ms <= now_ms)
+            .iter()
+            .filter(|pending| pending.is_older_than(hedge_ms, now_ms))
             .map(|pending| pending.source)
             .collect();
         let mut except = self.held.clone();
@@ -393,7 +327,7 @@ impl Plan {
         let mut asked_any = 0;
         for pending in self
             .requests
-            .values()
+            .iter()
             .filter(|pending| !overdue.contains(&pending.source))
         {
             match pending.asked {
@@ -424,43 +358,27 @@ impl Plan {
     }
 
     fn record(&mut self, peer: PeerId, ask: &Ask, now_ms: u64) -> RequestId {
-        let request = RequestId(self.next_request);
-        self.next_request = self.next_request.wrapping_add(1);
         let asked = match ask {
             Ask::Have => Asked::Have,
             Ask::Shard(shard) => Asked::Shard(*shard),
             Ask::AnyBut(_) => Asked::Any,
         };
-        if let Asked::Shard(shard) = asked {
-            self.in_flight[shard as usize] += 1;
-        }
         if let Some(source) = self.sources.get_mut(&peer) {
             match asked {
                 Asked::Have => source.is_polled = true,
                 Asked::Shard(_) | Asked::Any => source.pending += 1,
             }
         }
-        self.requests.insert(
-            request,
-            Pending {
-                source: peer,
-                asked,
-                asked_at_ms: now_ms,
-            },
-        );
-        request
+        self.requests.add(Pending {
+            source: peer,
+            asked,
+            asked_at_ms: now_ms,
+        })
     }
 
     /// Takes a request out of flight, if this peer was asked it.
     fn release(&mut self, peer: PeerId, request: RequestId) -> Option<Pending> {
-        let pending = *self
-            .requests
-            .get(&request)
-            .filter(|pending| pending.source == peer)?;
-        self.requests.remove(&request);
-        if let Asked::Shard(shard) = pending.asked {
-            self.in_flight[shard as usize] -= 1;
-        }
+        let pending = self.requests.take(&peer, request)?;
         let source = self.sources.get_mut(&peer)?;
         match pending.asked {
             Asked::Have => source.is_polled = false,
@@ -548,12 +466,14 @@ impl Plan {
         let timeout_ms = self.timeout_ms();
         let late: BTreeSet<PeerId> = self
             .requests
-            .values()
-            .filter(|pending| pending.asked_at_ms + timeout_ms <= now_ms)
+            .iter()
+            .filter(|pending| pending.is_older_than(timeout_ms, now_ms))
             .map(|pending| pending.source)
             .collect();
         for peer in late {
-            self.slow.insert(peer);
+            if self.slow.len() < SLOW_PEERS_MAX {
+                self.slow.insert(peer);
+            }
             self.drop_source(
                 peer,
                 Fault::Slow {

@@ -29,7 +29,7 @@ use crate::wire::{self, Chooser, Frame, MESSAGE_BYTES_MAX, Message, Refusal, Req
 
 /// Most connections of one peer: one for each object that it fetches, an anchor and the files beside it.
 const CONNECTIONS_PER_PEER_MAX: usize = 16;
-/// How long a connection may ask nothing: fetchers poll at least twice a second, so whoever is silent is gone.
+/// How long a connection may ask nothing: a fetcher that needs nothing for so long can connect again.
 const IDLE: Duration = Duration::from_secs(60);
 /// How long a write may take, besides what its bytes need at the slowest rate: a reader that stops reading is gone.
 const WRITE: Duration = Duration::from_secs(10);
@@ -248,15 +248,15 @@ impl Server {
         shard: u32,
         mut bytes: Bytes,
     ) -> Result<(), ConnectionError> {
-        let header = wire::shard_header(request, shard, bytes.len());
-        let Some(mut wait_ms) = self.node.take_upload(header.len()) else {
+        if !self.node.is_capped() {
             let length = bytes.len();
             return in_time(length, write_shard(stream, request, shard, bytes)).await;
-        };
+        }
+        let header = wire::shard_header(request, shard, bytes.len());
         in_time(header.len(), async { Ok(stream.write_all(&header).await?) }).await?;
         while !bytes.is_empty() {
             let piece = bytes.split_to(bytes.len().min(PIECE_BYTES));
-            wait_ms = self.node.take_upload(piece.len()).unwrap_or(wait_ms);
+            let wait_ms = self.node.take_upload(piece.len());
             tokio::time::sleep(Duration::from_millis(wait_ms)).await;
             in_time(piece.len(), async { Ok(stream.write_all(&piece).await?) }).await?;
         }

@@ -172,6 +172,18 @@ impl Store {
     /// # Errors
     /// When its description is not valid, or there is no room.
     pub fn admit(&self, object: &Object) -> Result<ObjectId, StoreError> {
+        self.admit_with(object, 0)
+    }
+
+    /// [`Self::admit`], and pins it before anything else can push it out.
+    ///
+    /// # Errors
+    /// As [`Self::admit`].
+    pub fn admit_pinned(&self, object: &Object) -> Result<ObjectId, StoreError> {
+        self.admit_with(object, 1)
+    }
+
+    fn admit_with(&self, object: &Object, pins: usize) -> Result<ObjectId, StoreError> {
         object.validate()?;
         let id = object.id();
         let _one_at_a_time = self
@@ -180,6 +192,7 @@ impl Store {
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(mut entry) = self.entries.get_mut(&id) {
             entry.version = entry.version.max(object.version);
+            entry.pins += pins;
             return Ok(id);
         }
         self.make_room(object)?;

@@ -1,0 +1,56 @@
+//! A peer that a plan may ask, and what it has shown of itself so far.
+
+use crate::bitmap::Bitmap;
+use crate::wire::Chooser;
+
+/// How often a peer that lacks something is asked what it has by now: at once after news, ever less without.
+pub(super) const POLL_MS_MIN: u64 = 20;
+pub(super) const POLL_MS_MAX: u64 = 500;
+/// Longest wait that a busy peer may ask for: beyond it the peer is of no use anyway.
+pub(super) const BUSY_MS_MAX: u64 = 30_000;
+
+/// A connected peer.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) held: Bitmap,
+    pub(super) chooser: Option<Chooser>,
+    /// Shards asked for and not yet answered.
+    pub(super) pending: usize,
+    pub(super) is_polled: bool,
+    pub(super) poll_at_ms: u64,
+    pub(super) poll_ms: u64,
+    pub(super) busy_until_ms: u64,
+    /// Good shards since it last refused one.
+    pub(super) delivered: usize,
+    /// Refusals since its last good shard.
+    pub(super) refusals: u32,
+    /// Usual time from a request to its shard: an average that forgets.
+    pub(super) usual_ms: Option<u64>,
+}
+
+impl Source {
+    /// A peer that has said nothing yet.
+    pub(super) fn new(shards: u32, now_ms: u64) -> Self {
+        Self {
+            held: Bitmap::empty(shards),
+            chooser: None,
+            pending: 0,
+            is_polled: false,
+            poll_at_ms: now_ms,
+            poll_ms: POLL_MS_MIN,
+            busy_until_ms: now_ms,
+            delivered: 0,
+            refusals: 0,
+            usual_ms: None,
+        }
+    }
+
+    /// It refused a shard that it said it holds. It is asked ever less until it delivers again: a peer that refuses at once
+    /// whatever it is asked would otherwise keep shards in flight, and so from being asked of others, for ever.
+    pub(super) fn refuse(&mut self, now_ms: u64) {
+        self.delivered = 0;
+        let wait_ms = POLL_MS_MIN << self.refusals.min(16);
+        self.refusals += 1;
+        self.busy_until_ms = now_ms + wait_ms.min(BUSY_MS_MAX);
+    }
+}

@@ -1,0 +1,49 @@
+//! Being known to the other peers, and knowing them: tells dispatch where this peer can be reached, and meets those that
+//! dispatch names. Often at first, when everybody starts at once; rarely later.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use muster_protocol::desk::Desk;
+use muster_protocol::envelope::open;
+use muster_protocol::message::peer::PeerRecord;
+
+use crate::swarm::Swarm;
+
+/// First pause between two asks.
+const PAUSE_MIN: Duration = Duration::from_millis(200);
+/// Longest pause: well within the time after which dispatch forgets a silent peer.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// Keeps `swarm` known to the run's peers on `tracker` until `shutdown`.
+pub fn keep(desk: Desk, swarm: Swarm, tracker: &TaskTracker, shutdown: CancellationToken) {
+    tracker.spawn(async move {
+        let mut pause = PAUSE_MIN;
+        loop {
+            match meet_all(&desk, &swarm).await {
+                Ok(met) => debug!(met, "peers"),
+                Err(error) => debug!(%error, "peers are not known"),
+            }
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(pause) => pause = (pause * 3 / 2).min(PAUSE_MAX),
+            }
+        }
+    });
+}
+
+/// Tells dispatch of this peer and meets those that it names. Returns how many.
+async fn meet_all(desk: &Desk, swarm: &Swarm) -> Result<usize, muster_protocol::desk::DeskError> {
+    let mine = desk.sign(swarm.peer_record())?;
+    let mut met = 0;
+    for bytes in desk.peers(Some(&mine.bytes)).await? {
+        let record = open::<PeerRecord>(bytes, desk.run())?;
+        swarm.meet(record.author, record.body);
+        met += 1;
+    }
+    Ok(met)
+}
