@@ -51,8 +51,9 @@ const CONNECT_PAUSE: Duration = Duration::from_millis(100);
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 /// How long closing waits for what was published to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long the word of a refusal may take from the library's reader to the task that reports it.
-const REPORT_PAUSE: Duration = Duration::from_millis(2);
+/// How long the word of a refusal may take from the library's reader to the task that reports it. One that takes longer
+/// ends the subscription.
+const REPORT_PAUSE: Duration = Duration::from_millis(20);
 /// What requests may take until they are answered, in KiB: 64 of the largest. More are dropped, and asked again.
 const REQUESTS_KIB_MAX: usize = 256 << 10;
 /// The group in which everybody who serves a subject takes turns.

@@ -15,6 +15,8 @@ use crate::bus::BusError;
 
 /// Longest pause between two attempts to connect: ten thousand machines then knock 700 times a second.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// The same to a server on this machine, which its parent starts again within a second.
+const LOCAL_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Longest pause before the first attempt; it doubles with each. A local server is back within a third of a second.
 const RECONNECT_PAUSE_FIRST: Duration = Duration::from_millis(50);
 /// The pause of a connection that must not come back: the library offers no other way to stop its attempts.
@@ -50,6 +52,7 @@ pub(super) struct Link {
     /// Who connects and where to, for messages.
     pub(super) user: String,
     pub(super) servers: String,
+    pause_max: Duration,
     state: watch::Sender<LinkState>,
     denials: Mutex<VecDeque<(Use, String)>>,
     denied: Notify,
@@ -59,9 +62,15 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(user: String, servers: String) -> Self {
+        let local = servers.contains("://127.0.0.1:") || servers.contains("://localhost:");
         Self {
             user,
             servers,
+            pause_max: if local {
+                LOCAL_PAUSE_MAX
+            } else {
+                RECONNECT_PAUSE_MAX
+            },
             state: watch::Sender::new(LinkState::Up),
             denials: Mutex::new(VecDeque::new()),
             denied: Notify::new(),
@@ -167,7 +176,7 @@ impl Link {
         let doublings = u32::try_from(attempts.saturating_sub(1))
             .unwrap_or(u32::MAX)
             .min(16);
-        let bound = (RECONNECT_PAUSE_FIRST * 2u32.pow(doublings)).min(RECONNECT_PAUSE_MAX);
+        let bound = (RECONNECT_PAUSE_FIRST * 2u32.pow(doublings)).min(self.pause_max);
         rand::rng().random_range(Duration::ZERO..=bound)
     }
 
@@ -350,15 +359,19 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_to_their_bound_and_are_drawn_evenly_below_it() {
-        let link = link();
-        for attempts in [0, 1, 2, 3, 40, usize::MAX] {
-            let doublings = attempts.saturating_sub(1).min(16) as u32;
-            let bound = (RECONNECT_PAUSE_FIRST * 2u32.pow(doublings)).min(RECONNECT_PAUSE_MAX);
-            for _ in 0..50 {
-                assert!(link.reconnect_pause(attempts) <= bound);
+    fn pauses_grow_to_their_bound_and_are_drawn_below_it() {
+        let local = link();
+        let remote = Link::new("UA".to_owned(), "nats://lab.example:4222".to_owned());
+        for (link, most) in [(&local, LOCAL_PAUSE_MAX), (&remote, RECONNECT_PAUSE_MAX)] {
+            for attempts in [0, 1, 2, 3, 40, usize::MAX] {
+                let doublings = attempts.saturating_sub(1).min(16) as u32;
+                let bound = (RECONNECT_PAUSE_FIRST * 2u32.pow(doublings)).min(most);
+                for _ in 0..50 {
+                    assert!(link.reconnect_pause(attempts) <= bound);
+                }
             }
         }
+        let link = local;
         link.close();
         assert_eq!(link.reconnect_pause(1), NEVER);
     }
