@@ -401,7 +401,7 @@ mod tests {
                 "muster.r.ask.submit.UB",
                 "muster.r.queue.ready",
                 "muster.r.log.fates",
-                "_INBOX_UB.x",
+                "_INBOX.UB.x",
             ] {
                 let covered = permissions
                     .publish
