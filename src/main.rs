@@ -1,1 +1,57 @@
-fn main() {}
+//! Muster: an asynchronous RL post-training swarm in one binary.
+//!
+//! The command line wires roles together and decides nothing. One file per command under `commands/`; the rest is what
+//! commands share: configuration, run directory, a member's seat, child processes, screen and report.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+mod commands;
+mod config;
+mod descriptor;
+mod evaluate;
+mod prompts;
+mod record;
+mod report;
+mod run_dir;
+mod screen;
+mod seat;
+mod signals;
+mod start_model;
+mod summary;
+mod supervisor;
+mod text;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Training passes allocate and free large buffers all the time; the system's allocator gives them back to the kernel
+/// and pays for page faults again (`policy`'s measurements).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let cli = commands::Cli::parse();
+    match commands::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("muster: {}", one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error and its causes as one sentence, without repeating what a cause says again.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string().replace('\n', " ");
+        if line.contains(&text) {
+            continue;
+        }
+        if !line.is_empty() {
+            line.push_str(": ");
+        }
+        line.push_str(&text);
+    }
+    line
+}

@@ -3,6 +3,7 @@
 //! * [`state`] says what a version's root covers; [`object`] cuts bytes in shards; [`store`] keeps them.
 //! * [`plan`] and [`uploads`] decide who asks whom for what, and who is sent what; both are pure. [`rate`] caps uploads.
 //! * [`wire`] and [`connection`] are what peers say, and how they prove who they are.
+//! * [`follower`] follows a run's versions: hear, check, fetch, check, hand over.
 //! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts.
 //! * [`snapshot`] writes and verifies a Hugging Face folder.
 //!
@@ -13,6 +14,7 @@ pub mod bitmap;
 pub mod connection;
 pub mod disk;
 mod fetch;
+pub mod follower;
 mod link;
 pub mod meter;
 mod node;

@@ -4,8 +4,12 @@
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
 )]
 
-pub mod dispatch;
 pub mod advantage;
+pub mod dispatch;
 pub mod metrics;
 pub mod objective;
+pub mod policy_stepper;
+pub mod resolver;
 pub mod schedule;
+pub mod stepper;
+pub mod trainer;

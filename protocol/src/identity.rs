@@ -110,6 +110,11 @@ impl fmt::Debug for Identity {
     }
 }
 
+/// Another secret of the same machine, for another purpose: BLAKE3 `derive_key` under `context`.
+pub fn derive_secret(context: &str, seed: &[u8; 32]) -> [u8; 32] {
+    blake3::derive_key(context, seed)
+}
+
 /// Whether `signature` over `message` was made by `author`. Strict: no malleable forms, no weak keys.
 pub fn is_signed_by(author: &PeerId, message: &[u8], signature: &[u8; 64]) -> bool {
     VerifyingKey::from_bytes(&author.0)

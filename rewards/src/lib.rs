@@ -2,8 +2,8 @@
 //! share one; reward functions turn a text into a finite number in a declared range; a configuration composes them, can
 //! explain itself and is tried against cheap hacks before anybody trains on it.
 //!
-//! The modules below are pure: text in, numbers out, the same bits on every machine. They know nothing about tokens,
-//! weights or the network.
+//! All modules but [`critic`] are pure: text in, numbers out, the same bits on every machine. They know nothing about
+//! tokens, weights or the network; the critic brings these together.
 #![cfg_attr(
     test,
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
@@ -11,6 +11,7 @@
 
 pub mod check;
 pub mod config;
+pub mod critic;
 pub mod function;
 pub mod jsonl;
 pub mod reward;

@@ -24,7 +24,7 @@ pub enum Ask {
         held: VersionRef,
         /// The arithmetic offered.
         class: NumericClass,
-        /// Most rollouts that fit at once.
+        /// Most rollouts that fit at once: as many leases are given as they hold.
         rollouts_max: u32,
     },
     /// A group for a lease.
@@ -34,17 +34,19 @@ pub enum Ask {
         /// The group as signed by the worker.
         group: ByteBuf,
     },
-    /// A group to judge.
+    /// Groups to judge.
     Critique {
         /// Versions held.
         held: Vec<VersionRef>,
         /// The arithmetic that the judgement is made in.
         class: NumericClass,
+        /// Most groups at once.
+        groups_max: u32,
     },
-    /// A judgement.
+    /// Judgements.
     Verdict {
-        /// The verdict as signed by the critic.
-        verdict: ByteBuf,
+        /// Verdicts as signed by the critic.
+        verdicts: Vec<ByteBuf>,
     },
     /// A version, the newest when none is named.
     Latest {
@@ -91,11 +93,15 @@ impl Statement for Ask {
     fn validate(&self) -> Result<(), Invalid> {
         match self {
             Ask::Critique { held, .. } => at_most("held", held.len(), HELD_VERSIONS_MAX),
+            Ask::Verdict { verdicts } => at_most("verdicts", verdicts.len(), LEASES_MAX),
             Ask::Receipt { leases } => at_most("leases", leases.len(), RECEIPTS_MAX),
             _ => Ok(()),
         }
     }
 }
+
+/// Most leases, critique leases or verdicts in one message.
+pub const LEASES_MAX: usize = 64;
 
 /// Why there is nothing to do just now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,10 +124,10 @@ pub enum WaitReason {
 /// An answer, signed by dispatch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Answer {
-    /// A signed lease.
-    Lease(ByteBuf),
-    /// A signed critique lease.
-    CritiqueLease(ByteBuf),
+    /// Signed leases.
+    Leases(Vec<ByteBuf>),
+    /// Signed critique leases.
+    CritiqueLeases(Vec<ByteBuf>),
     /// Nothing just now.
     Wait {
         /// When to ask again.
@@ -134,8 +140,11 @@ pub enum Answer {
         /// Its name.
         group: GroupHash,
     },
-    /// The verdict is recorded.
-    Recorded,
+    /// The verdicts are recorded; the reasons of those that were not.
+    Recorded {
+        /// One sentence each.
+        refused: Vec<String>,
+    },
     /// An announced version, if there is such.
     Version(Option<Announcement>),
     /// Signed peer records.
@@ -167,6 +176,9 @@ impl Statement for Answer {
     fn validate(&self) -> Result<(), Invalid> {
         match self {
             Answer::Peers(peers) => at_most("peers", peers.len(), PEERS_MAX),
+            Answer::Leases(leases) | Answer::CritiqueLeases(leases) => {
+                at_most("leases", leases.len(), LEASES_MAX)
+            }
             Answer::Receipts(receipts) => at_most("receipts", receipts.len(), RECEIPTS_MAX),
             _ => Ok(()),
         }

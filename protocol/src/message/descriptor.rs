@@ -70,6 +70,8 @@ pub struct Descriptor {
     pub same_class: Thresholds,
     /// Thresholds where they are not.
     pub cross_class: Thresholds,
+    /// Size of the vocabulary: every token id is below it.
+    pub vocabulary: u32,
     /// Classes that may answer.
     pub classes: Vec<NumericClass>,
     /// Who signs descriptors, versions and batches.

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 use super::ticket::Ticket;
 use super::version::VersionRef;
 use crate::envelope::{Invalid, Kind, Statement};
-use crate::id::{LeaseId, PeerId, UnixMillis};
+use crate::id::{LeaseId, PeerId, RunId, UnixMillis};
 use crate::limits::STATEMENT_BYTES_MAX;
+use crate::seed::{SeedBinding, lease_seed};
 
 /// Which arithmetic answered: answers of one class agree to rounding, answers of two classes only within thresholds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -43,10 +44,30 @@ pub struct Lease {
     pub class: NumericClass,
     /// Which of the group's rollouts.
     pub rollouts: RolloutRange,
-    /// Where the draws come from (`protocol::seed::lease_seed`).
+    /// Which life of dispatch gave it.
+    pub epoch: u64,
+    /// Dispatch's counter for this worker.
+    pub submission: u64,
+    /// What nobody could know before.
+    pub nonce: [u8; 32],
+    /// Where the draws come from: [`crate::seed::lease_seed`] of the fields above.
     pub seed: [u8; 32],
     /// When dispatch gives the ticket to somebody else.
     pub deadline: UnixMillis,
+}
+
+impl Lease {
+    /// Whether the seed is the one that the lease's own fields prescribe: dispatch cannot choose it freely either.
+    pub fn seed_is_prescribed(&self, run: &RunId) -> bool {
+        let binding = SeedBinding {
+            run,
+            epoch: self.epoch,
+            worker: &self.worker,
+            version: self.version.version,
+            submission: self.submission,
+        };
+        lease_seed(&binding, &self.nonce) == self.seed
+    }
 }
 
 impl Statement for Lease {

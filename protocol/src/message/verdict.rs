@@ -20,7 +20,7 @@ pub struct RolloutReward {
 
 /// What a check found, with its numbers. The first finding of a rejected group is in its receipt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "check", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum Finding {
     /// Tokens do not cover the draws that the lease prescribes (`research/verification-incentives.md` §1.9).
     Draws {

@@ -196,7 +196,7 @@ pub fn check_file_name(name: &str) -> Result<(), Invalid> {
 
 /// What an object holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
+#[serde(rename_all = "lowercase")]
 #[allow(missing_docs)]
 pub enum Content {
     /// The whole state.

@@ -1,0 +1,509 @@
+//! Dispatch: hands out tickets as leases, admits groups, has them judged, and passes them on to the trainer.
+//!
+//! This file is the decisions, pure: values, the time and randomness in, values out. [`service`] does the talking. It
+//! never imports the policy: a group is tokens and numbers here. Every ticket belongs to dispatch until its group is in
+//! the ready queue, and to the trainer from then on; whoever owns it decides its one fate.
+
+pub mod admission;
+pub mod audit;
+pub mod judging;
+pub mod prompts;
+pub mod service;
+pub mod tickets;
+pub mod workers;
+
+use bytes::Bytes;
+
+use muster_protocol::envelope::Signed;
+use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, RunId, TicketId, UnixMillis};
+use muster_protocol::message::ask::WaitReason;
+use muster_protocol::message::control::Phase;
+use muster_protocol::message::fate::{Fate, FateRecord};
+use muster_protocol::message::group::Group;
+use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange};
+use muster_protocol::message::ticket::Ticket;
+use muster_protocol::message::version::VersionRef;
+use muster_protocol::seed::{SeedBinding, lease_seed};
+
+use admission::Mismatch;
+use audit::{AuditConfig, is_drawn};
+use judging::{Case, Court, CritiqueConfig, Outcome};
+use tickets::{Budget, Stage, TicketTable};
+use workers::{Conduct, ConductConfig, Pause};
+
+/// What dispatch decides by.
+#[derive(Debug, Clone)]
+pub struct DispatchConfig {
+    /// The run.
+    pub run: RunId,
+    /// How many tickets may be open.
+    pub budget: Budget,
+    /// How long a worker may take over a lease, in milliseconds.
+    pub lease_ms: u64,
+    /// Ids are below this.
+    pub vocabulary: u32,
+    /// Classes that may answer.
+    pub classes: Vec<NumericClass>,
+    /// How often groups are re-checked.
+    pub audit: AuditConfig,
+    /// How groups are judged.
+    pub critique: CritiqueConfig,
+    /// When members are paused.
+    pub conduct: ConductConfig,
+}
+
+/// Shortest time after which a waiting member asks again.
+const RETRY_MS_MIN: u64 = 20;
+/// Longest time after which a waiting member asks again.
+const RETRY_MS_MAX: u64 = 5_000;
+/// Requests per second that dispatch wants to see from all waiting members together.
+const WAITING_ASKS_PER_SECOND: u64 = 400;
+/// Members that asked within this time count as waiting.
+const WAITING_MS: u64 = 10_000;
+
+/// A reason to wait, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wait {
+    /// When to ask again.
+    pub retry_ms: u64,
+    /// Why.
+    pub reason: WaitReason,
+}
+
+/// What becomes of a submission.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Admission {
+    /// Store it, then [`Dispatch::admitted`].
+    Admit {
+        /// Whether a forward pass is to check it.
+        audit: bool,
+    },
+    /// The same group was admitted before.
+    Repeated,
+    /// Another group has the ticket, or the ticket has ended.
+    TooLate(FateRecord),
+    /// It does not answer its lease: the ticket ends as rejected.
+    Reject(FateRecord),
+    /// Not this worker's to submit: nothing ends.
+    Refuse(Mismatch),
+}
+
+/// The state of dispatch.
+#[derive(Debug)]
+pub struct Dispatch {
+    config: DispatchConfig,
+    /// Which life of dispatch this is: its generation.
+    epoch: u64,
+    /// What audits are drawn with.
+    secret: [u8; 32],
+    versions: Vec<VersionRef>,
+    phase: Phase,
+    tickets: TicketTable,
+    conduct: Conduct,
+    court: Court,
+    waiting: std::collections::BTreeMap<PeerId, UnixMillis>,
+}
+
+/// Versions that leases and audits may name: more than any async level that validates.
+const VERSIONS_KEPT: usize = 64;
+
+impl Dispatch {
+    /// A dispatch that knows nothing yet of tickets and versions.
+    pub fn new(config: DispatchConfig, epoch: u64, secret: [u8; 32]) -> Self {
+        Self {
+            tickets: TicketTable::new(config.budget),
+            conduct: Conduct::new(config.conduct),
+            court: Court::new(config.critique),
+            config,
+            epoch,
+            secret,
+            versions: Vec::new(),
+            phase: Phase::Running,
+            waiting: std::collections::BTreeMap::new(),
+        }
+    }
+
+    /// The newest version, once there is one.
+    pub fn version(&self) -> Option<VersionRef> {
+        self.versions.last().copied()
+    }
+
+    /// Takes in an announced version. A later generation may announce a number again: then the newer weights hold.
+    pub fn version_made(&mut self, version: VersionRef) {
+        self.versions
+            .retain(|known| known.version < version.version);
+        self.versions.push(version);
+        let excess = self.versions.len().saturating_sub(VERSIONS_KEPT);
+        self.versions.drain(..excess);
+    }
+
+    /// Takes in what the lab decided.
+    pub fn set_phase(&mut self, phase: Phase) {
+        self.phase = phase;
+    }
+
+    /// The ticket table.
+    pub fn tickets(&self) -> &TicketTable {
+        &self.tickets
+    }
+
+    /// The groups with the critics.
+    pub fn court(&self) -> &Court {
+        &self.court
+    }
+
+    /// Tells how many tickets were issued before this start.
+    pub fn restore_issued(&mut self, issued: u64) {
+        self.tickets.restore_issued(issued);
+    }
+
+    /// Numbers of the tickets to issue now.
+    pub fn tickets_wanted(&self) -> std::ops::RangeInclusive<u64> {
+        let wanted = match (self.version(), self.phase) {
+            (Some(newest), Phase::Running) => self.tickets.wanted(newest.version),
+            _ => 0,
+        };
+        self.tickets.issued() + 1..=self.tickets.issued() + wanted
+    }
+
+    /// The oldest version that may answer a ticket issued now.
+    pub fn oldest_version(&self) -> PolicyVersion {
+        let newest = self.version().map_or(0, |newest| newest.version.0);
+        PolicyVersion(newest.saturating_sub(self.config.budget.async_level))
+    }
+
+    /// Takes in a ticket of the queue.
+    pub fn ticket_issued(&mut self, ticket: Ticket) {
+        self.tickets.open(ticket);
+    }
+
+    /// Leases the next ticket to a worker that holds `held`, with an unpredictable `nonce`.
+    ///
+    /// # Errors
+    /// Why there is nothing for it now.
+    pub fn lease(
+        &mut self,
+        worker: PeerId,
+        held: VersionRef,
+        class: NumericClass,
+        now: UnixMillis,
+        nonce: [u8; 32],
+    ) -> Result<Lease, Wait> {
+        let newest = self.may_lease(&worker, held, class, now)?;
+        let Some(ticket) = self
+            .tickets
+            .next_open(held.version, newest.version)
+            .cloned()
+        else {
+            let reason = match self.tickets.any_open() {
+                true if held.version < newest.version => WaitReason::VersionTooOld,
+                _ if self.tickets_wanted().is_empty() => WaitReason::Backpressure,
+                _ => WaitReason::NothingOpen,
+            };
+            return Err(self.wait(worker, reason, now));
+        };
+        self.waiting.remove(&worker);
+        let id = lease_id(&ticket.id, &nonce);
+        let submission = self.conduct.lease_given(worker, id);
+        let binding = SeedBinding {
+            run: &self.config.run,
+            epoch: self.epoch,
+            worker: &worker,
+            version: held.version,
+            submission,
+        };
+        let seed = lease_seed(&binding, &nonce);
+        let deadline = now.plus(self.config.lease_ms);
+        self.tickets.advance(
+            ticket.id,
+            Stage::Leased {
+                lease: id,
+                worker,
+                deadline,
+            },
+        );
+        let rollouts = RolloutRange {
+            first: 0,
+            count: ticket.group_size,
+        };
+        let (epoch, version) = (self.epoch, held);
+        Ok(Lease {
+            id,
+            ticket,
+            worker,
+            version,
+            class,
+            rollouts,
+            epoch,
+            submission,
+            nonce,
+            seed,
+            deadline,
+        })
+    }
+
+    fn may_lease(
+        &mut self,
+        worker: &PeerId,
+        held: VersionRef,
+        class: NumericClass,
+        now: UnixMillis,
+    ) -> Result<VersionRef, Wait> {
+        let reason = match (self.version(), self.phase) {
+            (None, _) => Some(WaitReason::Starting),
+            (_, Phase::Paused) => Some(WaitReason::Paused),
+            _ if !self.config.classes.contains(&class) => Some(WaitReason::NothingOpen),
+            _ if !self.versions.contains(&held) => Some(WaitReason::VersionTooOld),
+            _ => None,
+        };
+        if let Some(reason) = reason {
+            return Err(self.wait(*worker, reason, now));
+        }
+        match self.conduct.pause(worker, now) {
+            None => self.version().ok_or(Wait {
+                retry_ms: RETRY_MS_MAX,
+                reason: WaitReason::Starting,
+            }),
+            Some(Pause::Busy) => Err(self.wait(*worker, WaitReason::Backpressure, now)),
+            Some(Pause::Until(until)) => {
+                let retry_ms = until.0.saturating_sub(now.0).max(RETRY_MS_MIN);
+                Err(Wait {
+                    retry_ms,
+                    reason: WaitReason::CoolDown,
+                })
+            }
+            Some(Pause::Quarantined) => Err(Wait {
+                retry_ms: 60_000,
+                reason: WaitReason::CoolDown,
+            }),
+        }
+    }
+
+    /// How long members wait, so that all of them together do not ask too often.
+    pub fn wait(&mut self, member: PeerId, reason: WaitReason, now: UnixMillis) -> Wait {
+        self.waiting.insert(member, now);
+        self.waiting.retain(|_, asked| asked.0 + WAITING_MS > now.0);
+        let spread_ms = self.waiting.len() as u64 * 1_000 / WAITING_ASKS_PER_SECOND;
+        Wait {
+            retry_ms: spread_ms.clamp(RETRY_MS_MIN, RETRY_MS_MAX),
+            reason,
+        }
+    }
+
+    /// Decides about a group that `author` submitted for a lease signed by dispatch.
+    pub fn admit(&self, lease: &Lease, group: &Signed<Group>) -> Admission {
+        let hash = GroupHash::of(&group.bytes);
+        if let Err(mismatch) =
+            admission::check(&group.body, &group.author, lease, self.config.vocabulary)
+        {
+            if group.author != lease.worker {
+                return Admission::Refuse(mismatch);
+            }
+            let late = !self.is_answerable(lease.ticket.id);
+            let fate = if late {
+                Fate::Duplicate
+            } else {
+                Fate::Rejected
+            };
+            let record = fate_of(lease, Some(hash), fate, mismatch.to_string());
+            return if late {
+                Admission::TooLate(record)
+            } else {
+                Admission::Reject(record)
+            };
+        }
+        if self
+            .court
+            .case_of(lease.ticket.id)
+            .is_some_and(|case| case.group == hash)
+        {
+            return Admission::Repeated;
+        }
+        if !self.is_answerable(lease.ticket.id) {
+            let reason = format!(
+                "ticket {} has a group already, or has ended",
+                lease.ticket.id
+            );
+            return Admission::TooLate(fate_of(lease, Some(hash), Fate::Duplicate, reason));
+        }
+        Admission::Admit {
+            audit: self.is_audited(&lease.worker, &hash),
+        }
+    }
+
+    fn is_answerable(&self, ticket: TicketId) -> bool {
+        matches!(
+            self.tickets.stage(ticket),
+            Some(Stage::Open | Stage::Leased { .. })
+        )
+    }
+
+    fn is_audited(&self, worker: &PeerId, group: &GroupHash) -> bool {
+        let record = self.conduct.audit_record(worker);
+        is_drawn(&self.secret, group, self.config.audit.share(&record))
+    }
+
+    /// A group was stored in the intake queue (or found there at the start): the critics may have it.
+    pub fn admitted(&mut self, lease: &Signed<Lease>, group: &Bytes, audit: bool) {
+        let Lease {
+            ticket,
+            worker,
+            version,
+            id,
+            ..
+        } = &lease.body;
+        self.tickets.restore_judging(ticket);
+        self.conduct.lease_answered(*worker, *id);
+        let envelopes = (lease.bytes.clone(), group.clone());
+        let hash = GroupHash::of(group);
+        self.court.open(
+            ticket.id,
+            Case::new(hash, *worker, *version, ticket.item, audit, envelopes),
+        );
+    }
+
+    /// A submission was rejected: its lease is answered, its ticket has ended.
+    pub fn submission_rejected(&mut self, lease: &Lease) {
+        self.conduct.lease_answered(lease.worker, lease.id);
+        self.conduct
+            .worker(lease.worker)
+            .audits
+            .record(false, &self.config.audit);
+    }
+
+    /// Gives a critic the next group to judge.
+    ///
+    /// # Errors
+    /// Why there is none for it now.
+    pub fn assign(
+        &mut self,
+        critic: PeerId,
+        held: &[VersionRef],
+        now: UnixMillis,
+    ) -> Result<(TicketId, UnixMillis), Wait> {
+        if !self.conduct.is_trusted(&critic) {
+            return Err(Wait {
+                retry_ms: 60_000,
+                reason: WaitReason::CoolDown,
+            });
+        }
+        let assigned = self
+            .court
+            .assign(critic, held, now)
+            .map(|(ticket, _, deadline)| (ticket, deadline));
+        assigned.ok_or_else(|| self.wait(critic, WaitReason::NothingOpen, now))
+    }
+
+    /// Takes in a verdict; books what it says about author and critics when it settles the case.
+    ///
+    /// # Errors
+    /// When it answers no open case of this critic.
+    pub fn judged(
+        &mut self,
+        verdict: Signed<muster_protocol::message::verdict::Verdict>,
+    ) -> Result<Outcome, judging::VerdictRefusal> {
+        let outcome = self.court.record(verdict)?;
+        if let Outcome::Settled {
+            case,
+            decision,
+            verdicts,
+            dissenters,
+        } = &outcome
+        {
+            let rejected = *decision == muster_protocol::message::verdict::Decision::Reject;
+            if case.audit || rejected {
+                self.conduct
+                    .worker(case.author)
+                    .audits
+                    .record(!rejected, &self.config.audit);
+            }
+            for verdict in verdicts {
+                self.conduct.verdict_settled(verdict.author, true);
+            }
+            for critic in dissenters {
+                self.conduct.verdict_settled(*critic, false);
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// The group went to the trainer, who owns the ticket from now on.
+    pub fn handed_on(&mut self, ticket: TicketId) {
+        self.court.close(ticket);
+        self.tickets.advance(ticket, Stage::Ready);
+    }
+
+    /// A ticket ended, by dispatch's or the trainer's decision.
+    pub fn ended(&mut self, record: &FateRecord) {
+        if record.fate == Fate::Duplicate {
+            return;
+        }
+        self.court.close(record.ticket);
+        self.tickets.end(record.ticket, record.fate);
+    }
+
+    /// What time alone brings: leases that ran out open their tickets again; returns tickets that expire.
+    pub fn tick(&mut self, now: UnixMillis) -> Vec<FateRecord> {
+        for (_, lease, worker) in self.tickets.reopen_overdue(now) {
+            self.conduct.lease_dropped(worker, lease, now);
+        }
+        let expired = self.tickets.expired(now);
+        let reason = "nobody answered before the ticket's deadline";
+        expired
+            .into_iter()
+            .map(|ticket| unanswered(ticket, Fate::Expired, reason))
+            .collect()
+    }
+
+    /// The tickets that a run which is over no longer wants.
+    pub fn superseded(&self) -> Vec<FateRecord> {
+        let tickets = match self.phase {
+            Phase::Finished => self.tickets.unanswered(),
+            Phase::Running | Phase::Paused => Vec::new(),
+        };
+        let reason = "the run reached its last step";
+        tickets
+            .into_iter()
+            .map(|ticket| unanswered(ticket, Fate::Superseded, reason))
+            .collect()
+    }
+}
+
+fn lease_id(ticket: &TicketId, nonce: &[u8; 32]) -> LeaseId {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"muster-lease-id-v1\0");
+    hasher.update(&ticket.0.to_le_bytes());
+    hasher.update(nonce);
+    let mut id = [0u8; 16];
+    id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    LeaseId(id)
+}
+
+/// The fate of a leased ticket.
+pub fn fate_of(lease: &Lease, group: Option<GroupHash>, fate: Fate, reason: String) -> FateRecord {
+    FateRecord {
+        ticket: lease.ticket.id,
+        group,
+        lease: Some(lease.id),
+        worker: Some(lease.worker),
+        policy_version: Some(lease.version.version),
+        fate,
+        reason,
+        audited: false,
+        step: None,
+    }
+}
+
+fn unanswered(ticket: TicketId, fate: Fate, reason: &str) -> FateRecord {
+    FateRecord {
+        ticket,
+        group: None,
+        lease: None,
+        worker: None,
+        policy_version: None,
+        fate,
+        reason: reason.to_owned(),
+        audited: false,
+        step: None,
+    }
+}

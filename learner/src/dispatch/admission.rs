@@ -1,0 +1,264 @@
+//! Whether a submitted group answers its lease, as far as can be told without a model: who, which lease, which version,
+//! which prompt, how long, how ended. What passes goes to the critics.
+
+use muster_protocol::id::PeerId;
+use muster_protocol::message::group::{FinishReason, Group, Rollout, Segment};
+use muster_protocol::message::lease::Lease;
+use muster_protocol::message::ticket::SamplingRules;
+
+/// Why a group does not answer its lease.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Mismatch {
+    /// Somebody else's lease.
+    #[error("the group is signed by {author}, its lease is {lessee}'s")]
+    NotTheLessee {
+        /// Who signed.
+        author: PeerId,
+        /// Who may answer.
+        lessee: PeerId,
+    },
+    /// A field differs from what the lease says.
+    #[error("the group's {field} is not its lease's")]
+    Differs {
+        /// Which field.
+        field: &'static str,
+    },
+    /// Another number of rollouts.
+    #[error("the group has {found} rollouts, its lease asks for {wanted}")]
+    Count {
+        /// As submitted.
+        found: usize,
+        /// As leased.
+        wanted: u32,
+    },
+    /// A rollout that does not follow the sampling rules.
+    #[error("rollout {rollout} {problem}")]
+    Rollout {
+        /// Which one of the group.
+        rollout: usize,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// Checks `group`, signed by `author`, against its lease. `vocabulary` bounds the token ids.
+///
+/// # Errors
+/// The first difference found.
+pub fn check(
+    group: &Group,
+    author: &PeerId,
+    lease: &Lease,
+    vocabulary: u32,
+) -> Result<(), Mismatch> {
+    if *author != lease.worker {
+        return Err(Mismatch::NotTheLessee {
+            author: *author,
+            lessee: lease.worker,
+        });
+    }
+    let fields = [
+        ("lease", group.lease == lease.id),
+        ("ticket", group.ticket == lease.ticket.id),
+        ("version", group.version == lease.version),
+        ("numeric class", group.class == lease.class),
+    ];
+    if let Some((field, _)) = fields.into_iter().find(|(_, same)| !same) {
+        return Err(Mismatch::Differs { field });
+    }
+    if group.rollouts.len() != lease.rollouts.count as usize {
+        let found = group.rollouts.len();
+        return Err(Mismatch::Count {
+            found,
+            wanted: lease.rollouts.count,
+        });
+    }
+    for (number, rollout) in group.rollouts.iter().enumerate() {
+        check_rollout(rollout, lease, vocabulary).map_err(|problem| Mismatch::Rollout {
+            rollout: number,
+            problem,
+        })?;
+    }
+    Ok(())
+}
+
+fn check_rollout(rollout: &Rollout, lease: &Lease, vocabulary: u32) -> Result<(), String> {
+    let [
+        Segment::Prompt { tokens: prompt },
+        Segment::Policy {
+            tokens, version, ..
+        },
+    ] = rollout.segments.as_slice()
+    else {
+        return Err("is not one prompt and one answer".to_owned());
+    };
+    if *prompt != lease.ticket.prompt {
+        return Err("does not begin with the ticket's prompt".to_owned());
+    }
+    if *version != lease.version.version {
+        return Err(format!(
+            "was drawn under version {version}, not {}",
+            lease.version.version
+        ));
+    }
+    if let Some(token) = tokens.iter().find(|token| **token >= vocabulary) {
+        return Err(format!(
+            "holds token {token}, outside the vocabulary of {vocabulary}"
+        ));
+    }
+    check_ending(tokens, rollout.finish, &lease.ticket.sampling)
+}
+
+/// An answer ends at its first stop id, or at the longest length.
+fn check_ending(tokens: &[u32], finish: FinishReason, rules: &SamplingRules) -> Result<(), String> {
+    let length_max = rules.tokens_max as usize;
+    if tokens.len() > length_max {
+        return Err(format!(
+            "has {} tokens, at most {length_max} are allowed",
+            tokens.len()
+        ));
+    }
+    let first_stop = tokens
+        .iter()
+        .position(|token| rules.stop_ids.contains(token));
+    match (first_stop, finish) {
+        (Some(at), FinishReason::Stop) if at + 1 == tokens.len() => Ok(()),
+        (None, FinishReason::Length) if tokens.len() == length_max => Ok(()),
+        (Some(at), FinishReason::Stop) => Err(format!("goes on after its stop id at token {at}")),
+        (None, FinishReason::Stop) => Err("claims a stop id that it does not end with".to_owned()),
+        (Some(_), FinishReason::Length) => {
+            Err("claims the longest length but holds a stop id".to_owned())
+        }
+        (None, FinishReason::Length) => Err(format!(
+            "ends after {} tokens without a stop id",
+            tokens.len()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use muster_protocol::id::{
+        DescriptorHash, LeaseId, PolicyVersion, StateRoot, TicketId, UnixMillis,
+    };
+    use muster_protocol::message::lease::{NumericClass, RolloutRange};
+    use muster_protocol::message::ticket::Ticket;
+    use muster_protocol::message::version::VersionRef;
+
+    const WORKER: PeerId = PeerId([1; 32]);
+    const STOP: u32 = 9;
+
+    fn lease() -> Lease {
+        let sampling = SamplingRules {
+            temperature: 1.0,
+            tokens_max: 3,
+            stop_ids: vec![STOP],
+        };
+        let ticket = Ticket {
+            id: TicketId(7),
+            descriptor: DescriptorHash([0; 32]),
+            item: 0,
+            prompt: vec![4, 5],
+            group_size: 1,
+            sampling,
+            oldest_version: PolicyVersion(0),
+            deadline: UnixMillis(0),
+        };
+        Lease {
+            id: LeaseId([2; 16]),
+            ticket,
+            worker: WORKER,
+            version: VersionRef {
+                version: PolicyVersion(3),
+                root: StateRoot([3; 32]),
+            },
+            class: NumericClass::F32Cpu,
+            rollouts: RolloutRange { first: 0, count: 1 },
+            epoch: 0,
+            submission: 0,
+            nonce: [0; 32],
+            seed: [0; 32],
+            deadline: UnixMillis(0),
+        }
+    }
+
+    fn group(tokens: &[u32], finish: FinishReason) -> Group {
+        let lease = lease();
+        let rollout = Rollout::single_turn(
+            lease.ticket.prompt.clone(),
+            tokens.to_vec(),
+            lease.version.version,
+            vec![-1.0; tokens.len()],
+            finish,
+        );
+        Group {
+            lease: lease.id,
+            ticket: lease.ticket.id,
+            version: lease.version,
+            class: lease.class,
+            rollouts: vec![rollout],
+            commitments: Vec::new(),
+        }
+    }
+
+    fn verdict(group: &Group) -> Result<(), Mismatch> {
+        check(group, &WORKER, &lease(), 32)
+    }
+
+    #[test]
+    fn the_honest_group_is_admitted() {
+        assert_eq!(verdict(&group(&[1, STOP], FinishReason::Stop)), Ok(()));
+        assert_eq!(verdict(&group(&[1, 2, 3], FinishReason::Length)), Ok(()));
+    }
+
+    #[test]
+    fn every_dishonest_ending_is_refused() {
+        for (tokens, finish) in [
+            (&[1, 2][..], FinishReason::Stop),
+            (&[1, 2][..], FinishReason::Length),
+            (&[STOP, 2][..], FinishReason::Stop),
+            (&[1, 2, STOP][..], FinishReason::Length),
+            (&[1, 2, 3, STOP][..], FinishReason::Stop),
+        ] {
+            let refused = verdict(&group(tokens, finish));
+            assert!(
+                matches!(refused, Err(Mismatch::Rollout { .. })),
+                "{tokens:?} {finish:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn another_version_prompt_count_or_author_is_refused() {
+        let honest = group(&[1, STOP], FinishReason::Stop);
+        let mut other = honest.clone();
+        other.version.version = PolicyVersion(4);
+        assert_eq!(verdict(&other), Err(Mismatch::Differs { field: "version" }));
+        let mut other = honest.clone();
+        other.rollouts.push(honest.rollouts[0].clone());
+        assert_eq!(
+            verdict(&other),
+            Err(Mismatch::Count {
+                found: 2,
+                wanted: 1
+            })
+        );
+        let mut other = honest.clone();
+        other.rollouts[0].segments[0] = Segment::Prompt { tokens: vec![4] };
+        assert!(verdict(&other).is_err());
+        let stranger = PeerId([8; 32]);
+        let refused = check(&honest, &stranger, &lease(), 32);
+        assert!(matches!(refused, Err(Mismatch::NotTheLessee { .. })));
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_refused() {
+        let refused = verdict(&group(&[32, STOP], FinishReason::Stop)).unwrap_err();
+        assert!(
+            refused
+                .to_string()
+                .contains("token 32, outside the vocabulary of 32")
+        );
+    }
+}

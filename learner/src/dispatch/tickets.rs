@@ -1,0 +1,332 @@
+//! The ticket table: which tickets are open, who holds them, and how many may be open at all.
+//!
+//! Bound (design §4.1): with batch size B and async level η, under version v,
+//! `issued − freed ≤ (min(v + η + 1, steps))·B`, where freed counts the fates that train nothing. Ended tickets leave the
+//! table. Knows nothing of workers' merits or of critics.
+
+use std::collections::BTreeMap;
+
+use muster_protocol::id::{LeaseId, PeerId, PolicyVersion, TicketId, UnixMillis};
+use muster_protocol::message::fate::Fate;
+use muster_protocol::message::ticket::Ticket;
+
+/// What bounds the table.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget {
+    /// Groups per batch, B.
+    pub batch_groups: u64,
+    /// Largest staleness, η.
+    pub async_level: u64,
+    /// Steps of the run.
+    pub steps: u64,
+}
+
+/// Where a ticket is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stage {
+    /// Nobody answers it.
+    Open,
+    /// A worker answers it.
+    Leased {
+        /// Under which lease.
+        lease: LeaseId,
+        /// Who.
+        worker: PeerId,
+        /// Until when.
+        deadline: UnixMillis,
+    },
+    /// Its group is with the critics.
+    Judging,
+    /// Its group is with the trainer.
+    Ready,
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    ticket: Ticket,
+    stage: Stage,
+}
+
+/// Open tickets in the order of their numbers.
+#[derive(Debug)]
+pub struct TicketTable {
+    budget: Budget,
+    entries: BTreeMap<TicketId, Entry>,
+    /// Tickets handed on to the trainer before this dispatch started, of which only the numbers are known to be open.
+    issued: u64,
+    freed: u64,
+    trained: u64,
+}
+
+impl TicketTable {
+    /// An empty table.
+    pub fn new(budget: Budget) -> Self {
+        Self {
+            budget,
+            entries: BTreeMap::new(),
+            issued: 0,
+            freed: 0,
+            trained: 0,
+        }
+    }
+
+    /// How many tickets were ever issued: the last number.
+    pub fn issued(&self) -> u64 {
+        self.issued
+    }
+
+    /// Tells how many tickets were issued before, as the queue counts them.
+    pub fn restore_issued(&mut self, issued: u64) {
+        self.issued = self.issued.max(issued);
+    }
+
+    /// How many more tickets may be issued under `version`.
+    pub fn wanted(&self, version: PolicyVersion) -> u64 {
+        let Budget {
+            batch_groups,
+            async_level,
+            steps,
+        } = self.budget;
+        let horizon = (version.0 + async_level + 1).min(steps);
+        (horizon * batch_groups + self.freed).saturating_sub(self.issued)
+    }
+
+    /// Takes in a ticket that was issued.
+    pub fn open(&mut self, ticket: Ticket) {
+        self.issued = self.issued.max(ticket.id.0);
+        self.entries.entry(ticket.id).or_insert(Entry {
+            ticket,
+            stage: Stage::Open,
+        });
+    }
+
+    /// Takes in a ticket whose group is already with the critics.
+    pub fn restore_judging(&mut self, ticket: &Ticket) {
+        self.entries.insert(
+            ticket.id,
+            Entry {
+                ticket: ticket.clone(),
+                stage: Stage::Judging,
+            },
+        );
+    }
+
+    /// Whether the ticket has not ended, as far as this table knows.
+    pub fn stage(&self, ticket: TicketId) -> Option<&Stage> {
+        self.entries.get(&ticket).map(|entry| &entry.stage)
+    }
+
+    /// The ticket that a worker who holds `held` should answer now under `version`, if there is one whose turn comes
+    /// while that version is still admissible.
+    ///
+    /// The k-th ticket that has not ended is expected to be trained `k / B` steps from now.
+    pub fn next_open(&self, held: PolicyVersion, version: PolicyVersion) -> Option<&Ticket> {
+        let mut ahead = 0;
+        for entry in self.entries.values() {
+            let expected = version.0 + ahead / self.budget.batch_groups;
+            if expected > held.0 + self.budget.async_level {
+                return None;
+            }
+            if entry.stage == Stage::Open && held >= entry.ticket.oldest_version {
+                return Some(&entry.ticket);
+            }
+            ahead += 1;
+        }
+        None
+    }
+
+    /// Whether some ticket is open, whoever may answer it.
+    pub fn any_open(&self) -> bool {
+        self.entries
+            .values()
+            .any(|entry| entry.stage == Stage::Open)
+    }
+
+    /// Moves a ticket to another stage.
+    pub fn advance(&mut self, ticket: TicketId, stage: Stage) {
+        if let Some(entry) = self.entries.get_mut(&ticket) {
+            entry.stage = stage;
+        }
+    }
+
+    /// Ends a ticket. Returns whether it had not ended before.
+    pub fn end(&mut self, ticket: TicketId, fate: Fate) -> bool {
+        let known = self.entries.remove(&ticket).is_some();
+        match fate {
+            Fate::Trained => self.trained += 1,
+            fate if fate.frees_a_place() => self.freed += 1,
+            _ => {}
+        }
+        known
+    }
+
+    /// Opens the tickets again whose lease ran out by `now`; returns those leases.
+    pub fn reopen_overdue(&mut self, now: UnixMillis) -> Vec<(TicketId, LeaseId, PeerId)> {
+        let mut overdue = Vec::new();
+        for (id, entry) in &mut self.entries {
+            let Stage::Leased {
+                lease,
+                worker,
+                deadline,
+            } = entry.stage
+            else {
+                continue;
+            };
+            if deadline <= now {
+                overdue.push((*id, lease, worker));
+                entry.stage = Stage::Open;
+            }
+        }
+        overdue
+    }
+
+    /// Opens a ticket whose lease was given up.
+    pub fn reopen(&mut self, ticket: TicketId, lease: LeaseId) {
+        if let Some(entry) = self.entries.get_mut(&ticket) {
+            if matches!(entry.stage, Stage::Leased { lease: held, .. } if held == lease) {
+                entry.stage = Stage::Open;
+            }
+        }
+    }
+
+    /// Tickets that nobody answered before their deadline.
+    pub fn expired(&self, now: UnixMillis) -> Vec<TicketId> {
+        let expired = |entry: &&Entry| {
+            let unanswered = matches!(entry.stage, Stage::Open | Stage::Leased { .. });
+            unanswered && entry.ticket.deadline <= now
+        };
+        self.entries
+            .values()
+            .filter(expired)
+            .map(|entry| entry.ticket.id)
+            .collect()
+    }
+
+    /// Tickets that have not ended and are not with the trainer: what a run that ends supersedes.
+    pub fn unanswered(&self) -> Vec<TicketId> {
+        let open = |entry: &&Entry| entry.stage != Stage::Ready;
+        self.entries
+            .values()
+            .filter(open)
+            .map(|entry| entry.ticket.id)
+            .collect()
+    }
+
+    /// Tickets that have not ended.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether every ticket has ended.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use muster_protocol::id::DescriptorHash;
+    use muster_protocol::message::ticket::SamplingRules;
+
+    fn table() -> TicketTable {
+        TicketTable::new(Budget {
+            batch_groups: 2,
+            async_level: 1,
+            steps: 10,
+        })
+    }
+
+    fn ticket(id: u64) -> Ticket {
+        Ticket {
+            id: TicketId(id),
+            descriptor: DescriptorHash([0; 32]),
+            item: id,
+            prompt: vec![1],
+            group_size: 4,
+            sampling: SamplingRules {
+                temperature: 1.0,
+                tokens_max: 8,
+                stop_ids: vec![0],
+            },
+            oldest_version: PolicyVersion(0),
+            deadline: UnixMillis(1_000),
+        }
+    }
+
+    fn issue(table: &mut TicketTable, count: u64) {
+        for id in table.issued() + 1..=table.issued() + count {
+            table.open(ticket(id));
+        }
+    }
+
+    #[test]
+    fn open_tickets_are_bounded_by_version_and_async_level() {
+        let mut table = table();
+        assert_eq!(table.wanted(PolicyVersion(0)), 4);
+        issue(&mut table, 4);
+        assert_eq!(table.wanted(PolicyVersion(0)), 0);
+        assert_eq!(table.wanted(PolicyVersion(1)), 2);
+    }
+
+    #[test]
+    fn a_fate_that_trains_nothing_frees_its_place() {
+        let mut table = table();
+        issue(&mut table, 4);
+        table.end(TicketId(1), Fate::NoSignal);
+        assert_eq!(table.wanted(PolicyVersion(0)), 1);
+        table.end(TicketId(2), Fate::Trained);
+        assert_eq!(table.wanted(PolicyVersion(0)), 1);
+    }
+
+    #[test]
+    fn no_more_tickets_are_issued_than_the_steps_need() {
+        let mut table = table();
+        issue(&mut table, 20);
+        assert_eq!(table.wanted(PolicyVersion(9)), 0);
+    }
+
+    #[test]
+    fn a_ticket_is_not_leased_under_a_version_that_will_be_too_old_in_its_turn() {
+        let mut table = table();
+        issue(&mut table, 4);
+        let (old, new) = (PolicyVersion(3), PolicyVersion(4));
+        for id in [1, 2] {
+            assert_eq!(table.next_open(old, new).unwrap().id, TicketId(id));
+            table.advance(TicketId(id), Stage::Ready);
+        }
+        assert!(table.next_open(old, new).is_none());
+        assert_eq!(table.next_open(new, new).unwrap().id, TicketId(3));
+    }
+
+    #[test]
+    fn an_overdue_lease_opens_its_ticket_again() {
+        let mut table = table();
+        issue(&mut table, 1);
+        let lease = LeaseId([1; 16]);
+        let worker = PeerId([2; 32]);
+        let deadline = UnixMillis(50);
+        table.advance(
+            TicketId(1),
+            Stage::Leased {
+                lease,
+                worker,
+                deadline,
+            },
+        );
+        assert!(table.reopen_overdue(UnixMillis(49)).is_empty());
+        assert_eq!(
+            table.reopen_overdue(UnixMillis(50)),
+            [(TicketId(1), lease, worker)]
+        );
+        assert_eq!(table.stage(TicketId(1)), Some(&Stage::Open));
+    }
+
+    #[test]
+    fn only_unanswered_tickets_expire() {
+        let mut table = table();
+        issue(&mut table, 2);
+        table.advance(TicketId(2), Stage::Judging);
+        assert_eq!(table.expired(UnixMillis(1_000)), [TicketId(1)]);
+    }
+}

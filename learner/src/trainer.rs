@@ -1,0 +1,985 @@
+//! The trainer: takes judged groups, closes batches, takes steps, makes versions known.
+//!
+//! The order that makes it safe to kill at any instant (design §4.5): group bodies on disk, then the batch manifest in
+//! the log (fenced, so that of two trainers one stops), then the acknowledgements, then the step, then the new image on
+//! disk, then the announcement. A restart loads the newest full state and replays the manifests after it; with a fixed
+//! number of gradient shards a replay makes the same bits.
+//!
+//! It knows weights as bytes ([`crate::stepper`]) and shares nothing with dispatch but the bus.
+
+pub mod announce;
+pub mod archive;
+pub mod record;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use muster_broadcaster::disk::Existing;
+use muster_broadcaster::snapshot::{self, Contents};
+use muster_protocol::bus::{BusError, Delivery};
+use muster_protocol::credentials::Roster;
+use muster_protocol::desk::Desk;
+use muster_protocol::envelope::{EnvelopeError, Signed, open};
+use muster_protocol::id::{Generation, GroupHash, PolicyVersion, StateRoot, TicketId};
+use muster_protocol::message::batch::{Batch, BatchEntry};
+use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
+use muster_protocol::message::critique::Joined;
+use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
+use muster_protocol::message::fate::{Fate, FateRecord};
+use muster_protocol::message::group::{Group, Segment};
+use muster_protocol::message::lease::Lease;
+use muster_protocol::message::verdict::{Decision, Verdict};
+use muster_protocol::message::version::{Announcement, Version};
+use muster_protocol::subject::{Log, Queue, Role};
+
+use crate::advantage::AdvantageConfig;
+use crate::metrics::{JsonLinesError, StepMetrics};
+use crate::resolver::{Candidate, Refusal, ResolveConfig, Resolver, Selected};
+use crate::stepper::{StepError, StepInput, StepOutput, Stepper, TrainRollout};
+
+use announce::{Announced, Announcer, Outlet, RunFile};
+use archive::{Archive, ArchiveError};
+use record::{RunRecord, batch_metrics};
+
+/// Groups taken from the queue at once.
+const CHUNK: usize = 64;
+/// How long to wait for a group before looking at the logs again.
+const TAKE_WAIT: Duration = Duration::from_millis(500);
+/// Pause after the bus did not answer.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Why the trainer ended.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainerError {
+    /// The bus failed in a way that waiting does not mend.
+    #[error("the trainer lost its bus: {0}")]
+    Bus(#[from] BusError),
+    /// A message of its own could not be made, or a durable one not read.
+    #[error("a message of the run cannot be used: {0}")]
+    Envelope(#[from] EnvelopeError),
+    /// The run directory could not be written.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// A log of the run directory could not be written.
+    #[error(transparent)]
+    Lines(#[from] JsonLinesError),
+    /// The step failed.
+    #[error("step {step} failed: {source}")]
+    Step {
+        /// Which version it was to make.
+        step: PolicyVersion,
+        /// Why.
+        source: StepError,
+    },
+    /// A version could not be described or offered.
+    #[error("a version could not be announced: {0}")]
+    Announce(String),
+    /// A checkpoint folder could not be written.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::SnapshotError),
+    /// Another trainer has started.
+    #[error("another trainer has started for this run: this one stops")]
+    Replaced,
+    /// The configuration is not the one that the run was opened with.
+    #[error(
+        "the run was opened with another {what} than the configuration now says: \
+         go back to the old one, or start a new run in another --dir"
+    )]
+    Changed {
+        /// What differs.
+        what: &'static str,
+    },
+}
+
+/// The part of the configuration that the trainer reads.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainerSettings {
+    /// Groups per batch.
+    pub batch_groups: usize,
+    /// Steps of the run.
+    pub steps: u64,
+    /// Full state and a checkpoint folder every so many steps.
+    pub checkpoint_every: u64,
+    /// How rewards become advantages.
+    pub advantage: AdvantageConfig,
+}
+
+/// What the trainer needs to start.
+pub struct TrainerParts {
+    /// The trainer's way to the bus, under the learner's keys.
+    pub desk: Desk,
+    /// The lab's members.
+    pub roster: Roster,
+    /// The run directory.
+    pub dir: PathBuf,
+    /// The model.
+    pub stepper: Box<dyn Stepper>,
+    /// Where bytes are offered.
+    pub outlet: Arc<dyn Outlet>,
+    /// What the run is; signed and published if the run is new.
+    pub descriptor: Descriptor,
+    /// Files that travel with the weights.
+    pub files: Vec<RunFile>,
+    /// Batches, steps, checkpoints.
+    pub settings: TrainerSettings,
+}
+
+/// The trainer, connected.
+pub struct Trainer {
+    desk: Desk,
+    roster: Roster,
+    dir: PathBuf,
+    stepper: Box<dyn Stepper>,
+    outlet: Arc<dyn Outlet>,
+    descriptor: Signed<Descriptor>,
+    files: Vec<RunFile>,
+    settings: TrainerSettings,
+    generation: Generation,
+    archive: Archive,
+    record: RunRecord,
+    resolver: Resolver<Group>,
+    announcer: Announcer,
+    /// Groups of earlier manifests, by ticket.
+    trained: BTreeMap<TicketId, GroupHash>,
+    held: BTreeMap<TicketId, Delivery>,
+    batches_read: u64,
+    fates_read: u64,
+    control: ControlState,
+    control_read: u64,
+    saved: PolicyVersion,
+    root: StateRoot,
+    step_ended: Instant,
+    drawn_tokens: u64,
+}
+
+impl Trainer {
+    /// Starts the trainer: takes its generation, opens the run or checks that it is the same, goes back to the newest
+    /// full state and replays what was decided since.
+    ///
+    /// # Errors
+    /// When the bus refuses, the run was opened otherwise, or the run directory cannot be used.
+    pub async fn start(parts: TrainerParts) -> Result<Self, TrainerError> {
+        let TrainerParts {
+            desk,
+            roster,
+            dir,
+            mut stepper,
+            outlet,
+            descriptor,
+            files,
+            settings,
+        } = parts;
+        let bus = desk.bus().clone();
+        bus.create_streams().await?;
+        let started = desk.sign(ControlEvent::Started {
+            role: Role::Trainer,
+        })?;
+        let key = format!(
+            "s-{}",
+            muster_protocol::id::ContentHash::of(&started.bytes).short()
+        );
+        let last = bus.queue_state(Queue::Ready).await?.last_sequence;
+        let sequence = bus
+            .append(Log::Control, &format!("{key}-{last}"), None, started.bytes)
+            .await?;
+        let generation = Generation(sequence.sequence());
+        let (descriptor, control, control_read) = open_run(&desk, descriptor).await?;
+        let archive = Archive::open(&dir)?;
+        let saved = restore_state(stepper.as_mut(), &archive, descriptor.body.async_level).await?;
+        let version = saved.unwrap_or_default();
+        let hash = descriptor_hash(&descriptor.bytes);
+        let announcer =
+            Announcer::new(desk.clone(), outlet.clone(), hash, generation, &files).await?;
+        let config = ResolveConfig {
+            batch_groups: settings.batch_groups,
+            async_level: descriptor.body.async_level,
+            advantage: settings.advantage,
+        };
+        let mut trainer = Self {
+            record: RunRecord::open(&dir, version)?,
+            resolver: Resolver::new(config, version, Default::default()),
+            desk,
+            roster,
+            dir,
+            stepper,
+            outlet,
+            descriptor,
+            files,
+            settings,
+            generation,
+            archive,
+            announcer,
+            trained: BTreeMap::new(),
+            held: BTreeMap::new(),
+            batches_read: 0,
+            fates_read: 0,
+            control,
+            control_read,
+            saved: version,
+            root: StateRoot([0; 32]),
+            step_ended: Instant::now(),
+            drawn_tokens: 0,
+        };
+        trainer.replay(saved).await?;
+        info!(generation = generation.0, version = %trainer.resolver.version(), "trainer started");
+        Ok(trainer)
+    }
+
+    /// Trains until the last step or `shutdown`; after the last step it goes on serving its record until `shutdown`.
+    ///
+    /// # Errors
+    /// When the bus is gone for good, a step fails, the disk refuses, or another trainer has started.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), TrainerError> {
+        loop {
+            if shutdown.is_cancelled() {
+                return self.save().await;
+            }
+            let done = tokio::select! {
+                biased; // what has begun (a step, a manifest) is finished before a shutdown is heard
+                done = self.turn() => done,
+                () = shutdown.cancelled() => Ok(()),
+            };
+            match done {
+                Ok(()) => {}
+                Err(TrainerError::Bus(error)) if error.is_transient() => {
+                    warn!(%error, "the bus did not answer: trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// One round: take groups, and take a step when a batch is full.
+    async fn turn(&mut self) -> Result<(), TrainerError> {
+        self.read_logs().await?;
+        if self.resolver.version().0 >= self.settings.steps {
+            self.finish().await?;
+            tokio::time::sleep(TAKE_WAIT).await;
+            return Ok(());
+        }
+        if let Some(batch) = self.resolver.close_batch() {
+            return self.resolve(batch).await;
+        }
+        self.take_groups().await
+    }
+
+    async fn take_groups(&mut self) -> Result<(), TrainerError> {
+        for delivery in self.desk.bus().take(Queue::Ready, CHUNK, TAKE_WAIT).await? {
+            self.on_group(delivery).await?;
+        }
+        Ok(())
+    }
+
+    async fn on_group(&mut self, delivery: Delivery) -> Result<(), TrainerError> {
+        let candidate = match self.open_joined(&delivery.payload) {
+            Ok(candidate) => candidate,
+            Err(reason) => {
+                warn!(%reason, "a message of the ready queue cannot be used: it is dropped");
+                delivery.ack().await?;
+                return Ok(());
+            }
+        };
+        let ticket = candidate.ticket;
+        if self.trained.get(&ticket) == Some(&candidate.group) {
+            delivery.ack().await?; // in a manifest already: the kill came before the acknowledgement
+            return Ok(());
+        }
+        self.drawn_tokens += drawn_tokens(&candidate.carried);
+        match self.resolver.admit(candidate) {
+            Ok(()) => {
+                self.held.insert(ticket, delivery);
+            }
+            Err((Refusal::Duplicate { .. }, candidate))
+                if self.record.ended().contains(&ticket) =>
+            {
+                // Its fate is in the log: either this group's own, before a kill, or another group's.
+                info!(%ticket, group = %candidate.group.short(), "a group of an ended ticket");
+                delivery.ack().await?;
+            }
+            Err((refusal, candidate)) => {
+                self.refuse(refusal, &candidate).await?;
+                delivery.ack().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a joined group and everything in it. Dispatch has checked all of it; the learner believes signatures alone.
+    fn open_joined(&self, payload: &Bytes) -> Result<Candidate<Group>, String> {
+        let run = self.desk.run();
+        let dispatch = self.descriptor.body.dispatch;
+        let joined = open::<Joined>(payload.clone(), run).map_err(|error| error.to_string())?;
+        let lease =
+            open::<Lease>(joined.body.lease.into(), run).map_err(|error| error.to_string())?;
+        if joined.author != dispatch || lease.author != dispatch {
+            return Err("not signed by the run's dispatch".to_owned());
+        }
+        let group =
+            open::<Group>(joined.body.group.into(), run).map_err(|error| error.to_string())?;
+        if group.author != lease.body.worker || group.body.lease != lease.body.id {
+            return Err("the group does not answer its lease".to_owned());
+        }
+        let hash = GroupHash::of(&group.bytes);
+        let mut rewards = Vec::new();
+        for bytes in joined.body.verdicts {
+            let verdict =
+                open::<Verdict>(bytes.into_vec().into(), run).map_err(|error| error.to_string())?;
+            let is_critic = self
+                .roster
+                .by_peer(&verdict.author)
+                .is_some_and(|member| member.role == Role::Critic && member.peer != group.author);
+            let fits = verdict.body.group == hash
+                && verdict.body.decision == Decision::Accept
+                && verdict.body.rewards.len() == group.body.rollouts.len();
+            if !is_critic || !fits {
+                return Err("a verdict is not an accepting critic's of this group".to_owned());
+            }
+            rewards = verdict
+                .body
+                .rewards
+                .iter()
+                .map(|reward| reward.total)
+                .collect();
+        }
+        self.archive
+            .put_group(hash, &group.bytes)
+            .map_err(|error| error.to_string())?;
+        Ok(Candidate {
+            ticket: lease.body.ticket.id,
+            group: hash,
+            worker: group.author,
+            version: group.body.oldest_version(),
+            rewards,
+            audited: joined.body.audited,
+            carried: group.body,
+        })
+    }
+
+    async fn refuse(
+        &self,
+        refusal: Refusal,
+        candidate: &Candidate<Group>,
+    ) -> Result<(), TrainerError> {
+        self.append_fate(fate_of(
+            candidate,
+            refusal.fate(),
+            refusal.to_string(),
+            None,
+        ))
+        .await
+    }
+
+    async fn append_fate(&self, record: FateRecord) -> Result<(), TrainerError> {
+        let key = match (record.fate, record.group) {
+            (Fate::Duplicate, Some(group)) => format!("d-{}-{}", record.ticket, group.short()),
+            _ => format!("f-{}", record.ticket),
+        };
+        let signed = self.desk.sign(record)?;
+        self.desk
+            .bus()
+            .append(Log::Fates, &key, None, signed.bytes)
+            .await?;
+        Ok(())
+    }
+
+    /// Manifest, acknowledgements, fates, step, image, announcement: in this order.
+    async fn resolve(&mut self, batch: Vec<Selected<Group>>) -> Result<(), TrainerError> {
+        let began = Instant::now();
+        let waited = began.duration_since(self.step_ended);
+        let step = self.resolver.version().next();
+        self.commit(step, &batch).await?;
+        self.settle(step, &batch).await?;
+        let stepping = Instant::now();
+        let output = self.step(step, &batch).await?;
+        let trained = stepping.elapsed();
+        let announcing = Instant::now();
+        let announced = self.publish(step, &output.image).await?;
+        let whole = self.step_ended.elapsed().as_secs_f64();
+        let line = StepMetrics {
+            time_step: whole,
+            time_wait_for_batch: waited.as_secs_f64(),
+            time_broadcast: announcing.elapsed().as_secs_f64(),
+            rollout_tokens_per_second: self.drawn_tokens as f64 / whole.max(1e-9),
+            learner_tokens_per_second: output.stats.tokens as f64 / trained.as_secs_f64().max(1e-9),
+            broadcast_bytes: announced.anchor.body.bytes,
+            ..self.metrics_of(step, &batch, &output)
+        };
+        self.step_ended = Instant::now();
+        self.drawn_tokens = 0;
+        self.write_lines(step, &batch, line).await?;
+        self.advance(step).await?;
+        self.checkpoint(step, &announced).await
+    }
+
+    async fn commit(
+        &mut self,
+        step: PolicyVersion,
+        batch: &[Selected<Group>],
+    ) -> Result<(), TrainerError> {
+        let entry = |selected: &Selected<Group>| BatchEntry {
+            ticket: selected.candidate.ticket,
+            group: selected.candidate.group,
+            worker: selected.candidate.worker,
+            version: selected.candidate.version,
+            audited: selected.candidate.audited,
+            rewards: selected.candidate.rewards.clone(),
+        };
+        let manifest = self.desk.sign(Batch {
+            descriptor: descriptor_hash(&self.descriptor.bytes),
+            generation: self.generation,
+            step,
+            parent: self.root,
+            groups: batch.iter().map(entry).collect(),
+        })?;
+        let key = format!("b-{}-{step}", self.generation);
+        loop {
+            let expected = Some(self.batches_read);
+            match self
+                .desk
+                .bus()
+                .append(Log::Batches, &key, expected, manifest.bytes.clone())
+                .await
+            {
+                Ok(stored) => {
+                    self.batches_read = stored.sequence();
+                    break;
+                }
+                Err(BusError::Fenced { .. }) if self.manifest_is_stored(&manifest).await? => break,
+                Err(BusError::Fenced { .. }) => return Err(TrainerError::Replaced),
+                Err(error) if error.is_transient() => {
+                    warn!(%error, "the batch manifest is not confirmed: trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.trained.extend(
+            batch
+                .iter()
+                .map(|s| (s.candidate.ticket, s.candidate.group)),
+        );
+        Ok(())
+    }
+
+    /// Whether the newest manifest is this one: its confirmation was lost on the way.
+    async fn manifest_is_stored(&mut self, manifest: &Signed<Batch>) -> Result<bool, TrainerError> {
+        let last = self.desk.bus().last(Log::Batches).await?;
+        let Some(record) = last.filter(|record| record.payload == manifest.bytes) else {
+            return Ok(false);
+        };
+        self.batches_read = record.sequence;
+        Ok(true)
+    }
+
+    /// Acknowledges a batch's groups and writes their fates. Both may be repeated.
+    async fn settle(
+        &mut self,
+        step: PolicyVersion,
+        batch: &[Selected<Group>],
+    ) -> Result<(), TrainerError> {
+        let reason = |s: &Selected<Group>| {
+            format!(
+                "trained in step {step} with mean reward {:.3}",
+                mean(&s.candidate.rewards)
+            )
+        };
+        loop {
+            let fates = batch.iter().map(|s| {
+                self.append_fate(fate_of(&s.candidate, Fate::Trained, reason(s), Some(step)))
+            });
+            match try_join_all(fates).await {
+                Err(TrainerError::Bus(error)) if error.is_transient() => {
+                    warn!(%error, "the fates of a batch are not confirmed: trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                done => break done.map(drop)?,
+            }
+        }
+        let tickets = batch.iter().map(|s| s.candidate.ticket);
+        let held: Vec<Delivery> = tickets
+            .filter_map(|ticket| self.held.remove(&ticket))
+            .collect();
+        for outcome in futures_util::future::join_all(held.iter().map(Delivery::ack)).await {
+            if let Err(error) = outcome {
+                // It comes again, and is recognised as trained.
+                warn!(%error, "an acknowledgement was not confirmed");
+            }
+        }
+        Ok(())
+    }
+
+    async fn step(
+        &mut self,
+        step: PolicyVersion,
+        batch: &[Selected<Group>],
+    ) -> Result<StepOutput, TrainerError> {
+        let input = StepInput {
+            step,
+            groups: batch.iter().map(train_rollouts).collect(),
+            temperature: self.descriptor.body.sampling.temperature,
+        };
+        let output = self
+            .stepper
+            .step(input)
+            .await
+            .map_err(|source| TrainerError::Step { step, source })?;
+        self.archive.put_image(step, &output.image)?;
+        Ok(output)
+    }
+
+    async fn publish(
+        &mut self,
+        version: PolicyVersion,
+        image: &Bytes,
+    ) -> Result<Announced, TrainerError> {
+        let announced = self.announcer.describe(version, image.clone()).await?;
+        self.root = announced.version.body.root;
+        loop {
+            match self.announcer.announce(&announced).await {
+                Err(TrainerError::Bus(error)) if error.is_transient() => {
+                    warn!(%error, "the version is not announced yet: trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                done => return done.map(|()| announced),
+            }
+        }
+    }
+
+    fn metrics_of(
+        &self,
+        step: PolicyVersion,
+        batch: &[Selected<Group>],
+        output: &StepOutput,
+    ) -> StepMetrics {
+        let stats = output.stats;
+        StepMetrics {
+            loss: stats.loss,
+            entropy_mean: stats.entropy,
+            mismatch_kl_mean: stats.mismatch_kl,
+            clip_fraction_mean: stats.clip_fraction,
+            grad_norm: stats.gradient_norm,
+            lr: stats.learning_rate,
+            updates: stats.updates,
+            broadcast_full_bytes: output.image.len() as u64,
+            broadcast_changed_fraction: stats.changed_fraction,
+            ..batch_metrics(step, self.resolver.version(), batch)
+        }
+    }
+
+    async fn write_lines(
+        &mut self,
+        step: PolicyVersion,
+        batch: &[Selected<Group>],
+        line: StepMetrics,
+    ) -> Result<(), TrainerError> {
+        info!(
+            %step,
+            reward = format!("{:.3}", line.reward_mean),
+            staleness = format!("{:.2}", line.staleness_mean),
+            seconds = format!("{:.2}", line.time_step),
+            "step"
+        );
+        let temperature = self.descriptor.body.sampling.temperature;
+        self.record.rollouts(step, batch, temperature)?;
+        self.record.step(line)?;
+        Ok(())
+    }
+
+    async fn advance(&mut self, version: PolicyVersion) -> Result<(), TrainerError> {
+        for (refusal, candidate) in self.resolver.advance(version) {
+            self.refuse(refusal, &candidate).await?;
+            if let Some(delivery) = self.held.remove(&candidate.ticket) {
+                delivery.ack().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn checkpoint(
+        &mut self,
+        step: PolicyVersion,
+        announced: &Announced,
+    ) -> Result<(), TrainerError> {
+        let last = step.0 == self.settings.steps;
+        if !last && step.0 % self.settings.checkpoint_every.max(1) != 0 {
+            return Ok(());
+        }
+        self.save().await?;
+        self.write_folder(announced, self.stepper.image()).await
+    }
+
+    async fn save(&mut self) -> Result<(), TrainerError> {
+        let version = self.resolver.version();
+        if version == self.saved {
+            return Ok(());
+        }
+        let path = self.archive.state_path(version);
+        let saved = self.stepper.save(&path).await;
+        saved.map_err(|source| TrainerError::Step {
+            step: version,
+            source,
+        })?;
+        self.saved = version;
+        self.archive
+            .prune(version, self.descriptor.body.async_level)?;
+        Ok(())
+    }
+
+    async fn write_folder(&self, announced: &Announced, image: Bytes) -> Result<(), TrainerError> {
+        let version = announced.version.clone();
+        let folder = self
+            .dir
+            .join("checkpoints")
+            .join(version.body.version.to_string());
+        let anchor = announced.anchor.clone();
+        let files = self
+            .files
+            .iter()
+            .map(|file| (file.name.clone(), file.bytes.clone()))
+            .collect();
+        let run = self.desk.run().clone();
+        let written = tokio::task::spawn_blocking(move || {
+            let contents = Contents {
+                run: &run,
+                version: &version,
+                anchor: &anchor,
+                weights: &image,
+                files: &files,
+            };
+            snapshot::write(&folder, &contents, Existing::Replace)
+        });
+        written
+            .await
+            .map_err(|error| TrainerError::Announce(error.to_string()))??;
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<(), TrainerError> {
+        if self.control.phase == Phase::Finished {
+            return Ok(());
+        }
+        let step = self.resolver.version();
+        let event = self.desk.sign(ControlEvent::Finished { step })?;
+        let bus = self.desk.bus();
+        bus.append(
+            Log::Control,
+            &format!("finished-{step}"),
+            None,
+            event.bytes.clone(),
+        )
+        .await?;
+        bus.publish(&self.desk.subjects().news(Log::Control), event.bytes)
+            .await?;
+        self.control.phase = Phase::Finished;
+        info!(%step, uploaded = self.outlet.uploaded(), "the run is finished");
+        Ok(())
+    }
+
+    async fn read_logs(&mut self) -> Result<(), TrainerError> {
+        let bus = self.desk.bus().clone();
+        for record in bus.read(Log::Control, self.control_read, CHUNK).await? {
+            self.control_read = record.sequence;
+            let event = open::<ControlEvent>(record.payload, self.desk.run())?;
+            self.control.apply(record.sequence, event.body);
+        }
+        if self.control.trainer > self.generation {
+            return Err(TrainerError::Replaced);
+        }
+        loop {
+            let records = bus.read(Log::Fates, self.fates_read, 4 * CHUNK).await?;
+            let Some(last) = records.last() else {
+                return Ok(());
+            };
+            self.fates_read = last.sequence;
+            for record in records {
+                let fate = open::<FateRecord>(record.payload, self.desk.run())?.body;
+                self.record.fate(&fate)?;
+            }
+        }
+    }
+
+    /// Brings a restarted trainer to where the run is.
+    async fn replay(&mut self, saved: Option<PolicyVersion>) -> Result<(), TrainerError> {
+        let announced = self.announced_roots().await?;
+        let version = saved.unwrap_or_default();
+        let image = self.stepper.image();
+        self.archive.put_image(version, &image)?;
+        let described = self.announcer.describe(version, image.clone()).await?;
+        self.root = described.version.body.root;
+        if announced.get(&version) != Some(&self.root) {
+            self.announcer.announce(&described).await?;
+        }
+        if saved.is_none() {
+            let path = self.archive.state_path(version);
+            let done = self.stepper.save(&path).await;
+            done.map_err(|source| TrainerError::Step {
+                step: version,
+                source,
+            })?;
+            self.write_folder(&described, image).await?;
+        }
+        self.read_logs().await?;
+        let manifests = self.manifests().await?;
+        for (step, manifest) in manifests {
+            if step > version {
+                self.replay_step(step, &manifest, announced.get(&step))
+                    .await?;
+            }
+        }
+        self.read_logs().await?;
+        self.record.forget_counts();
+        let (version, ended) = (self.resolver.version(), self.record.ended().clone());
+        let config = ResolveConfig {
+            batch_groups: self.settings.batch_groups,
+            async_level: self.descriptor.body.async_level,
+            advantage: self.settings.advantage,
+        };
+        self.resolver = Resolver::new(config, version, ended);
+        self.desk.bus().reclaim(Queue::Ready).await?;
+        self.step_ended = Instant::now();
+        Ok(())
+    }
+
+    async fn announced_roots(&self) -> Result<BTreeMap<PolicyVersion, StateRoot>, TrainerError> {
+        let mut roots = BTreeMap::new();
+        let mut after = 0;
+        loop {
+            let records = self.desk.bus().read(Log::Versions, after, CHUNK).await?;
+            let Some(last) = records.last() else {
+                return Ok(roots);
+            };
+            after = last.sequence;
+            for record in records {
+                let announcement =
+                    Announcement::decode(&record.payload).map_err(EnvelopeError::from)?;
+                let version = open::<Version>(announcement.version.into(), self.desk.run())?;
+                roots.insert(version.body.version, version.body.root);
+            }
+        }
+    }
+
+    /// The manifest that holds for each step: the newest generation's.
+    async fn manifests(&mut self) -> Result<BTreeMap<PolicyVersion, Batch>, TrainerError> {
+        let mut manifests = BTreeMap::new();
+        loop {
+            let records = self
+                .desk
+                .bus()
+                .read(Log::Batches, self.batches_read, CHUNK)
+                .await?;
+            let Some(last) = records.last() else { break };
+            self.batches_read = last.sequence;
+            for record in records {
+                let batch = open::<Batch>(record.payload, self.desk.run())?.body;
+                manifests.insert(batch.step, batch);
+            }
+        }
+        for entry in manifests.values().flat_map(|batch| &batch.groups) {
+            self.trained.insert(entry.ticket, entry.group);
+        }
+        Ok(manifests)
+    }
+
+    async fn replay_step(
+        &mut self,
+        step: PolicyVersion,
+        manifest: &Batch,
+        announced: Option<&StateRoot>,
+    ) -> Result<(), TrainerError> {
+        let began = Instant::now();
+        let mut batch = Vec::with_capacity(manifest.groups.len());
+        for entry in &manifest.groups {
+            let group = open::<Group>(self.archive.group(entry.group)?, self.desk.run())?;
+            let candidate = Candidate {
+                ticket: entry.ticket,
+                group: entry.group,
+                worker: entry.worker,
+                version: entry.version,
+                rewards: entry.rewards.clone(),
+                audited: entry.audited,
+                carried: group.body,
+            };
+            let advantages = self
+                .settings
+                .advantage
+                .advantages(&entry.rewards)
+                .map_err(|error| TrainerError::Announce(error.to_string()))?;
+            batch.push(Selected {
+                candidate,
+                advantages,
+            });
+        }
+        self.settle(step, &batch).await?;
+        let output = self.step(step, &batch).await?;
+        let described = self.announcer.describe(step, output.image.clone()).await?;
+        self.root = described.version.body.root;
+        if announced != Some(&self.root) {
+            if announced.is_some() {
+                warn!(%step, "the replayed step made other bits: the new generation supersedes");
+            }
+            self.announcer.announce(&described).await?;
+        }
+        let line = StepMetrics {
+            time_step: began.elapsed().as_secs_f64(),
+            broadcast_bytes: described.anchor.body.bytes,
+            ..self.metrics_of(step, &batch, &output)
+        };
+        self.record.forget_counts();
+        self.write_lines(step, &batch, line).await?;
+        self.resolver.advance(step);
+        self.checkpoint(step, &described).await
+    }
+}
+
+/// Opens the run under `descriptor`, or checks that it was opened under the same.
+async fn open_run(
+    desk: &Desk,
+    descriptor: Descriptor,
+) -> Result<(Signed<Descriptor>, ControlState, u64), TrainerError> {
+    let mut control = ControlState::default();
+    let mut read = 0;
+    loop {
+        let records = desk.bus().read(Log::Control, read, CHUNK).await?;
+        let Some(last) = records.last() else { break };
+        read = last.sequence;
+        for record in records {
+            let event = open::<ControlEvent>(record.payload, desk.run())?;
+            control.apply(record.sequence, event.body);
+        }
+    }
+    if control.descriptor.is_empty() {
+        let signed = desk.sign(descriptor)?;
+        let event = desk.sign(ControlEvent::Opened {
+            descriptor: signed.bytes.to_vec(),
+        })?;
+        let stored = desk
+            .bus()
+            .append(Log::Control, "opened", None, event.bytes)
+            .await?;
+        control.descriptor = signed.bytes.to_vec();
+        return Ok((signed, control, stored.sequence()));
+    }
+    let signed = open::<Descriptor>(control.descriptor.clone().into(), desk.run())?;
+    match changed(&signed.body, &descriptor) {
+        Some(what) => Err(TrainerError::Changed { what }),
+        None => Ok((signed, control, read)),
+    }
+}
+
+/// The first thing in which two descriptors differ.
+fn changed(opened: &Descriptor, now: &Descriptor) -> Option<&'static str> {
+    let differences = [
+        (
+            "model architecture",
+            opened.architecture != now.architecture,
+        ),
+        ("tokenizer", opened.tokenizer != now.tokenizer),
+        ("task", opened.task != now.task),
+        ("reward configuration", opened.rewards != now.rewards),
+        ("sampling configuration", opened.sampling != now.sampling),
+        ("group size", opened.group_size != now.group_size),
+        ("async level", opened.async_level != now.async_level),
+        ("learner key", opened.learner != now.learner),
+        ("dispatch key", opened.dispatch != now.dispatch),
+        (
+            "set of thresholds",
+            (opened.same_class, opened.cross_class) != (now.same_class, now.cross_class),
+        ),
+    ];
+    differences
+        .into_iter()
+        .find(|(_, differs)| *differs)
+        .map(|(what, _)| what)
+}
+
+async fn restore_state(
+    stepper: &mut dyn Stepper,
+    archive: &Archive,
+    async_level: u64,
+) -> Result<Option<PolicyVersion>, TrainerError> {
+    let Some(version) = archive.newest_state()? else {
+        return Ok(None);
+    };
+    let images = archive.images(
+        PolicyVersion(version.0.saturating_sub(async_level)),
+        version,
+    )?;
+    let restored = stepper
+        .restore(&archive.state_path(version), version, images)
+        .await;
+    restored.map_err(|source| TrainerError::Step {
+        step: version,
+        source,
+    })?;
+    Ok(Some(version))
+}
+
+fn fate_of(
+    candidate: &Candidate<Group>,
+    fate: Fate,
+    reason: String,
+    step: Option<PolicyVersion>,
+) -> FateRecord {
+    FateRecord {
+        ticket: candidate.ticket,
+        group: Some(candidate.group),
+        lease: Some(candidate.carried.lease),
+        worker: Some(candidate.worker),
+        policy_version: Some(candidate.version),
+        fate,
+        reason,
+        audited: candidate.audited,
+        step,
+    }
+}
+
+fn drawn_tokens(group: &Group) -> u64 {
+    group
+        .rollouts
+        .iter()
+        .map(|rollout| rollout.drawn().0.len() as u64)
+        .sum()
+}
+
+/// The rollouts of a group as the stepper wants them.
+fn train_rollouts(selected: &Selected<Group>) -> Vec<TrainRollout> {
+    let Selected {
+        candidate,
+        advantages,
+    } = selected;
+    let rollouts = candidate.carried.rollouts.iter().zip(advantages);
+    rollouts
+        .map(|(rollout, advantage)| {
+            let mut targets = Vec::new();
+            let mut at = 0;
+            for segment in &rollout.segments {
+                let end = at + segment.tokens().len();
+                if matches!(segment, Segment::Policy { .. }) {
+                    targets.push(at..end);
+                }
+                at = end;
+            }
+            TrainRollout {
+                tokens: rollout.tokens(),
+                targets,
+                rollout_logprobs: rollout.drawn().1,
+                advantage: *advantage,
+                version: candidate.version,
+                audited: candidate.audited,
+            }
+        })
+        .collect()
+}
+
+fn mean(values: &[f32]) -> f32 {
+    values.iter().sum::<f32>() / values.len().max(1) as f32
+}

@@ -1,0 +1,340 @@
+//! Whether an answer was drawn as its lease prescribes. Pure: a group, its lease and one forward pass's scores in,
+//! findings and a decision out.
+//!
+//! Every position is checked: with F the policy's cumulative distribution, a token k is honest where u(g, t) lies in
+//! [F(k−1), F(k)); the error is the distance of u(g, t) from that interval (`research/verification-incentives.md` §1.9).
+//! This one check catches another temperature, other weights, edited tokens, and choosing among several answers.
+
+use muster_policy::{TokenScore, uniform};
+use muster_protocol::message::descriptor::Thresholds;
+use muster_protocol::message::group::{Group, Rollout};
+use muster_protocol::message::lease::Lease;
+use muster_protocol::message::verdict::{Decision, Finding};
+
+/// A repeated group is no coincidence when all its draws together were less likely than this: e⁻⁴⁰, once in 10¹⁷.
+pub const COINCIDENCE_LOGPROB: f64 = -40.0;
+
+/// What a forward pass says about one rollout's drawn tokens.
+pub type RolloutScores = Vec<TokenScore>;
+
+/// Compares a group with what its lease prescribes.
+///
+/// * `scores` — for each rollout, one score per drawn token, under the lease's version and temperature
+pub fn audit(
+    lease: &Lease,
+    group: &Group,
+    scores: &[RolloutScores],
+    thresholds: &Thresholds,
+) -> (Decision, Vec<Finding>) {
+    let mut decision = Decision::Accept;
+    let mut findings = Vec::new();
+    for (number, (rollout, scored)) in group.rollouts.iter().zip(scores).enumerate() {
+        let number = number as u32;
+        let draws = draw_errors(lease, number, scored);
+        let judged = judge_draws(&draws, thresholds);
+        if judged != Decision::Accept {
+            findings.push(draws.finding(number, thresholds.draw_error_max));
+            decision = worse(decision, judged);
+        }
+        let (position, max) = largest_logprob_error(rollout, scored);
+        if max.is_nan() || max > thresholds.logprob_error_max {
+            let (position, limit) = (position as u32, thresholds.logprob_error_max);
+            findings.push(Finding::Logprobs {
+                rollout: number,
+                max,
+                position,
+                limit,
+            });
+            decision = worse(decision, Decision::Reject);
+        }
+    }
+    if scores.len() != group.rollouts.len() {
+        let problem = format!("{} rollouts, {} scored", group.rollouts.len(), scores.len());
+        return (Decision::Reject, vec![Finding::Mismatch { problem }]);
+    }
+    (decision, findings)
+}
+
+struct DrawErrors {
+    mean: f64,
+    max: f64,
+    position: usize,
+}
+
+impl DrawErrors {
+    fn finding(&self, rollout: u32, limit: f64) -> Finding {
+        let position = self.position as u32;
+        Finding::Draws {
+            rollout,
+            mean: self.mean,
+            max: self.max,
+            position,
+            limit,
+        }
+    }
+}
+
+fn draw_errors(lease: &Lease, number: u32, scored: &[TokenScore]) -> DrawErrors {
+    let rollout = lease.rollouts.first + number;
+    let errors = scored
+        .iter()
+        .enumerate()
+        .map(|(position, score)| score.error(uniform(&lease.seed, rollout, position as u64)));
+    let (mut sum, mut max, mut worst) = (0.0, 0.0, 0);
+    for (position, error) in errors.enumerate() {
+        sum += error;
+        if error.is_nan() || error > max {
+            (max, worst) = (error, position);
+        }
+    }
+    DrawErrors {
+        mean: sum / scored.len().max(1) as f64,
+        max,
+        position: worst,
+    }
+}
+
+fn judge_draws(draws: &DrawErrors, thresholds: &Thresholds) -> Decision {
+    if draws.max <= thresholds.draw_error_max && draws.mean <= thresholds.draw_error_mean {
+        Decision::Accept
+    } else if draws.max <= thresholds.draw_error_reject {
+        Decision::Grey
+    } else {
+        Decision::Reject // also where the errors are not numbers
+    }
+}
+
+fn worse(one: Decision, other: Decision) -> Decision {
+    match (one, other) {
+        (Decision::Reject, _) | (_, Decision::Reject) => Decision::Reject,
+        (Decision::Grey, _) | (_, Decision::Grey) => Decision::Grey,
+        (Decision::Accept, Decision::Accept) => Decision::Accept,
+    }
+}
+
+/// Where a recorded log-prob is furthest from the one computed, and how far, in nats.
+fn largest_logprob_error(rollout: &Rollout, scored: &[TokenScore]) -> (usize, f64) {
+    let (tokens, recorded) = rollout.drawn();
+    if tokens.len() != scored.len() {
+        return (0, f64::INFINITY);
+    }
+    let errors = recorded
+        .iter()
+        .zip(scored)
+        .map(|(recorded, score)| f64::from(recorded - score.logprob).abs());
+    errors
+        .enumerate()
+        .fold((0, 0.0), |largest, (position, error)| {
+            if error.is_nan() || error > largest.1 {
+                (position, error)
+            } else {
+                largest
+            }
+        })
+}
+
+/// What a group's draws were, under whatever lease: two groups with equal digests hold the same answers.
+pub fn draws_digest(group: &Group) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"muster-draws-v1\0");
+    for rollout in &group.rollouts {
+        for token in rollout.tokens() {
+            hasher.update(&token.to_le_bytes());
+        }
+        hasher.update(&u32::MAX.to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// ln of how likely the group's draws were all together, as its author recorded it.
+pub fn total_logprob(group: &Group) -> f64 {
+    group
+        .rollouts
+        .iter()
+        .flat_map(|rollout| rollout.drawn().1)
+        .map(f64::from)
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use muster_protocol::id::{
+        DescriptorHash, LeaseId, PeerId, PolicyVersion, StateRoot, TicketId, UnixMillis,
+    };
+    use muster_protocol::message::group::FinishReason;
+    use muster_protocol::message::lease::{NumericClass, RolloutRange};
+    use muster_protocol::message::ticket::{SamplingRules, Ticket};
+    use muster_protocol::message::version::VersionRef;
+
+    /// Four tokens, equally likely: token k covers [k/4, (k+1)/4).
+    const P: f64 = 0.25;
+
+    fn lease() -> Lease {
+        let sampling = SamplingRules {
+            temperature: 1.0,
+            tokens_max: 4,
+            stop_ids: vec![9],
+        };
+        let ticket = Ticket {
+            id: TicketId(1),
+            descriptor: DescriptorHash([0; 32]),
+            item: 0,
+            prompt: vec![1],
+            group_size: 2,
+            sampling,
+            oldest_version: PolicyVersion(0),
+            deadline: UnixMillis(0),
+        };
+        Lease {
+            id: LeaseId([0; 16]),
+            ticket,
+            worker: PeerId([0; 32]),
+            version: VersionRef {
+                version: PolicyVersion(0),
+                root: StateRoot([0; 32]),
+            },
+            class: NumericClass::F32Cpu,
+            rollouts: RolloutRange { first: 0, count: 2 },
+            epoch: 0,
+            submission: 0,
+            nonce: [0; 32],
+            seed: [3; 32],
+            deadline: UnixMillis(0),
+        }
+    }
+
+    fn honest() -> Group {
+        let lease = lease();
+        let rollouts = (0..2).map(|rollout| {
+            let tokens: Vec<u32> = (0..4)
+                .map(|t| (uniform(&lease.seed, rollout, t) / P) as u32)
+                .collect();
+            let logprobs = vec![P.ln() as f32; tokens.len()];
+            Rollout::single_turn(
+                vec![1],
+                tokens,
+                PolicyVersion(0),
+                logprobs,
+                FinishReason::Length,
+            )
+        });
+        Group {
+            lease: lease.id,
+            ticket: lease.ticket.id,
+            version: lease.version,
+            class: lease.class,
+            rollouts: rollouts.collect(),
+            commitments: Vec::new(),
+        }
+    }
+
+    fn scores(group: &Group) -> Vec<RolloutScores> {
+        let score = |token: u32| TokenScore {
+            logprob: P.ln() as f32,
+            cdf_below: f64::from(token) * P,
+            cdf_through: f64::from(token + 1) * P,
+        };
+        group
+            .rollouts
+            .iter()
+            .map(|r| r.drawn().0.into_iter().map(score).collect())
+            .collect()
+    }
+
+    fn judge(group: &Group) -> (Decision, Vec<Finding>) {
+        audit(&lease(), group, &scores(group), &Thresholds::SAME_CLASS)
+    }
+
+    fn drawn_mut(group: &mut Group, rollout: usize) -> (&mut Vec<u32>, &mut Vec<f32>) {
+        use muster_protocol::message::group::Segment;
+        match &mut group.rollouts[rollout].segments[1] {
+            Segment::Policy {
+                tokens,
+                rollout_logprobs,
+                ..
+            } => (tokens, rollout_logprobs),
+            _ => panic!("no policy segment"),
+        }
+    }
+
+    #[test]
+    fn the_honest_group_has_no_finding() {
+        assert_eq!(judge(&honest()), (Decision::Accept, Vec::new()));
+    }
+
+    #[test]
+    fn one_edited_token_is_rejected_with_its_place() {
+        let mut group = honest();
+        let (tokens, _) = drawn_mut(&mut group, 1);
+        tokens[2] = (tokens[2] + 1) % 4;
+        let (decision, findings) = judge(&group);
+        assert_eq!(decision, Decision::Reject);
+        assert!(
+            matches!(
+                findings[0],
+                Finding::Draws {
+                    rollout: 1,
+                    position: 2,
+                    ..
+                }
+            ),
+            "{findings:?}"
+        );
+    }
+
+    #[test]
+    fn one_log_prob_off_by_more_than_rounding_is_rejected() {
+        let mut group = honest();
+        drawn_mut(&mut group, 0).1[3] += 0.01;
+        let (decision, findings) = judge(&group);
+        assert_eq!(decision, Decision::Reject);
+        assert!(matches!(
+            findings[0],
+            Finding::Logprobs {
+                rollout: 0,
+                position: 3,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn scores_that_are_not_numbers_never_accept() {
+        let group = honest();
+        let mut scored = scores(&group);
+        scored[0][0].cdf_through = f64::NAN;
+        scored[0][0].cdf_below = f64::NAN;
+        scored[0][0].logprob = f32::NAN;
+        let (decision, _) = audit(&lease(), &group, &scored, &Thresholds::SAME_CLASS);
+        assert_eq!(decision, Decision::Reject);
+    }
+
+    #[test]
+    fn between_two_bounds_a_group_of_another_class_is_grey() {
+        let mut group = honest();
+        let scored = scores(&group);
+        let u = uniform(&lease().seed, 0, 0);
+        let mut moved = scored.clone();
+        moved[0][0].cdf_below = u + 0.03;
+        moved[0][0].cdf_through = u + 0.28;
+        let (decision, _) = audit(&lease(), &group, &moved, &Thresholds::CROSS_CLASS);
+        assert_eq!(decision, Decision::Grey);
+        group.rollouts.pop();
+        let (decision, _) = audit(&lease(), &group, &scored, &Thresholds::CROSS_CLASS);
+        assert_eq!(
+            decision,
+            Decision::Reject,
+            "a number of scores that does not fit"
+        );
+    }
+
+    #[test]
+    fn equal_answers_have_equal_digests_under_any_lease() {
+        let mut other = honest();
+        other.lease = LeaseId([9; 16]);
+        assert_eq!(draws_digest(&honest()), draws_digest(&other));
+        drawn_mut(&mut other, 0).0[0] ^= 1;
+        assert_ne!(draws_digest(&honest()), draws_digest(&other));
+    }
+}

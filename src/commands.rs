@@ -1,0 +1,152 @@
+//! The commands: what each takes, and where it is carried out.
+
+mod critic;
+mod dispatch;
+mod eval;
+mod learner;
+mod local;
+mod rollout;
+mod seed;
+mod trainer;
+mod warmup;
+
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use muster_broadcaster::SwarmConfig;
+
+/// An asynchronous RL post-training swarm.
+#[derive(Debug, Parser)]
+#[command(name = "muster", version, about)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the whole swarm on this machine and watch held-out accuracy rise; the same command resumes
+    Local(local::LocalArgs),
+    /// Train a small starting policy from scratch by supervision
+    Warmup(warmup::WarmupArgs),
+    /// Run dispatch and the trainer, and a NATS server unless one is named
+    Learner(learner::LearnerArgs),
+    /// Dispatch alone: tickets, leases, intake
+    Dispatch(dispatch::DispatchArgs),
+    /// The trainer alone: batches, steps, versions
+    Trainer(trainer::TrainerArgs),
+    /// A worker: answers tickets with the current policy
+    Rollout(rollout::RolloutArgs),
+    /// A critic: computes rewards and re-checks answers
+    Critic(critic::CriticArgs),
+    /// A seeder: passes weights on
+    Seed(seed::SeedArgs),
+    /// Accuracy on the held-out set, of a folder or of a run as it goes
+    Eval(eval::EvalArgs),
+}
+
+/// What every member of a run takes.
+#[derive(Debug, Clone, Args)]
+pub struct MemberArgs {
+    /// The member's credentials
+    #[arg(long, value_name = "FILE")]
+    creds: PathBuf,
+    /// Where the bus is, instead of what the credentials say
+    #[arg(long, value_name = "URL")]
+    nats: Option<String>,
+    /// Where to listen for peers, `host:port`; port 0 for any free one
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<std::net::SocketAddr>,
+    /// Under which `host:port` other peers reach this one, when it is not the address listened on
+    #[arg(long, value_name = "ADDRESS")]
+    advertise: Vec<String>,
+    /// Most megabits per second to upload; no limit by default
+    #[arg(long, value_name = "X")]
+    upload_mbps: Option<NonZeroU64>,
+}
+
+impl MemberArgs {
+    /// How this member takes part in the swarm.
+    fn swarm(&self) -> SwarmConfig {
+        let mut swarm = SwarmConfig {
+            advertise: self.advertise.clone(),
+            ..SwarmConfig::default()
+        };
+        swarm.listen = self.listen.unwrap_or(swarm.listen);
+        swarm.upload_bytes_per_second = self
+            .upload_mbps
+            .map(|mbps| mbps.saturating_mul(BYTES_PER_MEGABIT));
+        swarm
+    }
+}
+
+/// 10⁶ bits.
+const BYTES_PER_MEGABIT: NonZeroU64 = NonZeroU64::MIN.saturating_add(124_999);
+
+/// Carries out a command.
+///
+/// # Errors
+/// What the command could not do, in words that name the way out.
+pub fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Local(args) => local::run(args),
+        Command::Warmup(args) => in_process(async { warmup::run(&args) }),
+        Command::Learner(args) => learner::run(args),
+        Command::Dispatch(args) => in_process(dispatch::run(args)),
+        Command::Trainer(args) => in_process(trainer::run(args)),
+        Command::Rollout(args) => in_process(rollout::run(args)),
+        Command::Critic(args) => in_process(critic::run(args)),
+        Command::Seed(args) => in_process(seed::run(args)),
+        Command::Eval(args) => in_process(eval::run(args)),
+    }
+}
+
+/// Logs on stderr, `MUSTER_LOG` chooses what; `info` of our own crates by default.
+fn log_to_stderr() {
+    let filter =
+        EnvFilter::try_from_env("MUSTER_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false);
+    if subscriber.try_init().is_err() {
+        eprintln!("muster: logs were set up twice");
+    }
+}
+
+/// Logs above the display, so that lines do not tear it.
+fn log_to_screen(screen: &crate::screen::Screen) {
+    let filter =
+        EnvFilter::try_from_env("MUSTER_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
+    let writer = screen.log_writer();
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(move || writer.clone())
+        .with_ansi(false);
+    if subscriber.try_init().is_err() {
+        eprintln!("muster: logs were set up twice");
+    }
+}
+
+/// What is logged unless `MUSTER_LOG` says otherwise.
+const LOG_FILTER: &str = "warn,muster=info,muster_protocol=info,muster_rollout=info,muster_rewards=info,\
+                          muster_learner=info,muster_broadcaster=info";
+
+/// Runs a role to its end on a runtime of its own.
+fn in_process(role: impl Future<Output = Result<()>>) -> Result<()> {
+    log_to_stderr();
+    runtime()?.block_on(role)
+}
+
+/// One thread for talking: tensor work runs on threads of its own, and a small machine has few.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("the runtime cannot be started")
+}

@@ -1,0 +1,96 @@
+//! `muster dispatch`: tickets, leases, intake, verdicts.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use muster_learner::dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
+use muster_policy::ModelFolder;
+use muster_protocol::credentials::Roster;
+use muster_protocol::subject::Role;
+use muster_rewards::RewardConfig;
+
+use super::MemberArgs;
+use crate::config::RunConfig;
+use crate::prompts::TaskPrompts;
+use crate::run_dir::RunDir;
+use crate::seat::Seat;
+
+/// Label under which dispatch derives the secret that nonces and audits are drawn from.
+const SECRET_CONTEXT: &str = "muster 2026-11 dispatch draws v1";
+
+/// What `dispatch` takes.
+#[derive(Debug, Args)]
+pub struct DispatchArgs {
+    #[command(flatten)]
+    member: MemberArgs,
+    /// The run directory: configuration, roster, starting policy's tokenizer
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+}
+
+/// Serves until told to stop.
+pub async fn run(args: DispatchArgs) -> Result<()> {
+    let dir = RunDir::at(&args.run);
+    let config = dir.load_config()?;
+    let model = ModelFolder::read(&dir.model())?;
+    let rewards = RewardConfig {
+        task: config.task.clone(),
+        reward: config.reward.clone(),
+    };
+    let prepared = rewards.prepare(dir.root())?;
+    let tokens_max = config.sampling.tokens_max.get() as usize;
+    let room = model
+        .config
+        .max_position_embeddings
+        .saturating_sub(tokens_max);
+    let prompts = TaskPrompts::new(prepared.task, &model.tokenizer, config.run.seed, room)?;
+    let roster = Roster::load(&dir.roster())?;
+    let seat = Seat::take(
+        &args.member.creds,
+        Role::Dispatch,
+        args.member.nats.as_deref(),
+        args.member.swarm(),
+    )
+    .await?;
+    let secret = blake3_derive(seat.credentials.seed.secret_bytes());
+    let service = DispatchService::start(DispatchParts {
+        bus: seat.desk.bus().clone(),
+        identity: seat.identity.clone(),
+        run: seat.credentials.run.clone(),
+        learner: seat.credentials.learner,
+        roster,
+        prompts: Arc::new(prompts),
+        clock: seat.clock.clone(),
+        settings: settings(&config),
+        secret,
+    });
+    let service = tokio::select! {
+        started = service => started?,
+        () = seat.shutdown.cancelled() => return Ok(()),
+    };
+    service
+        .run(seat.shutdown.clone())
+        .await
+        .context("dispatch")?;
+    seat.leave().await;
+    Ok(())
+}
+
+fn settings(config: &RunConfig) -> DispatchSettings {
+    DispatchSettings {
+        batch_groups: config.learner.batch_groups.get() as u64,
+        steps: config.run.steps.get(),
+        ticket_ms: config.dispatch.ticket_ms.get(),
+        lease_ms: config.dispatch.lease_ms.get(),
+        audit: config.dispatch.audit,
+        critique: config.dispatch.critique,
+        conduct: config.dispatch.conduct,
+    }
+}
+
+fn blake3_derive(seed: &[u8; 32]) -> [u8; 32] {
+    muster_protocol::identity::derive_secret(SECRET_CONTEXT, seed)
+}

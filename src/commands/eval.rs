@@ -1,0 +1,241 @@
+//! `muster eval`: accuracy on the held-out set, of a folder, or of a run's versions as they come.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use muster_broadcaster::follower::{Follow, Held};
+use muster_learner::metrics::{EvalLine, JsonLines};
+use muster_policy::{Config, Device, Image, KernelSet, ModelFolder, Policy, Tokenizer};
+use muster_protocol::id::PolicyVersion;
+use muster_protocol::message::control::Phase;
+use muster_protocol::subject::Role;
+use muster_rewards::{RewardConfig, Split, Task};
+
+use crate::config::RunConfig;
+use crate::descriptor::stop_ids;
+use crate::evaluate::{Examination, Outcome};
+use crate::run_dir::RunDir;
+use crate::seat::{Seat, ending};
+
+/// How often a follower looks whether the run is over.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// What `eval` takes.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// A configuration with the task and the reward
+    config: Option<PathBuf>,
+    /// The model folder to evaluate
+    #[arg(long, value_name = "DIR", conflicts_with = "follow")]
+    model: Option<PathBuf>,
+    /// Answers per prompt: 1 is greedy, more are drawn at temperature 1
+    #[arg(long, default_value = "1", value_name = "N")]
+    samples: std::num::NonZeroUsize,
+    /// Print one JSON line
+    #[arg(long)]
+    json: bool,
+    /// Evaluate a run's versions as they come, into its eval.jsonl
+    #[arg(long, requires = "run", requires = "creds")]
+    follow: bool,
+    /// The run directory
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
+    /// An evaluator's credentials
+    #[arg(long, value_name = "FILE")]
+    creds: Option<PathBuf>,
+}
+
+/// Evaluates.
+pub async fn run(args: EvalArgs) -> Result<()> {
+    match (&args.run, &args.creds, &args.model) {
+        (Some(run), Some(creds), None) if args.follow => follow(run, creds).await,
+        (None, None, Some(model)) => folder(&args, model),
+        _ => bail!(
+            "name a model folder with --model and a configuration, or a run with --follow --run --creds"
+        ),
+    }
+}
+
+fn folder(args: &EvalArgs, folder: &Path) -> Result<()> {
+    let path = args
+        .config
+        .as_ref()
+        .context("name the configuration that holds the task: muster eval CONFIG --model DIR")?;
+    let config = RunConfig::load(path)?;
+    let base = path.parent().unwrap_or_else(|| ".".as_ref());
+    let rewards = RewardConfig {
+        task: config.task.clone(),
+        reward: config.reward.clone(),
+    };
+    let prepared = rewards.prepare(base)?;
+    let model = ModelFolder::read(folder)?;
+    let exam = Examination {
+        tokenizer: &model.tokenizer,
+        reward: &prepared.reward,
+        stop_ids: stop_ids(&config, &model.config, &model.tokenizer)?.into(),
+        tokens_max: config.sampling.tokens_max.get() as usize,
+    };
+    let policy = Policy::from_image(
+        &model.config,
+        &model.image,
+        config.model.kernels,
+        &Device::Cpu,
+    )?;
+    let items = prepared.task.items(Split::HeldOut);
+    let outcome = exam.run(&policy, items, args.samples.get(), config.run.seed)?;
+    print(&outcome, args.json);
+    Ok(())
+}
+
+#[allow(clippy::print_stdout)]
+fn print(outcome: &Outcome, json: bool) {
+    let Outcome {
+        accuracy,
+        samples,
+        seconds,
+        reward,
+    } = outcome;
+    if json {
+        let line =
+            serde_json::json!({"accuracy": accuracy, "samples": samples, "seconds": seconds});
+        println!("{line}");
+    } else {
+        println!(
+            "accuracy {:.1} % (mean reward {reward:.3}) on {samples} answers in {seconds:.1} s",
+            100.0 * accuracy
+        );
+    }
+}
+
+/// Evaluates version 0, every so many after it, and the last.
+async fn follow(run: &Path, creds: &Path) -> Result<()> {
+    let dir = RunDir::at(run);
+    let config = dir.load_config()?;
+    let rewards = RewardConfig {
+        task: config.task.clone(),
+        reward: config.reward.clone(),
+    };
+    let prepared = rewards.prepare(dir.root())?;
+    let seat = Seat::take(creds, Role::Evaluator, None, Default::default()).await?;
+    let joined = async {
+        let (model, tokenizer, _) = seat.model().await?;
+        let descriptor = seat.desk.descriptor().await?;
+        Ok::<_, anyhow::Error>((model, tokenizer, ending(&descriptor.body)))
+    };
+    let (model, tokenizer, (stop_ids, tokens_max)) = tokio::select! {
+        joined = joined => joined?,
+        () = seat.shutdown.cancelled() => return Ok(()),
+    };
+    let mut follower = seat.follow(Follow::Every).await?;
+    let lines = JsonLines::<EvalLine>::open(&dir.root().join("eval.jsonl"), |_| true)?;
+    let mut evaluator = Evaluator {
+        done: evaluated(dir.root())?,
+        every: config.eval.every.get(),
+        steps: config.run.steps.get(),
+        samples: config.eval.samples,
+        lines,
+        model,
+        tokenizer,
+        task: prepared.task,
+        reward: prepared.reward,
+        stop_ids,
+        tokens_max,
+    };
+    loop {
+        tokio::select! {
+            biased;
+            () = seat.shutdown.cancelled() => break,
+            () = follower.changed() => { follower.latest(); }
+            () = tokio::time::sleep(LOOK_EVERY) => {
+                let finished = matches!(seat.desk.control().await, Ok(state) if state.phase == Phase::Finished);
+                if finished && evaluator.done.contains(&evaluator.steps) {
+                    break;
+                }
+            }
+        }
+        while let Some(held) = follower.take_next() {
+            evaluator = evaluator.on_version(&held).await?;
+        }
+    }
+    seat.leave().await;
+    Ok(())
+}
+
+fn evaluated(dir: &Path) -> Result<std::collections::BTreeSet<u64>> {
+    let lines = muster_learner::metrics::read_all::<EvalLine>(&dir.join("eval.jsonl"))?;
+    Ok(lines
+        .into_iter()
+        .map(|line| line.policy_version.0)
+        .collect())
+}
+
+struct Evaluator {
+    done: std::collections::BTreeSet<u64>,
+    every: u64,
+    steps: u64,
+    samples: usize,
+    lines: JsonLines<EvalLine>,
+    model: Config,
+    tokenizer: Tokenizer,
+    task: Task,
+    reward: muster_rewards::Reward,
+    stop_ids: std::sync::Arc<[u32]>,
+    tokens_max: usize,
+}
+
+impl Evaluator {
+    fn is_due(&self, version: PolicyVersion) -> bool {
+        let number = version.0;
+        !self.done.contains(&number) && (number % self.every == 0 || number >= self.steps)
+    }
+
+    /// Evaluates a version on a thread that may block, if its turn has come.
+    async fn on_version(self, held: &Held) -> Result<Self> {
+        let version = held.version.body.version;
+        if !self.is_due(version) {
+            return Ok(self);
+        }
+        let image = held.image.clone();
+        let evaluated = tokio::task::spawn_blocking(move || {
+            let outcome = self.examine(&image);
+            (self, outcome)
+        });
+        let (mut evaluator, outcome) = evaluated.await.context("the evaluation ended early")?;
+        let Outcome {
+            accuracy,
+            samples,
+            seconds,
+            ..
+        } = outcome?;
+        evaluator.lines.append(&EvalLine {
+            policy_version: version,
+            accuracy,
+            samples,
+            seconds,
+        })?;
+        evaluator.done.insert(version.0);
+        tracing::info!(%version, accuracy = format!("{accuracy:.4}"), "evaluated");
+        Ok(evaluator)
+    }
+
+    fn examine(&self, image: &[u8]) -> Result<Outcome> {
+        let image = Image::parse(&self.model, image)?;
+        let policy = Policy::from_image(&self.model, &image, KernelSet::Fused, &Device::Cpu)?;
+        let exam = Examination {
+            tokenizer: &self.tokenizer,
+            reward: &self.reward,
+            stop_ids: self.stop_ids.clone(),
+            tokens_max: self.tokens_max,
+        };
+        let items = self.task.items(Split::HeldOut);
+        let count = if self.samples == 0 {
+            items.len()
+        } else {
+            self.samples.min(items.len())
+        };
+        exam.run(&policy, &items[..count], 1, 0)
+    }
+}

@@ -1,0 +1,103 @@
+//! `muster learner`: the lab's side of a run: dispatch and trainer as two processes, and a NATS server unless one is named.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use muster_rewards::RewardConfig;
+
+use crate::config::RunConfig;
+use crate::run_dir::RunDir;
+use crate::screen::{Screen, ScreenMode, Status};
+use crate::start_model::prepare;
+use crate::supervisor::{Supervised, stop};
+
+/// How often children and files are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// What `learner` takes.
+#[derive(Debug, Args)]
+pub struct LearnerArgs {
+    /// The run's configuration
+    config: PathBuf,
+    /// Where the bus is
+    #[arg(long, value_name = "URL")]
+    nats: String,
+    /// The run directory: roster and credentials of dispatch and trainer are read from here
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+}
+
+/// Runs dispatch and the trainer until told to stop.
+pub fn run(args: LearnerArgs) -> Result<()> {
+    let mut config = RunConfig::load(&args.config)?;
+    config.resolve_paths(args.config.parent().unwrap_or_else(|| Path::new(".")))?;
+    let dir = RunDir::at(&args.dir);
+    dir.open(&config)?;
+    for name in ["dispatch", "trainer"] {
+        if !dir.credentials(name).try_exists().unwrap_or(false) {
+            bail!(
+                "{} is missing: enrol the run's members first",
+                dir.credentials(name).display()
+            );
+        }
+    }
+    let screen = Screen::new(dir.root(), ScreenMode::of_stderr())?;
+    super::log_to_screen(&screen);
+    super::runtime()?.block_on(tend(args, config, dir, screen))
+}
+
+async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Screen) -> Result<()> {
+    let shutdown = CancellationToken::new();
+    crate::signals::cancel_on_signal(&TaskTracker::new(), &shutdown);
+    let rewards = RewardConfig {
+        task: config.task.clone(),
+        reward: config.reward.clone(),
+    };
+    let prepared = rewards.prepare(dir.root())?;
+    prepare(
+        &config,
+        &prepared.task,
+        &prepared.reward,
+        &dir.model(),
+        &mut |_| {},
+    )?;
+    let mut children = Vec::new();
+    for name in ["dispatch", "trainer"] {
+        let creds = dir.credentials(name).display().to_string();
+        let run = dir.root().display().to_string();
+        let words = [name, "--creds", &creds, "--run", &run, "--nats", &args.nats];
+        let arguments = words.iter().map(|word| (*word).to_owned()).collect();
+        children.push(Supervised::start(name, arguments, dir.log(name)).await?);
+    }
+    let outcome = loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break Ok(()),
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+        let mut failed = None;
+        for child in &mut children {
+            failed = child.tend().await.err().or(failed);
+        }
+        if let Some(error) = failed {
+            break Err(error).context("the learner cannot go on");
+        }
+        let processes = children.iter().map(Supervised::shown).collect();
+        let steps_total = config.run.steps.get();
+        screen.tick(
+            Instant::now(),
+            &Status {
+                steps_total,
+                phase: String::new(),
+                processes,
+            },
+        )?;
+    };
+    stop(&children).await;
+    screen.finish();
+    outcome
+}

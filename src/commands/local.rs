@@ -1,0 +1,305 @@
+//! `muster local`: the whole swarm on one machine. The roles are separate processes of this same binary, each under its own
+//! credentials, as they would be on other machines.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use muster_protocol::nats_server::{Member as ServerMember, NatsServer, ServerConfig};
+use muster_protocol::subject::Role;
+use muster_rewards::RewardConfig;
+
+use crate::config::{QUICKSTART, RunConfig};
+use crate::record::{RunRecord, newest_checkpoint};
+use crate::run_dir::RunDir;
+use crate::screen::{Screen, ScreenMode, Status};
+use crate::start_model::{Progress, prepare};
+use crate::supervisor::{Supervised, stop};
+use crate::{report, summary};
+
+/// How often children and files are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long the children may take to end by themselves once the run is finished.
+const GOODBYE: Duration = Duration::from_secs(3);
+
+/// What `local` takes.
+#[derive(Debug, Args)]
+pub struct LocalArgs {
+    /// The run's configuration; the quickstart without one
+    config: Option<PathBuf>,
+    /// Rollout workers
+    #[arg(long)]
+    workers: Option<usize>,
+    /// Critics
+    #[arg(long)]
+    critics: Option<usize>,
+    /// Steps to take
+    #[arg(long)]
+    steps: Option<std::num::NonZeroU64>,
+    /// The run directory; runs/NAME by default
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Seed of the starting policy and of the order of prompts
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Print only the summary
+    #[arg(long)]
+    quiet: bool,
+    /// The nats-server program, instead of the one found
+    #[arg(long, value_name = "FILE")]
+    nats_server: Option<PathBuf>,
+}
+
+/// A run's members on this machine, by name.
+fn members(config: &RunConfig) -> Vec<(String, Role)> {
+    let mut members = vec![
+        ("dispatch".to_owned(), Role::Dispatch),
+        ("trainer".to_owned(), Role::Trainer),
+    ];
+    let numbered = |name: &str, role: Role, count: usize| -> Vec<(String, Role)> {
+        (1..=count).map(|n| (format!("{name}-{n}"), role)).collect()
+    };
+    members.extend(numbered("worker", Role::Worker, config.local.workers));
+    members.extend(numbered("critic", Role::Critic, config.local.critics));
+    members.extend(numbered("seeder", Role::Seeder, config.local.seeders));
+    members.push(("evaluator".to_owned(), Role::Evaluator));
+    members
+}
+
+/// The arguments by which this binary plays a member's part.
+fn arguments(config: &RunConfig, dir: &RunDir, name: &str, role: Role) -> Vec<String> {
+    let creds = dir.credentials(name).display().to_string();
+    let run = dir.root().display().to_string();
+    let text = |words: &[&str]| {
+        words
+            .iter()
+            .map(|word| (*word).to_owned())
+            .collect::<Vec<_>>()
+    };
+    match role {
+        Role::Dispatch => text(&["dispatch", "--creds", &creds, "--run", &run]),
+        Role::Trainer => text(&["trainer", "--creds", &creds, "--run", &run]),
+        Role::Worker => {
+            let rows = config.worker.rollouts_max.to_string();
+            text(&["rollout", "--creds", &creds, "--rollouts-max", &rows])
+        }
+        Role::Critic => {
+            let groups = config.critic.groups_max.to_string();
+            text(&["critic", "--creds", &creds, "--groups-max", &groups])
+        }
+        Role::Seeder => text(&["seed", "--creds", &creds]),
+        Role::Evaluator => text(&["eval", "--follow", "--creds", &creds, "--run", &run]),
+    }
+}
+
+/// Reads the configuration and applies the flags.
+fn resolve(args: &LocalArgs) -> Result<RunConfig> {
+    let (mut config, base) = match &args.config {
+        Some(path) => (RunConfig::load(path)?, path.parent().map(Path::to_owned)),
+        None => (
+            RunConfig::parse(QUICKSTART, Path::new("configs/quickstart.toml"))?,
+            None,
+        ),
+    };
+    config.resolve_paths(&base.unwrap_or_default())?;
+    config.local.workers = args.workers.unwrap_or(config.local.workers);
+    config.local.critics = args.critics.unwrap_or(config.local.critics);
+    config.run.steps = args.steps.unwrap_or(config.run.steps);
+    config.run.seed = args.seed.unwrap_or(config.run.seed);
+    if let Err(problem) = config.validate().and_then(|()| config.validate_local()) {
+        bail!("{problem}");
+    }
+    Ok(config)
+}
+
+/// Runs the swarm to its end.
+pub fn run(args: LocalArgs) -> Result<()> {
+    let config = resolve(&args)?;
+    let root = args
+        .dir
+        .clone()
+        .unwrap_or_else(|| Path::new("runs").join(config.run.name.as_str()));
+    let dir = RunDir::at(&root);
+    dir.open(&config)?;
+    let dir = RunDir::at(
+        &root
+            .canonicalize()
+            .with_context(|| format!("{} cannot be used", root.display()))?,
+    );
+    let mode = if args.quiet {
+        ScreenMode::Quiet
+    } else {
+        ScreenMode::of_stderr()
+    };
+    let screen = Screen::new(dir.root(), mode)?;
+    crate::commands::log_to_screen(&screen);
+    super::runtime()?.block_on(swarm(args, config, dir, screen))
+}
+
+async fn swarm(args: LocalArgs, config: RunConfig, dir: RunDir, mut screen: Screen) -> Result<()> {
+    let shutdown = CancellationToken::new();
+    crate::signals::cancel_on_signal(&TaskTracker::new(), &shutdown);
+    if is_complete(&config, &dir)? {
+        screen.note(&format!(
+            "the run in {} is finished already",
+            dir.root().display()
+        ));
+        return conclude(&dir, screen);
+    }
+    start_policy(&config, &dir, &mut screen)?;
+    let mut server = start_server(&args, &config, &dir).await?;
+    let mut children = Vec::new();
+    let outcome = tokio::select! {
+        outcome = tend(&args, &config, &dir, &mut screen, &mut server, &mut children) => outcome,
+        () = shutdown.cancelled() => Err(anyhow::anyhow!(
+            "stopped; the same command goes on with the run in {}", dir.root().display()
+        )),
+    };
+    stop(&children).await;
+    server.stop().await;
+    outcome?;
+    conclude(&dir, screen)
+}
+
+/// The starting policy, made here if it is not there yet.
+fn start_policy(config: &RunConfig, dir: &RunDir, screen: &mut Screen) -> Result<()> {
+    let rewards = RewardConfig {
+        task: config.task.clone(),
+        reward: config.reward.clone(),
+    };
+    let prepared = rewards.prepare(dir.root())?;
+    let mut tell = |progress: Progress| {
+        let Progress {
+            updates,
+            accuracy,
+            seconds,
+            ..
+        } = progress;
+        let phase = format!(
+            "warm-up: {updates} updates, {:.0} % right on the development split, {seconds:.0} s",
+            100.0 * accuracy
+        );
+        if let Err(error) = screen.tick(
+            Instant::now(),
+            &Status {
+                phase,
+                ..Status::default()
+            },
+        ) {
+            tracing::debug!(%error, "the display");
+        }
+    };
+    prepare(
+        config,
+        &prepared.task,
+        &prepared.reward,
+        &dir.model(),
+        &mut tell,
+    )?;
+    Ok(())
+}
+
+async fn start_server(args: &LocalArgs, config: &RunConfig, dir: &RunDir) -> Result<NatsServer> {
+    let members = members(config);
+    let roster = dir.enrol(config, &members, "nats://127.0.0.1:0")?;
+    let users = roster.members.iter();
+    let users = users
+        .map(|m| ServerMember {
+            user: m.user.clone(),
+            role: m.role,
+        })
+        .collect();
+    let mut server = ServerConfig::new(&config.run.name, &dir.nats(), users);
+    server.binary.clone_from(&args.nats_server);
+    server.project = std::env::current_dir().context("the working directory is not known")?;
+    server.port = Some(config.local.port).filter(|port| *port != 0);
+    let server = NatsServer::start(&server).await?;
+    dir.enrol(config, &members, &server.url())?;
+    Ok(server)
+}
+
+/// Keeps everybody running until the run is complete.
+async fn tend(
+    args: &LocalArgs,
+    config: &RunConfig,
+    dir: &RunDir,
+    screen: &mut Screen,
+    server: &mut NatsServer,
+    children: &mut Vec<Supervised>,
+) -> Result<()> {
+    for (name, role) in members(config) {
+        let arguments = arguments(config, dir, &name, role);
+        children.push(Supervised::start(&name, arguments, dir.log(&name)).await?);
+    }
+    let mut goodbye = None;
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        if server.pid().is_none() {
+            tracing::warn!(
+                words = server.ended().await,
+                "the NATS server ended: it is started again"
+            );
+            *server = start_server(args, config, dir).await?;
+        }
+        for child in children.iter_mut() {
+            child.tend().await?;
+        }
+        let processes = children.iter().map(Supervised::shown).collect();
+        let steps_total = config.run.steps.get();
+        screen.tick(
+            Instant::now(),
+            &Status {
+                steps_total,
+                phase: String::new(),
+                processes,
+            },
+        )?;
+        if is_complete(config, dir)? {
+            let since = *goodbye.get_or_insert_with(Instant::now);
+            let volunteers = children
+                .iter()
+                .filter(|child| !child.shown().name.starts_with("trainer"));
+            let gone = volunteers
+                .filter(|c| !c.shown().name.starts_with("dispatch"))
+                .all(Supervised::is_done);
+            if gone || since.elapsed() > GOODBYE {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Whether the last step was taken and evaluated, and its checkpoint written.
+fn is_complete(config: &RunConfig, dir: &RunDir) -> Result<bool> {
+    let steps = config.run.steps.get();
+    if !dir
+        .checkpoint(steps)
+        .join("manifest.json")
+        .try_exists()
+        .unwrap_or(false)
+    {
+        return Ok(false);
+    }
+    let lines = muster_learner::metrics::read_all::<muster_learner::metrics::EvalLine>(
+        &dir.root().join("eval.jsonl"),
+    )?;
+    Ok(lines.iter().any(|line| line.policy_version.0 == steps))
+}
+
+/// Report and summary.
+#[allow(clippy::print_stdout)]
+fn conclude(dir: &RunDir, screen: Screen) -> Result<()> {
+    screen.finish();
+    let path = report::write(dir.root())?;
+    let record = RunRecord::load(dir.root())?;
+    let checkpoint = newest_checkpoint(dir.root())?;
+    println!(
+        "{}",
+        summary::summary(&record, Some(&path), checkpoint.as_deref())
+    );
+    Ok(())
+}

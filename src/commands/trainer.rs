@@ -1,0 +1,89 @@
+//! `muster trainer`: batches, steps, versions.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use muster_broadcaster::uploads::Sharing;
+use muster_learner::policy_stepper::{ModelConfig, PolicyStepper};
+use muster_learner::trainer::{Trainer, TrainerParts, TrainerSettings};
+use muster_policy::ModelFolder;
+use muster_protocol::credentials::Roster;
+use muster_protocol::subject::Role;
+use muster_rewards::RewardConfig;
+
+use super::MemberArgs;
+use crate::descriptor::{describe, run_files};
+use crate::run_dir::RunDir;
+use crate::seat::Seat;
+
+/// What `trainer` takes.
+#[derive(Debug, Args)]
+pub struct TrainerArgs {
+    #[command(flatten)]
+    member: MemberArgs,
+    /// The run directory: configuration, roster, starting policy; checkpoints and metrics are written here
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+}
+
+/// Trains until the last step, then serves until told to stop.
+pub async fn run(args: TrainerArgs) -> Result<()> {
+    let dir = RunDir::at(&args.run);
+    let config = dir.load_config()?;
+    let model = ModelFolder::read(&dir.model())?;
+    let rewards = RewardConfig {
+        task: config.task.clone(),
+        reward: config.reward.clone(),
+    };
+    let prepared = rewards.prepare(dir.root())?;
+    let roster = Roster::load(&dir.roster())?;
+    let files = run_files(&dir.model(), &model, config.model.storage)?;
+    let descriptor = describe(&config, &model, &files, &prepared.task, &roster)?;
+    let parts = ModelConfig {
+        config: model.config.clone(),
+        storage: config.model.storage,
+        kernels: config.model.kernels,
+        device: muster_policy::device(&config.model.device)?,
+    };
+    let (steps, async_level) = (config.run.steps.get(), config.run.async_level);
+    let train = config.learner.train.clone();
+    let stepper = PolicyStepper::new(parts, train, &model.image, steps, async_level)?;
+    let mut swarm = args.member.swarm();
+    swarm.sharing = Sharing::FirstCopies;
+    swarm.store.versions_kept = swarm.store.versions_kept.max(async_level as usize + 2);
+    let seat = Seat::take(
+        &args.member.creds,
+        Role::Trainer,
+        args.member.nats.as_deref(),
+        swarm,
+    )
+    .await?;
+    let trainer = Trainer::start(TrainerParts {
+        desk: seat.desk.clone(),
+        roster,
+        dir: args.run.clone(),
+        stepper: Box::new(stepper),
+        outlet: Arc::new(seat.swarm.clone()),
+        descriptor,
+        files,
+        settings: TrainerSettings {
+            batch_groups: config.learner.batch_groups.get(),
+            steps,
+            checkpoint_every: config.learner.checkpoint_every.get(),
+            advantage: config.learner.advantage,
+        },
+    });
+    let trainer = tokio::select! {
+        started = trainer => started?,
+        () = seat.shutdown.cancelled() => return Ok(()),
+    };
+    trainer
+        .run(seat.shutdown.clone())
+        .await
+        .context("trainer")?;
+    seat.leave().await;
+    Ok(())
+}

@@ -1,0 +1,597 @@
+//! A run's configuration: one TOML file, every default written out into the run directory.
+//!
+//! Order: defaults, then the file, then flags. Unknown keys are refused. Rules between sections are in
+//! [`RunConfig::validate`]; each section checks itself.
+
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use muster_learner::advantage::AdvantageConfig;
+use muster_learner::dispatch::audit::AuditConfig;
+use muster_learner::dispatch::judging::CritiqueConfig;
+use muster_learner::dispatch::workers::ConductConfig;
+use muster_learner::policy_stepper::TrainConfig;
+use muster_policy::{KernelSet, Storage};
+use muster_protocol::id::RunId;
+use muster_protocol::message::descriptor::Thresholds;
+use muster_rewards::{RewardEntry, TaskConfig};
+
+/// The configuration of the quickstart, so that the binary needs no file to show what it does.
+pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
+
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// No such file, or unreadable.
+    #[error("configuration {path} cannot be read: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not what it should be.
+    #[error("{path}:{line}: {problem}")]
+    Malformed {
+        /// Which file.
+        path: PathBuf,
+        /// Where.
+        line: usize,
+        /// What is wrong, and the way out.
+        problem: String,
+    },
+    /// Sections that do not fit one another.
+    #[error("{path}: {problem}")]
+    Invalid {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, and the way out.
+        problem: String,
+    },
+}
+
+/// `[run]`: which run this is and how long it goes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunSection {
+    /// The run's name: a-z, 0-9 and `-`.
+    pub name: RunId,
+    /// Seed of the starting policy and of the order of prompts.
+    pub seed: u64,
+    /// Steps to take.
+    pub steps: NonZeroU64,
+    /// Largest staleness of a group, in steps; 0 waits for every version.
+    pub async_level: u64,
+}
+
+impl Default for RunSection {
+    fn default() -> Self {
+        Self {
+            name: "run"
+                .parse()
+                .unwrap_or_else(|_| unreachable!("`run` is a valid name")),
+            seed: 1,
+            steps: NonZeroU64::MIN.saturating_add(99),
+            async_level: 2,
+        }
+    }
+}
+
+/// `[model]`: what is trained.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSection {
+    /// A Hugging Face folder to start from; without one, `[warmup]` makes the starting policy.
+    pub path: Option<PathBuf>,
+    /// Storage of the published weights.
+    pub storage: Storage,
+    /// Kernels of workers, critics and trainer.
+    pub kernels: KernelSet,
+    /// Where the trainer computes: `cpu` or `cuda:N`.
+    pub device: String,
+}
+
+impl Default for ModelSection {
+    fn default() -> Self {
+        let (storage, kernels) = (Storage::Bf16, KernelSet::Fused);
+        Self {
+            path: None,
+            storage,
+            kernels,
+            device: "cpu".to_owned(),
+        }
+    }
+}
+
+/// `[warmup]`: a small policy from scratch, by supervision on the task's demonstrations.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WarmupSection {
+    /// Width of the residual stream.
+    pub hidden: NonZeroUsize,
+    /// Width of the gated MLP.
+    pub intermediate: NonZeroUsize,
+    /// Layers.
+    pub layers: NonZeroUsize,
+    /// Attention heads.
+    pub heads: NonZeroUsize,
+    /// Key-value heads.
+    pub kv_heads: NonZeroUsize,
+    /// Rows of the embedding, at least the tokenizer's vocabulary.
+    pub vocabulary: NonZeroUsize,
+    /// Longest text.
+    pub positions: NonZeroUsize,
+    /// Demonstrations per update.
+    pub batch: NonZeroUsize,
+    /// Step size after its own warm-up.
+    pub learning_rate: f32,
+    /// Updates over which the step size rises.
+    pub warmup_updates: u64,
+    /// Most updates.
+    pub updates_max: u64,
+    /// The development split is tried every so many updates.
+    pub check_every: NonZeroU64,
+    /// Greedy accuracy on the development split at which warm-up stops: low enough to leave room, high enough that
+    /// sampled groups are sometimes right.
+    pub stop_accuracy: f64,
+}
+
+impl Default for WarmupSection {
+    fn default() -> Self {
+        let n = |value: usize| NonZeroUsize::MIN.saturating_add(value - 1);
+        Self {
+            hidden: n(96),
+            intermediate: n(256),
+            layers: n(3),
+            heads: n(4),
+            kv_heads: n(2),
+            vocabulary: n(32),
+            positions: n(128),
+            batch: n(96),
+            learning_rate: 2e-3,
+            warmup_updates: 50,
+            updates_max: 1_000,
+            check_every: NonZeroU64::MIN.saturating_add(9),
+            stop_accuracy: 0.55,
+        }
+    }
+}
+
+/// `[sampling]`: how groups are drawn.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingSection {
+    /// Rollouts per group, G.
+    pub group_size: NonZeroU32,
+    /// Divides the logits.
+    pub temperature: f32,
+    /// Longest answer in tokens, the stop token included.
+    pub tokens_max: NonZeroU32,
+    /// Tokens that end an answer, as text; the model's own end tokens when empty.
+    pub stop: Vec<String>,
+    /// Not supported, and refused with the reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// Not supported, and refused with the reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f32>,
+}
+
+impl Default for SamplingSection {
+    fn default() -> Self {
+        Self {
+            group_size: NonZeroU32::MIN.saturating_add(7),
+            temperature: 1.0,
+            tokens_max: NonZeroU32::MIN.saturating_add(255),
+            stop: Vec::new(),
+            top_k: None,
+            top_p: None,
+        }
+    }
+}
+
+/// `[learner]`: batches and training.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LearnerSection {
+    /// Groups per batch, B.
+    pub batch_groups: NonZeroUsize,
+    /// Full state and a checkpoint folder every so many steps.
+    pub checkpoint_every: NonZeroU64,
+    /// How rewards become advantages.
+    pub advantage: AdvantageConfig,
+    /// Objective, schedule, optimizer, updates and shards.
+    pub train: TrainConfig,
+}
+
+impl Default for LearnerSection {
+    fn default() -> Self {
+        Self {
+            batch_groups: NonZeroUsize::MIN.saturating_add(31),
+            checkpoint_every: NonZeroU64::MIN.saturating_add(19),
+            advantage: AdvantageConfig::default(),
+            train: TrainConfig::default(),
+        }
+    }
+}
+
+/// `[dispatch]`: tickets, leases, audits, verdicts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DispatchSection {
+    /// How long a ticket may stay unanswered, in milliseconds.
+    pub ticket_ms: NonZeroU64,
+    /// How long a worker may take over a lease, in milliseconds.
+    pub lease_ms: NonZeroU64,
+    /// Which groups a forward pass re-checks.
+    pub audit: AuditConfig,
+    /// How many critics must agree.
+    pub critique: CritiqueConfig,
+    /// When members are paused.
+    pub conduct: ConductConfig,
+    /// Bounds where worker and critic compute alike.
+    pub same_class: Thresholds,
+    /// Bounds where they do not.
+    pub cross_class: Thresholds,
+}
+
+impl Default for DispatchSection {
+    fn default() -> Self {
+        Self {
+            ticket_ms: NonZeroU64::MIN.saturating_add(299_999),
+            lease_ms: NonZeroU64::MIN.saturating_add(29_999),
+            audit: AuditConfig::default(),
+            critique: CritiqueConfig::default(),
+            conduct: ConductConfig::default(),
+            same_class: Thresholds::SAME_CLASS,
+            cross_class: Thresholds::CROSS_CLASS,
+        }
+    }
+}
+
+/// `[worker]`: how much a worker takes at once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkerSection {
+    /// Rollouts leased and decoded together.
+    pub rollouts_max: NonZeroU32,
+}
+
+impl Default for WorkerSection {
+    fn default() -> Self {
+        Self {
+            rollouts_max: NonZeroU32::MIN.saturating_add(63),
+        }
+    }
+}
+
+/// `[critic]`: how much a critic takes at once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CriticSection {
+    /// Groups judged together.
+    pub groups_max: NonZeroU32,
+}
+
+impl Default for CriticSection {
+    fn default() -> Self {
+        Self {
+            groups_max: NonZeroU32::MIN.saturating_add(15),
+        }
+    }
+}
+
+/// `[eval]`: the held-out set during a run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalSection {
+    /// Every so many versions, and the last.
+    pub every: NonZeroU64,
+    /// Held-out prompts; all of them when 0.
+    pub samples: usize,
+}
+
+impl Default for EvalSection {
+    fn default() -> Self {
+        Self {
+            every: NonZeroU64::MIN.saturating_add(9),
+            samples: 0,
+        }
+    }
+}
+
+/// `[local]`: who takes part on one machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LocalSection {
+    /// Rollout workers.
+    pub workers: usize,
+    /// Critics.
+    pub critics: usize,
+    /// Seeders: peers that only pass weights on.
+    pub seeders: usize,
+    /// The NATS server's port; 0 for any free one.
+    pub port: u16,
+}
+
+impl Default for LocalSection {
+    fn default() -> Self {
+        Self {
+            workers: 2,
+            critics: 1,
+            seeders: 0,
+            port: 0,
+        }
+    }
+}
+
+/// A run's whole configuration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Which run.
+    #[serde(default)]
+    pub run: RunSection,
+    /// What is trained.
+    #[serde(default)]
+    pub model: ModelSection,
+    /// How the starting policy is made.
+    #[serde(default)]
+    pub warmup: WarmupSection,
+    /// How groups are drawn.
+    #[serde(default)]
+    pub sampling: SamplingSection,
+    /// Batches and training.
+    #[serde(default)]
+    pub learner: LearnerSection,
+    /// Tickets, leases, audits, verdicts.
+    #[serde(default)]
+    pub dispatch: DispatchSection,
+    /// Workers.
+    #[serde(default)]
+    pub worker: WorkerSection,
+    /// Critics.
+    #[serde(default)]
+    pub critic: CriticSection,
+    /// The held-out set.
+    #[serde(default)]
+    pub eval: EvalSection,
+    /// One machine.
+    #[serde(default)]
+    pub local: LocalSection,
+    /// What is asked.
+    pub task: TaskConfig,
+    /// What an answer is worth.
+    pub reward: Vec<RewardEntry>,
+}
+
+impl RunConfig {
+    /// Reads a configuration file. Paths in it are relative to its folder.
+    ///
+    /// # Errors
+    /// Names the file, the line and the way out.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Reads the text of a configuration file.
+    ///
+    /// # Errors
+    /// As [`RunConfig::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let offset = error.span().map_or(0, |span| span.start);
+            let line = text.get(..offset).unwrap_or(text).matches('\n').count() + 1;
+            let problem = error.message().replace('\n', " ");
+            let path = path.to_owned();
+            ConfigError::Malformed {
+                path,
+                line,
+                problem: with_way_out(&problem),
+            }
+        })?;
+        config.validate().map_err(|problem| ConfigError::Invalid {
+            path: path.to_owned(),
+            problem,
+        })?;
+        Ok(config)
+    }
+
+    /// The configuration with every default written out.
+    ///
+    /// # Errors
+    /// Never for a configuration that was read; the writer's own error otherwise.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string_pretty(self)
+    }
+
+    /// Makes the paths in it absolute: they are relative to the file's folder, and the run directory is another one.
+    ///
+    /// # Errors
+    /// When the working directory is not known.
+    pub fn resolve_paths(&mut self, base: &Path) -> std::io::Result<()> {
+        let base = std::path::absolute(if base.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            base
+        })?;
+        if let Some(path) = &mut self.model.path {
+            *path = base.join(&*path);
+        }
+        if let TaskConfig::Jsonl(jsonl) = &mut self.task {
+            jsonl.file = base.join(&jsonl.file).display().to_string();
+        }
+        Ok(())
+    }
+
+    /// Rules between sections. Returns what is wrong, and the way out.
+    ///
+    /// # Errors
+    /// The first rule broken.
+    pub fn validate(&self) -> Result<(), String> {
+        let sampling = &self.sampling;
+        if sampling.top_k.is_some() || sampling.top_p.is_some() {
+            return Err("`sampling.top_k` and `sampling.top_p` are not supported: their masks make honest tokens \
+                        impossible under another machine's rounding, so that critics would reject the honest; \
+                        take them out and use `temperature` alone"
+                .to_owned());
+        }
+        if !(sampling.temperature > 0.0 && sampling.temperature <= 10.0) {
+            let found = sampling.temperature;
+            return Err(format!(
+                "`sampling.temperature` is {found}, choose one above 0 and at most 10"
+            ));
+        }
+        if sampling.group_size.get() < 2 {
+            return Err(
+                "`sampling.group_size` is 1: a group of one has no advantage; choose 2 or more"
+                    .to_owned(),
+            );
+        }
+        if self.run.async_level > 16 {
+            let found = self.run.async_level;
+            return Err(format!(
+                "`run.async_level` is {found}, at most 16: older groups teach nothing"
+            ));
+        }
+        self.learner
+            .train
+            .objective
+            .validate()
+            .map_err(|error| error.to_string())?;
+        self.learner
+            .train
+            .schedule
+            .validate()
+            .map_err(|error| error.to_string())?;
+        self.learner
+            .advantage
+            .validate()
+            .map_err(|error| error.to_string())?;
+        let audit = self.dispatch.audit.share_min;
+        if !(0.0..=1.0).contains(&audit) {
+            return Err(format!(
+                "`dispatch.audit.share_min` is {audit}, choose a share from 0 to 1"
+            ));
+        }
+        let verdicts = self.dispatch.critique.verdicts;
+        if verdicts == 0 || verdicts > self.dispatch.critique.critics_max {
+            let most = self.dispatch.critique.critics_max;
+            return Err(format!(
+                "`dispatch.critique.verdicts` is {verdicts}, choose 1 to `critics_max` = {most}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Rules for a run on one machine.
+    ///
+    /// # Errors
+    /// The first rule broken.
+    pub fn validate_local(&self) -> Result<(), String> {
+        let audit = self.dispatch.audit.share_min;
+        if self.local.workers == 0 {
+            return Err("`local.workers` is 0: nobody would answer; choose 1 or more".to_owned());
+        }
+        if self.local.critics == 0 && audit > 0.0 {
+            return Err(format!(
+                "`dispatch.audit.share_min` is {audit} but `local.critics` is 0: nobody could audit; \
+                 set `local.critics` to 1 or more"
+            ));
+        }
+        if self.local.critics == 0 {
+            return Err(
+                "`local.critics` is 0: nobody would compute rewards; choose 1 or more".to_owned(),
+            );
+        }
+        if self.local.critics < self.dispatch.critique.verdicts as usize {
+            let (critics, verdicts) = (self.local.critics, self.dispatch.critique.verdicts);
+            return Err(format!(
+                "`dispatch.critique.verdicts` is {verdicts} but `local.critics` is {critics}: no group could be \
+                 settled; raise `local.critics`"
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn with_way_out(problem: &str) -> String {
+    if problem.starts_with("unknown field") {
+        format!("{problem}; correct the key or take it out")
+    } else if problem.starts_with("missing field") {
+        format!("{problem}; add it")
+    } else {
+        problem.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        RunConfig::parse(text, Path::new("x.toml"))
+            .unwrap_err()
+            .to_string()
+    }
+
+    const LEAST: &str =
+        "[task]\ntype = \"running_sums\"\n[[reward]]\ntype = \"exact_match\"\nname = \"right\"\n";
+
+    #[test]
+    fn every_configuration_in_the_tree_is_valid_and_survives_being_written_out() {
+        for entry in std::fs::read_dir("configs").unwrap() {
+            let path = entry.unwrap().path();
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "toml")
+            {
+                let config = RunConfig::load(&path).unwrap();
+                let text = config.to_toml().unwrap();
+                RunConfig::parse(&text, &path).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_mistyped_key_is_named_with_its_line() {
+        let found = error(&format!("[run]\nsetps = 3\n{LEAST}"));
+        assert!(
+            found.starts_with("x.toml:2: unknown field `setps`"),
+            "{found}"
+        );
+        assert!(!found.contains('\n'));
+    }
+
+    #[test]
+    fn a_missing_section_is_named() {
+        let found = error("[run]\nsteps = 3\n");
+        assert!(
+            found.contains("missing field `task`") && found.ends_with("add it"),
+            "{found}"
+        );
+    }
+
+    #[test]
+    fn top_p_is_refused_with_the_reason() {
+        let found = error(&format!("[sampling]\ntop_p = 0.9\n{LEAST}"));
+        assert!(found.contains("critics would reject the honest"), "{found}");
+    }
+
+    #[test]
+    fn an_audit_rate_without_a_critic_is_refused() {
+        let text = format!("[local]\ncritics = 0\n{LEAST}");
+        let config = RunConfig::parse(&text, Path::new("x.toml")).unwrap();
+        let found = config.validate_local().unwrap_err();
+        assert!(
+            found.contains("audit") && found.contains("local.critics"),
+            "{found}"
+        );
+    }
+}

@@ -1,0 +1,150 @@
+//! The run's descriptor, from its configuration and its starting policy: what all machines of the run must agree on.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+
+use muster_learner::trainer::announce::RunFile;
+use muster_policy::{Config, ModelFolder, Storage, Tokenizer};
+use muster_protocol::credentials::Roster;
+use muster_protocol::id::{ContentHash, PolicyVersion};
+use muster_protocol::message::descriptor::Descriptor;
+use muster_protocol::message::lease::NumericClass;
+use muster_protocol::message::ticket::SamplingRules;
+use muster_protocol::subject::Role;
+use muster_rewards::{RewardConfig, Task};
+
+use crate::config::RunConfig;
+
+/// Files that make a checkpoint a folder that other libraries load; those that the starting policy has are taken along.
+const OPTIONAL_FILES: [&str; 3] = [
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+];
+
+/// The files that travel with every version.
+///
+/// # Errors
+/// When one cannot be read.
+pub fn run_files(folder: &Path, model: &ModelFolder, storage: Storage) -> Result<Vec<RunFile>> {
+    let file = |name: &str, bytes: Vec<u8>| RunFile {
+        name: name.to_owned(),
+        bytes: Bytes::from(bytes),
+    };
+    let config = model.config.to_json(storage.torch_name()).into_bytes();
+    let tokenizer = model.tokenizer.json().as_bytes().to_vec();
+    let mut files = vec![
+        file("config.json", config),
+        file("tokenizer.json", tokenizer),
+    ];
+    for name in OPTIONAL_FILES {
+        let path = folder.join(name);
+        if path.try_exists().unwrap_or(false) {
+            let bytes = std::fs::read(&path)
+                .with_context(|| format!("{} cannot be read", path.display()))?;
+            files.push(file(name, bytes));
+        }
+    }
+    Ok(files)
+}
+
+/// The ids that end an answer: those that the configuration names as text, else the model's own.
+///
+/// # Errors
+/// When a text is not one token, or there is no end at all.
+pub fn stop_ids(config: &RunConfig, model: &Config, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let named = &config.sampling.stop;
+    if named.is_empty() {
+        if model.eos_token_ids.is_empty() {
+            bail!("the model names no end token: name one in `sampling.stop`");
+        }
+        return Ok(model.eos_token_ids.clone());
+    }
+    let id = |text: &String| {
+        let missing =
+            || format!("`sampling.stop` names {text:?}, which is not a token of this model");
+        tokenizer.id(text).with_context(missing)
+    };
+    named.iter().map(id).collect()
+}
+
+/// How groups of the run are drawn.
+///
+/// # Errors
+/// As [`stop_ids`], and when an answer may be longer than the model can read.
+pub fn sampling_rules(
+    config: &RunConfig,
+    model: &Config,
+    tokenizer: &Tokenizer,
+) -> Result<SamplingRules> {
+    let tokens_max = config.sampling.tokens_max.get();
+    if tokens_max as usize >= model.max_position_embeddings {
+        let most = model.max_position_embeddings;
+        bail!(
+            "`sampling.tokens_max` is {tokens_max}, the model reads {most} tokens with the prompt: lower it"
+        );
+    }
+    let stop_ids = stop_ids(config, model, tokenizer)?;
+    Ok(SamplingRules {
+        temperature: config.sampling.temperature,
+        tokens_max,
+        stop_ids,
+    })
+}
+
+/// The descriptor of a run.
+///
+/// # Errors
+/// When the configuration does not fit the model.
+pub fn describe(
+    config: &RunConfig,
+    model: &ModelFolder,
+    files: &[RunFile],
+    task: &Task,
+    roster: &Roster,
+) -> Result<Descriptor> {
+    let hash = |name: &str| {
+        let file = files.iter().find(|file| file.name == name);
+        file.map(|file| ContentHash::of(&file.bytes))
+            .with_context(|| format!("no {name}"))
+    };
+    let key = |role: Role| {
+        let member = roster.first(role);
+        member
+            .map(|member| member.peer)
+            .with_context(|| format!("the roster has no {role}"))
+    };
+    let rewards = RewardConfig {
+        task: config.task.clone(),
+        reward: config.reward.clone(),
+    };
+    let labels = BTreeMap::from([
+        ("run".to_owned(), config.run.name.to_string()),
+        (
+            "architecture".to_owned(),
+            format!("{:?}", model.config.architecture),
+        ),
+    ]);
+    Ok(Descriptor {
+        architecture: hash("config.json")?,
+        tokenizer: hash("tokenizer.json")?,
+        chat_template: None,
+        task: ContentHash(task.digest()),
+        rewards: rewards.canonical_json()?,
+        sampling: sampling_rules(config, &model.config, &model.tokenizer)?,
+        group_size: config.sampling.group_size.get(),
+        async_level: config.run.async_level,
+        same_class: config.dispatch.same_class,
+        cross_class: config.dispatch.cross_class,
+        vocabulary: u32::try_from(model.config.vocab_size)
+            .context("the vocabulary is too large")?,
+        classes: vec![NumericClass::F32Cpu, NumericClass::F32Cuda],
+        learner: key(Role::Trainer)?,
+        dispatch: key(Role::Dispatch)?,
+        from_step: PolicyVersion(0),
+        labels,
+    })
+}

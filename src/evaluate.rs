@@ -1,0 +1,117 @@
+//! Accuracy on a split of the task: answers every item and scores it with the run's own reward.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use muster_policy::{
+    EngineConfig, Finish, GenerationRequest, Policy, Sampling, Tokenizer, generate,
+};
+use muster_rewards::{Answer, Item, Reward};
+
+/// Rows that an evaluation decodes together.
+const SLOTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(255);
+
+/// How close to the largest reward an answer must come to count as right.
+const RIGHT_WITHIN: f64 = 1e-9;
+
+/// What is evaluated with.
+#[derive(Debug, Clone)]
+pub struct Examination<'a> {
+    /// Text to tokens and back.
+    pub tokenizer: &'a Tokenizer,
+    /// What an answer is worth.
+    pub reward: &'a Reward,
+    /// Tokens that end an answer.
+    pub stop_ids: Arc<[u32]>,
+    /// Longest answer.
+    pub tokens_max: usize,
+}
+
+/// The result of an evaluation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outcome {
+    /// Share of the answers with the largest reward.
+    pub accuracy: f64,
+    /// Mean reward.
+    pub reward: f64,
+    /// Answers.
+    pub samples: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+impl Examination<'_> {
+    /// Answers each item `samples` times: greedily when once, otherwise drawn at temperature 1 from `seed`.
+    ///
+    /// # Errors
+    /// When an item does not fit the model, or a gold answer cannot be scored.
+    pub fn run(
+        &self,
+        policy: &Policy,
+        items: &[Item],
+        samples: usize,
+        seed: u64,
+    ) -> Result<Outcome> {
+        let start = Instant::now();
+        let mut requests = Vec::with_capacity(items.len() * samples);
+        for (number, item) in items.iter().enumerate() {
+            let prompt: Arc<[u32]> = self.tokenizer.encode_prompt(&item.prompt)?.into();
+            for sample in 0..samples {
+                requests.push(self.request(&prompt, number as u64, sample as u32, samples, seed));
+            }
+        }
+        let completions = generate(policy, &EngineConfig { slots: SLOTS }, requests)?;
+        let (mut right, mut sum) = (0u64, 0.0);
+        let best = self.reward.range().max;
+        for (number, completion) in completions.iter().enumerate() {
+            let item = &items[number / samples];
+            let text = self.tokenizer.decode(&completion.tokens)?;
+            let answer = Answer {
+                prompt: &item.prompt,
+                text: &text,
+                finished: matches!(completion.finish, Finish::Stop(_)),
+                tokens: completion.tokens.len(),
+            };
+            let total = self.reward.score(&answer, &item.gold)?.total;
+            sum += total;
+            right += u64::from(total >= best - RIGHT_WITHIN);
+        }
+        let samples = completions.len() as u64;
+        Ok(Outcome {
+            accuracy: right as f64 / samples.max(1) as f64,
+            reward: sum / samples.max(1) as f64,
+            samples,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    fn request(
+        &self,
+        prompt: &Arc<[u32]>,
+        item: u64,
+        sample: u32,
+        samples: usize,
+        seed: u64,
+    ) -> GenerationRequest {
+        let mut bytes = [0u8; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        bytes[8..16].copy_from_slice(&item.to_le_bytes());
+        let sampling = match samples {
+            1 => Sampling::Greedy,
+            _ => Sampling::Prescribed {
+                seed: bytes,
+                rollout: sample,
+                temperature: 1.0,
+            },
+        };
+        GenerationRequest {
+            prompt: prompt.clone(),
+            max_tokens: self.tokens_max,
+            stop_ids: self.stop_ids.clone(),
+            sampling,
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The run directory: where each file lies, and how the members' secrets and the configuration get there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use muster_protocol::credentials::{Credentials, Member, Roster};
+use muster_protocol::identity::MachineSeed;
+use muster_protocol::subject::Role;
+
+use crate::config::RunConfig;
+
+/// The paths of a run directory.
+#[derive(Debug, Clone)]
+pub struct RunDir {
+    root: PathBuf,
+}
+
+impl RunDir {
+    /// The run directory at `root`.
+    pub fn at(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
+    /// Its path.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> PathBuf {
+        self.root.join("config.toml")
+    }
+
+    /// The starting policy.
+    pub fn model(&self) -> PathBuf {
+        self.root.join("model")
+    }
+
+    /// The lab's members.
+    pub fn roster(&self) -> PathBuf {
+        self.root.join("roster.json")
+    }
+
+    /// A member's secret.
+    pub fn credentials(&self, name: &str) -> PathBuf {
+        self.root.join("credentials").join(format!("{name}.json"))
+    }
+
+    /// What a process of the run printed.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.root.join("logs").join(format!("{name}.log"))
+    }
+
+    /// The NATS server's folder.
+    pub fn nats(&self) -> PathBuf {
+        self.root.join("nats")
+    }
+
+    /// A version's checkpoint folder.
+    pub fn checkpoint(&self, version: u64) -> PathBuf {
+        self.root.join("checkpoints").join(version.to_string())
+    }
+
+    /// Curves and tables.
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+
+    /// The configuration of a run that exists.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be used.
+    pub fn load_config(&self) -> Result<RunConfig> {
+        let path = self.config();
+        if !path.try_exists().unwrap_or(false) {
+            bail!(
+                "{} is not a run directory: it has no config.toml",
+                self.root.display()
+            );
+        }
+        Ok(RunConfig::load(&path)?)
+    }
+
+    /// Writes the resolved configuration of a new run, or checks that a run that exists has the same. What may differ is
+    /// who takes part on this machine: a run may be resumed with other numbers of workers and critics.
+    ///
+    /// # Errors
+    /// When the run has another configuration, or the folder cannot be written.
+    pub fn open(&self, config: &RunConfig) -> Result<()> {
+        for folder in ["", "credentials", "logs"] {
+            let path = self.root.join(folder);
+            fs::create_dir_all(&path)
+                .with_context(|| format!("{} cannot be made", path.display()))?;
+        }
+        let path = self.config();
+        if path.try_exists().unwrap_or(false) {
+            let mut before = self.load_config()?;
+            before.local = config.local.clone();
+            if before.to_toml()? != config.to_toml()? {
+                bail!(
+                    "{} holds a run with another configuration: start the same one to resume it, or choose another --dir",
+                    self.root.display()
+                );
+            }
+        }
+        write_whole(&path, config.to_toml()?.as_bytes())
+    }
+
+    /// The members of the run, each with its own secret: those that exist keep theirs, new ones get one.
+    ///
+    /// # Errors
+    /// When a secret cannot be read or written.
+    pub fn enrol(
+        &self,
+        config: &RunConfig,
+        members: &[(String, Role)],
+        nats: &str,
+    ) -> Result<Roster> {
+        let mut seeds = Vec::new();
+        for (name, role) in members {
+            let path = self.credentials(name);
+            let seed = if path.try_exists().unwrap_or(false) {
+                Credentials::load(&path)?.seed
+            } else {
+                MachineSeed::generate()
+            };
+            seeds.push((name.clone(), *role, seed));
+        }
+        let identity = |seed: &MachineSeed| muster_protocol::identity::Identity::from_seed(seed);
+        let learner = seeds
+            .iter()
+            .find(|(_, role, _)| *role == Role::Trainer)
+            .map(|(_, _, seed)| identity(seed).peer_id())
+            .context("a run needs a trainer")?;
+        let mut roster = Roster::default();
+        for (name, role, seed) in seeds {
+            roster
+                .members
+                .push(Member::of(&name, role, &identity(&seed)));
+            let credentials = Credentials {
+                run: config.run.name.clone(),
+                role,
+                name: name.clone(),
+                seed,
+                nats: vec![nats.to_owned()],
+                learner,
+            };
+            credentials.save(&self.credentials(&name))?;
+        }
+        roster.save(&self.roster())?;
+        Ok(roster)
+    }
+
+    /// The only run under `runs/`.
+    ///
+    /// # Errors
+    /// When there is none, or more than one to choose from.
+    pub fn only_one() -> Result<Self> {
+        let entries =
+            fs::read_dir("runs").context("no run was started here: name one with --run")?;
+        let mut found = Vec::new();
+        for entry in entries {
+            let path = entry.context("runs/ cannot be read")?.path();
+            if path.join("config.toml").try_exists().unwrap_or(false) {
+                found.push(path);
+            }
+        }
+        match found.as_slice() {
+            [one] => Ok(Self::at(one)),
+            [] => bail!("no run was started here: name one with --run"),
+            many => bail!("{} runs are under runs/: name one with --run", many.len()),
+        }
+    }
+}
+
+/// Writes a file whole or not at all.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = path.with_extension("part");
+    fs::write(&temporary, bytes)
+        .and_then(|()| fs::rename(&temporary, path))
+        .with_context(|| format!("{} cannot be written", path.display()))
+}

@@ -1,0 +1,183 @@
+//! A member's place in a run: connected to the bus under its own credentials, known to the peers, ready to play its part.
+//! Every role takes its seat this way, on the lab's machines and on a volunteer's.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use muster_broadcaster::follower::{Follow, Follower, Opened, fetch_file, first_version};
+use muster_broadcaster::{Source, Swarm, SwarmConfig, presence};
+use muster_policy::{Config, Tokenizer};
+use muster_protocol::bus::nats::{NatsBus, NatsConfig};
+use muster_protocol::clock::{SharedClock, SystemClock};
+use muster_protocol::credentials::Credentials;
+use muster_protocol::desk::Desk;
+use muster_protocol::id::ContentHash;
+use muster_protocol::identity::Identity;
+use muster_protocol::message::descriptor::Descriptor;
+use muster_protocol::subject::Role;
+
+/// How long tasks may take to end after the role itself has ended.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
+
+/// A member, connected.
+pub struct Seat {
+    /// What the member holds.
+    pub credentials: Credentials,
+    /// Its keys.
+    pub identity: Identity,
+    /// Its way to dispatch.
+    pub desk: Desk,
+    /// Its place among the peers.
+    pub swarm: Swarm,
+    /// Time.
+    pub clock: SharedClock,
+    /// Tasks that end with the seat.
+    pub tracker: TaskTracker,
+    /// Told when the process is to end.
+    pub shutdown: CancellationToken,
+}
+
+impl Seat {
+    /// Connects under the credentials in `path`, which must be for `role`. `nats` overrides where the bus is.
+    ///
+    /// # Errors
+    /// When the credentials, the bus or the address to listen on cannot be used.
+    pub async fn take(
+        path: &Path,
+        role: Role,
+        nats: Option<&str>,
+        swarm: SwarmConfig,
+    ) -> Result<Self> {
+        let credentials = Credentials::load(path)?;
+        if credentials.role != role {
+            let found = credentials.role;
+            bail!(
+                "{} holds credentials of a {found}, this command needs a {role}'s",
+                path.display()
+            );
+        }
+        let identity = credentials.identity();
+        let login_seed = identity
+            .login_seed()
+            .context("the login key cannot be used")?;
+        let mut config = NatsConfig::new("", &credentials.run, &login_seed, &credentials.name);
+        config.urls = match nats {
+            Some(url) => vec![url.to_owned()],
+            None => credentials.nats.clone(),
+        };
+        let bus = NatsBus::connect(config).await?;
+        let desk = Desk::new(
+            bus,
+            identity.clone(),
+            credentials.run.clone(),
+            credentials.learner,
+        );
+        let clock: SharedClock = Arc::new(SystemClock);
+        let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        let swarm = Swarm::start(
+            swarm,
+            identity.clone(),
+            clock.clone(),
+            &tracker,
+            shutdown.child_token(),
+        )
+        .await?;
+        presence::keep(
+            desk.clone(),
+            swarm.clone(),
+            &tracker,
+            shutdown.child_token(),
+        );
+        crate::signals::cancel_on_signal(&tracker, &shutdown);
+        Ok(Self {
+            credentials,
+            identity,
+            desk,
+            swarm,
+            clock,
+            tracker,
+            shutdown,
+        })
+    }
+
+    /// Where this member's weights come from.
+    pub fn source(&self) -> Arc<dyn Source> {
+        Arc::new(self.swarm.clone())
+    }
+
+    /// Starts following the run's versions.
+    ///
+    /// # Errors
+    /// When the credentials may not hear of them.
+    pub async fn follow(&self, follow: Follow) -> Result<Follower> {
+        let shutdown = self.shutdown.child_token();
+        Ok(Follower::start(
+            self.desk.clone(),
+            self.source(),
+            follow,
+            &self.tracker,
+            shutdown,
+        )
+        .await?)
+    }
+
+    /// The run's model, without its weights: fetched from the peers, and checked against what the learner signed.
+    ///
+    /// # Errors
+    /// When the files do not come, or are not what the run's descriptor says.
+    pub async fn model(&self) -> Result<(Config, Tokenizer, Opened)> {
+        let descriptor = self.desk.descriptor().await?;
+        let opened = first_version(&self.desk).await?;
+        let config = self.file(&opened, "config.json").await?;
+        let tokenizer = self.file(&opened, "tokenizer.json").await?;
+        let settings = self.file(&opened, "tokenizer_config.json").await.ok();
+        check_hash("config.json", &config, descriptor.body.architecture)?;
+        check_hash("tokenizer.json", &tokenizer, descriptor.body.tokenizer)?;
+        let tokenizer = Tokenizer::parse(&tokenizer, settings.as_deref())?;
+        Ok((Config::parse(&config)?, tokenizer, opened))
+    }
+
+    async fn file(&self, opened: &Opened, name: &str) -> Result<String> {
+        let bytes = fetch_file(self.source().as_ref(), opened, name).await?;
+        String::from_utf8(bytes.to_vec()).with_context(|| format!("{name} is not text"))
+    }
+
+    /// Ends the seat's tasks and its connection.
+    pub async fn leave(self) {
+        self.shutdown.cancel();
+        self.tracker.close();
+        if tokio::time::timeout(CLOSE_WAIT, self.tracker.wait())
+            .await
+            .is_err()
+        {
+            tracing::debug!("some tasks did not end in time");
+        }
+        self.desk.bus().close().await;
+    }
+}
+
+fn check_hash(name: &str, text: &str, expected: ContentHash) -> Result<()> {
+    let found = ContentHash::of(text.as_bytes());
+    if found != expected {
+        bail!(
+            "{name} of the run has hash {}, its descriptor says {}",
+            found.short(),
+            expected.short()
+        );
+    }
+    Ok(())
+}
+
+/// Stop ids and longest answer of a run, for those who answer outside of leases.
+pub fn ending(descriptor: &Descriptor) -> (Arc<[u32]>, usize) {
+    let sampling = &descriptor.sampling;
+    (
+        sampling.stop_ids.as_slice().into(),
+        sampling.tokens_max as usize,
+    )
+}
