@@ -2,6 +2,7 @@
 //!
 //! The command line wires roles together and decides nothing. One file per command under `commands/`; the rest is what
 //! commands share: configuration, run directory, a member's seat, child processes, screen and report.
+#![allow(unreachable_pub)] // a binary has no outside: `pub` here means "for the other modules"
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod commands;
