@@ -109,6 +109,18 @@ pub enum NatsServerError {
     },
 }
 
+/// Which server would be run: the one that was named, else one on the PATH, else the one in `.venv` of `project`.
+///
+/// # Errors
+/// When there is none that can be used.
+pub fn program(named: Option<&Path>, project: &Path) -> Result<PathBuf, NatsServerError> {
+    let search_path: Vec<PathBuf> = std::env::var_os("PATH")
+        .iter()
+        .flat_map(std::env::split_paths)
+        .collect();
+    find::find(named, &search_path, project)
+}
+
 /// Who may log in, and as what.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
@@ -173,11 +185,7 @@ impl NatsServer {
         let start = Instant::now();
         let mut config = config.clone();
         prepare_dir(&mut config)?;
-        let search_path: Vec<PathBuf> = std::env::var_os("PATH")
-            .iter()
-            .flat_map(std::env::split_paths)
-            .collect();
-        let binary = find::find(config.binary.as_deref(), &search_path, &config.project)?;
+        let binary = program(config.binary.as_deref(), &config.project)?;
         let port_file = config.dir.join(PORT_FILE);
         let kept_port = fs::read_to_string(&port_file)
             .ok()
