@@ -1,5 +1,6 @@
 //! The commands: what each takes, and where it is carried out.
 
+mod bench;
 mod critic;
 mod dispatch;
 mod eval;
@@ -47,6 +48,8 @@ enum Command {
     Seed(seed::SeedArgs),
     /// Accuracy on the held-out set, of a folder or of a run as it goes
     Eval(eval::EvalArgs),
+    /// Measure whole runs and hold them against their bars
+    Bench(bench::BenchArgs),
 }
 
 /// What every member of a run takes.
@@ -102,6 +105,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Critic(args) => in_process(critic::run(args)),
         Command::Seed(args) => in_process(seed::run(args)),
         Command::Eval(args) => in_process(eval::run(args)),
+        Command::Bench(args) => in_process(bench::run(args)),
     }
 }
 

@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod descriptor;
 mod evaluate;
+mod machine;
 mod prompts;
 mod record;
 mod report;
