@@ -46,7 +46,7 @@ impl TaskPrompts {
         let (epoch, place) = (number / count, number % count);
         let key = blake3_u64(self.seed, epoch);
         // A step coprime to the count visits every item once.
-        let mut step = key % count | 1;
+        let mut step = (key % count) | 1;
         while gcd(step, count) != 1 {
             step += 2;
         }

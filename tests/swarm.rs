@@ -1,1 +1,1 @@
-
+//! Behaviours of the whole swarm.

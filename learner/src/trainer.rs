@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use muster_broadcaster::disk::Existing;
+use muster_broadcaster::follower::off_loop_if_large;
 use muster_broadcaster::snapshot::{self, Contents};
 use muster_protocol::bus::{BusError, Delivery};
 use muster_protocol::credentials::Roster;
@@ -156,6 +157,8 @@ pub struct Trainer {
     control_read: u64,
     saved: PolicyVersion,
     root: StateRoot,
+    /// The version that the stepper stands at: ahead of the resolver's while a step is made known.
+    stepped: PolicyVersion,
     step_ended: Instant,
     drawn_tokens: u64,
 }
@@ -182,13 +185,10 @@ impl Trainer {
         let started = desk.sign(ControlEvent::Started {
             role: Role::Trainer,
         })?;
-        let key = format!(
-            "s-{}",
-            muster_protocol::id::ContentHash::of(&started.bytes).short()
-        );
-        let last = bus.queue_state(Queue::Ready).await?.last_sequence;
+        // A key of its own for every start: two starts under one key would share a generation.
+        let key = format!("s-{:016x}", rand::random::<u64>());
         let sequence = bus
-            .append(Log::Control, &format!("{key}-{last}"), None, started.bytes)
+            .append(Log::Control, &key, None, started.bytes)
             .await?;
         let generation = Generation(sequence.sequence());
         let (descriptor, control, control_read) = open_run(&desk, descriptor).await?;
@@ -225,6 +225,7 @@ impl Trainer {
             control_read,
             saved: version,
             root: StateRoot([0; 32]),
+            stepped: version,
             step_ended: Instant::now(),
             drawn_tokens: 0,
         };
@@ -243,7 +244,7 @@ impl Trainer {
                 return self.save().await;
             }
             let done = tokio::select! {
-                biased; // what has begun (a step, a manifest) is finished before a shutdown is heard
+                biased; // a turn that is cut short is a kill: what it had not made durable is done again at the next start
                 done = self.turn() => done,
                 () = shutdown.cancelled() => Ok(()),
             };
@@ -282,15 +283,16 @@ impl Trainer {
     async fn on_group(&mut self, delivery: Delivery) -> Result<(), TrainerError> {
         let candidate = match self.open_joined(&delivery.payload) {
             Ok(candidate) => candidate,
-            Err(reason) => {
+            Err(Unusable::Message(reason)) => {
                 warn!(%reason, "a message of the ready queue cannot be used: it is dropped");
-                delivery.ack().await?;
+                acknowledge(&delivery).await;
                 return Ok(());
             }
+            Err(Unusable::Disk(error)) => return Err(error.into()),
         };
         let ticket = candidate.ticket;
         if self.trained.get(&ticket) == Some(&candidate.group) {
-            delivery.ack().await?; // in a manifest already: the kill came before the acknowledgement
+            acknowledge(&delivery).await; // in a manifest already: the kill came before the acknowledgement
             return Ok(());
         }
         self.drawn_tokens += drawn_tokens(&candidate.carried);
@@ -303,30 +305,30 @@ impl Trainer {
             {
                 // Its fate is in the log: either this group's own, before a kill, or another group's.
                 info!(%ticket, group = %candidate.group.short(), "a group of an ended ticket");
-                delivery.ack().await?;
+                acknowledge(&delivery).await;
             }
             Err((refusal, candidate)) => {
                 self.refuse(refusal, &candidate).await?;
-                delivery.ack().await?;
+                acknowledge(&delivery).await;
             }
         }
         Ok(())
     }
 
     /// Opens a joined group and everything in it. Dispatch has checked all of it; the learner believes signatures alone.
-    fn open_joined(&self, payload: &Bytes) -> Result<Candidate<Group>, String> {
+    fn open_joined(&self, payload: &Bytes) -> Result<Candidate<Group>, Unusable> {
         let run = self.desk.run();
         let dispatch = self.descriptor.body.dispatch;
         let joined = open::<Joined>(payload.clone(), run).map_err(|error| error.to_string())?;
         let lease =
             open::<Lease>(joined.body.lease.into(), run).map_err(|error| error.to_string())?;
         if joined.author != dispatch || lease.author != dispatch {
-            return Err("not signed by the run's dispatch".to_owned());
+            return Err("not signed by the run's dispatch".to_owned().into());
         }
         let group =
             open::<Group>(joined.body.group.into(), run).map_err(|error| error.to_string())?;
         if group.author != lease.body.worker || group.body.lease != lease.body.id {
-            return Err("the group does not answer its lease".to_owned());
+            return Err("the group does not answer its lease".to_owned().into());
         }
         let hash = GroupHash::of(&group.bytes);
         let mut rewards = Vec::new();
@@ -341,7 +343,8 @@ impl Trainer {
                 && verdict.body.decision == Decision::Accept
                 && verdict.body.rewards.len() == group.body.rollouts.len();
             if !is_critic || !fits {
-                return Err("a verdict is not an accepting critic's of this group".to_owned());
+                let reason = "a verdict is not an accepting critic's of this group";
+                return Err(reason.to_owned().into());
             }
             rewards = verdict
                 .body
@@ -352,7 +355,7 @@ impl Trainer {
         }
         self.archive
             .put_group(hash, &group.bytes)
-            .map_err(|error| error.to_string())?;
+            .map_err(Unusable::Disk)?;
         Ok(Candidate {
             ticket: lease.body.ticket.id,
             group: hash,
@@ -384,11 +387,18 @@ impl Trainer {
             _ => format!("f-{}", record.ticket),
         };
         let signed = self.desk.sign(record)?;
-        self.desk
-            .bus()
-            .append(Log::Fates, &key, None, signed.bytes)
-            .await?;
-        Ok(())
+        loop {
+            let bytes = signed.bytes.clone();
+            match self.desk.bus().append(Log::Fates, &key, None, bytes).await {
+                Ok(_) => return Ok(()),
+                Err(error) if error.is_transient() => {
+                    // Given up here, the decision would be lost: nothing else remembers it.
+                    warn!(%error, "a fate is not confirmed: trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Manifest, acknowledgements, fates, step, image, announcement: in this order.
@@ -415,7 +425,7 @@ impl Trainer {
         };
         self.step_ended = Instant::now();
         self.drawn_tokens = 0;
-        self.write_lines(step, &batch, line).await?;
+        self.write_lines(step, &batch, line)?;
         self.advance(step).await?;
         self.checkpoint(step, &announced).await
     }
@@ -453,8 +463,15 @@ impl Trainer {
                     self.batches_read = stored.sequence();
                     break;
                 }
-                Err(BusError::Fenced { .. }) if self.manifest_is_stored(&manifest).await? => break,
-                Err(BusError::Fenced { .. }) => return Err(TrainerError::Replaced),
+                Err(BusError::Fenced { .. }) => match self.manifest_is_stored(&manifest).await {
+                    Ok(true) => break,
+                    Ok(false) => return Err(TrainerError::Replaced),
+                    Err(TrainerError::Bus(error)) if error.is_transient() => {
+                        warn!(%error, "the newest manifest is not known: trying again");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                    Err(error) => return Err(error),
+                },
                 Err(error) if error.is_transient() => {
                     warn!(%error, "the batch manifest is not confirmed: trying again");
                     tokio::time::sleep(RETRY).await;
@@ -492,28 +509,15 @@ impl Trainer {
                 mean(&s.candidate.rewards)
             )
         };
-        loop {
-            let fates = batch.iter().map(|s| {
-                self.append_fate(fate_of(&s.candidate, Fate::Trained, reason(s), Some(step)))
-            });
-            match try_join_all(fates).await {
-                Err(TrainerError::Bus(error)) if error.is_transient() => {
-                    warn!(%error, "the fates of a batch are not confirmed: trying again");
-                    tokio::time::sleep(RETRY).await;
-                }
-                done => break done.map(drop)?,
-            }
-        }
+        let fates = batch.iter().map(|s| {
+            self.append_fate(fate_of(&s.candidate, Fate::Trained, reason(s), Some(step)))
+        });
+        try_join_all(fates).await?;
         let tickets = batch.iter().map(|s| s.candidate.ticket);
         let held: Vec<Delivery> = tickets
             .filter_map(|ticket| self.held.remove(&ticket))
             .collect();
-        for outcome in futures_util::future::join_all(held.iter().map(Delivery::ack)).await {
-            if let Err(error) = outcome {
-                // It comes again, and is recognised as trained.
-                warn!(%error, "an acknowledgement was not confirmed");
-            }
-        }
+        futures_util::future::join_all(held.iter().map(acknowledge)).await;
         Ok(())
     }
 
@@ -532,6 +536,7 @@ impl Trainer {
             .step(input)
             .await
             .map_err(|source| TrainerError::Step { step, source })?;
+        self.stepped = step;
         self.archive.put_image(step, &output.image)?;
         Ok(output)
     }
@@ -575,7 +580,7 @@ impl Trainer {
         }
     }
 
-    async fn write_lines(
+    fn write_lines(
         &mut self,
         step: PolicyVersion,
         batch: &[Selected<Group>],
@@ -598,7 +603,7 @@ impl Trainer {
         for (refusal, candidate) in self.resolver.advance(version) {
             self.refuse(refusal, &candidate).await?;
             if let Some(delivery) = self.held.remove(&candidate.ticket) {
-                delivery.ack().await?;
+                acknowledge(&delivery).await;
             }
         }
         Ok(())
@@ -610,7 +615,7 @@ impl Trainer {
         announced: &Announced,
     ) -> Result<(), TrainerError> {
         let last = step.0 == self.settings.steps;
-        if !last && step.0 % self.settings.checkpoint_every.max(1) != 0 {
+        if !last && !step.0.is_multiple_of(self.settings.checkpoint_every.max(1)) {
             return Ok(());
         }
         self.save().await?;
@@ -619,8 +624,8 @@ impl Trainer {
 
     async fn save(&mut self) -> Result<(), TrainerError> {
         let version = self.resolver.version();
-        if version == self.saved {
-            return Ok(());
+        if version == self.saved || version != self.stepped {
+            return Ok(()); // cut short within a step, the stepper's state is not the resolver's version
         }
         let path = self.archive.state_path(version);
         let saved = self.stepper.save(&path).await;
@@ -647,7 +652,7 @@ impl Trainer {
             .map(|file| (file.name.clone(), file.bytes.clone()))
             .collect();
         let run = self.desk.run().clone();
-        let written = tokio::task::spawn_blocking(move || {
+        let written = off_loop_if_large(image.len(), move || {
             let contents = Contents {
                 run: &run,
                 version: &version,
@@ -834,9 +839,30 @@ impl Trainer {
             ..self.metrics_of(step, &batch, &output)
         };
         self.record.forget_counts();
-        self.write_lines(step, &batch, line).await?;
+        self.write_lines(step, &batch, line)?;
         self.resolver.advance(step);
         self.checkpoint(step, &described).await
+    }
+}
+
+/// Why a message of the ready queue was not taken in.
+enum Unusable {
+    /// It is not what dispatch makes.
+    Message(String),
+    /// Its group could not be kept.
+    Disk(ArchiveError),
+}
+
+impl From<String> for Unusable {
+    fn from(reason: String) -> Self {
+        Self::Message(reason)
+    }
+}
+
+/// What is not confirmed comes again, and is recognised by its ticket then.
+async fn acknowledge(delivery: &Delivery) {
+    if let Err(error) = delivery.ack().await {
+        warn!(%error, "an acknowledgement was not confirmed");
     }
 }
 

@@ -153,13 +153,13 @@ impl Desk {
             .request(&subject, question.bytes, ANSWER_WAIT)
             .await?;
         let answer = open::<Answer>(bytes, &self.inner.run)?;
-        if let Some(expected) = self.inner.dispatch.get() {
-            if answer.author != *expected {
-                return Err(DeskError::Impostor {
-                    found: answer.author,
-                    expected: *expected,
-                });
-            }
+        if let Some(expected) = self.inner.dispatch.get()
+            && answer.author != *expected
+        {
+            return Err(DeskError::Impostor {
+                found: answer.author,
+                expected: *expected,
+            });
         }
         match answer.body {
             Answer::Refused { reason } => Err(DeskError::Refused(reason)),

@@ -94,10 +94,10 @@ impl Seen {
             None => {
                 self.leases.insert(digest, group.lease);
                 self.order.push_back(digest);
-                if self.order.len() > REMEMBERED_MAX {
-                    if let Some(oldest) = self.order.pop_front() {
-                        self.leases.remove(&oldest);
-                    }
+                if self.order.len() > REMEMBERED_MAX
+                    && let Some(oldest) = self.order.pop_front()
+                {
+                    self.leases.remove(&oldest);
                 }
                 None
             }
@@ -272,12 +272,12 @@ impl Critic {
             Some(scores) => audit(&case.lease, group, scores, self.thresholds(group.class)),
             None => (Decision::Accept, Vec::new()),
         };
-        if let Some(earlier) = self.seen.earlier(group) {
-            if total_logprob(group) < COINCIDENCE_LOGPROB {
-                let of = format!("the answers to lease {earlier}");
-                findings.push(Finding::Duplicate { rollout: 0, of });
-                decision = Decision::Reject;
-            }
+        if let Some(earlier) = self.seen.earlier(group)
+            && total_logprob(group) < COINCIDENCE_LOGPROB
+        {
+            let of = format!("the answers to lease {earlier}");
+            findings.push(Finding::Duplicate { rollout: 0, of });
+            decision = Decision::Reject;
         }
         findings.truncate(FINDINGS_MAX);
         if let Some(finding) = findings.first() {

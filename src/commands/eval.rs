@@ -189,7 +189,7 @@ struct Evaluator {
 impl Evaluator {
     fn is_due(&self, version: PolicyVersion) -> bool {
         let number = version.0;
-        !self.done.contains(&number) && (number % self.every == 0 || number >= self.steps)
+        !self.done.contains(&number) && (number.is_multiple_of(self.every) || number >= self.steps)
     }
 
     /// Evaluates a version on a thread that may block, if its turn has come.

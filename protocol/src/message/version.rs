@@ -182,6 +182,9 @@ fn check_parameter(parameter: &Parameter) -> Result<(), Invalid> {
 }
 
 /// A name that stays inside the folder it is written to.
+///
+/// # Errors
+/// When it is empty, over 128 bytes, begins with a dot or holds anything but letters, digits, `.`, `_` and `-`.
 pub fn check_file_name(name: &str) -> Result<(), Invalid> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if name.is_empty() || name.len() > 128 || name.starts_with('.') || !name.chars().all(plain) {

@@ -44,6 +44,9 @@ pub trait Scorer: Send {
     ) -> Result<Vec<Vec<TokenScore>>, ScorerError>;
 
     /// An answer's drawn tokens as text, without end markers.
+    ///
+    /// # Errors
+    /// When a token is not of the vocabulary.
     fn text(&self, tokens: &[u32]) -> Result<String, ScorerError>;
 }
 
