@@ -54,6 +54,8 @@ use record::{RunRecord, batch_metrics};
 const CHUNK: usize = 64;
 /// How long to wait for a group before looking at the logs again.
 const TAKE_WAIT: Duration = Duration::from_millis(500);
+/// How long a turn that has begun may take once the trainer is told to stop.
+const GRACE: Duration = Duration::from_secs(3);
 /// Pause after the bus did not answer.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -243,10 +245,14 @@ impl Trainer {
             if shutdown.is_cancelled() {
                 return self.save().await;
             }
+            let overdue = async {
+                shutdown.cancelled().await;
+                tokio::time::sleep(GRACE).await;
+            };
             let done = tokio::select! {
-                biased; // a turn that is cut short is a kill: what it had not made durable is done again at the next start
+                biased; // what has begun (a manifest, a step) is finished first, if the bus lets it
                 done = self.turn() => done,
-                () = shutdown.cancelled() => Ok(()),
+                () = overdue => return Ok(()), // as a kill would: what is not durable is done again at the next start
             };
             match done {
                 Ok(()) => {}
