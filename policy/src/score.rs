@@ -105,8 +105,10 @@ fn score_part<K: Kernels>(
     first_row: usize,
     scores: &mut Vec<Vec<TokenScore>>,
 ) -> Result<(), PolicyError> {
-    // The last token predicts nothing that is asked for.
-    let inputs = rows.iter().map(|row| &row.tokens[..row.tokens.len() - 1]);
+    // The last token predicts nothing that is asked for; but a row of one token needs it, since no kernel takes none.
+    let inputs = rows
+        .iter()
+        .map(|row| &row.tokens[..(row.tokens.len() - 1).max(1)]);
     let batch = Batch::packed(inputs);
     let mut positions = Vec::new();
     let mut targets = Vec::new();

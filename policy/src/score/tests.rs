@@ -170,3 +170,21 @@ fn rows_that_cannot_be_scored_are_refused() {
     };
     assert_eq!(score(&policy, &[nothing]).unwrap(), [vec![]]);
 }
+
+#[test]
+fn a_row_of_one_token_has_no_score_and_disturbs_no_other() {
+    let config = tiny();
+    for kernels in BOTH {
+        let policy = policy(&config, 4, kernels);
+        let row = |tokens: &'static [u32]| ScoreRow {
+            tokens,
+            first: 1,
+            temperature: 1.0,
+        };
+        let alone = score(&policy, &[row(&[1, 2, 3])]).unwrap();
+        let mixed = score(&policy, &[row(&[4]), row(&[1, 2, 3]), row(&[5])]).unwrap();
+        assert_eq!(mixed[0], []);
+        assert_eq!(mixed[2], []);
+        assert!((mixed[1][1].logprob - alone[0][1].logprob).abs() < 2e-5);
+    }
+}
