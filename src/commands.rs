@@ -4,10 +4,14 @@ mod bench;
 mod critic;
 mod dispatch;
 mod eval;
+mod generate;
 mod learner;
 mod local;
+mod logprobs;
+mod rewards;
 mod rollout;
 mod seed;
+mod snapshot;
 mod trainer;
 mod warmup;
 
@@ -48,6 +52,14 @@ enum Command {
     Seed(seed::SeedArgs),
     /// Accuracy on the held-out set, of a folder or of a run as it goes
     Eval(eval::EvalArgs),
+    /// List a run's versions, pull one as a Hugging Face folder, verify one
+    Snapshot(snapshot::SnapshotArgs),
+    /// Try a reward before anybody trains on it
+    Rewards(rewards::RewardsArgs),
+    /// Answer a prompt with a model folder
+    Generate(generate::GenerateArgs),
+    /// Log-probabilities that a model folder gives to tokens
+    Logprobs(logprobs::LogprobsArgs),
     /// Measure whole runs and hold them against their bars
     Bench(bench::BenchArgs),
 }
@@ -105,6 +117,10 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Critic(args) => in_process(critic::run(args)),
         Command::Seed(args) => in_process(seed::run(args)),
         Command::Eval(args) => in_process(eval::run(args)),
+        Command::Snapshot(args) => in_process(snapshot::run(args)),
+        Command::Rewards(args) => rewards::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Logprobs(args) => logprobs::run(&args),
         Command::Bench(args) => in_process(bench::run(args)),
     }
 }

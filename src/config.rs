@@ -368,6 +368,12 @@ pub struct RunConfig {
 }
 
 impl RunConfig {
+    /// Its sections besides the two that a reward alone has.
+    pub const SECTIONS: [&'static str; 10] = [
+        "run", "model", "warmup", "sampling", "learner", "dispatch", "worker", "critic", "eval",
+        "local",
+    ];
+
     /// Reads a configuration file. Paths in it are relative to its folder.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ mod config;
 mod descriptor;
 mod evaluate;
 mod machine;
+mod output;
 mod prompts;
 mod record;
 mod report;

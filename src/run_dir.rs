@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use muster_protocol::credentials::{Credentials, Member, Roster};
+use muster_protocol::id::PeerId;
 use muster_protocol::identity::MachineSeed;
 use muster_protocol::subject::Role;
 
@@ -63,11 +64,6 @@ impl RunDir {
     /// A version's checkpoint folder.
     pub fn checkpoint(&self, version: u64) -> PathBuf {
         self.root.join("checkpoints").join(version.to_string())
-    }
-
-    /// Curves and tables.
-    pub fn report(&self) -> PathBuf {
-        self.root.join("report.html")
     }
 
     /// The configuration of a run that exists.
@@ -155,11 +151,33 @@ impl RunDir {
         Ok(roster)
     }
 
+    /// The run directory that was named, else the only one under `runs/`.
+    ///
+    /// # Errors
+    /// When none was named and there is not just one.
+    pub fn named(path: Option<&Path>) -> Result<Self> {
+        match path {
+            Some(path) => Ok(Self::at(path)),
+            None => Self::only_one(),
+        }
+    }
+
+    /// Who signs the run's versions.
+    ///
+    /// # Errors
+    /// When the roster cannot be read, or has no trainer.
+    pub fn learner(&self) -> Result<PeerId> {
+        let roster = Roster::load(&self.roster())?;
+        let trainer = roster.first(Role::Trainer);
+        let missing = || format!("{} names no trainer", self.roster().display());
+        Ok(trainer.with_context(missing)?.peer)
+    }
+
     /// The only run under `runs/`.
     ///
     /// # Errors
     /// When there is none, or more than one to choose from.
-    pub fn only_one() -> Result<Self> {
+    fn only_one() -> Result<Self> {
         let entries =
             fs::read_dir("runs").context("no run was started here: name one with --run")?;
         let mut found = Vec::new();

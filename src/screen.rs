@@ -111,11 +111,6 @@ impl Screen {
         })
     }
 
-    /// What was read so far.
-    pub(crate) fn record(&self) -> &RunRecord {
-        self.reader.record()
-    }
-
     /// Takes up what is new and shows it.
     ///
     /// # Errors
@@ -210,7 +205,7 @@ mod tests {
         })
         .unwrap();
         screen.tick(Instant::now(), &Status::default()).unwrap();
-        assert_eq!(screen.record().steps_taken(), 1);
+        assert_eq!(screen.reader.record().steps_taken(), 1);
         log.append(&StepMetrics {
             step: 2,
             ..Default::default()
@@ -230,7 +225,7 @@ mod tests {
         }
         assert_eq!(
             screen.bars.len(),
-            frame::live(screen.record(), &Status::default(), 0.0).len()
+            frame::live(screen.reader.record(), &Status::default(), 0.0).len()
         );
         assert!(screen.bars[0].message().contains("step"));
     }

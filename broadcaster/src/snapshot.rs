@@ -256,6 +256,25 @@ pub fn verify(folder: &Path, learner: &PeerId, run: &RunId) -> Result<Report, Sn
     })
 }
 
+/// The run that a folder says it belongs to: no more than a claim until [`verify`] has been asked about that run.
+///
+/// # Errors
+/// When the manifest is missing or names no run.
+pub fn run_named(folder: &Path) -> Result<RunId, SnapshotError> {
+    #[derive(Deserialize)]
+    struct Named {
+        run: RunId,
+    }
+    let manifest = read(folder, MANIFEST_FILE, MANIFEST_BYTES_MAX)?;
+    let named = serde_json::from_slice::<Named>(&manifest);
+    named
+        .map(|named| named.run)
+        .map_err(|error| SnapshotError::Manifest {
+            bytes: manifest.len() as u64,
+            problem: error.to_string(),
+        })
+}
+
 /// Whether both statements speak of the same weights, and the files can lie beside them.
 fn check_statements(
     version: &Signed<Version>,

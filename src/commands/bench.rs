@@ -22,6 +22,7 @@ use muster_protocol::nats_server;
 use self::figures::{Conditions, Figures, header, worst};
 use crate::config::{QUICKSTART, RunConfig};
 use crate::machine::{CpuTime, load_average};
+use crate::output::say;
 use crate::record::RunRecord;
 use crate::run_dir::{RunDir, write_whole};
 
@@ -119,7 +120,7 @@ pub async fn run(args: BenchArgs) -> Result<()> {
     let server = std::path::absolute(server)?;
     let plans = plans(&args, &root)?;
     if !args.json {
-        say(&header());
+        say(&header())?;
     }
     let mut done: Vec<Figures> = Vec::new();
     for plan in &plans {
@@ -128,15 +129,10 @@ pub async fn run(args: BenchArgs) -> Result<()> {
             serde_json::to_string(&figures)?
         } else {
             figures.row()
-        });
+        })?;
         done.push(figures);
     }
     judge(&args, &done)
-}
-
-#[allow(clippy::print_stdout)]
-fn say(line: &str) {
-    println!("{line}");
 }
 
 /// A new folder for the runs: what is left of earlier ones would be measured with them.
@@ -293,17 +289,17 @@ fn judge(args: &QuickstartArgs, done: &[Figures]) -> Result<()> {
         say(
             &serde_json::json!({"worst": {"objective": objective, "seed": seed}, "missed": missed})
                 .to_string(),
-        );
+        )?;
     } else {
-        say("");
+        say("")?;
         for run in done {
             let Conditions {
                 objective, seed, ..
             } = &run.conditions;
-            say(&format!("{objective} seed {seed}: {}", run.curve_line()));
+            say(&format!("{objective} seed {seed}: {}", run.curve_line()))?;
         }
-        say("");
-        say(&verdict(worst));
+        say("")?;
+        say(&verdict(worst))?;
     }
     if missed.is_empty() || args.steps.is_some() {
         return Ok(());

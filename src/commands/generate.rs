@@ -1,0 +1,101 @@
+//! `muster generate`: one answer from a model folder.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde::Serialize;
+
+use muster_policy::{
+    Device, EngineConfig, Finish, GenerationRequest, KernelSet, ModelFolder, Policy, Sampling,
+    generate,
+};
+use muster_protocol::message::group::FinishReason;
+
+use crate::output::say;
+
+/// What `generate` takes.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// A Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// What to answer
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Longest answer in tokens; what the prompt leaves of the model's context by default
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<NonZeroUsize>,
+    /// Divides the logits; 0 takes the likeliest token each time
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Of the draws; equal seeds give equal answers
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    text: String,
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+    finish_reason: FinishReason,
+}
+
+/// Answers.
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    let model = ModelFolder::read(&args.model).with_context(|| args.model.display().to_string())?;
+    let policy = Policy::from_image(&model.config, &model.image, KernelSet::Fused, &Device::Cpu)?;
+    let prompt = model.tokenizer.encode_prompt(&args.prompt)?;
+    if prompt.is_empty() {
+        bail!("the prompt has no token: give --prompt a text");
+    }
+    let context = model.config.max_position_embeddings;
+    let room = context.saturating_sub(prompt.len());
+    let max_tokens = args.max_tokens.map_or(room, NonZeroUsize::get);
+    if room == 0 || max_tokens > room {
+        bail!(
+            "the prompt has {} of the {context} tokens that the model reads, which leaves {room} for the answer: shorten \
+             the prompt or lower --max-tokens",
+            prompt.len()
+        );
+    }
+    let request = GenerationRequest {
+        prompt: prompt.into(),
+        max_tokens,
+        stop_ids: model.config.eos_token_ids.as_slice().into(),
+        sampling: sampling(args),
+    };
+    let answered = generate(&policy, &EngineConfig::default(), vec![request])?;
+    let completion = answered.into_iter().next().context("no answer came")?;
+    let answer = Answer {
+        text: model.tokenizer.decode(&completion.tokens)?,
+        tokens: completion.tokens,
+        logprobs: completion.logprobs,
+        finish_reason: match completion.finish {
+            Finish::Stop(_) => FinishReason::Stop,
+            Finish::Length => FinishReason::Length,
+        },
+    };
+    if args.json {
+        return say(&serde_json::to_string(&answer)?);
+    }
+    say(&answer.text)
+}
+
+fn sampling(args: &GenerateArgs) -> Sampling {
+    if args.temperature == 0.0 {
+        return Sampling::Greedy;
+    }
+    let mut seed = [0u8; 32];
+    seed[..8].copy_from_slice(&args.seed.to_le_bytes());
+    Sampling::Prescribed {
+        seed,
+        rollout: 0,
+        temperature: args.temperature,
+    }
+}

@@ -1,0 +1,387 @@
+//! `muster snapshot`: the versions of a run, one of them as a Hugging Face folder, and whether a folder is what the learner
+//! signed. A live run is asked as any evaluator would ask it; of a run directory its checkpoints are taken.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use muster_broadcaster::SwarmConfig;
+use muster_broadcaster::disk::{Existing, write_folder};
+use muster_broadcaster::follower::{Opened, fetch, fetch_file, open_announcement};
+use muster_broadcaster::snapshot::{Contents, MANIFEST_FILE, Report, run_named, verify, write};
+use muster_learner::metrics::{EvalLine, Line as _, read_all};
+use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
+use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::subject::Role;
+
+use crate::output::say;
+use crate::record::newest_checkpoint;
+use crate::run_dir::RunDir;
+use crate::seat::Seat;
+use crate::text::{count, percent, short};
+
+/// How long a live run may take to answer.
+const ANSWER_WAIT: Duration = Duration::from_secs(20);
+/// Most versions asked for one by one: more than dispatch remembers.
+const VERSIONS_ASKED_MAX: u64 = 128;
+
+/// What `snapshot` takes.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// The versions that can be pulled
+    List(ListArgs),
+    /// A version as a folder that transformers loads, verified
+    Pull(PullArgs),
+    /// Whether every byte of a folder is what the learner signed
+    Verify(VerifyArgs),
+}
+
+/// Which run.
+#[derive(Debug, Args)]
+struct From {
+    /// The run directory, for its checkpoints; the only one under runs/ by default
+    #[arg(long, value_name = "DIR", conflicts_with = "creds")]
+    run: Option<PathBuf>,
+    /// An evaluator's credentials, for the versions of a live run
+    #[arg(long, value_name = "FILE")]
+    creds: Option<PathBuf>,
+    /// Where the bus is, instead of what the credentials say
+    #[arg(long, value_name = "URL", requires = "creds")]
+    nats: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct ListArgs {
+    #[command(flatten)]
+    from: From,
+    /// Print JSON lines
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct PullArgs {
+    /// Which version: a number, or `latest`
+    #[arg(long, value_name = "V", default_value = "latest")]
+    version: Wanted,
+    /// The folder to make
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    from: From,
+    /// Print one JSON line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct VerifyArgs {
+    /// The folder
+    folder: PathBuf,
+    /// The key of the run's learner, 64 hexadecimal digits
+    #[arg(long, value_name = "KEY", conflicts_with = "run")]
+    learner: Option<PeerId>,
+    /// The run directory that knows the key; the only one under runs/ by default
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
+    /// Print one JSON line
+    #[arg(long)]
+    json: bool,
+}
+
+/// A version as a person names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Latest,
+    Number(u64),
+}
+
+impl FromStr for Wanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "latest" {
+            return Ok(Self::Latest);
+        }
+        let number = text.parse().map(Self::Number);
+        number.map_err(|_| "give a number of steps, or `latest`".to_owned())
+    }
+}
+
+/// A checkpoint on disk.
+#[derive(Debug, Serialize)]
+struct Checkpoint {
+    policy_version: u64,
+    path: PathBuf,
+    bytes: u64,
+    accuracy: Option<f64>,
+}
+
+/// A version that a live run tells of.
+#[derive(Debug, Serialize)]
+struct Announced {
+    policy_version: PolicyVersion,
+    root: StateRoot,
+    bytes: u64,
+}
+
+/// Lists, pulls or verifies.
+pub async fn run(args: SnapshotArgs) -> Result<()> {
+    match args.what {
+        What::List(args) => match &args.from.creds {
+            Some(creds) => list_live(&args, creds).await,
+            None => list_checkpoints(&args),
+        },
+        What::Pull(args) => {
+            let report = match &args.from.creds {
+                Some(creds) => pull_live(&args, creds).await?,
+                None => pull_checkpoint(&args)?,
+            };
+            tell(&report, &args.out, args.json)
+        }
+        What::Verify(args) => {
+            let (learner, run) = match args.learner {
+                Some(learner) => (learner, run_named(&args.folder)),
+                None => {
+                    let dir = RunDir::named(args.run.as_deref())?;
+                    (dir.learner()?, Ok(dir.load_config()?.run.name))
+                }
+            };
+            let verified = run.and_then(|run| verify(&args.folder, &learner, &run));
+            let report = verified.with_context(|| args.folder.display().to_string())?;
+            tell(&report, &args.folder, args.json)
+        }
+    }
+}
+
+fn tell(report: &Report, folder: &Path, json: bool) -> Result<()> {
+    if json {
+        let line = serde_json::json!({
+            "policy_version": report.version.version,
+            "root": report.version.root,
+            "learner": report.learner,
+            "folder": folder,
+            "files": report.files,
+        });
+        return say(&line.to_string());
+    }
+    let bytes: u64 = report.files.values().sum();
+    say(&format!(
+        "version {} in {}: {} files of {} bytes, all as signed by {}",
+        report.version.version,
+        folder.display(),
+        report.files.len(),
+        count(bytes),
+        report.learner
+    ))
+}
+
+fn list_checkpoints(args: &ListArgs) -> Result<()> {
+    let dir = RunDir::named(args.from.run.as_deref())?;
+    dir.load_config()?;
+    let evals = read_all::<EvalLine>(&dir.root().join(EvalLine::FILE))?;
+    for policy_version in versions_on_disk(&dir)? {
+        let path = dir.checkpoint(policy_version);
+        let weights = path.join(muster_broadcaster::snapshot::WEIGHTS_FILE);
+        let bytes = std::fs::metadata(&weights)
+            .with_context(|| format!("{} cannot be read", weights.display()))?
+            .len();
+        let accuracy = evals
+            .iter()
+            .find(|eval| eval.policy_version.0 == policy_version)
+            .map(|eval| eval.accuracy);
+        if args.json {
+            let checkpoint = Checkpoint {
+                policy_version,
+                path,
+                bytes,
+                accuracy,
+            };
+            say(&serde_json::to_string(&checkpoint)?)?;
+            continue;
+        }
+        let accuracy = accuracy.map_or_else(|| "not evaluated".to_owned(), percent);
+        let size = short(bytes as f64);
+        say(&format!(
+            "version {policy_version:<8} {accuracy:>13}  {size:>6} B  {}",
+            path.display()
+        ))?;
+    }
+    Ok(())
+}
+
+/// Versions that have a checkpoint, in order.
+fn versions_on_disk(dir: &RunDir) -> Result<Vec<u64>> {
+    let folder = dir.root().join("checkpoints");
+    let mut versions = Vec::new();
+    for entry in folder
+        .read_dir()
+        .with_context(|| format!("{} cannot be read", folder.display()))?
+    {
+        let name = entry
+            .with_context(|| format!("{} cannot be read", folder.display()))?
+            .file_name();
+        // What is being written beside its place has another name.
+        versions.extend(name.to_str().and_then(|name| name.parse::<u64>().ok()));
+    }
+    versions.sort_unstable();
+    Ok(versions)
+}
+
+/// Copies a checkpoint, verified before and after.
+fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
+    let dir = RunDir::named(args.from.run.as_deref())?;
+    let (learner, run) = (dir.learner()?, dir.load_config()?.run.name);
+    let folder = match args.version {
+        Wanted::Number(version) => dir.checkpoint(version),
+        Wanted::Latest => newest_checkpoint(dir.root())?.with_context(|| {
+            format!(
+                "{} has no checkpoint yet: wait for the first, or pull from the live run with --creds",
+                dir.root().display()
+            )
+        })?,
+    };
+    if !folder.is_dir() {
+        let versions: Vec<String> = versions_on_disk(&dir)?.iter().map(u64::to_string).collect();
+        bail!(
+            "{} has no checkpoint of that version: choose one of {}, or pull from the live run with --creds",
+            dir.root().display(),
+            versions.join(", ")
+        );
+    }
+    let report = verify(&folder, &learner, &run).with_context(|| folder.display().to_string())?;
+    let names = report.files.keys().map(String::as_str);
+    let mut files = Vec::new();
+    for name in names.chain([MANIFEST_FILE]) {
+        let path = folder.join(name);
+        let bytes =
+            std::fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+        files.push((name, bytes));
+    }
+    let files: Vec<(&str, &[u8])> = files
+        .iter()
+        .map(|(name, bytes)| (*name, bytes.as_slice()))
+        .collect();
+    write_folder(&args.out, &files, Existing::Refuse)?;
+    verify(&args.out, &learner, &run).with_context(|| args.out.display().to_string())
+}
+
+async fn list_live(args: &ListArgs, creds: &Path) -> Result<()> {
+    let seat = take_seat(&args.from, creds).await?;
+    let listed = tokio::select! {
+        listed = announced(&seat.desk) => listed,
+        () = seat.shutdown.cancelled() => bail!("stopped before the run had answered"),
+    };
+    seat.leave().await;
+    for version in listed? {
+        if args.json {
+            say(&serde_json::to_string(&version)?)?;
+        } else {
+            let (number, size) = (version.policy_version, short(version.bytes as f64));
+            say(&format!(
+                "version {number:<8} {size:>6} B  {}",
+                version.root
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+/// The versions that dispatch tells of, in order: from the newest back to the first that it has forgotten.
+async fn announced(desk: &Desk) -> Result<Vec<Announced>> {
+    let Some(newest) = answered(ask_for(desk, None)).await? else {
+        return Ok(Vec::new());
+    };
+    let last = newest.version.body.version.0;
+    let mut versions = vec![newest];
+    for number in (last.saturating_sub(VERSIONS_ASKED_MAX)..last).rev() {
+        match answered(ask_for(desk, Some(PolicyVersion(number)))).await? {
+            Some(opened) => versions.push(opened),
+            None => break,
+        }
+    }
+    let told = versions.iter().rev().map(|opened| Announced {
+        policy_version: opened.version.body.version,
+        root: opened.version.body.root,
+        bytes: opened.anchor.body.bytes,
+    });
+    Ok(told.collect())
+}
+
+async fn take_seat(from: &From, creds: &Path) -> Result<Seat> {
+    let nats = from.nats.as_deref();
+    Seat::take(creds, Role::Evaluator, nats, SwarmConfig::default()).await
+}
+
+/// What a live run says in time.
+async fn answered<T>(answer: impl Future<Output = Result<T>>) -> Result<T> {
+    let seconds = ANSWER_WAIT.as_secs();
+    tokio::time::timeout(ANSWER_WAIT, answer)
+        .await
+        .with_context(|| {
+            format!(
+                "dispatch did not answer within {seconds} s: start the run, or wait until it is up"
+            )
+        })?
+}
+
+async fn ask_for(desk: &Desk, version: Option<PolicyVersion>) -> Result<Option<Opened>> {
+    // From here on only the dispatch that the learner named is believed.
+    desk.descriptor().await?;
+    match desk.ask_until_answered(Ask::Latest { version }).await? {
+        Answer::Version(Some(announcement)) => Ok(Some(open_announcement(desk, &announcement)?)),
+        Answer::Version(None) => Ok(None),
+        _ => Err(DeskError::Unexpected.into()),
+    }
+}
+
+async fn pull_live(args: &PullArgs, creds: &Path) -> Result<Report> {
+    let seat = take_seat(&args.from, creds).await?;
+    let pulled = tokio::select! {
+        pulled = fetch_version(&seat, args) => pulled,
+        () = seat.shutdown.cancelled() => {
+            Err(anyhow::anyhow!("stopped before the version was whole: {} was not made", args.out.display()))
+        }
+    };
+    let (learner, run): (PeerId, RunId) = (seat.credentials.learner, seat.credentials.run.clone());
+    seat.leave().await;
+    pulled?;
+    verify(&args.out, &learner, &run).with_context(|| args.out.display().to_string())
+}
+
+async fn fetch_version(seat: &Seat, args: &PullArgs) -> Result<()> {
+    let version = match args.version {
+        Wanted::Latest => None,
+        Wanted::Number(number) => Some(PolicyVersion(number)),
+    };
+    let opened = answered(ask_for(&seat.desk, version)).await?.with_context(|| {
+        "the run has no such version to give: see `muster snapshot list --creds FILE` for those it has"
+    })?;
+    let source = seat.source();
+    let mut files = BTreeMap::new();
+    for entry in &opened.version.body.files {
+        let bytes = fetch_file(source.as_ref(), &opened, &entry.name).await?;
+        files.insert(entry.name.clone(), bytes);
+    }
+    let held = fetch(source.as_ref(), opened).await?;
+    let contents = Contents {
+        run: &seat.credentials.run,
+        version: &held.version,
+        anchor: &held.anchor,
+        weights: &held.image,
+        files: &files,
+    };
+    Ok(write(&args.out, &contents, Existing::Refuse)?)
+}
