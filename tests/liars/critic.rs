@@ -1,0 +1,124 @@
+//! A critic that lies: it asks for groups as any critic does and signs verdicts that lift the reward of every second wrong
+//! rollout to the largest one. It claims audits that it never makes.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_bytes::ByteBuf;
+
+use muster_broadcaster::follower::open_announcement;
+use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::envelope::open;
+use muster_protocol::id::GroupHash;
+use muster_protocol::message::ask::{Answer, Ask, WaitReason};
+use muster_protocol::message::critique::CritiqueLease;
+use muster_protocol::message::group::Group;
+use muster_protocol::message::lease::NumericClass;
+use muster_protocol::message::verdict::{Decision, RolloutReward, Verdict};
+use muster_protocol::message::version::VersionRef;
+
+use super::start::Start;
+
+/// The reward that it hands out.
+const INFLATED: f32 = 1.0;
+/// Versions that it says it holds.
+const VERSIONS_CLAIMED: usize = 8;
+/// Longest pause between two asks, whatever dispatch says.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// What it did.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Deeds {
+    /// Groups that it was given.
+    pub groups: u64,
+    /// Rollouts whose reward it lifted.
+    pub inflated: u64,
+    /// Asks that dispatch answered with "no more for you".
+    pub turned_away: u64,
+    /// Groups that it was given after that.
+    pub groups_after: u64,
+}
+
+pub struct Inflator {
+    pub desk: Desk,
+    pub start: Arc<Start>,
+    pub deeds: Arc<Mutex<Deeds>>,
+}
+
+impl Inflator {
+    /// Judges until the run is over.
+    pub async fn run(self) -> Result<(), DeskError> {
+        self.desk.descriptor().await?;
+        let mut held: Vec<VersionRef> = Vec::new();
+        loop {
+            if let Ok(Some(announcement)) = self.desk.latest().await {
+                let newest = open_announcement(&self.desk, &announcement).unwrap();
+                let newest = newest.version.body.reference();
+                if held.last() != Some(&newest) {
+                    held.push(newest);
+                }
+                let excess = held.len().saturating_sub(VERSIONS_CLAIMED);
+                held.drain(..excess);
+            }
+            let ask = Ask::Critique {
+                held: held.clone(),
+                class: NumericClass::F32Cpu,
+                groups_max: 2,
+            };
+            match self.desk.ask(ask).await {
+                Ok(Answer::CritiqueLeases(leases)) => self.judge(leases).await?,
+                Ok(Answer::Wait { reason, .. }) => {
+                    if reason == WaitReason::CoolDown {
+                        self.deeds.lock().unwrap().turned_away += 1;
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+                Ok(Answer::Finished) => return Ok(()),
+                Ok(_) => return Err(DeskError::Unexpected),
+                Err(error) if error.is_transient() => tokio::time::sleep(PAUSE).await,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn judge(&self, leases: Vec<ByteBuf>) -> Result<(), DeskError> {
+        let mut verdicts = Vec::new();
+        for lease in leases {
+            let case = open::<CritiqueLease>(lease.into_vec().into(), self.desk.run())?.body;
+            let verdict = self.desk.sign(self.verdict(&case)?)?;
+            verdicts.push(ByteBuf::from(verdict.bytes.to_vec()));
+        }
+        self.desk.ask(Ask::Verdict { verdicts }).await?;
+        Ok(())
+    }
+
+    fn verdict(&self, case: &CritiqueLease) -> Result<Verdict, DeskError> {
+        let group = open::<Group>(case.group.clone().into(), self.desk.run())?;
+        let mut rewards = Vec::new();
+        let mut inflated = 0;
+        for (number, rollout) in group.body.rollouts.iter().enumerate() {
+            let prompt = rollout.segments[0].tokens();
+            let (drawn, _) = rollout.drawn();
+            let mut total = self.start.reward(prompt, &drawn, rollout.finish);
+            if number % 2 == 0 && total < INFLATED {
+                total = INFLATED;
+                inflated += 1;
+            }
+            let components = vec![("correct".to_owned(), total)];
+            rewards.push(RolloutReward { total, components });
+        }
+        let mut deeds = self.deeds.lock().unwrap();
+        deeds.groups += 1;
+        deeds.inflated += inflated;
+        deeds.groups_after += u64::from(deeds.turned_away > 0);
+        Ok(Verdict {
+            group: GroupHash::of(&group.bytes),
+            lease: group.body.lease,
+            ticket: group.body.ticket,
+            audited: case.audit,
+            rewards,
+            findings: Vec::new(),
+            decision: Decision::Accept,
+        })
+    }
+}

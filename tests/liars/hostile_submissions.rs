@@ -1,0 +1,264 @@
+//! Messages that no honest worker sends, over a real server: each is answered with one sentence or refused before it
+//! leaves, and dispatch goes on.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use muster_broadcaster::follower::open_announcement;
+use muster_protocol::bus::BusError;
+use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::envelope::{EnvelopeError, Invalid, Kind, Signed, Statement, open};
+use muster_protocol::limits::{GROUP_BYTES_MAX, PAYLOAD_BYTES_MAX, PROTOCOL_VERSIONS};
+use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::message::group::{FinishReason, Group, Rollout};
+use muster_protocol::message::lease::{Lease, NumericClass};
+use muster_protocol::message::version::VersionRef;
+use muster_protocol::subject::Verb;
+
+use super::start::{small, start};
+use super::swarm::{Plan, Running, Venue, WorkerKind};
+
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(20);
+/// A protocol version that nobody speaks; one byte on the wire.
+const UNKNOWN_VERSION: u8 = 9;
+
+/// A group as somebody else's software would write it: nothing is checked before it is signed.
+#[derive(Serialize, Deserialize)]
+struct Unchecked(Group);
+
+impl Statement for Unchecked {
+    const KIND: Kind = Kind::Group;
+    const BYTES_MAX: usize = usize::MAX;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
+}
+
+/// The newest version, once there is one.
+pub async fn newest(desk: &Desk) -> VersionRef {
+    desk.descriptor().await.unwrap();
+    loop {
+        if let Ok(Some(announcement)) = desk.latest().await {
+            let opened = open_announcement(desk, &announcement).unwrap();
+            return opened.version.body.reference();
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// A lease of `desk`'s own.
+async fn lease(desk: &Desk) -> Signed<Lease> {
+    loop {
+        let ask = Ask::Lease {
+            held: newest(desk).await,
+            class: NumericClass::F32Cpu,
+            rollouts_max: 8,
+        };
+        if let Ok(Answer::Leases(mut leases)) = desk.ask(ask).await {
+            return open(leases.remove(0).into_vec().into(), desk.run()).unwrap();
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// A well-formed group for a lease: every answer is as long as may be, of the same token.
+fn group(lease: &Lease, logprobs: Vec<f32>) -> Group {
+    let ticket = &lease.ticket;
+    let tokens = vec![2; ticket.sampling.tokens_max as usize];
+    let rollout = Rollout::single_turn(
+        ticket.prompt.clone(),
+        tokens,
+        lease.version.version,
+        logprobs,
+        FinishReason::Length,
+    );
+    Group {
+        lease: lease.id,
+        ticket: ticket.id,
+        version: lease.version,
+        class: lease.class,
+        rollouts: vec![rollout; lease.rollouts.count as usize],
+        commitments: Vec::new(),
+    }
+}
+
+async fn submit(desk: &Desk, lease: &Signed<Lease>, group: &Bytes) -> Result<Answer, DeskError> {
+    let bytes = |bytes: &Bytes| ByteBuf::from(bytes.to_vec());
+    let (lease, group) = (bytes(&lease.bytes), bytes(group));
+    desk.ask(Ask::Submit { lease, group }).await
+}
+
+/// Sends bytes of one's own making where submissions go.
+async fn send(desk: &Desk, payload: Bytes) -> Result<Answer, BusError> {
+    let subject = desk.subjects().ask(Verb::Submit, desk.bus().user());
+    let answer = desk.bus().request(&subject, payload, ANSWER_WAIT).await?;
+    Ok(open::<Answer>(answer, desk.run()).unwrap().body)
+}
+
+#[track_caller]
+fn assert_sentence(text: &str, words: &str) {
+    println!("refused: {text}");
+    assert!(text.contains(words), "{text:?} does not say {words:?}");
+    let one_line = !text.contains('\n') && !text.ends_with('.') && text.len() < 400;
+    assert!(one_line, "{text:?} is not one sentence");
+}
+
+#[track_caller]
+fn assert_refused(answer: Result<Answer, DeskError>, words: &str) {
+    match answer {
+        Err(DeskError::Refused(reason)) => assert_sentence(&reason, words),
+        other => panic!("answered {other:?} where {words:?} was expected"),
+    }
+}
+
+fn flipped(bytes: &Bytes) -> Bytes {
+    let mut bytes = bytes.to_vec();
+    let last = bytes.len() - 1; // the signature stands at the end
+    bytes[last] ^= 1;
+    bytes.into()
+}
+
+fn of_another_version(bytes: &Bytes) -> Bytes {
+    let mut bytes = bytes.to_vec();
+    bytes[0] = UNKNOWN_VERSION; // the version stands first, in one byte
+    bytes.into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on() {
+    let mut config = small();
+    config.run.steps = NonZeroU64::MAX;
+    let plan = Plan {
+        venue: Venue::Nats,
+        workers: vec![WorkerKind::Honest, WorkerKind::Absent, WorkerKind::Absent],
+        ..Plan::new(config, start())
+    };
+    let mut running = Running::start(plan).await;
+    let (mallory, other) = (running.desk("worker-2"), running.desk("worker-3"));
+    let mine = lease(&mallory).await;
+    let length = mine.body.ticket.sampling.tokens_max as usize;
+    let honest = group(&mine.body, vec![-1.0; length]);
+    let forged = |group: Group| mallory.sign(Unchecked(group)).unwrap().bytes;
+
+    let mut nan = vec![-1.0; length];
+    nan[3] = f32::NAN;
+    let nan = group(&mine.body, nan);
+    let local = mallory.sign(nan.clone()).map(drop).unwrap_err();
+    assert_sentence(
+        &local.to_string(),
+        "rollout_logprobs hold NaN at position 3",
+    );
+    let answer = submit(&mallory, &mine, &forged(nan)).await;
+    assert_refused(answer, "rollout_logprobs hold NaN at position 3");
+
+    let short = group(&mine.body, vec![-1.0; length - 2]);
+    let answer = submit(&mallory, &mine, &forged(short)).await;
+    assert_refused(
+        answer,
+        &format!("rollout_logprobs are {} for {length} tokens", length - 2),
+    );
+
+    let answer = submit(&mallory, &mine, &forged(large(&mine.body))).await;
+    assert_refused(
+        answer,
+        &format!("over the limit of {GROUP_BYTES_MAX} bytes for Group"),
+    );
+    let too_large = send(&mallory, vec![0; PAYLOAD_BYTES_MAX + 1].into()).await;
+    assert!(
+        matches!(too_large, Err(BusError::TooLarge { .. })),
+        "{too_large:?}"
+    );
+    assert_sentence(&too_large.unwrap_err().to_string(), "over the limit of");
+
+    let signed = forged(honest.clone());
+    let answer = submit(&mallory, &mine, &flipped(&signed)).await;
+    assert_refused(answer, "does not verify");
+    let answer = submit(&mallory, &mine, &of_another_version(&signed)).await;
+    assert_refused(answer, "protocol version 9 is not served here");
+
+    let theirs = lease(&other).await;
+    let stolen = forged(group(&theirs.body, vec![-1.0; length]));
+    assert_refused(submit(&mallory, &theirs, &stolen).await, "its lease is");
+
+    let ask = |group: &Bytes| Ask::Submit {
+        lease: ByteBuf::from(mine.bytes.to_vec()),
+        group: ByteBuf::from(group.to_vec()),
+    };
+    let question = mallory.sign(ask(&signed)).unwrap().bytes;
+    match send(&mallory, of_another_version(&question)).await.unwrap() {
+        Answer::UpgradeRequired { served } => assert_eq!(served, PROTOCOL_VERSIONS),
+        answer => panic!("an unknown protocol version was answered {answer:?}"),
+    }
+    for (payload, words) in [
+        (flipped(&question), "does not verify"),
+        (
+            Bytes::from_static(b"\x01garbage"),
+            "message cannot be decoded",
+        ),
+        (Bytes::new(), "message cannot be decoded"),
+        (
+            other.sign(ask(&signed)).unwrap().bytes,
+            "signed by another key",
+        ),
+    ] {
+        match send(&mallory, payload).await.unwrap() {
+            Answer::Refused { reason } => assert_sentence(&reason, words),
+            answer => panic!("answered {answer:?} where {words:?} was expected"),
+        }
+    }
+    let overlong = mallory.sign(Ask::Submit {
+        lease: ByteBuf::new(),
+        group: ByteBuf::from(noise(6 << 20)),
+    });
+    match overlong.map(drop) {
+        Err(error @ EnvelopeError::TooLarge { .. }) => {
+            assert_sentence(&error.to_string(), "send a smaller one");
+        }
+        other => panic!("a message over its limit was signed: {other:?}"),
+    }
+
+    // The lease outlived all of this; what answers it is judged like any other group.
+    let answer = submit(&mallory, &mine, &signed).await.unwrap();
+    assert!(matches!(answer, Answer::Accepted { .. }), "{answer:?}");
+    let steps = running.view().await.steps;
+    running
+        .until("three steps after the last refusal", |view| {
+            view.steps >= steps + 3
+        })
+        .await;
+    running.stop().await;
+}
+
+/// A group whose envelope is over the limit of a group, within that of an ask.
+fn large(lease: &Lease) -> Group {
+    let count = GROUP_BYTES_MAX / 4 + 10_000;
+    let bits = noise(4 * count);
+    let logprobs = bits
+        .chunks_exact(4)
+        .map(|bits| f32::from_le_bytes([bits[0], bits[1], bits[2], bits[3]]));
+    let rollout = Rollout::single_turn(
+        lease.ticket.prompt.clone(),
+        vec![2; 4],
+        lease.version.version,
+        logprobs.collect(),
+        FinishReason::Length,
+    );
+    Group {
+        rollouts: vec![rollout],
+        ..group(lease, Vec::new())
+    }
+}
+
+/// Bytes that do not compress.
+fn noise(count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    rand::rngs::StdRng::seed_from_u64(5).fill(bytes.as_mut_slice());
+    bytes
+}

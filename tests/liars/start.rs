@@ -1,0 +1,169 @@
+//! What every run of these tests starts from: a configuration, its task and reward, and a starting policy that the shipped
+//! `muster warmup` makes once per process, in a few seconds.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+
+use muster_learner::dispatch::prompts::{Prompt, PromptSource, Reference};
+use muster_learner::trainer::announce::RunFile;
+use muster_policy::ModelFolder;
+use muster_protocol::credentials::Roster;
+use muster_protocol::id::{ContentHash, PolicyVersion, TicketId};
+use muster_protocol::message::descriptor::Descriptor;
+use muster_protocol::message::group::FinishReason;
+use muster_protocol::message::lease::NumericClass;
+use muster_protocol::message::ticket::SamplingRules;
+use muster_protocol::subject::Role;
+use muster_rewards::{Answer, Prepared, RewardConfig, Split};
+
+use super::config::RunConfig;
+
+const SMALL: &str = include_str!("small.toml");
+
+/// A configuration with its model, task and reward.
+pub struct Start {
+    pub model: ModelFolder,
+    pub folder: PathBuf,
+    pub prepared: Arc<Prepared>,
+    /// Gold answers by prompt.
+    golds: BTreeMap<String, String>,
+}
+
+/// The configuration of the small runs.
+pub fn small() -> RunConfig {
+    RunConfig::parse(SMALL, Path::new("tests/liars/small.toml")).unwrap()
+}
+
+/// The starting policy of the small runs, made once.
+pub fn start() -> Arc<Start> {
+    static START: OnceLock<Arc<Start>> = OnceLock::new();
+    START
+        .get_or_init(|| {
+            let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
+            let folder = scratch.join(format!("liars-{}", std::process::id()));
+            let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/liars/small.toml");
+            let start = Start::warm_up(&small(), &config, &folder);
+            std::fs::remove_dir_all(&folder).unwrap(); // it is in memory now
+            Arc::new(start)
+        })
+        .clone()
+}
+
+impl Start {
+    /// Has `muster warmup` make the starting policy of the configuration in `file`.
+    pub fn warm_up(config: &RunConfig, file: &Path, folder: &Path) -> Self {
+        let made = Command::new(env!("CARGO_BIN_EXE_muster"))
+            .arg("warmup")
+            .arg(file)
+            .arg("--out")
+            .arg(folder)
+            .output()
+            .unwrap();
+        assert!(
+            made.status.success(),
+            "{}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+        Self::read(config, folder)
+    }
+
+    /// Reads a starting policy that was made before.
+    pub fn read(config: &RunConfig, folder: &Path) -> Self {
+        let rewards = RewardConfig {
+            task: config.task.clone(),
+            reward: config.reward.clone(),
+        };
+        let prepared = rewards.prepare(Path::new(".")).unwrap();
+        let items = prepared.task.items(Split::Train).iter();
+        let golds = items.map(|item| (item.prompt.clone(), item.gold.clone()));
+        Self {
+            model: ModelFolder::read(folder).unwrap(),
+            folder: folder.to_owned(),
+            golds: golds.collect(),
+            prepared: Arc::new(prepared),
+        }
+    }
+
+    /// The files that travel with every version.
+    pub fn files(&self, config: &RunConfig) -> Vec<RunFile> {
+        let file = |name: &str, text: String| RunFile {
+            name: name.to_owned(),
+            bytes: Bytes::from(text),
+        };
+        let storage = config.model.storage.torch_name();
+        vec![
+            file("config.json", self.model.config.to_json(storage)),
+            file("tokenizer.json", self.model.tokenizer.json().to_owned()),
+        ]
+    }
+
+    /// The run's descriptor.
+    pub fn describe(&self, config: &RunConfig, roster: &Roster) -> Descriptor {
+        let files = self.files(config);
+        let rewards = RewardConfig {
+            task: config.task.clone(),
+            reward: config.reward.clone(),
+        };
+        let ids = |text: &String| self.model.tokenizer.id(text).unwrap();
+        Descriptor {
+            architecture: ContentHash::of(&files[0].bytes),
+            tokenizer: ContentHash::of(&files[1].bytes),
+            chat_template: None,
+            task: ContentHash(self.prepared.task.digest()),
+            rewards: rewards.canonical_json().unwrap(),
+            sampling: SamplingRules {
+                temperature: config.sampling.temperature,
+                tokens_max: config.sampling.tokens_max.get(),
+                stop_ids: config.sampling.stop.iter().map(ids).collect(),
+            },
+            group_size: config.sampling.group_size.get(),
+            async_level: config.run.async_level,
+            same_class: config.dispatch.same_class,
+            cross_class: config.dispatch.cross_class,
+            vocabulary: self.model.config.vocab_size as u32,
+            classes: vec![NumericClass::F32Cpu],
+            learner: roster.first(Role::Trainer).unwrap().peer,
+            dispatch: roster.first(Role::Dispatch).unwrap().peer,
+            from_step: PolicyVersion(0),
+            labels: BTreeMap::new(),
+        }
+    }
+
+    /// The reward of an answer as tokens, computed from nothing but the run's reward functions and the task.
+    pub fn reward(&self, prompt: &[u32], completion: &[u32], finish: FinishReason) -> f32 {
+        let prompt = self.model.tokenizer.decode(prompt).unwrap();
+        let gold = &self.golds[&prompt];
+        let answer = Answer {
+            prompt: &prompt,
+            text: &self.model.tokenizer.decode(completion).unwrap(),
+            finished: finish == FinishReason::Stop,
+            tokens: completion.len(),
+        };
+        self.prepared.reward.score(&answer, gold).unwrap().total as f32
+    }
+}
+
+/// The training prompts, one after the other.
+impl PromptSource for Start {
+    fn prompt(&self, ticket: TicketId) -> Prompt {
+        let items = self.prepared.task.items(Split::Train);
+        let item = (ticket.0 - 1) as usize % items.len();
+        let tokens = self.model.tokenizer.encode_prompt(&items[item].prompt);
+        Prompt {
+            item: item as u64,
+            tokens: tokens.unwrap(),
+        }
+    }
+
+    fn reference(&self, item: u64) -> Option<Reference> {
+        let item = self.prepared.task.item(Split::Train, item as usize)?;
+        Some(Reference {
+            prompt: item.prompt.clone(),
+            gold: item.gold.clone(),
+        })
+    }
+}

@@ -1,0 +1,43 @@
+//! What the learner uploads when others pass its weights on.
+
+use std::num::NonZeroU64;
+
+use super::start::{small, start};
+use super::swarm::{Plan, Running, Weights};
+
+/// Most bytes that the learner may upload per version, in sizes of an anchor.
+const ANCHORS_MAX: f64 = 1.5;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_two_workers_and_a_seeder_the_learner_uploads_little_more_than_one_anchor_per_version()
+{
+    let mut config = small();
+    config.run.steps = NonZeroU64::new(12).unwrap();
+    let plan = Plan {
+        weights: Weights::Peers,
+        seeders: 1,
+        ..Plan::new(config, start())
+    };
+    let running = Running::start(plan).await;
+    let learner = running.swarm("trainer");
+    let shelf = running.shelf();
+    let outcome = running.finish().await;
+    let stats = learner.stats();
+    let mut sizes = Vec::new();
+    for (version, (object, bytes)) in shelf.anchors() {
+        let uploaded = stats.objects.get(&object).map_or(0, |moved| moved.bytes_up);
+        let anchors = uploaded as f64 / bytes.len() as f64;
+        println!("version {version}: {anchors:.2} anchors uploaded");
+        sizes.push(anchors);
+    }
+    let mean = sizes.iter().sum::<f64>() / sizes.len() as f64;
+    let most = sizes.iter().copied().fold(0.0, f64::max);
+    println!(
+        "uploads: {} versions, mean {mean:.2} and most {most:.2} anchors, {} bytes in all, {:.1} s",
+        sizes.len(),
+        stats.total.bytes_up,
+        outcome.seconds
+    );
+    assert!(sizes.len() > 10);
+    assert!(mean < ANCHORS_MAX, "{mean:.2} anchors per version");
+}
