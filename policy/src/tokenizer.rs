@@ -239,9 +239,13 @@ impl Tokenizer {
         self.shared.pad
     }
 
-    /// The id of a token by its text.
+    /// The id of a token by its name in the vocabulary, or by its text where that is one token.
     pub fn id(&self, token: &str) -> Option<u32> {
-        self.shared.tokenizer.token_to_id(token)
+        let named = self.shared.tokenizer.token_to_id(token);
+        named.or_else(|| match self.encode(token).ok()?.as_slice() {
+            [id] => Some(*id),
+            _ => None,
+        })
     }
 
     /// Smallest embedding that has a row for every id.
@@ -269,6 +273,10 @@ fn special<'a>(settings: &'a Value, key: &str) -> Option<&'a str> {
 /// The text of a `tokenizer.json` with one token per character of `alphabet`, which Hugging Face `tokenizers` and
 /// transformers load as well. A character outside the alphabet is an error when encoding, and not dropped.
 ///
+/// Characters are named as byte-level vocabularies name them (a space is `Ġ`): transformers 5 rebuilds the tokenizer of
+/// every Qwen2 model as a byte-level one and takes over no more than the vocabulary. So it reads an alphabet of ASCII
+/// characters as it is meant; of others it drops the characters, where transformers 4 and this crate do not.
+///
 /// # Errors
 /// When the alphabet is empty or names a character twice.
 pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
@@ -279,7 +287,7 @@ pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
     }
     let mut vocabulary = serde_json::Map::new();
     let names = [PAD.to_owned(), EOS.to_owned()].into_iter();
-    for (id, name) in names.chain(alphabet.chars().map(String::from)).enumerate() {
+    for (id, name) in names.chain(alphabet.chars().map(byte_level)).enumerate() {
         if vocabulary.insert(name.clone(), json!(id)).is_some() {
             return Err(TokenizerError::Alphabet {
                 problem: format!("names `{name}` twice"),
@@ -292,6 +300,9 @@ pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
             "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
         })
     });
+    let byte_level_step = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
+    });
     let file = json!({
         "version": "1.0",
         "truncation": null,
@@ -300,15 +311,39 @@ pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
         "normalizer": null,
         // A dot would leave out line breaks.
         "pre_tokenizer": {
-            "type": "Split", "pattern": { "Regex": "[\\s\\S]" }, "behavior": "Isolated", "invert": false,
+            "type": "Sequence",
+            "pretokenizers": [
+                { "type": "Split", "pattern": { "Regex": "[\\s\\S]" }, "behavior": "Isolated", "invert": false },
+                byte_level_step.clone(),
+            ],
         },
         "post_processor": null,
         // Joins tokens as they are; without a decoder, spaces would be put between them.
-        "decoder": { "type": "Fuse" },
+        "decoder": byte_level_step,
         // The unknown token is not in the vocabulary, which makes an unknown character an error.
         "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>" },
     });
     Ok(format!("{file:#}\n"))
+}
+
+/// A character's name in a byte-level vocabulary: each of its bytes as a visible character. Those of Latin-1 that are
+/// visible stand for themselves, the others for the code points from U+0100 on, in order.
+fn byte_level(character: char) -> String {
+    let is_visible = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let shown = |byte: u8| {
+        if is_visible(byte) {
+            return char::from(byte);
+        }
+        let hidden_before = (0..byte).filter(|earlier| !is_visible(*earlier)).count();
+        let code = 0x100 + u32::try_from(hidden_before).unwrap_or_default();
+        char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
+    };
+    let mut bytes = [0; 4];
+    character
+        .encode_utf8(&mut bytes)
+        .bytes()
+        .map(shown)
+        .collect()
 }
 
 fn character_settings() -> String {
@@ -316,6 +351,8 @@ fn character_settings() -> String {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
         "eos_token": EOS,
+        // Without one, transformers 5 adds a token of its own. No text is ever read as it.
+        "unk_token": PAD,
         "clean_up_tokenization_spaces": false,
     });
     format!("{settings:#}\n")
@@ -359,6 +396,17 @@ mod tests {
             tokenizer.encode_prompt("1=").unwrap(),
             tokenizer.encode("1=").unwrap()
         );
+    }
+
+    #[test]
+    fn characters_are_named_as_byte_level_vocabularies_name_them() {
+        let named: Vec<String> = " \nA~é中".chars().map(byte_level).collect();
+        assert_eq!(named, ["Ġ", "Ċ", "A", "~", "Ã©", "ä¸Ń"]);
+        let tokenizer = Tokenizer::characters(" \né中").unwrap();
+        assert_eq!(tokenizer.encode("中 \né").unwrap(), [5, 2, 3, 4]);
+        assert_eq!(tokenizer.decode(&[5, 2, 3, 4]).unwrap(), "中 \né");
+        assert_eq!((tokenizer.id(" "), tokenizer.id("Ġ")), (Some(2), Some(2)));
+        assert_eq!(tokenizer.id("é中"), None);
     }
 
     #[test]
