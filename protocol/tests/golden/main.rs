@@ -1,0 +1,365 @@
+//! Golden bytes: what every kind of message looks like on the wire. One file per kind under `testdata/golden/`, a line per
+//! case: its name and the envelope in hexadecimal digits. A peer of an older build must go on reading them, so a case is
+//! added and never changed: another form is another protocol version.
+//!
+//! After adding a message or a variant, write the missing lines with
+//! `cargo test --release -p muster-protocol --test golden -- --ignored`; lines that are there are left as they are.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    unreachable_pub
+)]
+
+mod cases;
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+
+use muster_protocol::envelope::{EnvelopeError, Kind, Statement, open, seal};
+use muster_protocol::id::RunId;
+use muster_protocol::identity::{Identity, MachineSeed};
+use muster_protocol::message::ask::{Answer, Ask, WaitReason};
+use muster_protocol::message::batch::Batch;
+use muster_protocol::message::control::ControlEvent;
+use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
+use muster_protocol::message::descriptor::Descriptor;
+use muster_protocol::message::fate::{Fate, FateRecord};
+use muster_protocol::message::group::{FinishReason, Group, Segment};
+use muster_protocol::message::lease::{Lease, NumericClass};
+use muster_protocol::message::peer::PeerRecord;
+use muster_protocol::message::ticket::Ticket;
+use muster_protocol::message::verdict::{Decision, Finding, Verdict};
+use muster_protocol::message::version::{Announcement, Codec, Content, Dtype, Object, Version};
+use muster_protocol::subject::Role;
+
+/// A message as its sender writes it and as its reader finds it.
+struct Case {
+    kind: Kind,
+    name: &'static str,
+    bytes: Bytes,
+    reads_as: Box<dyn Fn(Bytes) -> Result<(), String>>,
+}
+
+fn run() -> RunId {
+    "golden".parse().unwrap()
+}
+
+fn author() -> Identity {
+    Identity::from_seed(&MachineSeed::from_bytes([7; 32]))
+}
+
+/// The sequence number of every golden message: two bytes as a varint.
+const SEQUENCE: u64 = 300;
+
+fn case<T>(name: &'static str, body: T) -> Case
+where
+    T: Statement + Clone + PartialEq + Debug + 'static,
+{
+    let sealed = seal(&author(), &run(), SEQUENCE, body.clone()).unwrap();
+    let reads_as = move |bytes: Bytes| match open::<T>(bytes, &run()) {
+        Ok(opened) if opened.body != body => Err(format!("reads as {:?}", opened.body)),
+        Ok(opened) if opened.author != author().peer_id() => Err("has another author".to_owned()),
+        Ok(opened) if opened.sequence != SEQUENCE => Err("has another number".to_owned()),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    };
+    Case {
+        kind: T::KIND,
+        name,
+        bytes: sealed.bytes,
+        reads_as: Box::new(reads_as),
+    }
+}
+
+fn all_cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    let asks = cases::asks();
+    all.extend(asks.into_iter().map(|(name, body)| case(name, body)));
+    let answers = cases::answers();
+    all.extend(answers.into_iter().map(|(name, body)| case(name, body)));
+    let events = cases::control_events();
+    all.extend(events.into_iter().map(|(name, body)| case(name, body)));
+    let fates = cases::fates();
+    all.extend(fates.into_iter().map(|(name, body)| case(name, body)));
+    let objects = cases::objects();
+    all.extend(objects.into_iter().map(|(name, body)| case(name, body)));
+    let verdicts = cases::verdicts();
+    all.extend(verdicts.into_iter().map(|(name, body)| case(name, body)));
+    all.extend([
+        case("ticket", cases::ticket()),
+        case("lease", cases::lease()),
+        case("two_finishes", cases::group()),
+        case("commitments", cases::group_with_commitments()),
+        case("audit", cases::critique_lease()),
+        case("admitted", cases::admitted()),
+        case("joined", cases::joined()),
+        case("batch", cases::batch()),
+        case("version", cases::version()),
+        case("descriptor", cases::descriptor()),
+        case("peer", cases::peer()),
+    ]);
+    all
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/golden")
+}
+
+fn file_of(kind: Kind) -> PathBuf {
+    let name = format!("{:02}-{kind:?}.hex", kind as u8).to_lowercase();
+    folder().join(name)
+}
+
+/// The lines of a kind's file: name and digits. Empty where there is no file yet.
+fn lines(path: &Path) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let mut lines = BTreeMap::new();
+    for line in text.lines() {
+        let (name, digits) = line
+            .split_once(' ')
+            .unwrap_or_else(|| panic!("{}: `{line}` is not `name digits`", path.display()));
+        let earlier = lines.insert(name.to_owned(), digits.to_owned());
+        assert!(earlier.is_none(), "{}: {name} stands twice", path.display());
+    }
+    lines
+}
+
+fn recorded(case: &Case) -> String {
+    let path = file_of(case.kind);
+    lines(&path).remove(case.name).unwrap_or_else(|| {
+        panic!(
+            "{} has no line `{}`: write it as the head of this test's file says",
+            path.display(),
+            case.name
+        )
+    })
+}
+
+#[test]
+fn every_message_is_written_with_exactly_its_golden_bytes() {
+    for case in all_cases() {
+        assert_eq!(
+            hex::encode(&case.bytes),
+            recorded(&case),
+            "{:?} {}: a message in another form needs another protocol version",
+            case.kind,
+            case.name
+        );
+    }
+}
+
+#[test]
+fn every_golden_message_is_read_as_what_was_said() {
+    for case in all_cases() {
+        let bytes = hex::decode(recorded(&case)).unwrap();
+        (case.reads_as)(bytes.into())
+            .unwrap_or_else(|problem| panic!("{:?} {} {problem}", case.kind, case.name));
+    }
+}
+
+#[test]
+fn every_golden_line_belongs_to_a_case() {
+    let cases = all_cases();
+    for entry in fs::read_dir(folder()).unwrap() {
+        let path = entry.unwrap().path();
+        for name in lines(&path).keys() {
+            let known = cases
+                .iter()
+                .any(|case| case.name == name && file_of(case.kind) == path);
+            let known = known || path == announcement_file() || path == compressed_file();
+            assert!(known, "{}: no message makes `{name}`", path.display());
+        }
+    }
+}
+
+#[test]
+fn every_kind_of_statement_has_golden_bytes() {
+    let held: Vec<Kind> = all_cases().iter().map(|case| case.kind).collect();
+    let statements = [
+        Ask::KIND,
+        Answer::KIND,
+        Ticket::KIND,
+        Lease::KIND,
+        Group::KIND,
+        CritiqueLease::KIND,
+        Verdict::KIND,
+        Joined::KIND,
+        Batch::KIND,
+        Version::KIND,
+        FateRecord::KIND,
+        ControlEvent::KIND,
+        Descriptor::KIND,
+        Object::KIND,
+        Admitted::KIND,
+        PeerRecord::KIND,
+    ];
+    for kind in statements {
+        assert!(held.contains(&kind), "no golden message of kind {kind:?}");
+    }
+    // `Receipt` has a number and no statement: a receipt is the signed fate.
+    assert_all_variants_of_kind(statements.len() + 1);
+}
+
+/// Holds that `Kind` has `count` variants, so that a new one is added above.
+fn assert_all_variants_of_kind(count: usize) {
+    let count = u8::try_from(count).unwrap();
+    assert!(postcard::from_bytes::<Kind>(&[count - 1]).is_ok());
+    assert!(
+        postcard::from_bytes::<Kind>(&[count]).is_err(),
+        "a kind has no golden message"
+    );
+}
+
+/// Holds that `samples` are all variants of an enum: their numbers are 0, 1, 2, … in some order, and the next number
+/// means nothing.
+fn assert_all_variants<T>(samples: &[T])
+where
+    T: serde::Serialize + DeserializeOwned + Debug,
+{
+    let name = std::any::type_name::<T>();
+    let mut numbers: Vec<u8> = samples
+        .iter()
+        .map(|sample| postcard::to_stdvec(sample).unwrap()[0])
+        .collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let count = u8::try_from(numbers.len()).unwrap();
+    let expected: Vec<u8> = (0..count).collect();
+    assert_eq!(numbers, expected, "{name} has variants without a sample");
+    let next = postcard::from_bytes::<T>(&[count]);
+    assert!(
+        matches!(next, Err(postcard::Error::SerdeDeCustom)),
+        "{name} has a variant {count} without a sample: {next:?}"
+    );
+}
+
+#[test]
+fn every_variant_of_what_is_said_is_among_the_golden_messages() {
+    let asks: Vec<Ask> = cases::asks().into_iter().map(|(_, ask)| ask).collect();
+    assert_all_variants(&asks);
+    let answers: Vec<Answer> = cases::answers().into_iter().map(|(_, a)| a).collect();
+    assert_all_variants(&answers);
+    let reasons = answers.iter().filter_map(|answer| match answer {
+        Answer::Wait { reason, .. } => Some(*reason),
+        _ => None,
+    });
+    assert_all_variants::<WaitReason>(&reasons.collect::<Vec<_>>());
+    let events: Vec<ControlEvent> = cases::control_events()
+        .into_iter()
+        .map(|(_, e)| e)
+        .collect();
+    assert_all_variants(&events);
+    let roles = events.iter().filter_map(|event| match event {
+        ControlEvent::Started { role } => Some(*role),
+        _ => None,
+    });
+    assert_all_variants::<Role>(&roles.collect::<Vec<_>>());
+    let verdicts: Vec<Verdict> = cases::verdicts().into_iter().map(|(_, v)| v).collect();
+    let decisions = verdicts.iter().map(|verdict| verdict.decision);
+    assert_all_variants::<Decision>(&decisions.collect::<Vec<_>>());
+    let findings = verdicts.into_iter().flat_map(|verdict| verdict.findings);
+    assert_all_variants::<Finding>(&findings.collect::<Vec<_>>());
+    let fates = cases::fates().into_iter().map(|(_, record)| record.fate);
+    assert_all_variants::<Fate>(&fates.collect::<Vec<_>>());
+    let objects: Vec<Object> = cases::objects().into_iter().map(|(_, o)| o).collect();
+    let contents = objects.iter().map(|object| object.content);
+    assert_all_variants::<Content>(&contents.collect::<Vec<_>>());
+    let codecs = objects.iter().map(|object| object.codec);
+    assert_all_variants::<Codec>(&codecs.collect::<Vec<_>>());
+    let rollouts = cases::group().rollouts;
+    let finishes = rollouts.iter().map(|rollout| rollout.finish);
+    assert_all_variants::<FinishReason>(&finishes.collect::<Vec<_>>());
+    let segments = rollouts.into_iter().flat_map(|rollout| rollout.segments);
+    assert_all_variants::<Segment>(&segments.collect::<Vec<_>>());
+    assert_all_variants::<NumericClass>(&cases::descriptor().classes);
+    let dtypes = cases::version().parameters.into_iter().map(|p| p.dtype);
+    assert_all_variants::<Dtype>(&dtypes.collect::<Vec<_>>());
+}
+
+/// The announcement is a record of the versions log: signed parts in an unsigned wrapper, so it has no kind.
+fn announcement_file() -> PathBuf {
+    folder().join("announcement.hex")
+}
+
+#[test]
+fn an_announcement_is_written_and_read_with_its_golden_bytes() {
+    let announcement = cases::announcement();
+    let recorded = lines(&announcement_file())
+        .remove("announcement")
+        .expect("announcement.hex is missing");
+    assert_eq!(hex::encode(announcement.encode().unwrap()), recorded);
+    let bytes = hex::decode(recorded).unwrap();
+    assert_eq!(Announcement::decode(&bytes), Ok(announcement));
+}
+
+/// A compressed message. Only reading is held to its bytes: a compressor may find a shorter form.
+fn compressed_file() -> PathBuf {
+    folder().join("compressed.hex")
+}
+
+#[test]
+fn a_compressed_message_is_read_as_what_was_said() {
+    let case = case("group", cases::long_group());
+    let recorded = lines(&compressed_file())
+        .remove("group")
+        .expect("compressed.hex is missing");
+    let bytes = hex::decode(recorded).unwrap();
+    let raw_bytes = postcard::to_stdvec(&cases::long_group()).unwrap().len();
+    assert!(
+        4 * bytes.len() < 3 * raw_bytes,
+        "{} of {raw_bytes} bytes: not compressed",
+        bytes.len()
+    );
+    (case.reads_as)(bytes.into()).unwrap();
+    (case.reads_as)(case.bytes).unwrap();
+}
+
+#[test]
+fn a_golden_message_of_one_kind_is_refused_as_another() {
+    let ticket = seal(&author(), &run(), SEQUENCE, cases::ticket()).unwrap();
+    let refused = open::<Lease>(ticket.bytes, &run()).unwrap_err();
+    assert_eq!(
+        refused,
+        EnvelopeError::WrongKind {
+            expected: Kind::Lease,
+            found: Kind::Ticket as u8
+        }
+    );
+}
+
+/// Adds what is missing; refuses to change what is there.
+#[test]
+#[ignore = "writes testdata/golden"]
+fn missing_golden_lines_are_written() {
+    fs::create_dir_all(folder()).unwrap();
+    let mut wanted = all_cases()
+        .into_iter()
+        .map(|case| (file_of(case.kind), case.name, hex::encode(case.bytes)))
+        .collect::<Vec<_>>();
+    let announcement = hex::encode(cases::announcement().encode().unwrap());
+    wanted.push((announcement_file(), "announcement", announcement));
+    if lines(&compressed_file()).is_empty() {
+        let compressed = hex::encode(case("group", cases::long_group()).bytes);
+        wanted.push((compressed_file(), "group", compressed));
+    }
+    for (path, name, digits) in wanted {
+        let mut held = lines(&path);
+        match held.insert(name.to_owned(), digits.clone()) {
+            Some(earlier) => assert_eq!(earlier, digits, "{}: {name}", path.display()),
+            None => {
+                let text: String = held
+                    .iter()
+                    .map(|(name, digits)| format!("{name} {digits}\n"))
+                    .collect();
+                fs::write(&path, text).unwrap();
+            }
+        }
+    }
+}
