@@ -12,6 +12,7 @@ use rand::Rng;
 use tokio::sync::{Notify, watch};
 
 use crate::bus::BusError;
+use crate::subject::Subjects;
 
 /// Longest pause between two attempts to connect: ten thousand machines then knock 700 times a second.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -120,12 +121,14 @@ impl Link {
 
     fn on_complaint(&self, text: &str) {
         if let Some((usage, subject)) = violation(text) {
-            tracing::error!(
-                user = self.user,
-                ?usage,
-                subject,
-                "not permitted by the NATS server"
-            );
+            if subject != Subjects::sync(&self.user).as_str() {
+                tracing::error!(
+                    user = self.user,
+                    ?usage,
+                    subject,
+                    "not permitted by the NATS server"
+                );
+            } // else the server's expected answer to a question about what was refused before
             let mut denials = self.lock();
             if denials.len() >= DENIALS_MAX {
                 denials.pop_front();
