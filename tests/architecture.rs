@@ -1,0 +1,325 @@
+//! The walls of the house, held against the code: who may import whom, where the unsafe code and the system calls are,
+//! and what decides without acting. ARCHITECTURE.md says why each wall stands.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Each crate and the crates of ours that it may import, in the order of the table in ARCHITECTURE.md.
+const IMPORTS: [(&str, &[&str]); 7] = [
+    ("muster-protocol", &[]),
+    ("muster-policy", &[]),
+    ("muster-broadcaster", &["muster-protocol"]),
+    (
+        "muster-rollout",
+        &["muster-broadcaster", "muster-policy", "muster-protocol"],
+    ),
+    (
+        "muster-rewards",
+        &["muster-broadcaster", "muster-policy", "muster-protocol"],
+    ),
+    (
+        "muster-learner",
+        &["muster-broadcaster", "muster-policy", "muster-protocol"],
+    ),
+    (
+        "muster",
+        &[
+            "muster-broadcaster",
+            "muster-learner",
+            "muster-policy",
+            "muster-protocol",
+            "muster-rewards",
+            "muster-rollout",
+        ],
+    ),
+];
+
+/// What a crate may not reach, even through others, in its normal build.
+const UNREACHABLE: [(&str, &[&str]); 3] = [
+    // The model is computed on threads of its own and knows no network.
+    (
+        "muster-policy",
+        &["tokio", "async-nats", "socket2", "mio", "rustls"],
+    ),
+    // Messages and bytes, never tensors.
+    ("muster-protocol", &["candle-core", "gemm", "tokenizers"]),
+    ("muster-broadcaster", &["candle-core", "gemm", "tokenizers"]),
+];
+
+/// Names of folders in which code without a home collects: a helper lives with its first user.
+const DRAWERS: [&str; 6] = ["common", "core", "helpers", "shared", "util", "utils"];
+
+/// The files that hold unsafe code, and what for.
+const UNSAFE_FILES: [(&str, &str); 3] = [
+    (
+        "policy/src/kernels/fused/matmul.rs",
+        "the matrix product of the `gemm` crate takes pointers and strides",
+    ),
+    (
+        "policy/src/kernels/fused/vector.rs",
+        "a function compiled for wider vectors is called after the processor was asked for them",
+    ),
+    (
+        "protocol/src/os.rs",
+        "what runs between fork and exec, and a signal to a child that was not waited for",
+    ),
+];
+
+/// The files that call the operating system through `nix`: at most one a crate.
+const SYSTEM_FILES: [&str; 3] = [
+    "broadcaster/src/disk.rs",
+    "protocol/src/os.rs",
+    "src/machine.rs",
+];
+
+/// Files that decide: values, the time and seeded chance in, values out. The shells beside them act.
+const DECIDING: [&str; 14] = [
+    "broadcaster/src/plan.rs",
+    "broadcaster/src/plan/exchange.rs",
+    "broadcaster/src/plan/requests.rs",
+    "broadcaster/src/uploads.rs",
+    "learner/src/advantage.rs",
+    "learner/src/dispatch.rs",
+    "learner/src/dispatch/admission.rs",
+    "learner/src/dispatch/audit.rs",
+    "learner/src/dispatch/judging.rs",
+    "learner/src/dispatch/tickets.rs",
+    "learner/src/dispatch/workers.rs",
+    "learner/src/resolver.rs",
+    "policy/src/sampling.rs",
+    "rewards/src/critic/findings.rs",
+];
+
+/// What a deciding file may not say, and why.
+const ACTING: [(&str, &str); 8] = [
+    ("async fn", "a decision waits for nothing"),
+    ("tokio::", "a decision waits for nothing"),
+    ("Instant::now", "the time is an argument"),
+    ("SystemTime", "the time is an argument"),
+    ("rand::random", "chance is seeded and an argument"),
+    ("thread_rng", "chance is seeded and an argument"),
+    ("HashMap", "the order of a hash map differs from run to run"),
+    ("HashSet", "the order of a hash set differs from run to run"),
+];
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn cargo(arguments: &[&str]) -> String {
+    let output = Command::new(env!("CARGO"))
+        .args(arguments)
+        .current_dir(root())
+        .output()
+        .expect("cargo runs, since it runs this test");
+    assert!(
+        output.status.success(),
+        "cargo {}: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Every crate of the workspace with the crates of ours that it names, whatever for.
+fn imports() -> BTreeMap<String, BTreeSet<String>> {
+    let text = cargo(&["metadata", "--format-version=1", "--no-deps", "--offline"]);
+    let metadata: Value = serde_json::from_str(&text).unwrap();
+    let name = |value: &Value| value["name"].as_str().unwrap().to_owned();
+    let packages = metadata["packages"].as_array().unwrap().iter();
+    let imports = packages.map(|package| {
+        let dependencies = package["dependencies"].as_array().unwrap().iter();
+        let ours = dependencies.filter(|dependency| dependency["path"].is_string());
+        (name(package), ours.map(name).collect())
+    });
+    imports.collect()
+}
+
+/// The project's own Rust files outside of build folders, relative to the root.
+fn sources() -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![root()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if path.is_dir() && !name.starts_with('.') && name != "target" && name != "runs" {
+                folders.push(path);
+            } else if name.ends_with(".rs") {
+                files.push(path.strip_prefix(root()).unwrap().to_owned());
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+/// A file's code: what stands before its tests, without comments.
+fn code(path: &Path) -> String {
+    let text = fs::read_to_string(root().join(path))
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let shipped = text.split("#[cfg(test)]").next().unwrap_or_default();
+    let lines = shipped
+        .lines()
+        .map(|line| line.split("//").next().unwrap_or_default());
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+fn is_shipped(path: &Path) -> bool {
+    let text = path.to_str().unwrap();
+    !text.contains("/tests/")
+        && !text.contains("tests.rs")
+        && !text.starts_with("tests/")
+        && !text.contains("/examples/")
+}
+
+#[test]
+fn crates_import_one_another_exactly_as_the_table_says() {
+    let expected: BTreeMap<String, BTreeSet<String>> = IMPORTS
+        .iter()
+        .map(|(name, imports)| {
+            let imports = imports.iter().map(|import| (*import).to_owned());
+            ((*name).to_owned(), imports.collect())
+        })
+        .collect();
+    assert_eq!(imports(), expected);
+}
+
+#[test]
+fn the_table_of_crates_in_the_documentation_is_this_one() {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    for (name, imports) in IMPORTS {
+        let short = |name: &str| match name.strip_prefix("muster-") {
+            Some(short) => format!("`{short}`"),
+            None => "`muster`".to_owned(),
+        };
+        let row = text
+            .lines()
+            .find(|line| line.starts_with(&format!("| {} |", short(name))))
+            .unwrap_or_else(|| panic!("ARCHITECTURE.md has no row for {name}"));
+        let last = row.trim_end_matches('|').rsplit('|').next().unwrap();
+        let named: BTreeSet<&str> = last.split('`').skip(1).step_by(2).collect();
+        let expected: BTreeSet<&str> = imports
+            .iter()
+            .map(|import| import.trim_start_matches("muster-"))
+            .collect();
+        assert_eq!(named, expected, "the row of {name}");
+    }
+}
+
+#[test]
+fn no_crate_reaches_what_it_must_not_know() {
+    for (name, forbidden) in UNREACHABLE {
+        let tree = cargo(&[
+            "tree",
+            "--offline",
+            "--package",
+            name,
+            "--edges=normal",
+            "--prefix=none",
+            "--format={p}",
+        ]);
+        let reached: BTreeSet<&str> = tree
+            .lines()
+            .filter_map(|line| line.split(' ').next())
+            .collect();
+        assert!(reached.contains(name), "cargo tree names {name} itself");
+        for crate_name in forbidden {
+            assert!(!reached.contains(crate_name), "{name} reaches {crate_name}");
+        }
+    }
+}
+
+#[test]
+fn dispatch_knows_nothing_of_the_policy() {
+    let dispatch = |path: &&PathBuf| {
+        path.starts_with("learner/src/dispatch") || path.ends_with("learner/src/dispatch.rs")
+    };
+    let files: Vec<PathBuf> = sources().iter().filter(dispatch).cloned().collect();
+    assert!(files.len() > 3, "the files of dispatch were found");
+    for path in files {
+        let code = code(&path);
+        for word in [
+            "muster_policy",
+            "policy_stepper",
+            "crate::stepper",
+            "crate::trainer",
+        ] {
+            assert!(!code.contains(word), "{} names {word}", path.display());
+        }
+    }
+}
+
+#[test]
+fn no_folder_is_a_drawer_for_code_without_a_home() {
+    for path in sources() {
+        let drawer = path
+            .parent()
+            .into_iter()
+            .flat_map(Path::components)
+            .find(|part| DRAWERS.iter().any(|drawer| part.as_os_str() == *drawer));
+        assert!(drawer.is_none(), "{}: {drawer:?}", path.display());
+    }
+}
+
+#[test]
+fn unsafe_code_is_only_where_the_list_says_why() {
+    let found: BTreeSet<String> = sources()
+        .into_iter()
+        .filter(|path| {
+            let code = code(path);
+            path != Path::new("tests/architecture.rs")
+                && (code.contains("unsafe {") || code.contains("unsafe fn"))
+        })
+        .map(|path| path.display().to_string())
+        .collect();
+    let expected: BTreeSet<String> = UNSAFE_FILES
+        .iter()
+        .map(|(path, _)| (*path).to_owned())
+        .collect();
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn the_operating_system_is_called_from_one_file_a_crate() {
+    let found: Vec<String> = sources()
+        .into_iter()
+        .filter(|path| is_shipped(path))
+        .filter(|path| {
+            let code = code(path);
+            // `std::os::unix` reads the same at its end, and a signal's name is a value that may be passed around.
+            code.replace("unix::", "")
+                .replace("nix::sys::signal::Signal;", "")
+                .contains("nix::")
+        })
+        .map(|path| path.display().to_string())
+        .collect();
+    assert_eq!(found, SYSTEM_FILES);
+}
+
+#[test]
+fn what_decides_does_not_act() {
+    for path in DECIDING {
+        let code = code(Path::new(path));
+        for (word, reason) in ACTING {
+            assert!(!code.contains(word), "{path} says `{word}`: {reason}");
+        }
+    }
+}
+
+#[test]
+fn queues_have_bounds() {
+    for path in sources().iter().filter(|path| is_shipped(path)) {
+        let code = code(path);
+        assert!(
+            !code.contains("unbounded"),
+            "{} has a queue without a bound",
+            path.display()
+        );
+    }
+}
