@@ -2,7 +2,9 @@
 
 mod bench;
 mod critic;
+mod ctl;
 mod dispatch;
+mod doctor;
 mod eval;
 mod generate;
 mod learner;
@@ -12,6 +14,7 @@ mod rewards;
 mod rollout;
 mod seed;
 mod snapshot;
+mod status;
 mod trainer;
 mod warmup;
 
@@ -60,6 +63,12 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Log-probabilities that a model folder gives to tokens
     Logprobs(logprobs::LogprobsArgs),
+    /// One screenful about a run, from its directory
+    Status(status::StatusArgs),
+    /// Pause, resume or stop a run
+    Ctl(ctl::CtlArgs),
+    /// Whether this machine has what Muster needs
+    Doctor(doctor::DoctorArgs),
     /// Measure whole runs and hold them against their bars
     Bench(bench::BenchArgs),
 }
@@ -121,6 +130,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Rewards(args) => rewards::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Logprobs(args) => logprobs::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Ctl(args) => in_process(ctl::run(args)),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => in_process(bench::run(args)),
     }
 }

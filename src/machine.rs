@@ -1,6 +1,16 @@
-//! How busy this machine is, as Linux tells it under /proc. Where it does not, a figure is missing and never made up.
+//! What is asked of the operating system: how busy and how large the machine is, who holds a file's lock, and a signal to
+//! a process. Figures come from /proc where Linux has them; where it does not, one is missing and never made up.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::statvfs::statvfs;
+use nix::unistd::Pid;
 
 /// Where `/proc/stat` has the time that a hypervisor gave to others, after the word `cpu`.
 const STEAL_COLUMN: usize = 7;
@@ -41,6 +51,80 @@ impl CpuTime {
         let all = self.all.saturating_sub(before.all);
         self.steal.saturating_sub(before.steal) as f64 / all.max(1) as f64
     }
+}
+
+/// Bytes of memory that could be had without swapping.
+pub(crate) fn memory_available() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1 << 10)
+}
+
+/// Bytes that an ordinary user may still write where `path` lies.
+pub(crate) fn disk_free(path: &Path) -> io::Result<u64> {
+    let disk = statvfs(path)?;
+    // The types differ between systems.
+    #[allow(clippy::unnecessary_cast)]
+    Ok((disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64))
+}
+
+/// Takes a file's lock for as long as this process has the file open; says who has it otherwise. It is gone with the
+/// process however that ends, so nothing is left to clean up after a kill.
+pub(crate) fn lock_file(file: &File) -> io::Result<Result<(), Option<u32>>> {
+    match fcntl(file, FcntlArg::F_SETLK(&whole_file())) {
+        Ok(_) => Ok(Ok(())),
+        Err(Errno::EACCES | Errno::EAGAIN) => Ok(Err(lock_holder(file)?)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The process that holds a file's lock, if another one does.
+pub(crate) fn lock_holder(file: &File) -> io::Result<Option<u32>> {
+    let mut lock = whole_file();
+    fcntl(file, FcntlArg::F_GETLK(&mut lock))?;
+    let is_held = lock.l_type != libc::F_UNLCK as libc::c_short;
+    Ok(u32::try_from(lock.l_pid).ok().filter(|_| is_held))
+}
+
+/// A writer's lock from the first byte to wherever the file ends.
+fn whole_file() -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
+/// Sends a process what Ctrl-C would send it.
+pub(crate) fn interrupt(pid: u32) -> io::Result<()> {
+    Ok(kill(Pid::from_raw(pid.cast_signed()), Signal::SIGINT)?)
+}
+
+/// The children of a process with the words that they were started with.
+pub(crate) fn children_of(pid: u32) -> Vec<(u32, Vec<String>)> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    let mut children = Vec::new();
+    // Each thread has its own children, and one that has just ended has none.
+    for thread in threads.filter_map(Result::ok) {
+        let list = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        for child in list.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            let line = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+            let words = line
+                .split(|byte| *byte == 0)
+                .filter(|word| !word.is_empty());
+            let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
+            children.push((child, words.collect()));
+        }
+    }
+    children.sort_unstable();
+    children
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The run directory: where each file lies, and how the members' secrets and the configuration get there.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -11,11 +12,19 @@ use muster_protocol::identity::MachineSeed;
 use muster_protocol::subject::Role;
 
 use crate::config::RunConfig;
+use crate::machine;
 
 /// The paths of a run directory.
 #[derive(Debug, Clone)]
 pub struct RunDir {
     root: PathBuf,
+}
+
+/// A run directory's lock: while it is held, no other process runs the directory.
+#[derive(Debug)]
+pub struct RunLock {
+    /// Open as long as the lock is held.
+    _file: fs::File,
 }
 
 impl RunDir {
@@ -59,6 +68,55 @@ impl RunDir {
     /// The NATS server's folder.
     pub fn nats(&self) -> PathBuf {
         self.root.join("nats")
+    }
+
+    /// The file whose lock belongs to whoever runs the directory.
+    fn lock_path(&self) -> PathBuf {
+        self.root.join("local.pid")
+    }
+
+    /// Makes the directory this process's own until the lock is dropped.
+    ///
+    /// # Errors
+    /// When another process runs it, or the folder cannot be written.
+    pub fn lock(&self) -> Result<RunLock> {
+        fs::create_dir_all(&self.root)
+            .with_context(|| format!("{} cannot be made", self.root.display()))?;
+        let path = self.lock_path();
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options
+            .open(&path)
+            .with_context(|| format!("{} cannot be written", path.display()))?;
+        let locked = machine::lock_file(&file)
+            .with_context(|| format!("{} cannot be locked", path.display()))?;
+        if let Err(holder) = locked {
+            let holder = holder.map_or_else(String::new, |pid| format!(" {pid}"));
+            bail!(
+                "{dir} is being run by process{holder}: watch it with `muster status --run {dir}`, end it with `muster ctl \
+                 stop --run {dir}`, or choose another --dir",
+                dir = self.root.display()
+            );
+        }
+        file.set_len(0)
+            .and_then(|()| writeln!(&file, "{}", std::process::id()))
+            .with_context(|| format!("{} cannot be written", path.display()))?;
+        Ok(RunLock { _file: file })
+    }
+
+    /// The process that runs the directory, if one does.
+    ///
+    /// # Errors
+    /// When the lock cannot be looked at.
+    pub fn runner(&self) -> Result<Option<u32>> {
+        let path = self.lock_path();
+        let file = match fs::File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => bail!("{} cannot be read: {error}", path.display()),
+        };
+        machine::lock_holder(&file)
+            .with_context(|| format!("{} cannot be looked at", path.display()))
     }
 
     /// A version's checkpoint folder.

@@ -184,6 +184,13 @@ impl Write for LogWriter {
     }
 }
 
+/// The display as it would stand now, for who looks once.
+///
+/// * `elapsed` — seconds that the run has taken
+pub(crate) fn still(record: &RunRecord, status: &Status, elapsed: f64) -> Vec<String> {
+    frame::live(record, status, elapsed)
+}
+
 /// A line on stderr. Nobody may be listening any more, which is no reason to end a run.
 fn to_stderr(line: &str) {
     writeln!(io::stderr(), "{line}").ok();

@@ -37,6 +37,7 @@ pub fn run(args: LearnerArgs) -> Result<()> {
     let mut config = RunConfig::load(&args.config)?;
     config.resolve_paths(args.config.parent().unwrap_or_else(|| Path::new(".")))?;
     let dir = RunDir::at(&args.dir);
+    let _lock = dir.lock()?;
     dir.open(&config)?;
     for name in ["dispatch", "trainer"] {
         if !dir.credentials(name).try_exists().unwrap_or(false) {

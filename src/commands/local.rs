@@ -124,6 +124,7 @@ pub fn run(args: LocalArgs) -> Result<()> {
         .clone()
         .unwrap_or_else(|| Path::new("runs").join(config.run.name.as_str()));
     let dir = RunDir::at(&root);
+    let _lock = dir.lock()?;
     dir.open(&config)?;
     let dir = RunDir::at(
         &root
