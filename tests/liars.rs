@@ -34,5 +34,7 @@ mod loops;
 mod lying_critics;
 #[path = "liars/lying_workers.rs"]
 mod lying_workers;
+#[path = "liars/quickstart.rs"]
+mod quickstart;
 #[path = "liars/uploads.rs"]
 mod uploads;

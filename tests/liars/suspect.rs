@@ -6,14 +6,14 @@ use async_trait::async_trait;
 
 use muster_broadcaster::follower::Held;
 use muster_policy::{
-    Config, Device, EngineConfig, Image, KernelSet, Policy, ScoreRow, logprobs, uniform,
+    Config, Device, EngineConfig, Image, KernelSet, Policy, ScoreRow, logprobs, score, uniform,
 };
 use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::lease::Lease;
 use muster_rollout::answerer::{AnswerError, Answerer};
 use muster_rollout::engine::PolicyAnswerer;
 
-use super::ledger::Ledger;
+use super::ledger::{Ledger, difference};
 
 /// How a worker lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +114,19 @@ impl Suspect {
             .collect()
     }
 
+    /// How far the prescribed draw at `position` of rollout `number` lies from the interval of the token told there.
+    fn draw_error(&self, lease: &Lease, told: &[Rollout], number: usize, position: usize) -> f64 {
+        let policy = &self.known.last().expect("weights are adopted first").policy;
+        let row = ScoreRow {
+            tokens: &told[number].tokens(),
+            first: lease.ticket.prompt.len(),
+            temperature: lease.ticket.sampling.temperature,
+        };
+        let scored = score(policy, &[row]).unwrap().remove(0);
+        let rollout = lease.rollouts.first + number as u32;
+        scored[position].error(uniform(&lease.seed, rollout, position as u64))
+    }
+
     async fn tell(
         &mut self,
         lie: Lie,
@@ -207,7 +220,9 @@ impl Answerer for Suspect {
                 None => honest.clone(),
                 Some(lie) => self.tell(lie, lease, honest.clone()).await?,
             };
-            self.ledger.note(lease, &honest, &said);
+            let draw_error = |number, position| self.draw_error(lease, &said, number, position);
+            let difference = difference(&honest, &said, draw_error);
+            self.ledger.note(lease, difference);
             told.push(said);
         }
         Ok(told)

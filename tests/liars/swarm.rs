@@ -48,6 +48,8 @@ use super::suspect::{Lie, Suspect};
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often a test looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Members who are the lab's: dispatch and trainer.
+const LAB: usize = 2;
 /// Versions that a critic keeps beyond the async level, as `muster critic` does.
 const VERSIONS_BEYOND: usize = 3;
 
@@ -139,6 +141,8 @@ pub struct Running {
     done: Vec<String>,
     tracker: TaskTracker,
     shutdown: CancellationToken,
+    /// Ends dispatch and trainer, who go last: a worker submits what it has answered for as long as its lease lasts.
+    lab_shutdown: CancellationToken,
     began: Instant,
 }
 
@@ -192,6 +196,7 @@ impl Running {
             done: Vec::new(),
             tracker: TaskTracker::new(),
             shutdown: CancellationToken::new(),
+            lab_shutdown: CancellationToken::new(),
             began: Instant::now(),
         };
         for (name, role, identity) in identities {
@@ -265,6 +270,11 @@ impl Running {
         self.seat(name).identity.peer_id()
     }
 
+    /// What was answered so far.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
     /// The weights offered so far.
     pub fn shelf(&self) -> Arc<Shelf> {
         self.shelf.clone()
@@ -336,11 +346,11 @@ impl Running {
             },
             secret: [11; 32],
         };
-        let stop = self.shutdown.clone();
+        let stop = self.lab_shutdown.clone();
         self.spawn("trainer", || async move {
             Trainer::start(parts).await?.run(stop).await
         });
-        let stop = self.shutdown.clone();
+        let stop = self.lab_shutdown.clone();
         self.spawn("dispatch", || async move {
             DispatchService::start(service).await?.run(stop).await
         });
@@ -408,10 +418,9 @@ impl Running {
             class: NumericClass::F32Cpu,
             groups_max: self.plan.config.critic.groups_max.get(),
         };
-        self.spawn(
-            &name,
-            || async move { Critic::start(parts).await?.run(stop).await },
-        );
+        self.spawn(&name, || async move {
+            Critic::start(parts).await?.run(stop).await
+        });
     }
 
     async fn start_seeder(&mut self, number: usize) {
@@ -520,12 +529,17 @@ impl Running {
 
     /// Ends the run as it stands.
     pub async fn stop(mut self) -> Outcome {
-        let view = self.view().await;
         self.shutdown.cancel();
-        while let Some(ended) = self.tasks.join_next().await {
-            let (name, result) = ended.unwrap();
+        let everybody = self.done.len() + self.tasks.len();
+        while self.done.len() < everybody {
+            if self.done.len() + LAB == everybody {
+                self.lab_shutdown.cancel();
+            }
+            let (name, result) = self.tasks.join_next().await.unwrap().unwrap();
             result.unwrap_or_else(|error| panic!("{name} failed: {error}"));
+            self.done.push(name);
         }
+        let view = self.view().await;
         self.tracker.close();
         self.tracker.wait().await;
         if let Hub::Nats(server) = self.hub {

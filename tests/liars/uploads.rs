@@ -13,10 +13,15 @@ async fn with_two_workers_and_a_seeder_the_learner_uploads_little_more_than_one_
 {
     let mut config = small();
     config.run.steps = NonZeroU64::new(12).unwrap();
+    assert_uploads(Plan::new(config, start())).await;
+}
+
+/// Runs two workers, a critic and a seeder, and compares what the learner uploaded with the size of its anchors.
+pub async fn assert_uploads(plan: Plan) {
     let plan = Plan {
         weights: Weights::Peers,
         seeders: 1,
-        ..Plan::new(config, start())
+        ..plan
     };
     let running = Running::start(plan).await;
     let learner = running.swarm("trainer");

@@ -1,0 +1,131 @@
+//! The long form of the lies: the quickstart with one liar among three workers, or one among three critics, still learns.
+//! Not part of the tests, since each takes minutes:
+//!
+//! `cargo test --release --test liars -- --ignored --nocapture --test-threads 1 still_reaches`
+
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use super::config::{QUICKSTART, RunConfig};
+use super::lying_critics::lifted_rewards;
+use super::lying_workers::Tally;
+use super::start::Start;
+use super::suspect::Lie;
+use super::swarm::{CriticKind, Outcome, Plan, Running, WorkerKind};
+
+const FILE: &str = "configs/quickstart.toml";
+/// Greedy accuracy on the held-out prompts that the run is to reach.
+const ACCURACY: f64 = 0.9;
+/// How long a run may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(1_200);
+
+fn plan() -> Plan {
+    static START: OnceLock<Arc<Start>> = OnceLock::new();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(FILE);
+    let config = RunConfig::parse(QUICKSTART, &file).unwrap();
+    let start = START.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("liars-quickstart-{}", std::process::id()));
+        Arc::new(Start::warm_up(&config, &file, &folder))
+    });
+    Plan {
+        patience: PATIENCE,
+        ..Plan::new(config, start.clone())
+    }
+}
+
+/// Greedy accuracy of a model folder on the held-out split, as the shipped command has it.
+fn accuracy(folder: &Path) -> f64 {
+    let done = Command::new(env!("CARGO_BIN_EXE_muster"))
+        .args(["eval", FILE, "--json", "--model"])
+        .arg(folder)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    let line: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    line["accuracy"].as_f64().unwrap()
+}
+
+fn report(name: &str, outcome: &Outcome) -> f64 {
+    let steps = outcome.view.steps;
+    let before = accuracy(&outcome.start.folder);
+    let after = accuracy(&outcome.dir.path().join(format!("checkpoints/{steps}")));
+    println!(
+        "{name}: held-out accuracy {before:.3} to {after:.3} in {steps} steps, {:.0} s",
+        outcome.seconds
+    );
+    after
+}
+
+async fn a_liar_among_three_workers(lie: Lie) {
+    let workers = [
+        WorkerKind::Honest,
+        WorkerKind::Liar(lie),
+        WorkerKind::Honest,
+    ];
+    let plan = Plan {
+        workers: workers.to_vec(),
+        ..plan()
+    };
+    let outcome = Running::start(plan).await.finish().await;
+    let tally = Tally::of(&outcome.view, &outcome.ledger);
+    let after = report(&format!("{lie:?}"), &outcome);
+    println!(
+        "{lie:?}: {} bad groups rejected, {} not audited, {} within rounding; {} of {} honest groups rejected",
+        tally.bad_rejected,
+        tally.bad_unaudited,
+        tally.within_rounding,
+        tally.honest_rejected.len(),
+        tally.honest_passed + tally.honest_rejected.len()
+    );
+    tally.assert_just(lie);
+    assert!(after >= ACCURACY, "{lie:?}: accuracy {after:.3}");
+}
+
+macro_rules! lies {
+    ($($name:ident: $lie:expr,)*) => {$(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        #[ignore = "takes minutes: run with --ignored"]
+        async fn $name() {
+            a_liar_among_three_workers($lie).await;
+        }
+    )*};
+}
+
+lies! {
+    still_reaches_ninety_percent_with_a_worker_at_another_temperature: Lie::Temperature,
+    still_reaches_ninety_percent_with_a_worker_that_edits_one_token: Lie::EditedToken,
+    still_reaches_ninety_percent_with_a_worker_that_takes_the_best_of_four_seeds: Lie::BestOfSeeds,
+    still_reaches_ninety_percent_with_a_worker_that_takes_the_best_of_four_versions: Lie::BestOfVersions,
+    still_reaches_ninety_percent_with_a_worker_on_stale_weights: Lie::StaleWeights,
+    still_reaches_ninety_percent_with_a_worker_that_replays: Lie::Replay,
+    still_reaches_ninety_percent_with_a_worker_that_cuts_answers_short: Lie::Truncated,
+    still_reaches_ninety_percent_with_a_worker_that_shifts_its_log_probs: Lie::ShiftedLogprobs,
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes minutes: run with --ignored"]
+async fn still_reaches_ninety_percent_with_a_critic_that_inflates() {
+    let mut plan = plan();
+    plan.config.dispatch.critique.verdicts = 2;
+    plan.critics = vec![CriticKind::Inflates, CriticKind::Honest, CriticKind::Honest];
+    let outcome = Running::start(plan).await.finish().await;
+    assert_eq!(lifted_rewards(&outcome), Vec::<String>::new());
+    let after = report("inflating critic", &outcome);
+    println!("inflating critic: {:?}", outcome.deeds);
+    assert!(after >= ACCURACY, "accuracy {after:.3}");
+}
+
+/// The uploads of a model of the quickstart's size, whose anchor has tens of shards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes a minute: run with --ignored"]
+async fn still_reaches_every_peer_with_little_more_than_one_anchor_per_version() {
+    let mut plan = plan();
+    plan.config.run.steps = NonZeroU64::new(12).unwrap();
+    super::uploads::assert_uploads(plan).await;
+}
