@@ -1,5 +1,5 @@
 //! The walls of the house, held against the code: who may import whom, where the unsafe code and the system calls are,
-//! and what decides without acting. ARCHITECTURE.md says why each wall stands.
+//! what decides without acting, and that everything is built once. ARCHITECTURE.md says why each wall stands.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -233,6 +233,27 @@ fn no_crate_reaches_what_it_must_not_know() {
             assert!(!reached.contains(crate_name), "{name} reaches {crate_name}");
         }
     }
+}
+
+/// Every crate with its version and features, as `cargo` would build it for `arguments`.
+fn features(arguments: &[&str]) -> BTreeSet<String> {
+    let common = [
+        "tree",
+        "--offline",
+        "--prefix=none",
+        "--no-dedupe",
+        "--format={p} {f}",
+    ];
+    let tree = cargo(&[&common[..], arguments].concat());
+    tree.lines().map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn the_binary_and_the_tests_share_one_set_of_features() {
+    let tests = features(&["--workspace", "--edges=normal,build,dev"]);
+    let binary = features(&["--package=muster", "--edges=normal,build"]);
+    let apart: Vec<&String> = binary.difference(&tests).collect();
+    assert!(apart.is_empty(), "built twice: {apart:?}");
 }
 
 #[test]
