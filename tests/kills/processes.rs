@@ -1,0 +1,133 @@
+//! Processes of this machine as `/proc` shows them: found by their parent, signalled, looked into.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How often `/proc` is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// Memory is read in pieces of this size.
+const PIECE: usize = 1 << 20;
+
+/// A process, told from a later one with the same number by when it started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    pub parent: i32,
+    pub words: Vec<String>,
+    started: u64,
+}
+
+impl Process {
+    /// Of a number, if it runs: one that has ended and waits to be noticed does not.
+    fn of(pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name stands in parentheses and may hold anything; the numbers follow the last one.
+        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let words = line
+            .split(|byte| *byte == 0)
+            .map(|word| String::from_utf8_lossy(word).into_owned());
+        let process = Self {
+            pid,
+            parent: fields.get(1)?.parse().ok()?,
+            words: words.collect(),
+            started: fields.get(19)?.parse().ok()?,
+        };
+        let state = *fields.first()?;
+        (state != "Z" && state != "X").then_some(process)
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&self) -> bool {
+        Self::of(self.pid).is_some_and(|now| now.started == self.started)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid), signal)
+            .unwrap_or_else(|error| panic!("{signal} does not reach {self:?}: {error}"));
+    }
+
+    /// Whose secrets are somewhere in its memory, as bytes or as hexadecimal digits.
+    pub fn secrets_held(&self, secrets: &BTreeMap<String, [u8; 32]>) -> Vec<String> {
+        let needles: Vec<(&String, Vec<u8>)> = secrets
+            .iter()
+            .flat_map(|(name, secret)| {
+                [
+                    (name, secret.to_vec()),
+                    (name, hex::encode(secret).into_bytes()),
+                ]
+            })
+            .collect();
+        let pid = self.pid;
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let mut memory = fs::File::open(format!("/proc/{pid}/mem"))
+            .unwrap_or_else(|error| panic!("the memory of a child cannot be read ({error})"));
+        let mut held = Vec::new();
+        let mut piece = vec![0u8; PIECE];
+        for line in maps.lines().filter(|line| line.contains(" rw")) {
+            let range = line.split(' ').next().unwrap();
+            let (start, end) = range.split_once('-').unwrap();
+            let mut at = u64::from_str_radix(start, 16).unwrap();
+            let end = u64::from_str_radix(end, 16).unwrap();
+            while at < end {
+                let length = PIECE.min((end - at) as usize);
+                memory.seek(SeekFrom::Start(at)).unwrap();
+                // A page that has gone since is nobody's secret.
+                let read = memory.read(&mut piece[..length]).unwrap_or(0);
+                for (name, needle) in &needles {
+                    if !held.contains(*name) && contains(&piece[..read], needle) {
+                        held.push((*name).clone());
+                    }
+                }
+                // Pieces overlap, so that a secret across an edge is seen.
+                at += length.saturating_sub(64).max(1).min(length) as u64;
+                if length < PIECE {
+                    break;
+                }
+            }
+        }
+        held.sort();
+        held
+    }
+}
+
+fn contains(bytes: &[u8], needle: &[u8]) -> bool {
+    // Most memory is zero: a search for the first byte alone would be slow where that is a common one.
+    let (first, second) = (needle[0], needle[1]);
+    let starts = bytes.windows(2).enumerate();
+    starts
+        .filter(|(_, pair)| pair[0] == first && pair[1] == second)
+        .any(|(at, _)| bytes[at..].starts_with(needle))
+}
+
+/// The processes that a process has started.
+pub fn children_of(parent: i32) -> Vec<Process> {
+    let entries = fs::read_dir("/proc").unwrap();
+    let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    numbers
+        .filter_map(Process::of)
+        .filter(|process| process.parent == parent)
+        .collect()
+}
+
+/// Waits until none of them runs any more.
+pub fn wait_until_gone(processes: &[Process], limit: Duration) {
+    let start = Instant::now();
+    loop {
+        let left: Vec<&Process> = processes.iter().filter(|process| process.runs()).collect();
+        if left.is_empty() {
+            return;
+        }
+        assert!(
+            start.elapsed() < limit,
+            "still there after {limit:?}: {left:?}"
+        );
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
