@@ -25,7 +25,7 @@ pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// No such file, or unreadable.
-    #[error("configuration {path} cannot be read: {source}")]
+    #[error("configuration {path} cannot be read: {source}; check the path")]
     Read {
         /// Which.
         path: PathBuf,

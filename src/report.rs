@@ -25,7 +25,7 @@ pub(crate) enum ReportError {
     #[error(transparent)]
     Record(#[from] RecordError),
     /// The page was not written.
-    #[error("{} cannot be written: {source}", path.display())]
+    #[error("{} cannot be written: {source}; check its permissions and the free space", path.display())]
     Write {
         /// The page.
         path: PathBuf,

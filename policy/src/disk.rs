@@ -26,7 +26,7 @@ pub enum DiskError {
         bytes_max: u64,
     },
     /// The operating system refused.
-    #[error("{} cannot be {action}: {source}", path.display())]
+    #[error("{} cannot be {action}: {source}; check the path, its permissions and the free space", path.display())]
     Io {
         /// Which file.
         path: PathBuf,

@@ -14,7 +14,7 @@ use crate::subject::Role;
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
     /// The file cannot be read.
-    #[error("credentials {path} cannot be read: {source}")]
+    #[error("credentials {path} cannot be read: {source}; check the path and whose file it is")]
     Read {
         /// Which file.
         path: PathBuf,
@@ -22,7 +22,7 @@ pub enum CredentialsError {
         source: std::io::Error,
     },
     /// The file cannot be written.
-    #[error("{path} cannot be written: {source}")]
+    #[error("{path} cannot be written: {source}; free space or check its permissions")]
     Write {
         /// Which file.
         path: PathBuf,
@@ -30,7 +30,7 @@ pub enum CredentialsError {
         source: std::io::Error,
     },
     /// The file is not what it should be.
-    #[error("{path} is not a {what} file: {problem}")]
+    #[error("{path} is not a {what} file: {problem}; take it again from whoever made it")]
     Malformed {
         /// Which file.
         path: PathBuf,
