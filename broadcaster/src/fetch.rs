@@ -27,6 +27,9 @@ const EVENTS_MAX: usize = 256;
 /// Wait before a peer that could not be reached is tried again; doubles with each failure in a row.
 const REDIAL_MS_MIN: u64 = 100;
 const REDIAL_MS_MAX: u64 = 10_000;
+/// How long nobody within reach may hold what is missing before the object counts as forsaken: longer than a handshake and
+/// an answer take.
+const FORSAKEN_MS: u64 = 1_500;
 /// Longest sleep of the loop: a fetch without peers looks at its own patience this often.
 const SLEEP_MS_MAX: u64 = 1_000;
 
@@ -75,6 +78,7 @@ struct Pin<'a> {
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
         self.node.store.unpin(&self.id);
+        self.node.is_found(&self.id);
     }
 }
 
@@ -146,6 +150,8 @@ struct Fetch<'a> {
     reports: mpsc::Sender<(LinkId, LinkEvent)>,
     inbox: mpsc::Receiver<(LinkId, LinkEvent)>,
     progress_at_ms: u64,
+    /// When some peer last had what is missing.
+    hope_at_ms: u64,
     last_problem: String,
 }
 
@@ -166,6 +172,7 @@ impl<'a> Fetch<'a> {
             reports,
             inbox,
             progress_at_ms: node.now_ms(),
+            hope_at_ms: node.now_ms(),
             last_problem: "no peer is known".to_owned(),
             node,
             object,
@@ -182,6 +189,7 @@ impl<'a> Fetch<'a> {
             if self.plan.is_finished() {
                 return Ok(());
             }
+            self.check_hope(now_ms);
             self.check_progress(now_ms)?;
             let wake_at = self.node.instant(self.wake_at_ms(now_ms));
             tokio::select! {
@@ -207,6 +215,16 @@ impl<'a> Fetch<'a> {
             .min()
             .unwrap_or(u64::MAX)
             .min(now_ms + SLEEP_MS_MAX)
+    }
+
+    /// Says so when nobody within reach holds what is missing: whoever waits may have something better to fetch.
+    fn check_hope(&mut self, now_ms: u64) {
+        if !self.plan.is_forsaken() {
+            self.hope_at_ms = now_ms;
+            self.node.is_found(&self.id);
+        } else if now_ms.saturating_sub(self.hope_at_ms) >= FORSAKEN_MS {
+            self.node.is_missed(self.id);
+        }
     }
 
     fn check_progress(&self, now_ms: u64) -> Result<(), FetchError> {

@@ -2,7 +2,7 @@
 //!
 //! Everything in here may be used from any task at once; no lock is held across a wait.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -40,6 +40,10 @@ pub(crate) struct Node {
     bucket: Option<Mutex<TokenBucket>>,
     /// One fetch of an object at a time: the second waits and then finds it here.
     fetches: Mutex<BTreeMap<ObjectId, Arc<Semaphore>>>,
+    /// Objects being fetched that no peer within reach holds.
+    forsaken: Mutex<BTreeSet<ObjectId>>,
+    /// Told when a fetch wants other peers than those that are known.
+    pub(crate) lonely: tokio::sync::Notify,
     started: Instant,
 }
 
@@ -71,6 +75,8 @@ impl Node {
                 .upload_bytes_per_second
                 .map(|rate| Mutex::new(TokenBucket::new(rate, 0))),
             fetches: Mutex::new(BTreeMap::new()),
+            forsaken: Mutex::new(BTreeSet::new()),
+            lonely: tokio::sync::Notify::new(),
             started: Instant::now(),
         }
     }
@@ -100,6 +106,27 @@ impl Node {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
             bucket.take(bytes, self.now_ms())
         })
+    }
+
+    fn forsaken(&self) -> MutexGuard<'_, BTreeSet<ObjectId>> {
+        self.forsaken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether an object is being fetched that no peer within reach holds.
+    pub(crate) fn is_forsaken(&self, object: &ObjectId) -> bool {
+        self.forsaken().contains(object)
+    }
+
+    /// Somebody may hold the object, or it is not fetched any more.
+    pub(crate) fn is_found(&self, object: &ObjectId) {
+        self.forsaken().remove(object);
+    }
+
+    /// Nobody within reach holds the object: perhaps there are peers that are not known yet.
+    pub(crate) fn is_missed(&self, object: ObjectId) {
+        if self.forsaken().insert(object) {
+            self.lonely.notify_one();
+        }
     }
 
     /// The gate of an object's fetch.

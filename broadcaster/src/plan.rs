@@ -103,6 +103,15 @@ impl Plan {
         self.held.count()
     }
 
+    /// Whether no connected peer holds anything that is missing, as far as they have said.
+    pub fn is_forsaken(&self) -> bool {
+        let lacks = |shard| !self.held.contains(shard);
+        let mut sources = self.sources.values();
+        !sources.any(|source| {
+            source.pending > 0 || source.chooser.is_some() || source.held.iter().any(lacks)
+        })
+    }
+
     /// Requests for shards in flight.
     pub fn requests_in_flight(&self) -> usize {
         self.sources.values().map(|source| source.pending).sum()

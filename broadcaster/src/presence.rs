@@ -1,5 +1,6 @@
 //! Being known to the other peers, and knowing them: tells dispatch where this peer can be reached, and meets those that
-//! dispatch names. Often at first, when everybody starts at once; rarely later.
+//! dispatch names. Often at first, when everybody starts at once, and when nobody within reach holds what is wanted, as after
+//! the restart of a peer; rarely otherwise.
 
 use std::time::Duration;
 
@@ -31,9 +32,19 @@ pub fn keep(desk: Desk, swarm: Swarm, tracker: &TaskTracker, shutdown: Cancellat
                 biased;
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(pause) => pause = (pause * 3 / 2).min(PAUSE_MAX),
+                () = lonely(&swarm) => pause = PAUSE_MIN,
             }
         }
     });
+}
+
+/// Returns when other peers are wanted; not more often than everybody asks at the start.
+///
+/// # Cancel safety
+/// A cancelled call may miss one wish; the next pause is not long.
+async fn lonely(swarm: &Swarm) {
+    tokio::time::sleep(PAUSE_MIN).await;
+    swarm.is_lonely().await;
 }
 
 /// Tells dispatch of this peer and meets those that it names. Returns how many.

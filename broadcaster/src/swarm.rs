@@ -100,6 +100,12 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When it cannot be had; what arrived is kept for the next attempt.
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError>;
+
+    /// Whether the object is being fetched and nobody within reach holds what is missing of it.
+    fn is_forsaken(&self, object: &Object) -> bool {
+        tracing::trace!(object = %object.id().short(), "hoped for");
+        false
+    }
 }
 
 /// A peer of the swarm.
@@ -200,6 +206,14 @@ impl Swarm {
         });
     }
 
+    /// Returns when a fetch finds that nobody within reach holds its object: it is time to look for other peers.
+    ///
+    /// # Cancel safety
+    /// A cancelled call misses nothing.
+    pub async fn is_lonely(&self) {
+        self.node.lonely.notified().await;
+    }
+
     /// Forgets where a peer can be reached.
     pub fn part(&self, peer: &PeerId) {
         self.node
@@ -253,6 +267,10 @@ impl Swarm {
 impl Source for Swarm {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         Swarm::fetch(self, object).await
+    }
+
+    fn is_forsaken(&self, object: &Object) -> bool {
+        self.node.is_forsaken(&object.id())
     }
 }
 
