@@ -19,6 +19,11 @@ use crate::descriptor::{describe, run_files};
 use crate::run_dir::RunDir;
 use crate::seat::Seat;
 
+/// Old versions that the trainer goes on offering, so that a critic that was away finds those that it needs: as many as fit
+/// into so many bytes, and no more than a follower would fetch.
+const HISTORY_BYTES: usize = 256 << 20;
+const HISTORY_MAX: usize = 16;
+
 /// What `trainer` takes.
 #[derive(Debug, Args)]
 pub struct TrainerArgs {
@@ -53,7 +58,8 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
     let stepper = PolicyStepper::new(parts, train, &model.image, steps, async_level)?;
     let mut swarm = args.member.swarm();
     swarm.sharing = Sharing::FirstCopies;
-    swarm.store.versions_kept = swarm.store.versions_kept.max(async_level as usize + 2);
+    let history = (HISTORY_BYTES / model.image.bytes().len().max(1)).min(HISTORY_MAX);
+    swarm.store.versions_kept = history.max(async_level as usize + 2);
     let seat = Seat::take(
         &args.member.creds,
         Role::Trainer,
