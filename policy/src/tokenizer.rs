@@ -314,7 +314,7 @@ pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
             "type": "Sequence",
             "pretokenizers": [
                 { "type": "Split", "pattern": { "Regex": "[\\s\\S]" }, "behavior": "Isolated", "invert": false },
-                byte_level_step.clone(),
+                byte_level_step,
             ],
         },
         "post_processor": null,
