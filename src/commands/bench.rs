@@ -164,7 +164,7 @@ fn plans(args: &QuickstartArgs, root: &Path) -> Result<Vec<Plan>> {
             None => RunConfig::parse(QUICKSTART, Path::new("configs/quickstart.toml"))?,
         };
         let base = args.config.as_ref().and_then(|path| path.parent());
-        config.resolve_paths(base.unwrap_or(Path::new("")))?;
+        config.resolve_paths(base.unwrap_or_else(|| Path::new("")))?;
         if objective == Objective::Default {
             config.learner.train.objective = ObjectiveConfig::default();
         }
