@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -22,12 +23,15 @@ use muster_protocol::subject::Log;
 use crate::state::verify_state;
 use crate::swarm::{FetchError, Source};
 
-/// News may be missed, so the newest version is also asked for this often.
-const ASK_EVERY: Duration = Duration::from_secs(1);
+/// News may be missed, so the newest version is also asked for: when nothing was heard for twice the time that lay
+/// between the last two versions, and ever more rarely while there is none. Shortest and longest of these times.
+const PATIENCE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Pause after a fetch that failed.
 const RETRY: Duration = Duration::from_millis(500);
 /// Versions that a follower of every version may be behind before it skips the oldest.
 const BACKLOG_MAX: usize = 16;
+/// Bytes that are hashed where they are: below this a thread costs more than the work, which takes some 50 µs.
+const IN_PLACE_BYTES_MAX: usize = 64 << 10;
 
 /// Which versions a member needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,7 +148,8 @@ pub async fn fetch(source: &dyn Source, opened: Opened) -> Result<Held, FollowEr
         version: number,
         problem,
     };
-    tokio::task::spawn_blocking(move || verify_state(&bytes, &signed, Some(&object)))
+    let verify = move || verify_state(&bytes, &signed, Some(&object));
+    off_loop_if_large(image.len(), verify)
         .await
         .map_err(|error| bad(error.to_string()))?
         .map_err(|error| bad(error.to_string()))?;
@@ -154,6 +159,20 @@ pub async fn fetch(source: &dyn Source, opened: Opened) -> Result<Held, FollowEr
         files,
         image,
     })
+}
+
+/// Does `work` over so many bytes: here when they are few, on a thread that may block otherwise.
+///
+/// # Errors
+/// When the work panicked on its thread.
+pub async fn off_loop_if_large<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, tokio::task::JoinError> {
+    if bytes <= IN_PLACE_BYTES_MAX {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await
 }
 
 /// Fetches one of the files that a version names.
@@ -238,6 +257,8 @@ impl Follower {
             each_sender,
             backlog: VecDeque::new(),
             newest: None,
+            patience: PATIENCE.0,
+            heard: Instant::now(),
         };
         tracker.spawn(async move {
             tokio::select! {
@@ -280,6 +301,10 @@ struct Task {
     backlog: VecDeque<Opened>,
     /// Version and generation of the newest announcement that was taken in.
     newest: Option<(PolicyVersion, u64)>,
+    /// How long to hear nothing before asking.
+    patience: Duration,
+    /// When the newest version was heard of.
+    heard: Instant,
 }
 
 impl Task {
@@ -288,7 +313,7 @@ impl Task {
         loop {
             let pause = match self.backlog.pop_front() {
                 Some(opened) => self.take_over(opened).await,
-                None => ASK_EVERY,
+                None => self.patience,
             };
             if pause.is_zero() {
                 continue;
@@ -296,7 +321,7 @@ impl Task {
             tokio::select! {
                 biased;
                 heard = self.news.next() => match heard {
-                    Some(heard) => self.on_announcement(&heard.payload),
+                    Some(heard) => self.on_announcement(&heard.payload).await,
                     None => return,
                 },
                 () = tokio::time::sleep(pause) => self.ask().await,
@@ -305,21 +330,22 @@ impl Task {
     }
 
     async fn ask(&mut self) {
+        self.patience = (self.patience * 2).min(PATIENCE.1);
         match self.desk.latest().await {
-            Ok(Some(announcement)) => self.take_in(&announcement),
+            Ok(Some(announcement)) => self.take_in(&announcement).await,
             Ok(None) => {}
             Err(error) => debug!(%error, "the newest version is not known"),
         }
     }
 
-    fn on_announcement(&mut self, bytes: &[u8]) {
+    async fn on_announcement(&mut self, bytes: &[u8]) {
         match Announcement::decode(bytes) {
-            Ok(announcement) => self.take_in(&announcement),
+            Ok(announcement) => self.take_in(&announcement).await,
             Err(error) => warn!(%error, "news of a version cannot be used"),
         }
     }
 
-    fn take_in(&mut self, announcement: &Announcement) {
+    async fn take_in(&mut self, announcement: &Announcement) {
         let opened = match open_announcement(&self.desk, announcement) {
             Ok(opened) => opened,
             Err(error) => return warn!(%error, "news of a version cannot be used"),
@@ -332,20 +358,73 @@ impl Task {
         if !self.newest.is_none_or(supersedes) {
             return;
         }
-        self.newest = Some(place);
-        if self.follow == Follow::Newest {
-            self.backlog.clear();
+        let before = self.newest.replace(place);
+        self.patience = (self.heard.elapsed() * 2).clamp(PATIENCE.0, PATIENCE.1);
+        self.heard = Instant::now();
+        match (self.follow, before) {
+            (Follow::Newest, _) => self.backlog.clear(),
+            (Follow::Every, Some((last, _))) => self.ask_between(last, place.0).await,
+            (Follow::Every, None) => {}
         }
+        self.queue(opened);
+    }
+
+    /// Asks for the versions after `last` and before `newest`, whose news did not come.
+    async fn ask_between(&mut self, last: PolicyVersion, newest: PolicyVersion) {
+        let first = (last.0 + 1).max(newest.0.saturating_sub(BACKLOG_MAX as u64 - 1));
+        for version in (first..newest.0).map(PolicyVersion) {
+            let ask = Ask::Latest {
+                version: Some(version),
+            };
+            let opened = match self.desk.ask_until_answered(ask).await {
+                Ok(Answer::Version(Some(announcement))) => {
+                    open_announcement(&self.desk, &announcement)
+                }
+                Ok(_) => {
+                    debug!(%version, "a version is not announced any more");
+                    continue;
+                }
+                Err(error) => Err(error.into()),
+            };
+            match opened {
+                Ok(opened) => self.queue(opened),
+                Err(error) => warn!(%version, %error, "a version was missed"),
+            }
+        }
+    }
+
+    fn queue(&mut self, opened: Opened) {
         self.backlog.push_back(opened);
         if self.backlog.len() > BACKLOG_MAX {
             self.backlog.pop_front();
         }
     }
 
-    /// Fetches a version; newer ones that are announced meanwhile wait their turn. Returns how long to wait before going on.
+    /// Fetches a version; newer ones that are announced meanwhile wait their turn, unless nobody within reach holds this one:
+    /// the peer that made it may have gone before others had it. Returns how long to wait before going on.
     async fn take_over(&mut self, opened: Opened) -> Duration {
         let number = opened.version.body.version;
-        match fetch(self.source.as_ref(), opened.clone()).await {
+        let source = self.source.clone();
+        let anchor = opened.anchor.body.clone();
+        let mut fetched = std::pin::pin!(fetch(source.as_ref(), opened.clone()));
+        let fetched = loop {
+            tokio::select! {
+                biased;
+                fetched = &mut fetched => break fetched,
+                () = tokio::time::sleep(RETRY) => {}
+            }
+            if !source.is_forsaken(&anchor) {
+                continue;
+            }
+            while let Ok(Some(heard)) = tokio::time::timeout(Duration::ZERO, self.news.next()).await {
+                self.on_announcement(&heard.payload).await;
+            }
+            if !self.backlog.is_empty() {
+                warn!(version = %number, "nobody within reach holds these weights: going on with newer ones");
+                return Duration::ZERO;
+            }
+        };
+        match fetched {
             Ok(held) => {
                 debug!(version = %number, "weights are here");
                 let held = Arc::new(held);
@@ -358,7 +437,7 @@ impl Task {
             Err(error) => {
                 warn!(version = %number, %error, "the weights did not come");
                 if self.backlog.is_empty() {
-                    self.backlog.push_back(opened);
+                    self.backlog.push_front(opened);
                 }
                 RETRY
             }

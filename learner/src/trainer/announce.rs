@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde_bytes::ByteBuf;
 
+use muster_broadcaster::follower::off_loop_if_large;
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::state::describe_state;
 use muster_broadcaster::swarm::Swarm;
@@ -130,7 +131,7 @@ impl Announcer {
         image: Bytes,
     ) -> Result<Announced, TrainerError> {
         let hashed = image.clone();
-        let (state, object) = tokio::task::spawn_blocking(move || {
+        let (state, object) = off_loop_if_large(image.len(), move || {
             let (parameters, part) = describe_state(&hashed).map_err(failed)?;
             let root = state_root(&[part]);
             let object =
