@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_bytes::ByteBuf;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -27,8 +28,11 @@ use crate::answerer::{AnswerError, Answerer};
 
 /// Pauses between attempts to submit: first and longest.
 const SUBMIT_RETRY_MS: (u64, u64) = (50, 2_000);
-/// Pause after an ask that nobody answered.
-const ASK_RETRY: Duration = Duration::from_millis(250);
+/// Pauses after asks that nobody answered: first and longest. They grow, so that a thousand workers do not drown a
+/// dispatch that has just come back.
+const ASK_RETRY_MS: (u64, u64) = (250, 4_000);
+/// A longer wait says that many others wait too: then new weights are no reason to ask before it is over.
+const CROWD_WAIT: Duration = Duration::from_millis(250);
 
 /// Why a worker ended.
 #[derive(Debug, thiserror::Error)]
@@ -84,12 +88,24 @@ pub struct Worker {
     adopted: Option<Arc<Held>>,
     notes: Subscription,
     credit: Credit,
+    /// Pause after the next ask that nobody answers.
+    ask_retry_ms: u64,
 }
 
 enum Next {
     Answer(Vec<Signed<Lease>>),
+    /// Until there is a lease for it, perhaps.
     Wait(Duration),
+    /// Until newer weights are here, at most.
+    WaitForWeights(Duration),
     Finished,
+}
+
+/// What ends a pause early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    AtNewWeights,
+    AtItsEnd,
 }
 
 impl Worker {
@@ -107,6 +123,7 @@ impl Worker {
             adopted: None,
             notes,
             credit: Credit::default(),
+            ask_retry_ms: ASK_RETRY_MS.0,
             parts,
         })
     }
@@ -129,7 +146,12 @@ impl Worker {
                     return Ok(self.credit);
                 }
                 Next::Answer(leases) => self.answer(&leases).await?,
-                Next::Wait(pause) => self.pause(pause, &shutdown).await,
+                Next::Wait(pause) if pause > CROWD_WAIT => {
+                    self.pause(pause, Wake::AtItsEnd, &shutdown).await;
+                }
+                Next::Wait(pause) | Next::WaitForWeights(pause) => {
+                    self.pause(pause, Wake::AtNewWeights, &shutdown).await;
+                }
             }
         }
     }
@@ -141,14 +163,19 @@ impl Worker {
     async fn next(&mut self) -> Result<Next, WorkerError> {
         self.adopt_newest().await?;
         let Some(held) = &self.adopted else {
-            return Ok(Next::Wait(ASK_RETRY));
+            return Ok(Next::WaitForWeights(Duration::from_millis(ASK_RETRY_MS.1)));
         };
         let ask = Ask::Lease {
             held: held.version.body.reference(),
             class: self.parts.class,
             rollouts_max: self.parts.rollouts_max,
         };
-        match self.parts.desk.ask(ask).await {
+        let asked = self.parts.desk.ask(ask).await;
+        self.ask_retry_ms = match &asked {
+            Err(_) => (self.ask_retry_ms * 2).min(ASK_RETRY_MS.1),
+            Ok(_) => ASK_RETRY_MS.0,
+        };
+        match asked {
             Ok(Answer::Leases(leases)) => Ok(Next::Answer(self.open_leases(leases))),
             Ok(Answer::Wait { retry_ms, reason }) => {
                 if reason == WaitReason::CoolDown {
@@ -157,13 +184,17 @@ impl Worker {
                         "dispatch pauses this worker: it dropped leases or failed audits"
                     );
                 }
-                Ok(Next::Wait(Duration::from_millis(retry_ms)))
+                let pause = Duration::from_millis(retry_ms);
+                Ok(match reason {
+                    WaitReason::VersionTooOld => Next::WaitForWeights(pause),
+                    _ => Next::Wait(pause),
+                })
             }
             Ok(Answer::Finished) => Ok(Next::Finished),
             Ok(_) => Err(DeskError::Unexpected.into()),
             Err(error) if error.is_transient() => {
                 debug!(%error, "no lease");
-                Ok(Next::Wait(ASK_RETRY))
+                Ok(Next::Wait(Duration::from_millis(self.ask_retry_ms)))
             }
             Err(error) => Err(error.into()),
         }
@@ -268,14 +299,17 @@ impl Worker {
         Ok(0)
     }
 
-    /// Waits for new weights, a note or the end of the pause.
-    async fn pause(&mut self, pause: Duration, shutdown: &CancellationToken) {
-        tokio::select! {
-            biased;
-            () = shutdown.cancelled() => {}
-            () = self.parts.follower.changed() => {}
-            Some(note) = self.notes.next() => self.on_note(note.payload),
-            () = tokio::time::sleep(pause) => {}
+    /// Waits for the end of the pause, or for new weights if these are what it is about. Reads notes meanwhile.
+    async fn pause(&mut self, pause: Duration, wake: Wake, shutdown: &CancellationToken) {
+        let end = Instant::now() + pause;
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep_until(end) => return,
+                () = self.parts.follower.changed(), if wake == Wake::AtNewWeights => return,
+                Some(note) = self.notes.next() => self.on_note(note.payload),
+            }
         }
     }
 
