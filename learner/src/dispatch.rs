@@ -12,6 +12,8 @@ pub mod service;
 pub mod tickets;
 pub mod workers;
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 
 use muster_protocol::envelope::Signed;
@@ -55,11 +57,12 @@ pub struct DispatchConfig {
 /// Shortest time after which a waiting member asks again.
 const RETRY_MS_MIN: u64 = 20;
 /// Longest time after which a waiting member asks again.
-const RETRY_MS_MAX: u64 = 5_000;
-/// Requests per second that dispatch wants to see from all waiting members together.
-const WAITING_ASKS_PER_SECOND: u64 = 400;
-/// Members that asked within this time count as waiting.
-const WAITING_MS: u64 = 10_000;
+const RETRY_MS_MAX: u64 = 10_000;
+/// Requests per second that dispatch wants to see from all waiting members together: a ticket that opens finds a worker
+/// within 10 ms, and a thousand of them cost a hundredth of a core.
+const WAITING_ASKS_PER_SECOND: u64 = 100;
+/// Members that asked within this time count as waiting: twice the longest wait.
+const WAITING_MS: u64 = 2 * RETRY_MS_MAX;
 
 /// A reason to wait, and for how long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +104,7 @@ pub struct Dispatch {
     tickets: TicketTable,
     conduct: Conduct,
     court: Court,
-    waiting: std::collections::BTreeMap<PeerId, UnixMillis>,
+    waiting: BTreeMap<PeerId, UnixMillis>,
 }
 
 /// Versions that leases and audits may name: more than any async level that validates.
@@ -119,7 +122,7 @@ impl Dispatch {
             secret,
             versions: Vec::new(),
             phase: Phase::Running,
-            waiting: std::collections::BTreeMap::new(),
+            waiting: BTreeMap::new(),
         }
     }
 
@@ -453,6 +456,47 @@ impl Dispatch {
             .into_iter()
             .map(|ticket| unanswered(ticket, Fate::Expired, reason))
             .collect()
+    }
+
+    /// Groups that wait with the critics for one who never comes (nobody holds their version any more): those that the
+    /// trainer would refuse as too old by now, and those whose ticket's deadline has passed.
+    pub fn unjudged(&self, now: UnixMillis) -> Vec<(TicketId, Fate, String)> {
+        let newest = self
+            .version()
+            .map_or(PolicyVersion(0), |newest| newest.version);
+        let async_level = self.config.budget.async_level;
+        let stale = self.court.older_than(self.oldest_version());
+        let mut ended: BTreeMap<TicketId, (Fate, String)> = BTreeMap::new();
+        for ticket in self.tickets.unjudged(now) {
+            let reason = "no critic judged the group before the ticket's deadline".to_owned();
+            ended.insert(ticket, (Fate::Expired, reason));
+        }
+        for (ticket, version) in stale {
+            let staleness_steps = newest.steps_since(version);
+            let reason = format!(
+                "no critic judged the group in time: it is {staleness_steps} steps stale, at most {async_level} are \
+                 admitted"
+            );
+            ended.insert(ticket, (Fate::Stale, reason));
+        }
+        let listed = ended.into_iter();
+        listed
+            .map(|(ticket, (fate, reason))| (ticket, fate, reason))
+            .collect()
+    }
+
+    /// A ticket's fate is decided and on its way to the log: nobody may answer or judge it any more.
+    pub fn ending(&mut self, ticket: TicketId) {
+        self.court.close(ticket);
+        self.tickets.advance(ticket, Stage::Ending);
+    }
+
+    /// Whether neither a worker nor a critic is wanted for the ticket any more.
+    pub fn is_settled(&self, ticket: TicketId) -> bool {
+        matches!(
+            self.tickets.stage(ticket),
+            None | Some(Stage::Ready | Stage::Ending)
+        )
     }
 
     /// The tickets that a run which is over no longer wants.

@@ -244,13 +244,13 @@ impl Court {
         Ok(self.settle(ticket))
     }
 
-    /// Oldest version that a case needs for its audit.
-    pub fn oldest_version(&self) -> Option<PolicyVersion> {
-        self.cases
-            .values()
-            .filter(|case| case.audit)
-            .map(|case| case.version.version)
-            .min()
+    /// The cases whose group is of a version before `oldest`, with that version.
+    pub fn older_than(&self, oldest: PolicyVersion) -> Vec<(TicketId, PolicyVersion)> {
+        let versions = self
+            .cases
+            .iter()
+            .map(|(ticket, case)| (*ticket, case.version.version));
+        versions.filter(|(_, version)| *version < oldest).collect()
     }
 
     fn settle(&mut self, ticket: TicketId) -> Outcome {

@@ -110,6 +110,15 @@ pub struct DispatchSettings {
     pub conduct: super::workers::ConductConfig,
 }
 
+/// Something decided that is not durable yet. Kept until it is, so that a bus that does not answer for a while loses no
+/// decision; a dispatch that is killed decides it again from the queues.
+enum Outgoing {
+    /// A judged group goes to the trainer.
+    Ready { ticket: TicketId, joined: Bytes },
+    /// A fate goes to the log.
+    Fate { key: String, record: Bytes },
+}
+
 struct KnownPeer {
     record: Bytes,
     seen: UnixMillis,
@@ -133,10 +142,10 @@ impl<V> Remembered<V> {
         if self.entries.insert(lease, value).is_none() {
             self.order.push_back(lease);
         }
-        if self.order.len() > REMEMBERED_MAX {
-            if let Some(oldest) = self.order.pop_front() {
-                self.entries.remove(&oldest);
-            }
+        if self.order.len() > REMEMBERED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.entries.remove(&oldest);
         }
     }
 }
@@ -159,7 +168,11 @@ pub struct DispatchService {
     nonces: NonceSource,
     sequence: u64,
     tickets: BTreeMap<TicketId, Delivery>,
-    intake: BTreeMap<TicketId, Delivery>,
+    intake: BTreeMap<TicketId, (GroupHash, Delivery)>,
+    /// Taken from the intake queue and not looked at yet: at most one chunk.
+    arrived: VecDeque<Delivery>,
+    /// At most one entry for every ticket that has not ended, and one for every group that came too late meanwhile.
+    outgoing: VecDeque<Outgoing>,
     accepted: Remembered<GroupHash>,
     receipts: Remembered<Bytes>,
     announcements: VecDeque<(VersionRef, Announcement)>,
@@ -276,6 +289,8 @@ impl DispatchService {
             sequence: 0,
             tickets: BTreeMap::new(),
             intake: BTreeMap::new(),
+            arrived: VecDeque::new(),
+            outgoing: VecDeque::new(),
             accepted: Remembered::new(),
             receipts: Remembered::new(),
             announcements: VecDeque::new(),
@@ -331,6 +346,7 @@ impl DispatchService {
     }
 
     async fn on_tick(&mut self) -> Result<(), DispatchError> {
+        self.flush().await?;
         self.read_logs().await?;
         let now = self.clock.now();
         let mut ended = self.core.tick(now);
@@ -338,16 +354,47 @@ impl DispatchService {
         for record in ended {
             self.end_ticket(record).await?;
         }
+        for (ticket, fate, reason) in self.core.unjudged(now) {
+            self.end_unjudged(ticket, fate, reason).await?;
+        }
         self.take_intake().await?;
         self.issue_tickets().await?;
         self.peers.retain(|_, peer| peer.seen.0 + PEER_MS > now.0);
         if now.0 >= self.renewed.0 + RENEW.as_millis() as u64 {
             self.renewed = now;
-            for delivery in self.tickets.values().chain(self.intake.values()) {
-                delivery.renew().await?;
-            }
+            self.renew().await?;
         }
         Ok(())
+    }
+
+    /// Renews what is held, and lets go of what is not needed any more where an earlier attempt was not confirmed.
+    async fn renew(&mut self) -> Result<(), DispatchError> {
+        let held = self.tickets.keys().chain(self.intake.keys()).copied();
+        let settled: Vec<TicketId> = held
+            .filter(|ticket| self.core.is_settled(*ticket))
+            .collect();
+        for ticket in settled {
+            self.release(ticket).await;
+        }
+        let intake = self.intake.values().map(|(_, delivery)| delivery);
+        for delivery in self.tickets.values().chain(intake) {
+            delivery.renew().await?;
+        }
+        Ok(())
+    }
+
+    async fn end_unjudged(
+        &mut self,
+        ticket: TicketId,
+        fate: Fate,
+        reason: String,
+    ) -> Result<(), DispatchError> {
+        let Some(case) = self.core.court().case_of(ticket) else {
+            return Ok(());
+        };
+        let lease = open::<Lease>(case.lease.clone(), &self.run)?;
+        self.end_ticket(fate_of(&lease.body, Some(case.group), fate, reason))
+            .await
     }
 
     /// Reads what was appended to the logs since.
@@ -356,10 +403,12 @@ impl DispatchService {
             loop {
                 let after = self.read.get(&log).copied().unwrap_or(0);
                 let records = self.bus.read(log, after, CHUNK).await?;
-                let Some(last) = records.last() else { break };
-                self.read.insert(log, last.sequence);
+                if records.is_empty() {
+                    break;
+                }
                 for record in records {
                     self.on_record(log, record.sequence, record.payload).await?;
+                    self.read.insert(log, record.sequence);
                 }
             }
         }
@@ -410,6 +459,7 @@ impl DispatchService {
         let record = open::<FateRecord>(bytes.clone(), &self.run)?.body;
         if record.fate != Fate::Duplicate && self.fated.insert(record.ticket) {
             self.core.ended(&record);
+            self.release(record.ticket).await;
         }
         if let (Some(lease), Some(group)) = (record.lease, record.group) {
             self.accepted.insert(lease, group);
@@ -419,39 +469,70 @@ impl DispatchService {
             .worker
             .and_then(|worker| self.roster.by_peer(&worker));
         if let Some(member) = member {
-            self.bus
-                .publish(&self.subjects.note(&member.user), bytes)
-                .await?;
+            let note = self.subjects.note(&member.user);
+            if let Err(error) = self.bus.publish(&note, bytes).await {
+                debug!(%error, "a receipt was not sent: it can be asked for");
+            }
         }
         Ok(())
     }
 
-    /// Writes a ticket's fate and lets go of the messages that held it.
+    /// Decides a ticket's fate: writes it to the log, from where [`Self::on_fate`] takes it in.
     async fn end_ticket(&mut self, record: FateRecord) -> Result<(), DispatchError> {
         let key = match record.fate {
             Fate::Duplicate => format!("d-{}-{}", record.ticket, short(record.group)),
             _ => format!("f-{}", record.ticket),
         };
-        let ticket = record.ticket;
-        let frees = record.fate != Fate::Duplicate;
-        let signed = self.seal(record)?;
-        self.bus
-            .append(Log::Fates, &key, None, signed.bytes)
-            .await?;
-        if frees {
-            self.release(ticket).await?;
+        if record.fate != Fate::Duplicate {
+            self.core.ending(record.ticket);
         }
-        self.read_logs().await
+        let record = self.seal(record)?.bytes;
+        self.outgoing.push_back(Outgoing::Fate { key, record });
+        self.flush().await
     }
 
-    async fn release(&mut self, ticket: TicketId) -> Result<(), DispatchError> {
-        for held in [&mut self.tickets, &mut self.intake] {
-            if let Some(delivery) = held.get(&ticket) {
-                delivery.ack().await?;
-                held.remove(&ticket);
+    /// Makes durable what was decided. What the bus does not take now is tried again at the next tick.
+    async fn flush(&mut self) -> Result<(), DispatchError> {
+        while let Some(first) = self.outgoing.front() {
+            let written = match first {
+                Outgoing::Ready { ticket, joined } => {
+                    let key = format!("r-{ticket}");
+                    self.bus.enqueue(Queue::Ready, &key, joined.clone()).await
+                }
+                Outgoing::Fate { key, record } => {
+                    self.bus.append(Log::Fates, key, None, record.clone()).await
+                }
+            };
+            match written {
+                Ok(_) => {}
+                Err(error) if error.is_transient() => {
+                    warn!(%error, "a decision is not durable yet: trying again");
+                    return Ok(());
+                }
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(Outgoing::Ready { ticket, .. }) = self.outgoing.pop_front() {
+                debug!(%ticket, "handed on");
+                self.core.handed_on(ticket);
+                self.release(ticket).await;
             }
         }
         Ok(())
+    }
+
+    /// Lets go of the messages that held a ticket. One whose acknowledgement is not confirmed is kept and tried again
+    /// with the renewals.
+    async fn release(&mut self, ticket: TicketId) {
+        if let Some(delivery) = self.tickets.get(&ticket)
+            && acknowledged(delivery).await
+        {
+            self.tickets.remove(&ticket);
+        }
+        if let Some((_, delivery)) = self.intake.get(&ticket)
+            && acknowledged(delivery).await
+        {
+            self.intake.remove(&ticket);
+        }
     }
 
     async fn issue_tickets(&mut self) -> Result<(), DispatchError> {
@@ -491,7 +572,7 @@ impl DispatchService {
             for delivery in deliveries {
                 let ticket = open::<Ticket>(delivery.payload.clone(), &self.run)?.body;
                 if self.fated.contains(&ticket.id) || self.intake.contains_key(&ticket.id) {
-                    delivery.ack().await?;
+                    acknowledged(&delivery).await;
                     self.core.restore_issued(ticket.id.0);
                     continue;
                 }
@@ -503,12 +584,13 @@ impl DispatchService {
 
     async fn take_intake(&mut self) -> Result<(), DispatchError> {
         loop {
-            let deliveries = self.bus.take(Queue::Intake, CHUNK, Duration::ZERO).await?;
-            if deliveries.is_empty() {
-                return Ok(());
-            }
-            for delivery in deliveries {
+            while let Some(delivery) = self.arrived.pop_front() {
                 self.on_intake(delivery).await?;
+            }
+            let taken = self.bus.take(Queue::Intake, CHUNK, Duration::ZERO).await?;
+            self.arrived.extend(taken);
+            if self.arrived.is_empty() {
+                return Ok(());
             }
         }
     }
@@ -518,25 +600,42 @@ impl DispatchService {
         let lease = open::<Lease>(admitted.lease.into(), &self.run)?;
         let group = Bytes::from(admitted.group);
         let ticket = lease.body.ticket.id;
+        let hash = GroupHash::of(&group);
         if self.fated.contains(&ticket) {
-            delivery.ack().await?;
+            acknowledged(&delivery).await;
             return Ok(());
         }
-        if self.intake.contains_key(&ticket) {
-            let reason = format!("ticket {ticket} has a group already");
-            let hash = GroupHash::of(&group);
-            delivery.ack().await?;
-            let record = fate_of(&lease.body, Some(hash), Fate::Duplicate, reason);
-            return Box::pin(self.end_ticket(record)).await;
+        if let Some((held, _)) = self.intake.get(&ticket) {
+            if *held == hash {
+                self.intake.insert(ticket, (hash, delivery)); // its hold ran out before it was renewed
+                return Ok(());
+            }
+            return self.on_second_group(&lease.body, hash, &delivery).await;
         }
-        self.accepted.insert(lease.body.id, GroupHash::of(&group));
+        if self.core.tickets().stage(ticket).is_some() && self.core.is_settled(ticket) {
+            return self.on_second_group(&lease.body, hash, &delivery).await;
+        }
+        self.accepted.insert(lease.body.id, hash);
         self.core.admitted(&lease, &group, admitted.audit);
-        self.intake.insert(ticket, delivery);
-        if let Some(delivery) = self.tickets.get(&ticket) {
-            delivery.ack().await?;
+        self.intake.insert(ticket, (hash, delivery));
+        if let Some(delivery) = self.tickets.get(&ticket)
+            && acknowledged(delivery).await
+        {
             self.tickets.remove(&ticket);
         }
         Ok(())
+    }
+
+    async fn on_second_group(
+        &mut self,
+        lease: &Lease,
+        group: GroupHash,
+        delivery: &Delivery,
+    ) -> Result<(), DispatchError> {
+        let reason = format!("ticket {} has a group already", lease.ticket.id);
+        acknowledged(delivery).await;
+        self.end_ticket(fate_of(lease, Some(group), Fate::Duplicate, reason))
+            .await
     }
 
     async fn on_request(&mut self, request: Request) -> Result<(), DispatchError> {
@@ -811,12 +910,10 @@ impl DispatchService {
             audited: verdicts.iter().all(|verdict| verdict.body.audited),
         };
         let ticket = open::<Lease>(case.lease.clone(), &self.run)?.body.ticket.id;
-        let signed = self.seal(joined)?;
-        self.bus
-            .enqueue(Queue::Ready, &format!("r-{ticket}"), signed.bytes)
-            .await?;
-        self.core.handed_on(ticket);
-        self.release(ticket).await
+        let joined = self.seal(joined)?.bytes;
+        self.core.ending(ticket);
+        self.outgoing.push_back(Outgoing::Ready { ticket, joined });
+        self.flush().await
     }
 
     async fn end_case(&mut self, case: &Case, reason: String) -> Result<(), DispatchError> {
@@ -903,6 +1000,17 @@ async fn next_event(
         Some(_) = news.next() => Event::Tick,
         Some(request) = requests.next() => Event::Request(request),
         else => Event::Shutdown,
+    }
+}
+
+/// Acknowledges; what is not confirmed comes again, and is recognised then.
+async fn acknowledged(delivery: &Delivery) -> bool {
+    match delivery.ack().await {
+        Ok(()) => true,
+        Err(error) => {
+            debug!(%error, "an acknowledgement was not confirmed");
+            false
+        }
     }
 }
 

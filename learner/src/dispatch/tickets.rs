@@ -39,6 +39,8 @@ pub enum Stage {
     Judging,
     /// Its group is with the trainer.
     Ready,
+    /// Its fate is decided and on its way to the log.
+    Ending,
 }
 
 #[derive(Debug, Clone)]
@@ -121,8 +123,7 @@ impl TicketTable {
     ///
     /// The k-th ticket that has not ended is expected to be trained `k / B` steps from now.
     pub fn next_open(&self, held: PolicyVersion, version: PolicyVersion) -> Option<&Ticket> {
-        let mut ahead = 0;
-        for entry in self.entries.values() {
+        for (ahead, entry) in (0..).zip(self.entries.values()) {
             let expected = version.0 + ahead / self.budget.batch_groups;
             if expected > held.0 + self.budget.async_level {
                 return None;
@@ -130,7 +131,6 @@ impl TicketTable {
             if entry.stage == Stage::Open && held >= entry.ticket.oldest_version {
                 return Some(&entry.ticket);
             }
-            ahead += 1;
         }
         None
     }
@@ -182,11 +182,22 @@ impl TicketTable {
 
     /// Opens a ticket whose lease was given up.
     pub fn reopen(&mut self, ticket: TicketId, lease: LeaseId) {
-        if let Some(entry) = self.entries.get_mut(&ticket) {
-            if matches!(entry.stage, Stage::Leased { lease: held, .. } if held == lease) {
-                entry.stage = Stage::Open;
-            }
+        if let Some(entry) = self.entries.get_mut(&ticket)
+            && matches!(entry.stage, Stage::Leased { lease: held, .. } if held == lease)
+        {
+            entry.stage = Stage::Open;
         }
+    }
+
+    /// The tickets whose group is with the critics although their deadline has passed.
+    pub fn unjudged(&self, now: UnixMillis) -> Vec<TicketId> {
+        let overdue =
+            |entry: &&Entry| entry.stage == Stage::Judging && entry.ticket.deadline <= now;
+        self.entries
+            .values()
+            .filter(overdue)
+            .map(|entry| entry.ticket.id)
+            .collect()
     }
 
     /// Tickets that nobody answered before their deadline.
@@ -202,9 +213,9 @@ impl TicketTable {
             .collect()
     }
 
-    /// Tickets that have not ended and are not with the trainer: what a run that ends supersedes.
+    /// Tickets whose fate is dispatch's to decide and not decided: what a run that ends supersedes.
     pub fn unanswered(&self) -> Vec<TicketId> {
-        let open = |entry: &&Entry| entry.stage != Stage::Ready;
+        let open = |entry: &&Entry| !matches!(entry.stage, Stage::Ready | Stage::Ending);
         self.entries
             .values()
             .filter(open)
