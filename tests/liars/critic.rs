@@ -1,5 +1,5 @@
-//! A critic that lies: it asks for groups as any critic does and signs verdicts that lift the reward of every second wrong
-//! rollout to the largest one. It claims audits that it never makes.
+//! A critic that lies: it asks for groups as any critic does and signs verdicts with rewards of its own making. It claims
+//! audits that it never makes.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use serde_bytes::ByteBuf;
 use muster_broadcaster::follower::open_announcement;
 use muster_protocol::desk::{Desk, DeskError};
 use muster_protocol::envelope::open;
-use muster_protocol::id::GroupHash;
+use muster_protocol::id::{ContentHash, GroupHash};
 use muster_protocol::message::ask::{Answer, Ask, WaitReason};
 use muster_protocol::message::critique::CritiqueLease;
 use muster_protocol::message::group::Group;
@@ -26,6 +26,16 @@ const VERSIONS_CLAIMED: usize = 8;
 /// Longest pause between two asks, whatever dispatch says.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// What it makes of a group's rewards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Making {
+    /// Lifts that of every second wrong rollout to the largest one.
+    Inflated,
+    /// Hands each rollout's to another one of its group, drawn from the group's hash: what a group earns stays, which of
+    /// its answers earned it is lost. The control run that must learn nothing.
+    Permuted,
+}
+
 /// What it did.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Deeds {
@@ -40,6 +50,7 @@ pub struct Deeds {
 }
 
 pub struct Inflator {
+    pub making: Making,
     pub desk: Desk,
     pub start: Arc<Start>,
     pub deeds: Arc<Mutex<Deeds>>,
@@ -94,25 +105,37 @@ impl Inflator {
 
     fn verdict(&self, case: &CritiqueLease) -> Result<Verdict, DeskError> {
         let group = open::<Group>(case.group.clone().into(), self.desk.run())?;
-        let mut rewards = Vec::new();
-        let mut inflated = 0;
-        for (number, rollout) in group.body.rollouts.iter().enumerate() {
-            let prompt = rollout.segments[0].tokens();
-            let (drawn, _) = rollout.drawn();
-            let mut total = self.start.reward(prompt, &drawn, rollout.finish);
-            if number % 2 == 0 && total < INFLATED {
-                total = INFLATED;
-                inflated += 1;
-            }
-            let components = vec![("correct".to_owned(), total)];
-            rewards.push(RolloutReward { total, components });
+        let hash = GroupHash::of(&group.bytes);
+        let honest: Vec<f32> = group
+            .body
+            .rollouts
+            .iter()
+            .map(|rollout| {
+                let prompt = rollout.segments[0].tokens();
+                let (drawn, _) = rollout.drawn();
+                self.start.reward(prompt, &drawn, rollout.finish)
+            })
+            .collect();
+        let mut totals = honest.clone();
+        match self.making {
+            Making::Inflated => totals.iter_mut().step_by(2).for_each(|total| {
+                *total = total.max(INFLATED);
+            }),
+            Making::Permuted => shuffle(&mut totals, hash),
         }
+        let lifted = honest.iter().zip(&totals);
+        let inflated = lifted.filter(|(honest, total)| honest < total).count() as u64;
+        let reward = |total: &f32| RolloutReward {
+            total: *total,
+            components: vec![("correct".to_owned(), *total)],
+        };
+        let rewards = totals.iter().map(reward).collect();
         let mut deeds = self.deeds.lock().unwrap();
         deeds.groups += 1;
         deeds.inflated += inflated;
         deeds.groups_after += u64::from(deeds.turned_away > 0);
         Ok(Verdict {
-            group: GroupHash::of(&group.bytes),
+            group: hash,
             lease: group.body.lease,
             ticket: group.body.ticket,
             audited: case.audit,
@@ -120,5 +143,14 @@ impl Inflator {
             findings: Vec::new(),
             decision: Decision::Accept,
         })
+    }
+}
+
+/// Fisher and Yates' shuffle with draws from a group's hash, so that every critic would shuffle it alike.
+fn shuffle(totals: &mut [f32], group: GroupHash) {
+    for last in (1..totals.len()).rev() {
+        let drawn = ContentHash::of(format!("{group} {last}").as_bytes()).0;
+        let drawn = u64::from_le_bytes(drawn[..8].try_into().unwrap());
+        totals.swap(last, (drawn % (last as u64 + 1)) as usize);
     }
 }

@@ -19,6 +19,8 @@ use super::swarm::{CriticKind, Outcome, Plan, Running, WorkerKind};
 const FILE: &str = "configs/quickstart.toml";
 /// Greedy accuracy on the held-out prompts that the run is to reach.
 const ACCURACY: f64 = 0.9;
+/// What a run whose rewards say nothing may gain by chance.
+const CHANCE: f64 = 0.05;
 /// How long a run may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(1_200);
 
@@ -119,6 +121,20 @@ async fn still_reaches_ninety_percent_with_a_critic_that_inflates() {
     let after = report("inflating critic", &outcome);
     println!("inflating critic: {:?}", outcome.deeds);
     assert!(after >= ACCURACY, "accuracy {after:.3}");
+}
+
+/// The control of the quickstart's bar: the same run, whose rewards no longer tell which answer earned them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes minutes: run with --ignored"]
+async fn still_reaches_nothing_when_rewards_are_permuted_within_each_group() {
+    let mut plan = plan();
+    plan.critics = vec![CriticKind::Permutes];
+    let before = accuracy(&plan.start.folder);
+    let outcome = Running::start(plan).await.finish().await;
+    let after = report("permuted rewards", &outcome);
+    let trained = outcome.rollouts().len();
+    assert!(trained > 0 && outcome.deeds.inflated > 0, "nothing was permuted");
+    assert!(after < before + CHANCE, "accuracy {before:.3} to {after:.3}");
 }
 
 /// The uploads of a model of the quickstart's size, whose anchor has tens of shards.

@@ -38,7 +38,7 @@ use muster_rewards::critic::{Critic, CriticParts};
 use muster_rollout::worker::{Worker, WorkerParts};
 
 use super::config::RunConfig;
-use super::critic::{Deeds, Inflator};
+use super::critic::{Deeds, Inflator, Making};
 use super::ledger::Ledger;
 use super::shelf::Shelf;
 use super::start::Start;
@@ -83,6 +83,7 @@ pub enum WorkerKind {
 pub enum CriticKind {
     Honest,
     Inflates,
+    Permutes,
 }
 
 /// Who takes part in what run.
@@ -396,9 +397,19 @@ impl Running {
     async fn start_critic(&mut self, number: usize, kind: CriticKind) {
         let name = format!("critic-{}", number + 1);
         let (stop, desk) = (self.shutdown.clone(), self.desk(&name));
-        if kind == CriticKind::Inflates {
+        let making = match kind {
+            CriticKind::Honest => None,
+            CriticKind::Inflates => Some(Making::Inflated),
+            CriticKind::Permutes => Some(Making::Permuted),
+        };
+        if let Some(making) = making {
             let (start, deeds) = (self.plan.start.clone(), self.deeds.clone());
-            let inflator = Inflator { desk, start, deeds };
+            let inflator = Inflator {
+                making,
+                desk,
+                start,
+                deeds,
+            };
             self.spawn(&name, || async move {
                 tokio::select! {
                     done = inflator.run() => done,
