@@ -10,6 +10,7 @@ pub mod judging;
 pub mod prompts;
 pub mod service;
 pub mod tickets;
+pub mod waiting;
 pub mod workers;
 
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ use admission::Mismatch;
 use audit::{AuditConfig, is_drawn};
 use judging::{Case, Court, CritiqueConfig, Outcome};
 use tickets::{Budget, Stage, TicketTable};
+use waiting::{Crowd, RETRY_MS_MAX, Wait};
 use workers::{Conduct, ConductConfig, Pause};
 
 /// What dispatch decides by.
@@ -52,25 +54,6 @@ pub struct DispatchConfig {
     pub critique: CritiqueConfig,
     /// When members are paused.
     pub conduct: ConductConfig,
-}
-
-/// Shortest time after which a waiting member asks again.
-const RETRY_MS_MIN: u64 = 20;
-/// Longest time after which a waiting member asks again.
-const RETRY_MS_MAX: u64 = 10_000;
-/// Requests per second that dispatch wants to see from all waiting members together: a ticket that opens finds a worker
-/// within 10 ms, and a thousand of them cost a hundredth of a core.
-const WAITING_ASKS_PER_SECOND: u64 = 100;
-/// Members that asked within this time count as waiting: twice the longest wait.
-const WAITING_MS: u64 = 2 * RETRY_MS_MAX;
-
-/// A reason to wait, and for how long.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wait {
-    /// When to ask again.
-    pub retry_ms: u64,
-    /// Why.
-    pub reason: WaitReason,
 }
 
 /// What becomes of a submission.
@@ -104,7 +87,8 @@ pub struct Dispatch {
     tickets: TicketTable,
     conduct: Conduct,
     court: Court,
-    waiting: BTreeMap<PeerId, UnixMillis>,
+    waiting_workers: Crowd,
+    waiting_critics: Crowd,
 }
 
 /// Versions that leases and audits may name: more than any async level that validates.
@@ -122,7 +106,8 @@ impl Dispatch {
             secret,
             versions: Vec::new(),
             phase: Phase::Running,
-            waiting: BTreeMap::new(),
+            waiting_workers: Crowd::default(),
+            waiting_critics: Crowd::default(),
         }
     }
 
@@ -203,9 +188,9 @@ impl Dispatch {
                 _ if self.tickets_wanted().is_empty() => WaitReason::Backpressure,
                 _ => WaitReason::NothingOpen,
             };
-            return Err(self.wait(worker, reason, now));
+            return Err(self.waiting_workers.wait(worker, reason, now));
         };
-        self.waiting.remove(&worker);
+        self.waiting_workers.leave(&worker);
         let id = lease_id(&ticket.id, &nonce);
         let submission = self.conduct.lease_given(worker, id);
         let binding = SeedBinding {
@@ -260,36 +245,22 @@ impl Dispatch {
             _ => None,
         };
         if let Some(reason) = reason {
-            return Err(self.wait(*worker, reason, now));
+            return Err(self.waiting_workers.wait(*worker, reason, now));
         }
         match self.conduct.pause(worker, now) {
             None => self.version().ok_or(Wait {
                 retry_ms: RETRY_MS_MAX,
                 reason: WaitReason::Starting,
             }),
-            Some(Pause::Busy) => Err(self.wait(*worker, WaitReason::Backpressure, now)),
-            Some(Pause::Until(until)) => {
-                let retry_ms = until.0.saturating_sub(now.0).max(RETRY_MS_MIN);
-                Err(Wait {
-                    retry_ms,
-                    reason: WaitReason::CoolDown,
-                })
+            Some(Pause::Busy) => {
+                let reason = WaitReason::Backpressure;
+                Err(self.waiting_workers.wait(*worker, reason, now))
             }
+            Some(Pause::Until(until)) => Err(Wait::until(until, now, WaitReason::CoolDown)),
             Some(Pause::Quarantined) => Err(Wait {
                 retry_ms: 60_000,
                 reason: WaitReason::CoolDown,
             }),
-        }
-    }
-
-    /// How long members wait, so that all of them together do not ask too often.
-    pub fn wait(&mut self, member: PeerId, reason: WaitReason, now: UnixMillis) -> Wait {
-        self.waiting.insert(member, now);
-        self.waiting.retain(|_, asked| asked.0 + WAITING_MS > now.0);
-        let spread_ms = self.waiting.len() as u64 * 1_000 / WAITING_ASKS_PER_SECOND;
-        Wait {
-            retry_ms: spread_ms.clamp(RETRY_MS_MIN, RETRY_MS_MAX),
-            reason,
         }
     }
 
@@ -390,11 +361,13 @@ impl Dispatch {
                 reason: WaitReason::CoolDown,
             });
         }
-        let assigned = self
-            .court
-            .assign(critic, held, now)
-            .map(|(ticket, _, deadline)| (ticket, deadline));
-        assigned.ok_or_else(|| self.wait(critic, WaitReason::NothingOpen, now))
+        match self.court.assign(critic, held, now) {
+            Some((ticket, _, deadline)) => {
+                self.waiting_critics.leave(&critic);
+                Ok((ticket, deadline))
+            }
+            None => Err(self.waiting_critics.wait(critic, WaitReason::NothingOpen, now)),
+        }
     }
 
     /// Takes in a verdict; books what it says about author and critics when it settles the case.

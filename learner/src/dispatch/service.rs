@@ -37,7 +37,8 @@ use muster_protocol::subject::{Log, Queue, Role, Subjects};
 
 use super::judging::{Case, Outcome};
 use super::prompts::PromptSource;
-use super::{Admission, Dispatch, DispatchConfig, Wait, fate_of};
+use super::waiting::Wait;
+use super::{Admission, Dispatch, DispatchConfig, fate_of};
 
 /// How often time alone is looked at: leases that ran out, tickets to issue, logs to read.
 const TICK: Duration = Duration::from_millis(100);
