@@ -6,10 +6,12 @@
 //! verified. The payload is one byte of codec, the raw size (u32 LE), then the raw or zstd bytes of the message.
 
 use std::cell::RefCell;
+use std::io;
 
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use zstd::bulk::{Compressor, Decompressor};
 
 use crate::id::{ContentHash, PeerId, RunId};
 use crate::identity::{Identity, is_signed_by};
@@ -30,6 +32,30 @@ const VERIFIED_MAX: usize = 4_096;
 thread_local! {
     /// Hashes of whole envelopes, each in the place that its first bytes say: a newer one takes an older one's.
     static VERIFIED: RefCell<Vec<ContentHash>> = const { RefCell::new(Vec::new()) };
+    /// Made once per thread: making one costs more than a small message does.
+    static ZSTD: RefCell<Option<Zstd>> = const { RefCell::new(None) };
+}
+
+struct Zstd {
+    compressor: Compressor<'static>,
+    decompressor: Decompressor<'static>,
+}
+
+impl Zstd {
+    /// Lends this thread's contexts to `work`.
+    fn lend<T>(work: impl FnOnce(&mut Self) -> io::Result<T>) -> Result<T, EnvelopeError> {
+        let lent = ZSTD.with_borrow_mut(|zstd| match zstd {
+            Some(zstd) => work(zstd),
+            None => {
+                let made = zstd.insert(Self {
+                    compressor: Compressor::new(ZSTD_LEVEL)?,
+                    decompressor: Decompressor::new()?,
+                });
+                work(made)
+            }
+        });
+        lent.map_err(malformed)
+    }
 }
 
 /// What a message is: its number on the wire. Numbers are never reused.
@@ -341,9 +367,8 @@ fn signed_bytes(
 fn pack(message: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
     let raw_size = u32::try_from(message.len()).map_err(malformed)?;
     let compressed = (message.len() >= COMPRESS_BYTES_MIN)
-        .then(|| zstd::bulk::compress(message, ZSTD_LEVEL))
-        .transpose()
-        .map_err(malformed)?
+        .then(|| Zstd::lend(|zstd| zstd.compressor.compress(message)))
+        .transpose()?
         .filter(|frame| frame.len() < message.len() && frame.len() * INFLATION_MAX > message.len());
     let (codec, data) = match &compressed {
         Some(frame) => (CODEC_ZSTD, frame.as_slice()),
@@ -368,7 +393,7 @@ fn unpack(payload: &[u8], bytes_max: usize) -> Result<Vec<u8>, EnvelopeError> {
     }
     let message = match header[0] {
         CODEC_RAW => data.to_vec(),
-        CODEC_ZSTD => zstd::bulk::decompress(data, raw_size).map_err(malformed)?,
+        CODEC_ZSTD => Zstd::lend(|zstd| zstd.decompressor.decompress(data, raw_size))?,
         other => return Err(malformed(format!("unknown codec {other}"))),
     };
     if message.len() != raw_size {
