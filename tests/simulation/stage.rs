@@ -1,7 +1,7 @@
 //! One run: who starts when, who dies when, and when it is over.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -138,7 +138,12 @@ pub fn play(play: Play) -> Outcome {
         .start_paused(true)
         .build()
         .unwrap();
-    let dir = tempfile::tempdir().unwrap();
+    // A run writes some thousand small files: in memory where there is such a folder.
+    let memory = Path::new("/dev/shm");
+    let dir = match memory.is_dir() {
+        true => tempfile::tempdir_in(memory).unwrap(),
+        false => tempfile::tempdir().unwrap(),
+    };
     // Models are not shared between threads, so the shells of a run stay on one.
     let local = tokio::task::LocalSet::new();
     runtime.block_on(local.run_until(async { Stage::new(play, dir.path().to_owned()).perform().await }))
