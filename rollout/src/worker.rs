@@ -26,6 +26,8 @@ use muster_protocol::message::lease::{Lease, NumericClass};
 
 use crate::answerer::{AnswerError, Answerer};
 
+/// How long an answer that has begun may take once the worker is told to stop.
+const GRACE: Duration = Duration::from_secs(3);
 /// Pauses between attempts to submit: first and longest.
 const SUBMIT_RETRY_MS: (u64, u64) = (50, 2_000);
 /// Pauses after asks that nobody answered: first and longest. They grow, so that a thousand workers do not drown a
@@ -145,7 +147,17 @@ impl Worker {
                     info!(credit = ?self.credit, "the run is over");
                     return Ok(self.credit);
                 }
-                Next::Answer(leases) => self.answer(&leases).await?,
+                Next::Answer(leases) => {
+                    let overdue = async {
+                        shutdown.cancelled().await;
+                        tokio::time::sleep(GRACE).await;
+                    };
+                    tokio::select! {
+                        biased; // what was answered is submitted first, if dispatch is there to take it
+                        answered = self.answer(&leases) => answered?,
+                        () = overdue => return Ok(self.credit),
+                    }
+                }
                 Next::Wait(pause) if pause > CROWD_WAIT => {
                     self.pause(pause, Wake::AtItsEnd, &shutdown).await;
                 }
