@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -125,6 +125,19 @@ pub(crate) fn children_of(pid: u32) -> Vec<(u32, Vec<String>)> {
     }
     children.sort_unstable();
     children
+}
+
+/// Muster's folder, whose `.venv` may hold a NATS server: the working directory, or the one that this program was built
+/// in when it is called from elsewhere.
+pub fn project() -> PathBuf {
+    let has_server = |folder: &Path| folder.join(".venv/bin/nats-server").is_file();
+    let here = std::env::current_dir().unwrap_or_default();
+    let program = std::env::current_exe().unwrap_or_default();
+    let above = program.ancestors().skip(1).find(|folder| has_server(folder));
+    match above {
+        Some(folder) if !has_server(&here) => folder.to_owned(),
+        _ => here,
+    }
 }
 
 #[cfg(test)]

@@ -91,7 +91,7 @@ impl Finding {
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let here = std::env::current_dir().context("the working directory is not known")?;
     let findings = [
-        server(args.nats_server.as_deref(), &here),
+        server(args.nats_server.as_deref(), &crate::machine::project()),
         cores(),
         memory(memory_available()),
         disk(&here),

@@ -43,6 +43,9 @@ pub struct EvalArgs {
     /// The run directory
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
+    /// Where the bus is, instead of what the credentials say
+    #[arg(long, value_name = "URL", requires = "follow")]
+    nats: Option<String>,
     /// An evaluator's credentials
     #[arg(long, value_name = "FILE")]
     creds: Option<PathBuf>,
@@ -51,7 +54,7 @@ pub struct EvalArgs {
 /// Evaluates.
 pub async fn run(args: EvalArgs) -> Result<()> {
     match (&args.run, &args.creds, &args.model) {
-        (Some(run), Some(creds), None) if args.follow => follow(run, creds).await,
+        (Some(run), Some(creds), None) if args.follow => follow(run, creds, args.nats.as_deref()).await,
         (None, None, Some(model)) => folder(&args, model),
         _ => bail!(
             "name a model folder with --model and a configuration, or a run with --follow --run --creds"
@@ -111,7 +114,7 @@ fn print(outcome: &Outcome, json: bool) {
 }
 
 /// Evaluates version 0, every so many after it, and the last.
-async fn follow(run: &Path, creds: &Path) -> Result<()> {
+async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
     let dir = RunDir::at(run);
     let config = dir.load_config()?;
     let rewards = RewardConfig {
@@ -119,7 +122,7 @@ async fn follow(run: &Path, creds: &Path) -> Result<()> {
         reward: config.reward.clone(),
     };
     let prepared = rewards.prepare(dir.root())?;
-    let seat = Seat::take(creds, Role::Evaluator, None, Default::default()).await?;
+    let seat = Seat::take(creds, Role::Evaluator, nats, Default::default()).await?;
     let joined = async {
         let (model, tokenizer, _) = seat.model().await?;
         let descriptor = seat.desk.descriptor().await?;

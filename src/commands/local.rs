@@ -9,11 +9,12 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use muster_protocol::nats_server::{Member as ServerMember, NatsServer, ServerConfig};
+use muster_protocol::nats_server::{self, Member as ServerMember, NatsServer, ServerConfig};
 use muster_protocol::subject::Role;
 use muster_rewards::RewardConfig;
 
 use crate::config::{QUICKSTART, RunConfig};
+use crate::machine::project;
 use crate::record::{RunRecord, newest_checkpoint};
 use crate::run_dir::RunDir;
 use crate::screen::{Screen, ScreenMode, Status};
@@ -151,6 +152,7 @@ async fn swarm(args: LocalArgs, config: RunConfig, dir: RunDir, mut screen: Scre
         ));
         return conclude(&dir, screen);
     }
+    nats_server::program(args.nats_server.as_deref(), &project())?; // better missed now than after the warm-up
     start_policy(&config, &dir, &mut screen)?;
     let mut server = start_server(&args, &config, &dir).await?;
     let mut children = Vec::new();
@@ -216,7 +218,7 @@ async fn start_server(args: &LocalArgs, config: &RunConfig, dir: &RunDir) -> Res
         .collect();
     let mut server = ServerConfig::new(&config.run.name, &dir.nats(), users);
     server.binary.clone_from(&args.nats_server);
-    server.project = std::env::current_dir().context("the working directory is not known")?;
+    server.project = project();
     server.port = Some(config.local.port).filter(|port| *port != 0);
     let server = NatsServer::start(&server).await?;
     dir.enrol(config, &members, &server.url())?;

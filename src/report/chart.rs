@@ -229,7 +229,7 @@ impl Chart {
             // From zero where that costs little room, so that a small change does not look like a large one.
             Kind::Lines if (0.0..=0.5 * high).contains(&low) => Axis::linear(0.0, high, 4.0),
             Kind::Lines => Axis::linear(low, high, 4.0),
-            Kind::Stacked => Axis::linear(0.0, high, 4.0),
+            Kind::Stacked => Axis::linear(0.0, high.max(0.0), 4.0),
             Kind::Logarithmic => {
                 let (low, high) = (low.floor(), high.ceil().max(low.floor() + 1.0));
                 let stride = ((high - low) / 5.0).ceil().max(1.0);

@@ -227,7 +227,8 @@ pub(super) fn worst(figures: &[Figures]) -> Option<&Figures> {
 
 fn seconds_until(record: &RunRecord, version: u64) -> f64 {
     let before = record.steps.iter().filter(|line| line.step <= version);
-    before.map(|line| line.time_step).sum()
+    // Not `sum`, whose nothing is −0.0 and is printed so.
+    before.fold(0.0, |seconds, line| seconds + line.time_step)
 }
 
 #[cfg(test)]
