@@ -133,7 +133,10 @@ pub fn project() -> PathBuf {
     let has_server = |folder: &Path| folder.join(".venv/bin/nats-server").is_file();
     let here = std::env::current_dir().unwrap_or_default();
     let program = std::env::current_exe().unwrap_or_default();
-    let above = program.ancestors().skip(1).find(|folder| has_server(folder));
+    let above = program
+        .ancestors()
+        .skip(1)
+        .find(|folder| has_server(folder));
     match above {
         Some(folder) if !has_server(&here) => folder.to_owned(),
         _ => here,

@@ -80,14 +80,21 @@ impl RunDir {
     /// # Errors
     /// When another process runs it, or the folder cannot be written.
     pub fn lock(&self) -> Result<RunLock> {
-        fs::create_dir_all(&self.root)
-            .with_context(|| format!("{} cannot be made: check its permissions and the free space", self.root.display()))?;
+        fs::create_dir_all(&self.root).with_context(|| {
+            format!(
+                "{} cannot be made: check its permissions and the free space",
+                self.root.display()
+            )
+        })?;
         let path = self.lock_path();
         let mut options = fs::OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        let file = options
-            .open(&path)
-            .with_context(|| format!("{} cannot be written: check its permissions and the free space", path.display()))?;
+        let file = options.open(&path).with_context(|| {
+            format!(
+                "{} cannot be written: check its permissions and the free space",
+                path.display()
+            )
+        })?;
         let locked = machine::lock_file(&file)
             .with_context(|| format!("{} cannot be locked", path.display()))?;
         if let Err(holder) = locked {
@@ -100,7 +107,12 @@ impl RunDir {
         }
         file.set_len(0)
             .and_then(|()| writeln!(&file, "{}", std::process::id()))
-            .with_context(|| format!("{} cannot be written: check its permissions and the free space", path.display()))?;
+            .with_context(|| {
+                format!(
+                    "{} cannot be written: check its permissions and the free space",
+                    path.display()
+                )
+            })?;
         Ok(RunLock { _file: file })
     }
 
@@ -147,8 +159,12 @@ impl RunDir {
     pub fn open(&self, config: &RunConfig) -> Result<()> {
         for folder in ["", "credentials", "logs"] {
             let path = self.root.join(folder);
-            fs::create_dir_all(&path)
-                .with_context(|| format!("{} cannot be made: check its permissions and the free space", path.display()))?;
+            fs::create_dir_all(&path).with_context(|| {
+                format!(
+                    "{} cannot be made: check its permissions and the free space",
+                    path.display()
+                )
+            })?;
         }
         let path = self.config();
         if path.try_exists().unwrap_or(false) {
@@ -261,5 +277,10 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = path.with_extension("part");
     fs::write(&temporary, bytes)
         .and_then(|()| fs::rename(&temporary, path))
-        .with_context(|| format!("{} cannot be written: check its permissions and the free space", path.display()))
+        .with_context(|| {
+            format!(
+                "{} cannot be written: check its permissions and the free space",
+                path.display()
+            )
+        })
 }

@@ -1,6 +1,11 @@
 //! Bad input: whatever is missing, mistyped, damaged, taken, full or refused ends in one sentence that names it and the way
 //! out, with exit code 1, nothing on stdout and no panic.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
 
 #[path = "bad_input/command.rs"]
 mod command;
@@ -38,10 +43,7 @@ fn refused_model(damage: impl FnOnce(&Path)) -> String {
 
 fn assert_says(sentence: &str, parts: &[&str]) {
     for part in parts {
-        assert!(
-            sentence.contains(part),
-            "{part:?} is not in {sentence:?}"
-        );
+        assert!(sentence.contains(part), "{part:?} is not in {sentence:?}");
     }
 }
 
@@ -50,7 +52,12 @@ fn a_mistyped_key_is_named_with_its_line() {
     let found = refused_configuration(&Place::new(), &CONFIG.replace("steps", "setps"));
     assert_says(
         &found,
-        &["config.toml:4", "unknown field `setps`", "`steps`", "correct the key"],
+        &[
+            "config.toml:4",
+            "unknown field `setps`",
+            "`steps`",
+            "correct the key",
+        ],
     );
 }
 
@@ -64,12 +71,18 @@ fn a_missing_key_is_named() {
 #[test]
 fn a_missing_configuration_is_named() {
     let found = refusal(&["local", "/nowhere/run.toml"]);
-    assert_says(&found, &["/nowhere/run.toml", "No such file", "check the path"]);
+    assert_says(
+        &found,
+        &["/nowhere/run.toml", "No such file", "check the path"],
+    );
 }
 
 #[test]
 fn a_value_of_the_wrong_kind_is_named() {
-    let found = refused_configuration(&Place::new(), &CONFIG.replace("steps = 1", "steps = \"one\""));
+    let found = refused_configuration(
+        &Place::new(),
+        &CONFIG.replace("steps = 1", "steps = \"one\""),
+    );
     assert_says(&found, &["config.toml:4", "one", "expected"]);
 }
 
@@ -86,7 +99,11 @@ fn audits_without_a_critic_are_refused() {
     let found = refused_configuration(&Place::new(), &config);
     assert_says(
         &found,
-        &["`dispatch.audit.share_min` is 0.1", "`local.critics` is 0", "1 or more"],
+        &[
+            "`dispatch.audit.share_min` is 0.1",
+            "`local.critics` is 0",
+            "1 or more",
+        ],
     );
 }
 
@@ -112,7 +129,10 @@ fn a_task_file_with_a_line_that_is_no_json_is_named_with_the_line() {
         "{\"prompt\": \"1+1=\", \"gold\": \"2\"}\n{\"prompt\": \"1+2=\", \"gold\n",
     );
     let found = refused_configuration(&place, &config);
-    assert_says(&found, &["tasks.jsonl:2", "not one JSON object", "write it as"]);
+    assert_says(
+        &found,
+        &["tasks.jsonl:2", "not one JSON object", "write it as"],
+    );
 }
 
 #[test]
@@ -153,7 +173,12 @@ fn weights_for_another_vocabulary_are_named() {
     });
     assert_says(
         &found,
-        &["model.embed_tokens.weight", "[32, 32]", "[24, 32]", "belongs together"],
+        &[
+            "model.embed_tokens.weight",
+            "[32, 32]",
+            "[24, 32]",
+            "belongs together",
+        ],
     );
 }
 
@@ -179,7 +204,13 @@ fn a_weights_file_without_a_header_is_named() {
 #[test]
 fn a_bus_that_nobody_answers_at_is_named() {
     let credentials = finished_run().join("credentials/worker-1.json");
-    let words = ["rollout", "--creds", text(&credentials), "--nats", "nats://127.0.0.1:1"];
+    let words = [
+        "rollout",
+        "--creds",
+        text(&credentials),
+        "--nats",
+        "nats://127.0.0.1:1",
+    ];
     assert_says(
         &refusal(&words),
         &["nats://127.0.0.1:1", "no NATS server answers", "start it"],
@@ -200,7 +231,13 @@ fn credentials_that_the_server_does_not_know_are_refused() {
         .block_on(NatsServer::start(&config))
         .unwrap_or_else(|error| panic!("{error}"));
     let credentials = finished_run().join("credentials/worker-1.json");
-    let found = refusal(&["rollout", "--creds", text(&credentials), "--nats", &server.url()]);
+    let found = refusal(&[
+        "rollout",
+        "--creds",
+        text(&credentials),
+        "--nats",
+        &server.url(),
+    ]);
     assert_says(&found, &[&server.url(), "credentials"]);
     runtime.block_on(server.stop());
 }
@@ -218,7 +255,10 @@ fn credentials_that_others_can_read_are_refused() {
 #[test]
 fn credentials_that_are_none_are_named() {
     let found = refusal(&["rollout", "--creds", "/nowhere/worker.json"]);
-    assert_says(&found, &["/nowhere/worker.json", "No such file", "check the path"]);
+    assert_says(
+        &found,
+        &["/nowhere/worker.json", "No such file", "check the path"],
+    );
     let place = Place::new();
     let path = place.write("worker.json", "{");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -243,18 +283,26 @@ fn a_port_that_is_taken_is_named() {
         place.config_with(place::model())
     );
     let found = refused_configuration(&place, &config);
-    assert_says(&found, &[&format!("port {port} is taken"), "choose another"]);
+    assert_says(
+        &found,
+        &[&format!("port {port} is taken"), "choose another"],
+    );
 }
 
 #[test]
 fn a_run_directory_of_another_configuration_is_refused_and_left_as_it_is() {
     let place = Place::new();
     let before = fs::read(finished_run().join("config.toml")).unwrap();
-    let config = place.config_with(place::model()).replace("seed = 1", "seed = 2");
+    let config = place
+        .config_with(place::model())
+        .replace("seed = 1", "seed = 2");
     let path = place.write("config.toml", &config);
     let found = refusal(&["local", text(&path), "--dir", text(finished_run())]);
     assert_says(&found, &["another configuration", "--dir"]);
-    assert_eq!(fs::read(finished_run().join("config.toml")).unwrap(), before);
+    assert_eq!(
+        fs::read(finished_run().join("config.toml")).unwrap(),
+        before
+    );
 }
 
 #[test]
@@ -270,7 +318,12 @@ fn a_snapshot_with_one_flipped_byte_is_named_with_the_place() {
         "{}",
         String::from_utf8_lossy(&whole.stderr)
     );
-    for name in ["model.safetensors", "tokenizer.json", "config.json", "manifest.json"] {
+    for name in [
+        "model.safetensors",
+        "tokenizer.json",
+        "config.json",
+        "manifest.json",
+    ] {
         let path = folder.join(name);
         let whole = fs::read(&path).unwrap();
         let mut flipped = whole.clone();
@@ -308,12 +361,16 @@ fn a_disk_that_fills_up_during_a_run_loses_nothing() {
         .replace("steps = 1\n", &format!("steps = {steps}\n"));
     let config = place.write("config.toml", &config);
     let dir = disk.path().join("run");
-    let mut run = place::Background::start(&["local", text(&config), "--dir", text(&dir), "--quiet"]);
-    run.wait_for("the first step", || place::lines(&dir.join("metrics.jsonl")) > 0);
+    let mut run =
+        place::Background::start(&["local", text(&config), "--dir", text(&dir), "--quiet"]);
+    run.wait_for("the first step", || {
+        place::lines(&dir.join("metrics.jsonl")) > 0
+    });
     disk.fill();
     run.wait_for("the trainer to name the full disk", || {
         let log = fs::read_to_string(dir.join("logs/trainer.log")).unwrap_or_default();
-        run_out_of_space(&log) || run_out_of_space(&fs::read_to_string(dir.join("nats/nats.log")).unwrap_or_default())
+        run_out_of_space(&log)
+            || run_out_of_space(&fs::read_to_string(dir.join("nats/nats.log")).unwrap_or_default())
     });
     disk.empty();
     run.finish();

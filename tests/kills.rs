@@ -1,7 +1,12 @@
 //! `kill -9` of any one process of a run, at a moment that a seed chooses: the run finishes by itself (after the parent's
 //! death: by the same command), every ticket has exactly one fate, no group is trained twice. On the real binary, over a
 //! real NATS server, with every role a process. `MUSTER_KILL_SEED` chooses other moments.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
 
 #[path = "kills/processes.rs"]
 mod processes;
@@ -177,7 +182,10 @@ fn no_process_holds_a_secret_that_is_not_its_own() {
         assert!(held.is_empty(), "{name} holds the secrets of {held:?}");
         own += all - held.len();
     }
-    assert!(own > 0, "not even an own secret was found: the search is blind");
+    assert!(
+        own > 0,
+        "not even an own secret was found: the search is blind"
+    );
     let server = run.process("nats-server").secrets_held(&secrets);
     assert!(
         server.is_empty(),

@@ -1,7 +1,14 @@
 //! The simulated swarm: a thousand workers on the bus in memory, under virtual time, with messages lost, members that die
 //! and come back, and liars among them. The shells and their decisions are the shipped ones (dispatch, trainer, worker,
 //! critic, follower); only the model is a table and the clock is the simulator's. One seed fixes everything.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs, unreachable_pub)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    missing_docs,
+    unreachable_pub
+)]
 
 #[path = "simulation/cast.rs"]
 mod cast;
@@ -41,7 +48,9 @@ fn play_all(seeds: std::ops::Range<u64>) {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 loop {
-                    let Some(seed) = queue.lock().unwrap().next() else { return };
+                    let Some(seed) = queue.lock().unwrap().next() else {
+                        return;
+                    };
                     let outcome = play(Play::of_seed(seed));
                     println!("{}", outcome.line());
                     if let Some(violation) = outcome.violations.first() {
@@ -71,12 +80,19 @@ fn a_hundred_seeds() {
 
 #[test]
 fn equal_seeds_give_equal_runs_and_others_do_not() {
-    let small = |seed| Play { workers: 200, steps: 20, ..Play::of_seed(seed) };
+    let small = |seed| Play {
+        workers: 200,
+        steps: 20,
+        ..Play::of_seed(seed)
+    };
     let traces = std::thread::scope(|scope| {
         let threads = [7, 7, 8].map(|seed| scope.spawn(move || play(small(seed))));
         threads.map(|thread| thread.join().unwrap())
     });
     let [one, again, other]: [Outcome; 3] = traces;
-    assert_eq!(one.trace, again.trace, "seed 7 was played twice and moved other messages");
+    assert_eq!(
+        one.trace, again.trace,
+        "seed 7 was played twice and moved other messages"
+    );
     assert_ne!(one.trace, other.trace);
 }

@@ -23,9 +23,11 @@ use muster_protocol::subject::Log;
 use crate::state::verify_state;
 use crate::swarm::{FetchError, Source};
 
-/// News may be missed, so the newest version is also asked for: when nothing was heard for twice the time that lay
-/// between the last two versions, and ever more rarely while there is none. Shortest and longest of these times.
+/// News may be missed, so the newest version is also asked for: when nothing was heard for several times as long as it
+/// usually takes, and ever more rarely while there is none. Shortest and longest of these times.
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How many usual gaps between versions are waited out. Missing one is no harm where the next is on its way.
+const PATIENCE_GAPS: u32 = 4;
 /// Pause after a fetch that failed.
 const RETRY: Duration = Duration::from_millis(500);
 /// Versions that a follower of every version may be behind before it skips the oldest.
@@ -258,6 +260,7 @@ impl Follower {
             backlog: VecDeque::new(),
             newest: None,
             patience: PATIENCE.0,
+            usual_gap: Duration::ZERO,
             heard: Instant::now(),
         };
         tracker.spawn(async move {
@@ -303,6 +306,8 @@ struct Task {
     newest: Option<(PolicyVersion, u64)>,
     /// How long to hear nothing before asking.
     patience: Duration,
+    /// How long the next version takes to come, from the last ones: the longest, halved with each that comes sooner.
+    usual_gap: Duration,
     /// When the newest version was heard of.
     heard: Instant,
 }
@@ -359,7 +364,8 @@ impl Task {
             return;
         }
         let before = self.newest.replace(place);
-        self.patience = (self.heard.elapsed() * 2).clamp(PATIENCE.0, PATIENCE.1);
+        self.usual_gap = self.heard.elapsed().max(self.usual_gap / 2);
+        self.patience = (self.usual_gap * PATIENCE_GAPS).clamp(PATIENCE.0, PATIENCE.1);
         self.heard = Instant::now();
         match (self.follow, before) {
             (Follow::Newest, _) => self.backlog.clear(),
@@ -416,7 +422,8 @@ impl Task {
             if !source.is_forsaken(&anchor) {
                 continue;
             }
-            while let Ok(Some(heard)) = tokio::time::timeout(Duration::ZERO, self.news.next()).await {
+            while let Ok(Some(heard)) = tokio::time::timeout(Duration::ZERO, self.news.next()).await
+            {
                 self.on_announcement(&heard.payload).await;
             }
             if !self.backlog.is_empty() {

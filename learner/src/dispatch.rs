@@ -366,7 +366,9 @@ impl Dispatch {
                 self.waiting_critics.leave(&critic);
                 Ok((ticket, deadline))
             }
-            None => Err(self.waiting_critics.wait(critic, WaitReason::NothingOpen, now)),
+            None => Err(self
+                .waiting_critics
+                .wait(critic, WaitReason::NothingOpen, now)),
         }
     }
 

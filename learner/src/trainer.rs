@@ -189,9 +189,7 @@ impl Trainer {
         })?;
         // A key of its own for every start: two starts under one key would share a generation.
         let key = format!("s-{:016x}", rand::random::<u64>());
-        let sequence = bus
-            .append(Log::Control, &key, None, started.bytes)
-            .await?;
+        let sequence = bus.append(Log::Control, &key, None, started.bytes).await?;
         let generation = Generation(sequence.sequence());
         let (descriptor, control, control_read) = open_run(&desk, descriptor).await?;
         let archive = Archive::open(&dir)?;
@@ -515,9 +513,9 @@ impl Trainer {
                 mean(&s.candidate.rewards)
             )
         };
-        let fates = batch.iter().map(|s| {
-            self.append_fate(fate_of(&s.candidate, Fate::Trained, reason(s), Some(step)))
-        });
+        let fates = batch
+            .iter()
+            .map(|s| self.append_fate(fate_of(&s.candidate, Fate::Trained, reason(s), Some(step))));
         try_join_all(fates).await?;
         let tickets = batch.iter().map(|s| s.candidate.ticket);
         let held: Vec<Delivery> = tickets

@@ -94,7 +94,9 @@ pub enum WeightsError {
         tensor: String,
     },
     /// A shape that contradicts the configuration.
-    #[error("tensor `{tensor}` has shape {found:?}, but config.json calls for {expected:?}; use the pair that belongs together")]
+    #[error(
+        "tensor `{tensor}` has shape {found:?}, but config.json calls for {expected:?}; use the pair that belongs together"
+    )]
     Shape {
         /// Its name.
         tensor: String,

@@ -54,7 +54,9 @@ pub struct EvalArgs {
 /// Evaluates.
 pub async fn run(args: EvalArgs) -> Result<()> {
     match (&args.run, &args.creds, &args.model) {
-        (Some(run), Some(creds), None) if args.follow => follow(run, creds, args.nats.as_deref()).await,
+        (Some(run), Some(creds), None) if args.follow => {
+            follow(run, creds, args.nats.as_deref()).await
+        }
         (None, None, Some(model)) => folder(&args, model),
         _ => bail!(
             "name a model folder with --model and a configuration, or a run with --follow --run --creds"

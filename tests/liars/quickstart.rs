@@ -133,8 +133,14 @@ async fn still_reaches_nothing_when_rewards_are_permuted_within_each_group() {
     let outcome = Running::start(plan).await.finish().await;
     let after = report("permuted rewards", &outcome);
     let trained = outcome.rollouts().len();
-    assert!(trained > 0 && outcome.deeds.inflated > 0, "nothing was permuted");
-    assert!(after < before + CHANCE, "accuracy {before:.3} to {after:.3}");
+    assert!(
+        trained > 0 && outcome.deeds.inflated > 0,
+        "nothing was permuted"
+    );
+    assert!(
+        after < before + CHANCE,
+        "accuracy {before:.3} to {after:.3}"
+    );
 }
 
 /// The uploads of a model of the quickstart's size, whose anchor has tens of shards.

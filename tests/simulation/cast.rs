@@ -54,7 +54,11 @@ pub fn cast() -> &'static Cast {
                 let name = format!("{role}-{number}");
                 roster.members.push(Member::of(&name, role, &identity));
                 let user = identity.login_user();
-                Player { number, identity, user }
+                Player {
+                    number,
+                    identity,
+                    user,
+                }
             };
             numbers.map(player).collect()
         };
@@ -62,6 +66,12 @@ pub fn cast() -> &'static Cast {
         let trainer = players(Role::Trainer, 1).remove(0);
         let critics = players(Role::Critic, CRITICS);
         let workers = players(Role::Worker, WORKERS_MAX + SPARES);
-        Cast { dispatch, trainer, critics, workers, roster }
+        Cast {
+            dispatch,
+            trainer,
+            critics,
+            workers,
+            roster,
+        }
     })
 }

@@ -32,7 +32,11 @@ pub fn check(book: &Book, record: &Record) -> Vec<String> {
 fn fates(book: &Book, record: &Record) -> Vec<String> {
     let mut broken = Vec::new();
     let mut ended: BTreeMap<TicketId, Vec<Fate>> = BTreeMap::new();
-    for fate in record.fates.iter().filter(|fate| fate.fate != Fate::Duplicate) {
+    for fate in record
+        .fates
+        .iter()
+        .filter(|fate| fate.fate != Fate::Duplicate)
+    {
         ended.entry(fate.ticket).or_default().push(fate.fate);
     }
     for ticket in (1..=book.issued).map(TicketId) {
@@ -63,22 +67,38 @@ fn batches(book: &Book, record: &Record) -> Vec<String> {
     for batch in &record.batches {
         for entry in &batch.groups {
             if !tickets.insert(entry.ticket) || !groups.insert(entry.group) {
-                broken.push(format!("twice: ticket {} is trained again in step {}", entry.ticket, batch.step));
+                broken.push(format!(
+                    "twice: ticket {} is trained again in step {}",
+                    entry.ticket, batch.step
+                ));
             }
             let staleness = (batch.step.0 - 1).saturating_sub(entry.version.0);
             if staleness > book.rules.async_level {
                 let most = book.rules.async_level;
-                broken.push(format!("staleness: step {} holds a group {staleness} steps old, at most {most} may be", batch.step));
+                broken.push(format!(
+                    "staleness: step {} holds a group {staleness} steps old, at most {most} may be",
+                    batch.step
+                ));
             }
         }
         if batch.groups.len() as u64 != book.rules.batch_groups {
-            broken.push(format!("batches: step {} has {} groups", batch.step, batch.groups.len()));
+            broken.push(format!(
+                "batches: step {} has {} groups",
+                batch.step,
+                batch.groups.len()
+            ));
         }
     }
-    let trained: BTreeSet<TicketId> =
-        record.fates.iter().filter(|fate| fate.fate == Fate::Trained).map(|fate| fate.ticket).collect();
+    let trained: BTreeSet<TicketId> = record
+        .fates
+        .iter()
+        .filter(|fate| fate.fate == Fate::Trained)
+        .map(|fate| fate.ticket)
+        .collect();
     if let Some(ticket) = trained.symmetric_difference(&tickets).next() {
-        broken.push(format!("fate: ticket {ticket} is in a manifest or has the fate trained, not both"));
+        broken.push(format!(
+            "fate: ticket {ticket} is in a manifest or has the fate trained, not both"
+        ));
     }
     broken
 }
@@ -86,22 +106,38 @@ fn batches(book: &Book, record: &Record) -> Vec<String> {
 /// Every bad group that was audited is rejected, and no honest one.
 fn verdicts(book: &Book, record: &Record) -> Vec<String> {
     let mut broken = Vec::new();
-    for fate in record.fates.iter().filter(|fate| fate.fate == Fate::Rejected) {
+    for fate in record
+        .fates
+        .iter()
+        .filter(|fate| fate.fate == Fate::Rejected)
+    {
         let answer = fate.lease.and_then(|lease| book.answers.get(&lease));
         if answer != Some(&Quality::Bad) {
-            broken.push(format!("liars: an honest group of ticket {} was rejected: {}", fate.ticket, fate.reason));
+            broken.push(format!(
+                "liars: an honest group of ticket {} was rejected: {}",
+                fate.ticket, fate.reason
+            ));
         }
     }
     for (group, audited) in &book.accepted {
         let Some(admission) = book.admitted.get(group) else {
-            broken.push(format!("liars: group {} was accepted and never admitted", group.short()));
+            broken.push(format!(
+                "liars: group {} was accepted and never admitted",
+                group.short()
+            ));
             continue;
         };
         if admission.audit && !audited {
-            broken.push(format!("liars: ticket {} was drawn for an audit and accepted without", admission.ticket));
+            broken.push(format!(
+                "liars: ticket {} was drawn for an audit and accepted without",
+                admission.ticket
+            ));
         }
         if *audited && admission.quality == Quality::Bad {
-            broken.push(format!("liars: a bad group of ticket {} passed its audit", admission.ticket));
+            broken.push(format!(
+                "liars: a bad group of ticket {} passed its audit",
+                admission.ticket
+            ));
         }
     }
     broken
@@ -110,13 +146,18 @@ fn verdicts(book: &Book, record: &Record) -> Vec<String> {
 fn bounds(book: &Book, record: &Record) -> Vec<String> {
     let mut broken = Vec::new();
     if record.counters.overflowed > 0 {
-        broken.push(format!("bounds: {} messages found an inbox full", record.counters.overflowed));
+        broken.push(format!(
+            "bounds: {} messages found an inbox full",
+            record.counters.overflowed
+        ));
     }
     // Every message of a queue belongs to a ticket that has not ended, but for acknowledgements on their way.
     let limit = (book.rules.async_level + 2) * book.rules.batch_groups;
     for (queue, depth) in &record.depths {
         if *depth > limit {
-            broken.push(format!("bounds: queue {queue} held {depth} messages, at most {limit} may be"));
+            broken.push(format!(
+                "bounds: queue {queue} held {depth} messages, at most {limit} may be"
+            ));
         }
     }
     broken

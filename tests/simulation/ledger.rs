@@ -92,7 +92,9 @@ impl Ledger {
             leases: BTreeMap::new(),
             violations: Vec::new(),
         };
-        Self { book: Arc::new(Mutex::new(book)) }
+        Self {
+            book: Arc::new(Mutex::new(book)),
+        }
     }
 
     pub fn book(&self) -> MutexGuard<'_, Book> {
@@ -128,7 +130,8 @@ impl Ledger {
             Queue::Intake => book.admitted(&open::<Admitted>(payload, &run).unwrap().body),
             Queue::Ready => {
                 let joined = open::<Joined>(payload, &run).unwrap().body;
-                book.accepted.insert(GroupHash::of(&joined.group), joined.audited);
+                book.accepted
+                    .insert(GroupHash::of(&joined.group), joined.audited);
             }
         }
     }
@@ -140,7 +143,10 @@ impl Ledger {
         match log {
             Log::Fates => {
                 let record = open::<FateRecord>(payload, &run).unwrap().body;
-                book.decided.entry(record.ticket).or_default().insert(record.fate);
+                book.decided
+                    .entry(record.ticket)
+                    .or_default()
+                    .insert(record.fate);
                 if record.fate.frees_a_place() {
                     book.freed.insert(record.ticket);
                 }
@@ -170,7 +176,12 @@ impl Book {
     /// The bound of design §4.1: issued − freed ≤ (v + η + 1)·B, and never more than the steps need.
     fn issued(&mut self, ticket: TicketId) {
         self.issued = self.issued.max(ticket.0);
-        let Rules { batch_groups, async_level, steps, .. } = self.rules;
+        let Rules {
+            batch_groups,
+            async_level,
+            steps,
+            ..
+        } = self.rules;
         let limit = (self.newest + async_level + 1).min(steps) * batch_groups;
         let open = self.issued - self.freed.len() as u64;
         if open > limit {
@@ -197,11 +208,18 @@ impl Book {
                 ));
             }
         }
-        earlier.push(Held { lease: lease.id, epoch: lease.epoch, worker: lease.worker, deadline: lease.deadline.0 });
+        earlier.push(Held {
+            lease: lease.id,
+            epoch: lease.epoch,
+            worker: lease.worker,
+            deadline: lease.deadline.0,
+        });
     }
 
     fn admitted(&mut self, admitted: &Admitted) {
-        let lease = open::<Lease>(admitted.lease.clone().into(), &self.run).unwrap().body;
+        let lease = open::<Lease>(admitted.lease.clone().into(), &self.run)
+            .unwrap()
+            .body;
         let group = open::<Group>(admitted.group.clone().into(), &self.run).unwrap();
         let admission = Admission {
             ticket: lease.ticket.id,

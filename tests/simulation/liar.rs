@@ -27,7 +27,12 @@ pub enum Lie {
 }
 
 impl Lie {
-    pub const ALL: [Lie; 4] = [Lie::EditedToken, Lie::Temperature, Lie::StaleWeights, Lie::Replay];
+    pub const ALL: [Lie; 4] = [
+        Lie::EditedToken,
+        Lie::Temperature,
+        Lie::StaleWeights,
+        Lie::Replay,
+    ];
 }
 
 /// A lying worker's model.

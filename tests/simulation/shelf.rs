@@ -47,7 +47,10 @@ impl Source for Reach {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         let (millis, fails) = {
             let mut chance = self.chance.lock().unwrap();
-            (chance.random_range(5..100), chance.random::<f64>() < FAILURES)
+            (
+                chance.random_range(5..100),
+                chance.random::<f64>() < FAILURES,
+            )
         };
         tokio::time::sleep(Duration::from_millis(millis)).await;
         let id = object.id();

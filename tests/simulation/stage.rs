@@ -17,7 +17,9 @@ use muster_learner::advantage::AdvantageConfig;
 use muster_learner::dispatch::audit::AuditConfig;
 use muster_learner::dispatch::judging::CritiqueConfig;
 use muster_learner::dispatch::prompts::{Prompt, PromptSource, Reference};
-use muster_learner::dispatch::service::{DispatchError, DispatchParts, DispatchService, DispatchSettings};
+use muster_learner::dispatch::service::{
+    DispatchError, DispatchParts, DispatchService, DispatchSettings,
+};
 use muster_learner::dispatch::workers::ConductConfig;
 use muster_learner::trainer::{Trainer, TrainerError, TrainerParts, TrainerSettings};
 use muster_protocol::bus::memory::{MemoryBus, MemoryConfig, MemoryCounters, Weather};
@@ -92,7 +94,12 @@ impl Play {
     }
 
     fn rules(&self) -> Rules {
-        Rules { batch_groups: BATCH_GROUPS, async_level: ASYNC_LEVEL, steps: self.steps, lease_ms: LEASE_MS }
+        Rules {
+            batch_groups: BATCH_GROUPS,
+            async_level: ASYNC_LEVEL,
+            steps: self.steps,
+            lease_ms: LEASE_MS,
+        }
     }
 }
 
@@ -113,7 +120,11 @@ pub struct Outcome {
 impl Outcome {
     /// The run in one line.
     pub fn line(&self) -> String {
-        let fates: Vec<String> = self.fates.iter().map(|(fate, count)| format!("{fate} {count}")).collect();
+        let fates: Vec<String> = self
+            .fates
+            .iter()
+            .map(|(fate, count)| format!("{fate} {count}"))
+            .collect();
         let [told, audited, caught] = self.lies;
         let counters = self.counters;
         format!(
@@ -146,7 +157,9 @@ pub fn play(play: Play) -> Outcome {
     };
     // Models are not shared between threads, so the shells of a run stay on one.
     let local = tokio::task::LocalSet::new();
-    runtime.block_on(local.run_until(async { Stage::new(play, dir.path().to_owned()).perform().await }))
+    runtime.block_on(
+        local.run_until(async { Stage::new(play, dir.path().to_owned()).perform().await }),
+    )
 }
 
 #[derive(Clone)]
@@ -181,7 +194,10 @@ enum Event {
     Start(Part),
     Die(Part),
     /// A worker dies: the newest lessee, or this one.
-    WorkerDies { slot: usize, busy: bool },
+    WorkerDies {
+        slot: usize,
+        busy: bool,
+    },
     CutOff(Part),
     Heal(Part),
 }
@@ -219,17 +235,29 @@ impl Calendar {
         calendar.add(0, Event::Start(Part::Dispatch));
         calendar.add(100, Event::Start(Part::Trainer));
         for critic in 0..CRITICS {
-            calendar.add(chance.random_range(0..2_000), Event::Start(Part::Critic(critic)));
+            calendar.add(
+                chance.random_range(0..2_000),
+                Event::Start(Part::Critic(critic)),
+            );
         }
         for slot in 0..play.workers {
-            calendar.add(chance.random_range(0..4_000), Event::Start(Part::Worker(slot)));
+            calendar.add(
+                chance.random_range(0..4_000),
+                Event::Start(Part::Worker(slot)),
+            );
         }
         for death in 0..(play.workers as f64 * CHURN) as usize {
             let slot = chance.random_range(0..play.workers);
             let busy = death % 4 == 0;
-            calendar.add(chance.random_range(DEATHS), Event::WorkerDies { slot, busy });
+            calendar.add(
+                chance.random_range(DEATHS),
+                Event::WorkerDies { slot, busy },
+            );
         }
-        for (part, deaths) in [(Part::Dispatch, play.dispatch_deaths), (Part::Trainer, play.trainer_deaths)] {
+        for (part, deaths) in [
+            (Part::Dispatch, play.dispatch_deaths),
+            (Part::Trainer, play.trainer_deaths),
+        ] {
             for _ in 0..deaths {
                 calendar.add(chance.random_range(DEATHS), Event::Die(part));
             }
@@ -250,7 +278,11 @@ impl Stage {
     fn new(play: Play, dir: PathBuf) -> Self {
         let run: RunId = format!("simulation-{}", play.seed).parse().unwrap();
         let bounds = QueueBounds::default();
-        let config = MemoryConfig { seed: play.seed, weather: play.weather, bounds };
+        let config = MemoryConfig {
+            seed: play.seed,
+            weather: play.weather,
+            bounds,
+        };
         Self {
             bus: MemoryBus::new(&run, config),
             clock: Arc::new(TimerClock::starting_at(UnixMillis(1_800_000_000_000))),
@@ -290,13 +322,18 @@ impl Stage {
             };
             if finished {
                 let since = *last_words.get_or_insert_with(Instant::now);
-                if (all_decided && since.elapsed() > Duration::from_secs(1)) || since.elapsed() > LAST_WORDS {
+                if (all_decided && since.elapsed() > Duration::from_secs(1))
+                    || since.elapsed() > LAST_WORDS
+                {
                     break;
                 }
             }
             if began.elapsed() > LIMIT {
                 let newest = self.ledger.book().newest;
-                self.ledger.violation(format!("stuck at version {newest} after {} s", LIMIT.as_secs()));
+                self.ledger.violation(format!(
+                    "stuck at version {newest} after {} s",
+                    LIMIT.as_secs()
+                ));
                 break;
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -314,11 +351,22 @@ impl Stage {
         for fate in &record.fates {
             *fates.entry(fate.fate).or_default() += 1;
         }
-        let bad: Vec<_> = book.admitted.values().filter(|group| group.quality == Quality::Bad).collect();
-        let rejected: BTreeSet<TicketId> =
-            record.fates.iter().filter(|fate| fate.fate == Fate::Rejected).map(|fate| fate.ticket).collect();
+        let bad: Vec<_> = book
+            .admitted
+            .values()
+            .filter(|group| group.quality == Quality::Bad)
+            .collect();
+        let rejected: BTreeSet<TicketId> = record
+            .fates
+            .iter()
+            .filter(|fate| fate.fate == Fate::Rejected)
+            .map(|fate| fate.ticket)
+            .collect();
         let audited = bad.iter().filter(|group| group.audit);
-        let caught = audited.clone().filter(|group| rejected.contains(&group.ticket)).count();
+        let caught = audited
+            .clone()
+            .filter(|group| rejected.contains(&group.ticket))
+            .count();
         Outcome {
             seed: self.play.seed,
             violations: check(&book, &record),
@@ -336,9 +384,13 @@ impl Stage {
         let mut after = 0;
         loop {
             let chunk = monitor.read(log, after, 1_000).await.unwrap();
-            let Some(last) = chunk.last() else { return records };
+            let Some(last) = chunk.last() else {
+                return records;
+            };
             after = last.sequence;
-            let bodies = chunk.into_iter().map(|record| open::<T>(record.payload, &self.run).unwrap().body);
+            let bodies = chunk
+                .into_iter()
+                .map(|record| open::<T>(record.payload, &self.run).unwrap().body);
             records.extend(bodies);
         }
     }
@@ -346,7 +398,10 @@ impl Stage {
     fn desk(&self, player: &Player, role: Role) -> Desk {
         let mut bus = self.bus.connect(&player.user, role);
         if role.is_lab() {
-            bus = Arc::new(Watched { inner: bus, ledger: self.ledger.clone() });
+            bus = Arc::new(Watched {
+                inner: bus,
+                ledger: self.ledger.clone(),
+            });
         }
         let learner = cast().trainer.identity.peer_id();
         Desk::new(bus, player.identity.clone(), self.run.clone(), learner)
@@ -358,7 +413,10 @@ impl Stage {
 
     fn reach(&self, purpose: &str, player: &Player, life: u64) -> Arc<Reach> {
         let chance = Mutex::new(self.chance(purpose, player, life));
-        Arc::new(Reach { shelf: self.shelf.clone(), chance })
+        Arc::new(Reach {
+            shelf: self.shelf.clone(),
+            chance,
+        })
     }
 
     /// Starts dispatch again whenever it ends, as its supervisor does.
@@ -389,8 +447,16 @@ impl Stage {
                 steps: self.play.steps,
                 ticket_ms: TICKET_MS,
                 lease_ms: LEASE_MS,
-                audit: AuditConfig { share_min: 0.2, trust_after: 2, groups_after_failure: 50 },
-                critique: CritiqueConfig { verdicts: self.play.verdicts, critics_max: 5, lease_ms: 5_000 },
+                audit: AuditConfig {
+                    share_min: 0.2,
+                    trust_after: 2,
+                    groups_after_failure: 50,
+                },
+                critique: CritiqueConfig {
+                    verdicts: self.play.verdicts,
+                    critics_max: 5,
+                    lease_ms: 5_000,
+                },
                 conduct: ConductConfig::default(),
             },
             secret: ContentHash::of(&self.play.seed.to_le_bytes()).0,
@@ -437,7 +503,13 @@ impl Stage {
         let desk = self.desk(player, Role::Critic);
         let source = self.reach("critic-shelf", player, life);
         let judged = async {
-            let follower = Follower::start(desk.clone(), source, Follow::Every, &tracker, shutdown.child_token());
+            let follower = Follower::start(
+                desk.clone(),
+                source,
+                Follow::Every,
+                &tracker,
+                shutdown.child_token(),
+            );
             let scorer = TableScorer {
                 chance: self.chance("critic", player, life),
                 versions_kept: ASYNC_LEVEL as usize + 3,
@@ -450,11 +522,17 @@ impl Stage {
                 class: NumericClass::F32Cpu,
                 groups_max: 4,
             };
-            let critic = Critic::start(parts).await.map_err(|error| error.to_string())?;
-            critic.run(shutdown.clone()).await.map_err(|error| error.to_string())
+            let critic = Critic::start(parts)
+                .await
+                .map_err(|error| error.to_string())?;
+            critic
+                .run(shutdown.clone())
+                .await
+                .map_err(|error| error.to_string())
         };
         if let Err(error) = judged.await {
-            self.ledger.violation(format!("critic {} ended: {error}", player.number));
+            self.ledger
+                .violation(format!("critic {} ended: {error}", player.number));
         }
     }
 
@@ -464,11 +542,23 @@ impl Stage {
         let source = self.reach("worker-shelf", player, life);
         let (chance, ledger) = (self.chance("worker", player, life), self.ledger.clone());
         let answerer: Box<dyn Answerer> = match Cast::lie(player.number) {
-            Some(lie) => Box::new(LyingAnswerer { lie, chance, ledger, roots: Vec::new(), earlier: None }),
+            Some(lie) => Box::new(LyingAnswerer {
+                lie,
+                chance,
+                ledger,
+                roots: Vec::new(),
+                earlier: None,
+            }),
             None => Box::new(TableAnswerer { chance, ledger }),
         };
         let worked = async {
-            let follower = Follower::start(desk.clone(), source, Follow::Newest, &tracker, shutdown.child_token());
+            let follower = Follower::start(
+                desk.clone(),
+                source,
+                Follow::Newest,
+                &tracker,
+                shutdown.child_token(),
+            );
             let parts = WorkerParts {
                 desk: desk.clone(),
                 clock: self.clock.clone(),
@@ -477,11 +567,17 @@ impl Stage {
                 class: NumericClass::F32Cpu,
                 rollouts_max: 2 * GROUP_SIZE,
             };
-            let worker = Worker::start(parts).await.map_err(|error| error.to_string())?;
-            worker.run(shutdown.clone()).await.map_err(|error| error.to_string())
+            let worker = Worker::start(parts)
+                .await
+                .map_err(|error| error.to_string())?;
+            worker
+                .run(shutdown.clone())
+                .await
+                .map_err(|error| error.to_string())
         };
         if let Err(error) = worked.await {
-            self.ledger.violation(format!("worker {} ended: {error}", player.number));
+            self.ledger
+                .violation(format!("worker {} ended: {error}", player.number));
         }
     }
 }
@@ -514,7 +610,11 @@ impl<'a> Players<'a> {
             Event::Start(part) => self.start(part),
             Event::Die(part) => self.die(part, now_ms, calendar),
             Event::WorkerDies { slot, busy } => {
-                let slot = if busy { self.newest_lessee().unwrap_or(slot) } else { slot };
+                let slot = if busy {
+                    self.newest_lessee().unwrap_or(slot)
+                } else {
+                    slot
+                };
                 self.die(Part::Worker(slot), now_ms, calendar);
             }
             Event::CutOff(part) => self.stage.bus.cut_off(&self.player(part).user),
@@ -533,7 +633,9 @@ impl<'a> Players<'a> {
 
     fn newest_lessee(&self) -> Option<usize> {
         let newest = *self.stage.ledger.book().lessees.last()?;
-        self.seats.iter().position(|player| cast().workers[*player].identity.peer_id() == newest)
+        self.seats
+            .iter()
+            .position(|player| cast().workers[*player].identity.peer_id() == newest)
     }
 
     fn start(&mut self, part: Part) {
@@ -548,12 +650,21 @@ impl<'a> Players<'a> {
             Part::Worker(_) => tokio::task::spawn_local(stage.worker(player, life, token)),
         };
         let user = player.user.clone();
-        self.lives.insert(part, Life { user, task, shutdown });
+        self.lives.insert(
+            part,
+            Life {
+                user,
+                task,
+                shutdown,
+            },
+        );
     }
 
     /// Ends a process and has it come back; half of the workers come back as somebody else.
     fn die(&mut self, part: Part, now_ms: u64, calendar: &mut Calendar) {
-        let Some(life) = self.lives.remove(&part) else { return };
+        let Some(life) = self.lives.remove(&part) else {
+            return;
+        };
         life.end(&self.stage.bus);
         if let Part::Worker(slot) = part {
             if self.chance.random::<bool>() && self.spare < SPARES {
@@ -561,7 +672,10 @@ impl<'a> Players<'a> {
                 self.spare += 1;
             }
         }
-        calendar.add(now_ms + self.chance.random_range(500..6_000), Event::Start(part));
+        calendar.add(
+            now_ms + self.chance.random_range(500..6_000),
+            Event::Start(part),
+        );
     }
 }
 
@@ -572,11 +686,17 @@ impl PromptSource for Prompts {
     fn prompt(&self, ticket: TicketId) -> Prompt {
         let item = ticket.0 % 500;
         let digit = |place: u64| (item / place % 8) as u32 + 1;
-        Prompt { item, tokens: vec![digit(1), digit(8), digit(64)] }
+        Prompt {
+            item,
+            tokens: vec![digit(1), digit(8), digit(64)],
+        }
     }
 
     fn reference(&self, item: u64) -> Option<Reference> {
-        Some(Reference { prompt: item.to_string(), gold: "1".to_owned() })
+        Some(Reference {
+            prompt: item.to_string(),
+            gold: "1".to_owned(),
+        })
     }
 }
 
@@ -597,8 +717,15 @@ fn descriptor() -> Descriptor {
         tokenizer: hash("letters"),
         chat_template: None,
         task: hash("a few hundred prompts"),
-        rewards: RewardConfig::from_toml(REWARD).unwrap().canonical_json().unwrap(),
-        sampling: SamplingRules { temperature: 1.0, tokens_max: TOKENS_MAX, stop_ids: vec![STOP] },
+        rewards: RewardConfig::from_toml(REWARD)
+            .unwrap()
+            .canonical_json()
+            .unwrap(),
+        sampling: SamplingRules {
+            temperature: 1.0,
+            tokens_max: TOKENS_MAX,
+            stop_ids: vec![STOP],
+        },
         group_size: GROUP_SIZE,
         async_level: ASYNC_LEVEL,
         same_class: Thresholds::SAME_CLASS,

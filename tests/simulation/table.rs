@@ -51,7 +51,10 @@ fn logits(root: &StateRoot, context: &[u32]) -> [f32; VOCABULARY as usize] {
 
 fn row(root: &StateRoot, context: &[u32], temperature: f32) -> Distribution {
     let mut distribution = Distribution::default();
-    assert!(distribution.load(&logits(root, context), temperature), "the table is finite");
+    assert!(
+        distribution.load(&logits(root, context), temperature),
+        "the table is finite"
+    );
     distribution
 }
 
@@ -94,7 +97,9 @@ pub fn honest(lease: &Lease) -> Vec<Rollout> {
         edited: None,
     };
     let numbers = lease.rollouts.first..lease.rollouts.first + lease.rollouts.count;
-    numbers.map(|number| rollout(lease, number, &draw)).collect()
+    numbers
+        .map(|number| rollout(lease, number, &draw))
+        .collect()
 }
 
 /// An honest worker's model.
@@ -106,7 +111,11 @@ pub struct TableAnswerer {
 /// Time that a worker takes over its leases; one in fifty is so slow that its leases run out.
 pub async fn think(chance: &mut StdRng) {
     let slow = chance.random::<f64>() < 0.02;
-    let millis = if slow { 15_000 } else { chance.random_range(300..2_000) };
+    let millis = if slow {
+        15_000
+    } else {
+        chance.random_range(300..2_000)
+    };
     tokio::time::sleep(Duration::from_millis(millis)).await;
 }
 
@@ -147,20 +156,34 @@ impl Scorer for TableScorer {
         self.held.values().copied().collect()
     }
 
-    async fn score(&mut self, requests: Vec<ScoreRequest>) -> Result<Vec<Vec<TokenScore>>, ScorerError> {
+    async fn score(
+        &mut self,
+        requests: Vec<ScoreRequest>,
+    ) -> Result<Vec<Vec<TokenScore>>, ScorerError> {
         let millis = self.chance.random_range(10..80);
         tokio::time::sleep(Duration::from_millis(millis)).await;
         let held: Vec<VersionRef> = self.held();
         let scored = requests.iter().map(|request| {
             if !held.contains(&request.version) {
-                return Err(ScorerError(format!("version {} is not held", request.version.version)));
+                return Err(ScorerError(format!(
+                    "version {} is not held",
+                    request.version.version
+                )));
             }
             let positions = request.first..request.tokens.len();
             let score = |position: usize| {
-                let row = row(&request.version.root, &request.tokens[..position], request.temperature);
+                let row = row(
+                    &request.version.root,
+                    &request.tokens[..position],
+                    request.temperature,
+                );
                 let token = request.tokens[position];
                 let (cdf_below, cdf_through) = row.interval(token);
-                TokenScore { logprob: row.logprob(token), cdf_below, cdf_through }
+                TokenScore {
+                    logprob: row.logprob(token),
+                    cdf_below,
+                    cdf_through,
+                }
             };
             Ok(positions.map(score).collect())
         });
@@ -169,7 +192,9 @@ impl Scorer for TableScorer {
 
     fn text(&self, tokens: &[u32]) -> Result<String, ScorerError> {
         let letters = tokens.iter().filter(|token| **token != STOP);
-        Ok(letters.filter_map(|token| char::from_u32('a' as u32 + token)).collect())
+        Ok(letters
+            .filter_map(|token| char::from_u32('a' as u32 + token))
+            .collect())
     }
 }
 
@@ -181,7 +206,10 @@ pub struct TableStepper {
 
 impl TableStepper {
     pub fn new(seed: u64) -> Self {
-        Self { seed, image: image(&ContentHash::of(&seed.to_le_bytes())) }
+        Self {
+            seed,
+            image: image(&ContentHash::of(&seed.to_le_bytes())),
+        }
     }
 }
 
@@ -207,11 +235,19 @@ impl Stepper for TableStepper {
         let mut bytes = self.image.to_vec();
         for rollout in input.groups.iter().flatten() {
             bytes.extend(rollout.tokens.iter().flat_map(|token| token.to_le_bytes()));
-            bytes.extend(rollout.rollout_logprobs.iter().flat_map(|p| p.to_le_bytes()));
+            bytes.extend(
+                rollout
+                    .rollout_logprobs
+                    .iter()
+                    .flat_map(|p| p.to_le_bytes()),
+            );
             bytes.extend(rollout.advantage.to_le_bytes());
         }
         self.image = image(&ContentHash::of(&bytes));
-        Ok(StepOutput { image: self.image.clone(), stats: StepStats::default() })
+        Ok(StepOutput {
+            image: self.image.clone(),
+            stats: StepStats::default(),
+        })
     }
 
     async fn save(&mut self, path: &Path) -> Result<(), StepError> {

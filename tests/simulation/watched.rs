@@ -32,7 +32,12 @@ impl Bus for Watched {
         self.inner.subscribe(pattern).await
     }
 
-    async fn request(&self, subject: &Subject, payload: Bytes, timeout: Duration) -> Result<Bytes, BusError> {
+    async fn request(
+        &self,
+        subject: &Subject,
+        payload: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, BusError> {
         self.inner.request(subject, payload, timeout).await
     }
 
@@ -49,7 +54,12 @@ impl Bus for Watched {
         self.inner.enqueue(queue, key, payload).await
     }
 
-    async fn take(&self, queue: Queue, max: usize, wait: Duration) -> Result<Vec<Delivery>, BusError> {
+    async fn take(
+        &self,
+        queue: Queue,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<Delivery>, BusError> {
         self.inner.take(queue, max, wait).await
     }
 

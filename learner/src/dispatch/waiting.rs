@@ -10,10 +10,12 @@ use muster_protocol::message::ask::WaitReason;
 /// Shortest time after which a waiting member asks again.
 const RETRY_MS_MIN: u64 = 20;
 /// Longest time after which a waiting member asks again.
-pub(super) const RETRY_MS_MAX: u64 = 10_000;
+pub(super) const RETRY_MS_MAX: u64 = 20_000;
 /// Requests per second that dispatch wants to see from all waiting members of a kind together: a ticket that opens finds a
-/// worker within 10 ms, and a thousand workers cost a hundredth of a core.
-const ASKS_PER_SECOND: u64 = 100;
+/// worker within 20 ms, and a thousand workers cost a hundredth of a core.
+const ASKS_PER_SECOND: u64 = 50;
+/// So few members ask as often as they may.
+const FEW: u64 = 2;
 /// Members that asked within this time count as waiting: twice the longest wait.
 const WAITING_MS: u64 = 2 * RETRY_MS_MAX;
 
@@ -45,7 +47,8 @@ impl Crowd {
     pub fn wait(&mut self, member: PeerId, reason: WaitReason, now: UnixMillis) -> Wait {
         self.asked.insert(member, now);
         self.asked.retain(|_, asked| asked.0 + WAITING_MS > now.0);
-        let spread_ms = self.asked.len() as u64 * 1_000 / ASKS_PER_SECOND;
+        let others = (self.asked.len() as u64).saturating_sub(FEW);
+        let spread_ms = others * 1_000 / ASKS_PER_SECOND;
         Wait {
             retry_ms: spread_ms.clamp(RETRY_MS_MIN, RETRY_MS_MAX),
             reason,
@@ -78,16 +81,21 @@ mod tests {
     fn a_few_ask_often_and_a_crowd_together_no_more_often() {
         let mut crowd = Crowd::default();
         assert_eq!(last_of(&mut crowd, 2, 0), RETRY_MS_MIN);
-        assert_eq!(last_of(&mut crowd, 500, 0), 5_000);
+        assert_eq!(last_of(&mut crowd, 502, 0), 10_000);
         assert_eq!(last_of(&mut crowd, 5_000, 0), RETRY_MS_MAX);
     }
 
     #[test]
     fn who_has_work_or_has_gone_does_not_make_others_wait() {
         let mut crowd = Crowd::default();
-        last_of(&mut crowd, 500, 0);
+        last_of(&mut crowd, 502, 0);
         crowd.leave(&member(7));
-        assert_eq!(crowd.wait(member(8), WaitReason::NothingOpen, UnixMillis(1)).retry_ms, 4_990);
+        assert_eq!(
+            crowd
+                .wait(member(8), WaitReason::NothingOpen, UnixMillis(1))
+                .retry_ms,
+            9_980
+        );
         assert_eq!(last_of(&mut crowd, 1, WAITING_MS + 1), RETRY_MS_MIN);
     }
 }
