@@ -178,7 +178,7 @@ impl Suspect {
                 }
             },
             Lie::Truncated => {
-                let cut = truncate_one(lease, honest, self.told % 2 == 0);
+                let cut = truncate_one(lease, honest, self.told.is_multiple_of(2));
                 self.cover(lease, cut)
             }
             Lie::ShiftedLogprobs => {
