@@ -21,7 +21,7 @@ use muster_protocol::nats_server;
 
 use self::figures::{Conditions, Figures, header, worst};
 use crate::config::{QUICKSTART, RunConfig};
-use crate::machine::{CpuTime, load_average};
+use crate::machine::{CpuTime, load_average, project};
 use crate::output::say;
 use crate::record::RunRecord;
 use crate::run_dir::{RunDir, write_whole};
@@ -115,8 +115,7 @@ pub async fn run(args: BenchArgs) -> Result<()> {
     let shutdown = CancellationToken::new();
     crate::signals::cancel_on_signal(&TaskTracker::new(), &shutdown);
     let root = folder(&args)?;
-    let here = std::env::current_dir().context("the working directory is not known")?;
-    let server = nats_server::program(args.nats_server.as_deref(), &here)?;
+    let server = nats_server::program(args.nats_server.as_deref(), &project())?;
     let server = std::path::absolute(server)?;
     let plans = plans(&args, &root)?;
     if !args.json {
