@@ -345,6 +345,11 @@ impl Dispatch {
             .record(false, &self.config.audit);
     }
 
+    /// A critic asks for groups: see [`Court::asks_again`].
+    pub fn critic_asks(&mut self, critic: &PeerId) {
+        self.court.asks_again(critic);
+    }
+
     /// Gives a critic the next group to judge.
     ///
     /// # Errors
@@ -526,3 +531,6 @@ fn unanswered(ticket: TicketId, fate: Fate, reason: &str) -> FateRecord {
         step: None,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -183,6 +183,14 @@ impl Court {
         self.cases.get(&ticket)
     }
 
+    /// A critic asks for groups, so it holds none: what it was given and has not judged was lost on the way, or with an
+    /// earlier life of it, and need not wait for its time to be over.
+    pub fn asks_again(&mut self, critic: &PeerId) {
+        for case in self.cases.values_mut() {
+            case.asked.remove(critic);
+        }
+    }
+
     /// Gives `critic`, who holds the versions `held`, the oldest group that needs one more verdict.
     pub fn assign(
         &mut self,
@@ -461,6 +469,19 @@ mod tests {
     fn a_verdict_that_nobody_asked_for_is_refused() {
         let refused = court(1, false).record(verdict(1, 1.0, Decision::Accept));
         assert!(matches!(refused, Err(VerdictRefusal::NotAsked(_))));
+    }
+
+    #[test]
+    fn a_critic_that_asks_again_is_given_what_it_lost() {
+        let mut court = court(1, false);
+        let one = critic(1).peer_id();
+        assert!(court.assign(one, &[], NOW).is_some());
+        assert!(
+            court.assign(one, &[], NOW).is_none(),
+            "not twice in one answer"
+        );
+        court.asks_again(&one);
+        assert!(court.assign(one, &[], NOW).is_some());
     }
 
     #[test]

@@ -614,6 +614,10 @@ impl DispatchService {
             return self.on_second_group(&lease.body, hash, &delivery).await;
         }
         if self.core.tickets().stage(ticket).is_some() && self.core.is_settled(ticket) {
+            if self.accepted.entries.get(&lease.body.id) == Some(&hash) {
+                acknowledged(&delivery).await; // handed on already: the server forgot our acknowledgement
+                return Ok(());
+            }
             return self.on_second_group(&lease.body, hash, &delivery).await;
         }
         self.accepted.insert(lease.body.id, hash);
@@ -802,6 +806,7 @@ impl DispatchService {
         if self.control.phase == Phase::Finished && self.core.court().is_empty() {
             return Ok(Answer::Finished);
         }
+        self.core.critic_asks(&member.peer);
         let mut leases = Vec::new();
         let mut bytes = 0;
         while leases.len() < (groups_max.max(1) as usize).min(LEASES_MAX) && bytes < GROUP_BYTES_MAX
