@@ -159,8 +159,6 @@ pub struct Trainer {
     control_read: u64,
     saved: PolicyVersion,
     root: StateRoot,
-    /// The version that the stepper stands at: ahead of the resolver's while a step is made known.
-    stepped: PolicyVersion,
     step_ended: Instant,
     drawn_tokens: u64,
 }
@@ -225,7 +223,6 @@ impl Trainer {
             control_read,
             saved: version,
             root: StateRoot([0; 32]),
-            stepped: version,
             step_ended: Instant::now(),
             drawn_tokens: 0,
         };
@@ -297,6 +294,10 @@ impl Trainer {
         let ticket = candidate.ticket;
         if self.trained.get(&ticket) == Some(&candidate.group) {
             acknowledge(&delivery).await; // in a manifest already: the kill came before the acknowledgement
+            return Ok(());
+        }
+        if self.resolver.holds(ticket, candidate.group) {
+            self.held.insert(ticket, delivery); // handed out again: a server that was killed forgot that we have it
             return Ok(());
         }
         self.drawn_tokens += drawn_tokens(&candidate.carried);
@@ -540,7 +541,6 @@ impl Trainer {
             .step(input)
             .await
             .map_err(|source| TrainerError::Step { step, source })?;
-        self.stepped = step;
         self.archive.put_image(step, &output.image)?;
         Ok(output)
     }
@@ -628,8 +628,8 @@ impl Trainer {
 
     async fn save(&mut self) -> Result<(), TrainerError> {
         let version = self.resolver.version();
-        if version == self.saved || version != self.stepped {
-            return Ok(()); // cut short within a step, the stepper's state is not the resolver's version
+        if version == self.saved {
+            return Ok(());
         }
         let path = self.archive.state_path(version);
         let saved = self.stepper.save(&path).await;
