@@ -22,6 +22,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const HEALTHY: Duration = Duration::from_secs(20);
 /// Failures in a row after which a child is given up.
 const FAILURES_MAX: u32 = 8;
+/// What a process says that ended because the disk is full: starting it again frees none of it.
+const DISK_FULL: &str = "No space left on device";
 /// How long children may take to drain before they are killed.
 const DRAIN: Duration = Duration::from_secs(4);
 /// How much of a log's end is searched for last words.
@@ -95,12 +97,15 @@ impl Supervised {
             return Ok(());
         }
         self.failures = if healthy { 1 } else { self.failures + 1 };
+        let words = last_words(&self.log).unwrap_or_else(|| how.to_owned());
+        if words.contains(DISK_FULL) {
+            bail!("{} stopped: {words}", self.name);
+        }
         if self.failures > FAILURES_MAX {
             bail!(
-                "{} failed {} times in a row; its last words: {} (all of them: {})",
+                "{} failed {} times in a row; its last words: {words} (all of them: {})",
                 self.name,
                 self.failures,
-                last_words(&self.log).unwrap_or_else(|| how.to_owned()),
                 self.log.display()
             );
         }

@@ -248,6 +248,9 @@ async fn tend(
             );
             *server = start_server(args, config, dir).await?;
         }
+        if let Some(trouble) = server.disk_trouble() {
+            return Err(trouble).context("the run stops so that nothing is lost");
+        }
         for child in children.iter_mut() {
             child.tend().await?;
         }

@@ -1,6 +1,12 @@
 //! The binary as a user runs it, and what a refusal must look like.
 
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a run may take to begin on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How often it is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// The binary with some words.
 pub fn muster(words: &[&str]) -> Command {
@@ -14,11 +20,26 @@ pub fn muster(words: &[&str]) -> Command {
 
 /// The one sentence by which the binary refuses. Logs may precede it; nothing follows.
 pub fn refusal(words: &[&str]) -> String {
+    refusal_after(words, || true)
+}
+
+/// The one sentence by which the binary ends after `spoil` has done its work, which it is called for until it returns true.
+pub fn refusal_after(words: &[&str], mut spoil: impl FnMut() -> bool) -> String {
+    let mut command = muster(words);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let start = Instant::now();
+    while !spoil() {
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "{words:?} ended before it was spoilt");
+        assert!(start.elapsed() < PATIENCE, "{words:?} cannot be spoilt");
+        std::thread::sleep(LOOK_AGAIN);
+    }
     let Output {
         status,
         stdout,
         stderr,
-    } = muster(words).output().unwrap();
+    } = child.wait_with_output().unwrap();
     let stderr = String::from_utf8(stderr).unwrap();
     assert_eq!(status.code(), Some(1), "{words:?} said {stderr}");
     assert!(stdout.is_empty(), "{words:?} printed results: {stdout:?}");

@@ -2,14 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
 use super::command::muster;
-
-/// How long a short run may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A configuration that is right.
 pub const CONFIG: &str = r#"
@@ -128,53 +123,9 @@ pub fn finished_run() -> &'static Path {
     path
 }
 
-fn succeed(words: &[&str]) {
+/// Runs a command that is to end well.
+pub fn succeed(words: &[&str]) {
     let output = muster(words).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{words:?} said {said}");
-}
-
-/// A command that goes on while the test does something to it.
-pub struct Background {
-    child: Child,
-}
-
-impl Background {
-    pub fn start(words: &[&str]) -> Self {
-        let child = muster(words).stdout(Stdio::null()).spawn().unwrap();
-        Self { child }
-    }
-
-    /// Waits until `reached`.
-    pub fn wait_for(&mut self, what: &str, reached: impl Fn() -> bool) {
-        let start = Instant::now();
-        while !reached() {
-            let ended = self.child.try_wait().unwrap();
-            assert!(ended.is_none(), "ended before {what}: {ended:?}");
-            assert!(start.elapsed() < PATIENCE, "waited too long for {what}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// Waits for its good end.
-    pub fn finish(&mut self) {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                assert!(status.success(), "it ended with {status}");
-                return;
-            }
-            assert!(start.elapsed() < PATIENCE, "it does not end");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            self.child.kill().unwrap();
-            self.child.wait().unwrap();
-        }
-    }
 }
