@@ -123,6 +123,12 @@ impl<T> Resolver<T> {
         self.waiting.len()
     }
 
+    /// Whether this very group waits for its batch.
+    pub fn holds(&self, ticket: TicketId, group: GroupHash) -> bool {
+        let waiting = self.waiting.get(&ticket);
+        waiting.is_some_and(|waiting| waiting.candidate.group == group)
+    }
+
     /// Takes a group in, or says why not.
     ///
     /// # Errors
