@@ -12,6 +12,8 @@ use nix::unistd::Pid;
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Memory is read in pieces of this size.
 const PIECE: usize = 1 << 20;
+/// The smallest page of the systems that this runs on.
+const PAGE: usize = 4 << 10;
 
 /// A process, told from a later one with the same number by when it started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +70,7 @@ impl Process {
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         let mut memory = fs::File::open(format!("/proc/{pid}/mem"))
             .unwrap_or_else(|error| panic!("the memory of a child cannot be read ({error})"));
+        let mut present = fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
         let mut held = Vec::new();
         let mut piece = vec![0u8; PIECE];
         for line in maps.lines().filter(|line| line.contains(" rw")) {
@@ -77,6 +80,10 @@ impl Process {
             let end = u64::from_str_radix(end, 16).unwrap();
             while at < end {
                 let length = PIECE.min((end - at) as usize);
+                if !any_page_present(&mut present, at, length) {
+                    at += length as u64;
+                    continue;
+                }
                 memory.seek(SeekFrom::Start(at)).unwrap();
                 // A page that has gone since is nobody's secret.
                 let read = memory.read(&mut piece[..length]).unwrap_or(0);
@@ -95,6 +102,18 @@ impl Process {
         held.sort();
         held
     }
+}
+
+/// Whether any page of a range is in memory: allocators reserve far more than they touch.
+fn any_page_present(pagemap: &mut fs::File, start: u64, length: usize) -> bool {
+    let pages = length.div_ceil(PAGE) + 1;
+    let mut entries = vec![0u8; 8 * pages];
+    pagemap
+        .seek(SeekFrom::Start(start / PAGE as u64 * 8))
+        .unwrap();
+    let read = pagemap.read(&mut entries).unwrap_or(0);
+    // The two highest bits of an entry: in memory, or swapped out.
+    entries[..read].chunks(8).any(|entry| entry[7] & 0xc0 != 0)
 }
 
 fn contains(bytes: &[u8], needle: &[u8]) -> bool {

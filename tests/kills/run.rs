@@ -279,6 +279,7 @@ impl Run {
             "worker-1",
             "worker-2",
             "critic-1",
+            "seeder-1",
             "evaluator",
         ] {
             let log = self.log(name);
@@ -339,6 +340,10 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.folder.disable_cleanup(true);
+            eprintln!("the run is kept in {}", self.dir().display());
+        }
         // The parent alone: its children go with it.
         if matches!(self.parent.try_wait(), Ok(None)) {
             self.parent.kill().unwrap();
