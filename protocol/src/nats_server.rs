@@ -326,7 +326,9 @@ impl NatsServer {
     /// Why the server cannot store any more, if its disk is full. A stream that failed to write stays refused until the
     /// server is started again, even when there is room.
     pub fn disk_trouble(&self) -> Option<NatsServerError> {
-        let reason = self.complaint().filter(|complaint| is_disk_full(complaint))?;
+        let reason = self
+            .complaint()
+            .filter(|complaint| is_disk_full(complaint))?;
         let path = self.dir.clone();
         Some(NatsServerError::Directory { path, reason })
     }

@@ -55,7 +55,7 @@ impl Source for Reach {
         tokio::time::sleep(Duration::from_millis(millis)).await;
         let id = object.id();
         let found = self.shelf.objects.lock().unwrap().get(&id).cloned();
-        found.filter(|_| !fails).ok_or(FetchError::Stalled {
+        found.filter(|_| !fails).ok_or_else(|| FetchError::Stalled {
             object: id,
             held: 0,
             shards: 1,

@@ -666,11 +666,13 @@ impl<'a> Players<'a> {
             return;
         };
         life.end(&self.stage.bus);
-        if let Part::Worker(slot) = part {
-            if self.chance.random::<bool>() && self.spare < SPARES {
-                self.seats[slot] = WORKERS_MAX + self.spare;
-                self.spare += 1;
-            }
+        if let Part::Worker(slot) = part
+            && self.chance.random::<bool>()
+            && self.spare < SPARES
+        {
+            self.seats[slot] = WORKERS_MAX + self.spare;
+            self.spare += 1;
+        }
         }
         calendar.add(
             now_ms + self.chance.random_range(500..6_000),
