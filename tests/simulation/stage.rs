@@ -673,7 +673,6 @@ impl<'a> Players<'a> {
             self.seats[slot] = WORKERS_MAX + self.spare;
             self.spare += 1;
         }
-        }
         calendar.add(
             now_ms + self.chance.random_range(500..6_000),
             Event::Start(part),
