@@ -144,11 +144,13 @@ fn without_a_trainer_leases_and_verdicts_go_on_up_to_the_bound() {
         worker.signal(Signal::SIGCONT);
     }
     let all = (1..=bound).collect::<std::collections::BTreeSet<u64>>();
+    // What had grown too old for the critics before the trainer died has its fate already.
+    let ended = run.tickets_ended();
     run.wait_for("every ticket up to the bound to be judged", |run| {
-        run.tickets_in_log("handed on") == all
+        &run.tickets_in_log("handed on") | &ended == all
     });
     assert!(
-        before.len() < all.len(),
+        (&before | &ended) != all,
         "all was judged before the trainer died"
     );
     assert_eq!(

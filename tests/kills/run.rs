@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use muster_learner::metrics::{SelectionLine, read_all};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -315,6 +316,13 @@ impl Run {
             line.ends_with('}') && !trained && !line.contains(r#""fate":"duplicate""#)
         };
         lines.lines().filter(freed).count() as u64
+    }
+
+    /// Tickets that ended, as far as selections.jsonl knows.
+    pub fn tickets_ended(&self) -> BTreeSet<u64> {
+        let path = self.dir().join("selections.jsonl");
+        let lines = read_all::<SelectionLine>(&path).unwrap();
+        lines.iter().map(|line| line.ticket.0).collect()
     }
 
     /// Tickets of which dispatch has logged `what`.
