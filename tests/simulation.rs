@@ -27,6 +27,7 @@ mod table;
 #[path = "simulation/watched.rs"]
 mod watched;
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -53,11 +54,7 @@ fn play_all(seeds: std::ops::Range<u64>) {
                     };
                     let outcome = play(Play::of_seed(seed));
                     println!("{}", outcome.line());
-                    if let Some(violation) = outcome.violations.first() {
-                        let more = outcome.violations.len() - 1;
-                        let text = format!("seed {seed}: {violation} (and {more} more)");
-                        failed.lock().unwrap().push(text);
-                    }
+                    failed.lock().unwrap().extend(told(seed, &outcome));
                 }
             });
         }
@@ -65,6 +62,19 @@ fn play_all(seeds: std::ops::Range<u64>) {
     println!("{seeds:?} took {:.1} s", began.elapsed().as_secs_f64());
     let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// What a run broke: of each rule the first case, and how many there are.
+fn told(seed: u64, outcome: &Outcome) -> Vec<String> {
+    let mut rules: BTreeMap<&str, (&str, usize)> = BTreeMap::new();
+    for violation in &outcome.violations {
+        let rule = violation.split(':').next().unwrap_or_default();
+        rules.entry(rule).or_insert((violation, 0)).1 += 1;
+    }
+    let lines = rules.values();
+    lines
+        .map(|(first, count)| format!("seed {seed}: {first} ({count} in all)"))
+        .collect()
 }
 
 #[test]

@@ -24,6 +24,7 @@ pub fn check(book: &Book, record: &Record) -> Vec<String> {
     broken.extend(fates(book, record));
     broken.extend(batches(book, record));
     broken.extend(verdicts(book, record));
+    broken.extend(lies_were_told(book, record));
     broken.extend(bounds(book, record));
     broken
 }
@@ -141,6 +142,20 @@ fn verdicts(book: &Book, record: &Record) -> Vec<String> {
         }
     }
     broken
+}
+
+/// A run in which nobody was caught would show nothing.
+fn lies_were_told(book: &Book, record: &Record) -> Vec<String> {
+    let caught = record.fates.iter().any(|fate| fate.fate == Fate::Rejected);
+    match caught
+        && book
+            .admitted
+            .values()
+            .any(|group| group.quality == Quality::Bad)
+    {
+        true => Vec::new(),
+        false => vec!["liars: none was caught".to_owned()],
+    }
 }
 
 fn bounds(book: &Book, record: &Record) -> Vec<String> {

@@ -331,7 +331,7 @@ impl Stage {
             if began.elapsed() > LIMIT {
                 let newest = self.ledger.book().newest;
                 self.ledger.violation(format!(
-                    "stuck at version {newest} after {} s",
+                    "stuck: at version {newest} after {} s",
                     LIMIT.as_secs()
                 ));
                 break;
