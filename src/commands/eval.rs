@@ -4,11 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bytes::Bytes;
 use clap::Args;
 
-use muster_broadcaster::follower::{Follow, Held};
+use muster_broadcaster::follower::Follow;
 use muster_learner::metrics::{EvalLine, JsonLines};
-use muster_policy::{Config, Device, Image, KernelSet, ModelFolder, Policy, Tokenizer};
+use muster_policy::{
+    Config, Device, Image, KernelSet, Master, ModelFolder, Policy, Storage, Tokenizer,
+};
 use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::control::Phase;
 use muster_protocol::subject::Role;
@@ -149,6 +152,11 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
         stop_ids,
         tokens_max,
     };
+    // The start is read where it lies: who joins a run that has taken a step already is not told of version 0 any more.
+    if evaluator.is_due(PolicyVersion(0)) {
+        let image = starting_image(&dir, config.model.storage)?;
+        evaluator = evaluator.on_version(PolicyVersion(0), image).await?;
+    }
     loop {
         tokio::select! {
             biased;
@@ -162,11 +170,19 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
             }
         }
         while let Some(held) = follower.take_next() {
-            evaluator = evaluator.on_version(&held).await?;
+            let version = held.version.body.version;
+            evaluator = evaluator.on_version(version, held.image.clone()).await?;
         }
     }
     seat.leave().await;
     Ok(())
+}
+
+/// The weights of version 0, as the trainer publishes them.
+fn starting_image(dir: &RunDir, storage: Storage) -> Result<Bytes> {
+    let model = ModelFolder::read(&dir.model())?;
+    let image = Master::from_image(&model.config, &model.image)?.image(storage)?;
+    Ok(Bytes::from_owner(image.shared_bytes()))
 }
 
 fn evaluated(dir: &Path) -> Result<std::collections::BTreeSet<u64>> {
@@ -198,12 +214,10 @@ impl Evaluator {
     }
 
     /// Evaluates a version on a thread that may block, if its turn has come.
-    async fn on_version(self, held: &Held) -> Result<Self> {
-        let version = held.version.body.version;
+    async fn on_version(self, version: PolicyVersion, image: Bytes) -> Result<Self> {
         if !self.is_due(version) {
             return Ok(self);
         }
-        let image = held.image.clone();
         let evaluated = tokio::task::spawn_blocking(move || {
             let outcome = self.examine(&image);
             (self, outcome)
