@@ -1,6 +1,6 @@
 //! Processes of this machine as `/proc` shows them: found by their parent, signalled, looked into.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::time::{Duration, Instant};
@@ -57,21 +57,13 @@ impl Process {
 
     /// Whose secrets are somewhere in its memory, as bytes or as hexadecimal digits.
     pub fn secrets_held(&self, secrets: &BTreeMap<String, [u8; 32]>) -> Vec<String> {
-        let needles: Vec<(&String, Vec<u8>)> = secrets
-            .iter()
-            .flat_map(|(name, secret)| {
-                [
-                    (name, secret.to_vec()),
-                    (name, hex::encode(secret).into_bytes()),
-                ]
-            })
-            .collect();
+        let search = Search::of(secrets);
         let pid = self.pid;
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         let mut memory = fs::File::open(format!("/proc/{pid}/mem"))
             .unwrap_or_else(|error| panic!("the memory of a child cannot be read ({error})"));
         let mut present = fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
-        let mut held = Vec::new();
+        let mut held = BTreeSet::new();
         let mut piece = vec![0u8; PIECE];
         for line in maps.lines().filter(|line| line.contains(" rw")) {
             let range = line.split(' ').next().unwrap();
@@ -87,11 +79,7 @@ impl Process {
                 memory.seek(SeekFrom::Start(at)).unwrap();
                 // A page that has gone since is nobody's secret.
                 let read = memory.read(&mut piece[..length]).unwrap_or(0);
-                for (name, needle) in &needles {
-                    if !held.contains(*name) && contains(&piece[..read], needle) {
-                        held.push((*name).clone());
-                    }
-                }
+                search.add_found(&piece[..read], &mut held);
                 // Pieces overlap, so that a secret across an edge is seen.
                 at += length.saturating_sub(64).max(1).min(length) as u64;
                 if length < PIECE {
@@ -99,8 +87,7 @@ impl Process {
                 }
             }
         }
-        held.sort();
-        held
+        held.into_iter().collect()
     }
 }
 
@@ -116,13 +103,37 @@ fn any_page_present(pagemap: &mut fs::File, start: u64, length: usize) -> bool {
     entries[..read].chunks(8).any(|entry| entry[7] & 0xc0 != 0)
 }
 
-fn contains(bytes: &[u8], needle: &[u8]) -> bool {
-    // Most memory is zero: a search for the first byte alone would be slow where that is a common one.
-    let (first, second) = (needle[0], needle[1]);
-    let starts = bytes.windows(2).enumerate();
-    starts
-        .filter(|(_, pair)| pair[0] == first && pair[1] == second)
-        .any(|(at, _)| bytes[at..].starts_with(needle))
+/// Secrets to look for in one pass, by their first two bytes.
+struct Search {
+    needles: Vec<(String, Vec<u8>)>,
+    begins: Vec<bool>,
+}
+
+impl Search {
+    fn of(secrets: &BTreeMap<String, [u8; 32]>) -> Self {
+        let mut needles = Vec::new();
+        let mut begins = vec![false; 1 << 16];
+        for (name, secret) in secrets {
+            for needle in [secret.to_vec(), hex::encode(secret).into_bytes()] {
+                begins[usize::from(u16::from_le_bytes([needle[0], needle[1]]))] = true;
+                needles.push((name.clone(), needle));
+            }
+        }
+        Self { needles, begins }
+    }
+
+    fn add_found(&self, bytes: &[u8], found: &mut BTreeSet<String>) {
+        for (at, pair) in bytes.windows(2).enumerate() {
+            if !self.begins[usize::from(u16::from_le_bytes([pair[0], pair[1]]))] {
+                continue;
+            }
+            for (name, needle) in &self.needles {
+                if bytes[at..].starts_with(needle) {
+                    found.insert(name.clone());
+                }
+            }
+        }
+    }
 }
 
 /// The processes that a process has started.
