@@ -107,7 +107,6 @@ pub fn warm_up(
 
 fn decoder(section: &WarmupSection, tokenizer: &Tokenizer, config: &RunConfig) -> Result<Config> {
     let mut model = Config {
-        architecture: Architecture::Qwen2,
         vocab_size: section.vocabulary.get(),
         hidden_size: section.hidden.get(),
         intermediate_size: section.intermediate.get(),
@@ -115,12 +114,10 @@ fn decoder(section: &WarmupSection, tokenizer: &Tokenizer, config: &RunConfig) -
         num_attention_heads: section.heads.get(),
         num_key_value_heads: section.kv_heads.get(),
         max_position_embeddings: section.positions.get(),
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-6,
         tie_word_embeddings: true,
-        bos_token_id: None,
         eos_token_ids: tokenizer.eos().into_iter().collect(),
         pad_token_id: tokenizer.pad(),
+        ..Architecture::Qwen2.defaults()
     };
     model.eos_token_ids = crate::descriptor::stop_ids(config, &model, tokenizer)?;
     model.validate()?;

@@ -21,7 +21,6 @@ const ANSWER: usize = 8;
 
 fn config() -> Config {
     Config {
-        architecture: Architecture::Qwen2,
         vocab_size: 32,
         hidden_size: 96,
         intermediate_size: 256,
@@ -29,12 +28,10 @@ fn config() -> Config {
         num_attention_heads: 4,
         num_key_value_heads: 2,
         max_position_embeddings: 64,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-6,
         tie_word_embeddings: true,
-        bos_token_id: None,
         eos_token_ids: vec![1],
         pad_token_id: Some(0),
+        ..Architecture::Qwen2.defaults()
     }
 }
 

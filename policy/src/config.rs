@@ -3,10 +3,18 @@
 //! Knows names and sizes only, never weights. Invariant: a [`Config`] that was read or validated describes a decoder
 //! that this crate runs, with sizes that cannot overflow.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value};
+
+pub use family::Architecture;
+pub(crate) use family::{Activation, Family};
+pub use rope::{Rope, RopeScaling};
+
+mod family;
+mod names;
+mod reading;
+mod rope;
+mod writing;
 
 /// Largest width, head count or layer count accepted: far above any open model, and small enough for products of a few
 /// of them to stay within 64 bits.
@@ -15,44 +23,14 @@ const SIZE_MAX: usize = 1 << 20;
 /// Largest vocabulary accepted: sixteen times the largest in use.
 const VOCAB_MAX: usize = 1 << 22;
 
-/// Largest number of positions accepted: the rotary table has one row for each.
+/// Largest number of positions accepted: twice the longest context of an open model.
 const POSITIONS_MAX: usize = 1 << 21;
-
-/// Elements of the rotary table accepted, 1 GiB of them: sixteen times what a context of 128 Ki needs.
-const ROTARY_MAX: usize = 1 << 28;
 
 /// Layers accepted: the deepest open decoders have about 130.
 const LAYERS_MAX: usize = 1 << 10;
 
-/// A family of decoders that this crate runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// Qwen2 and Qwen2.5: RMS norm, rotary embedding, grouped attention with biases on q, k and v, gated MLP.
-    Qwen2,
-}
-
-impl Architecture {
-    /// Names as they stand in `model_type`, for error messages.
-    const RUNS: &'static str = "qwen2";
-
-    fn named(model_type: &str) -> Result<Self, ConfigError> {
-        match model_type {
-            "qwen2" => Ok(Self::Qwen2),
-            other => Err(ConfigError::Architecture {
-                model_type: other.to_owned(),
-                runs: Self::RUNS,
-            }),
-        }
-    }
-}
-
-impl fmt::Display for Architecture {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Qwen2 => formatter.write_str("qwen2"),
-        }
-    }
-}
+/// Special tokens accepted that end an answer: published files have up to five.
+const STOPS_MAX: usize = 1 << 10;
 
 /// Why a `config.json` cannot be used.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -91,6 +69,18 @@ pub enum ConfigError {
         by_key: &'static str,
         /// Its value.
         by: usize,
+    },
+    /// Two sizes that must be the same.
+    #[error("config.json has {key} = {value}, but {other_key} = {other}; they must be equal")]
+    Mismatch {
+        /// Key of the first.
+        key: &'static str,
+        /// Its value.
+        value: usize,
+        /// Key of the second.
+        other_key: &'static str,
+        /// Its value.
+        other: usize,
     },
     /// A number outside its range.
     #[error("config.json has {key} = {value}, but it must be {expected}")]
@@ -131,12 +121,30 @@ pub struct Config {
     pub num_attention_heads: usize,
     /// Key and value heads; divides the query heads.
     pub num_key_value_heads: usize,
-    /// Positions for which rotary angles exist: the longest prompt and completion together.
+    /// Width of one head, where it is not `hidden_size / num_attention_heads`.
+    pub head_dim: Option<usize>,
+    /// Positions that the model was made for: the longest prompt and completion together.
     pub max_position_embeddings: usize,
-    /// Base of the rotary angles.
-    pub rope_theta: f64,
+    /// Rotary embedding, of layers that see everything if those with a window have one of their own.
+    pub rope: Rope,
+    /// Rotary embedding of layers with a window, in families that tell them apart.
+    pub local_rope: Option<Rope>,
+    /// What each layer sees; empty where all see everything.
+    pub layer_types: Vec<LayerType>,
+    /// Positions that a layer with a window sees, a token's own included.
+    pub sliding_window: Option<usize>,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
+    /// Biases on q, k, v and the attention's output. Qwen2 has those on q, k and v whatever this says.
+    pub attention_bias: bool,
+    /// Biases in the MLP.
+    pub mlp_bias: bool,
+    /// Scores are divided by its root instead of the root of the head's width (Gemma).
+    pub query_pre_attn_scalar: Option<f64>,
+    /// Scores s become `cap·tanh(s/cap)`.
+    pub attn_logit_softcapping: Option<f64>,
+    /// Logits l become `cap·tanh(l/cap)`.
+    pub final_logit_softcapping: Option<f64>,
     /// Whether the head is the embedding, transposed.
     pub tie_word_embeddings: bool,
     /// Token that opens a text, if the family has one.
@@ -145,37 +153,49 @@ pub struct Config {
     pub eos_token_ids: Vec<u32>,
     /// Token that fills batches in other software; never read here, since rows are ragged.
     pub pad_token_id: Option<u32>,
+    /// Keys of the file that say nothing to this crate, written out again as they were.
+    pub unknown: Map<String, Value>,
 }
 
-/// `config.json` as it stands on disk; unknown keys are other software's and are ignored.
-#[derive(Deserialize)]
-struct Raw {
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    max_position_embeddings: usize,
-    rope_theta: Option<f64>,
-    rope_parameters: Option<RopeParameters>,
-    rope_scaling: Option<Value>,
-    rms_norm_eps: f64,
-    tie_word_embeddings: Option<bool>,
-    hidden_act: Option<String>,
-    use_sliding_window: Option<bool>,
-    layer_types: Option<Vec<String>>,
-    bos_token_id: Option<u32>,
-    eos_token_id: Option<TokenIds>,
-    pad_token_id: Option<u32>,
+/// What a layer's attention sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerType {
+    /// Every position up to its own.
+    Full,
+    /// The last `sliding_window` of them.
+    Sliding,
 }
 
-/// Where transformers 5 keeps the rotary base.
-#[derive(Deserialize)]
-struct RopeParameters {
-    rope_theta: Option<f64>,
-    rope_type: Option<String>,
+impl LayerType {
+    /// Every `period`-th of `layers` sees everything, the others have a window.
+    pub fn every(period: usize, layers: usize) -> Vec<Self> {
+        let kind = |layer: usize| {
+            if (layer + 1).is_multiple_of(period) {
+                Self::Full
+            } else {
+                Self::Sliding
+            }
+        };
+        (0..layers).map(kind).collect()
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full_attention",
+            Self::Sliding => "sliding_attention",
+        }
+    }
+
+    fn named(name: &str) -> Result<Self, ConfigError> {
+        [Self::Full, Self::Sliding]
+            .into_iter()
+            .find(|kind| kind.name() == name)
+            .ok_or_else(|| ConfigError::Unsupported {
+                key: "layer_types",
+                value: name.chars().take(80).collect(),
+                accepted: "full_attention or sliding_attention",
+            })
+    }
 }
 
 /// One id or several: Hugging Face writes both.
@@ -209,51 +229,8 @@ impl Config {
     /// # Errors
     /// When the text is not such a file, or describes a decoder that does not run here.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        // The family is looked at first: a file of another family lacks keys, and saying which would mislead.
-        let value: Value = serde_json::from_str(text)
-            .map_err(|error| ConfigError::Unreadable(error.to_string()))?;
-        let model_type = value
-            .get("model_type")
-            .and_then(Value::as_str)
-            .unwrap_or("(none)");
-        let architecture = Architecture::named(model_type)?;
-        let raw: Raw = serde_json::from_value(value)
-            .map_err(|error| ConfigError::Unreadable(error.to_string()))?;
-        raw.refuse_unsupported()?;
-        let rope_theta = raw
-            .rope_theta
-            .or_else(|| {
-                raw.rope_parameters
-                    .as_ref()
-                    .and_then(|rope| rope.rope_theta)
-            })
-            .unwrap_or(10_000.0);
-        let config = Self {
-            architecture,
-            vocab_size: raw.vocab_size,
-            hidden_size: raw.hidden_size,
-            intermediate_size: raw.intermediate_size,
-            num_hidden_layers: raw.num_hidden_layers,
-            num_attention_heads: raw.num_attention_heads,
-            num_key_value_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
-            max_position_embeddings: raw.max_position_embeddings,
-            rope_theta,
-            rms_norm_eps: raw.rms_norm_eps,
-            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
-            bos_token_id: raw.bos_token_id,
-            eos_token_ids: raw.eos_token_id.map(TokenIds::into_vec).unwrap_or_default(),
-            pad_token_id: raw.pad_token_id,
-        };
+        let config = reading::read(text)?;
         config.validate()?;
-        if let Some(head_dim) = raw.head_dim
-            && head_dim != config.head_dim()
-        {
-            return Err(ConfigError::Unsupported {
-                key: "head_dim",
-                value: head_dim.to_string(),
-                accepted: "hidden_size / num_attention_heads",
-            });
-        }
         Ok(config)
     }
 
@@ -280,26 +257,19 @@ impl Config {
             }
         }
         self.validate_heads()?;
-        let positions_max = ROTARY_MAX / self.head_dim();
-        if self.max_position_embeddings > positions_max {
+        self.validate_layers()?;
+        self.rope.validate()?;
+        self.local_rope.as_ref().map_or(Ok(()), Rope::validate)?;
+        self.validate_numbers()?;
+        self.validate_ids()
+    }
+
+    fn validate_ids(&self) -> Result<(), ConfigError> {
+        if self.eos_token_ids.len() > STOPS_MAX {
             return Err(ConfigError::Size {
-                key: "max_position_embeddings",
-                value: self.max_position_embeddings,
-                max: positions_max,
-            });
-        }
-        if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
-            return Err(ConfigError::Number {
-                key: "rope_theta",
-                value: self.rope_theta,
-                expected: "a finite number of at least 1",
-            });
-        }
-        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps <= 0.1) {
-            return Err(ConfigError::Number {
-                key: "rms_norm_eps",
-                value: self.rms_norm_eps,
-                expected: "above 0 and at most 0.1",
+                key: "length of eos_token_id",
+                value: self.eos_token_ids.len(),
+                max: STOPS_MAX,
             });
         }
         let ids = self
@@ -320,28 +290,78 @@ impl Config {
     }
 
     fn validate_heads(&self) -> Result<(), ConfigError> {
-        for (key, value, by_key, by) in [
+        if self.head_dim.is_none() {
+            let by = self.num_attention_heads;
+            divisible("hidden_size", self.hidden_size, "num_attention_heads", by)?;
+        }
+        let (heads, head_dim) = (self.num_attention_heads, self.head_dim());
+        for (key, value) in [
+            ("head_dim", head_dim),
             (
-                "hidden_size",
-                self.hidden_size,
-                "num_attention_heads",
-                self.num_attention_heads,
+                "num_attention_heads · head_dim",
+                heads.saturating_mul(head_dim),
             ),
-            (
-                "num_attention_heads",
-                self.num_attention_heads,
-                "num_key_value_heads",
-                self.num_key_value_heads,
-            ),
-            // Rotary embedding turns pairs.
-            ("hidden_size / num_attention_heads", self.head_dim(), "2", 2),
         ] {
-            if value % by != 0 {
-                return Err(ConfigError::Indivisible {
+            if value == 0 || value > SIZE_MAX {
+                return Err(ConfigError::Size {
                     key,
                     value,
-                    by_key,
-                    by,
+                    max: SIZE_MAX,
+                });
+            }
+        }
+        let by = self.num_key_value_heads;
+        divisible("num_attention_heads", heads, "num_key_value_heads", by)?;
+        // Rotary embedding turns pairs.
+        divisible("head_dim", head_dim, "2", 2)
+    }
+
+    fn validate_layers(&self) -> Result<(), ConfigError> {
+        if !self.layer_types.is_empty() && self.layer_types.len() != self.num_hidden_layers {
+            return Err(ConfigError::Mismatch {
+                key: "length of layer_types",
+                value: self.layer_types.len(),
+                other_key: "num_hidden_layers",
+                other: self.num_hidden_layers,
+            });
+        }
+        let window = self.sliding_window.unwrap_or(0);
+        if self.layer_types.contains(&LayerType::Sliding) && !(1..=POSITIONS_MAX).contains(&window)
+        {
+            return Err(ConfigError::Size {
+                key: "sliding_window",
+                value: window,
+                max: POSITIONS_MAX,
+            });
+        }
+        Ok(())
+    }
+
+    fn validate_numbers(&self) -> Result<(), ConfigError> {
+        let eps = (
+            Some(self.rms_norm_eps),
+            1e-30..=0.1,
+            "above 0 and at most 0.1",
+        );
+        let scalar = (
+            self.query_pre_attn_scalar,
+            1e-6..=1e9,
+            "between 1e-6 and 1e9",
+        );
+        let cap = |cap| (cap, 1e-3..=1e6, "between 0.001 and 1e6");
+        for (key, (value, range, expected)) in [
+            ("rms_norm_eps", eps),
+            ("query_pre_attn_scalar", scalar),
+            ("attn_logit_softcapping", cap(self.attn_logit_softcapping)),
+            ("final_logit_softcapping", cap(self.final_logit_softcapping)),
+        ] {
+            if let Some(value) = value
+                && !range.contains(&value)
+            {
+                return Err(ConfigError::Number {
+                    key,
+                    value,
+                    expected,
                 });
             }
         }
@@ -350,7 +370,8 @@ impl Config {
 
     /// Width of one head, D.
     pub fn head_dim(&self) -> usize {
-        self.hidden_size / self.num_attention_heads
+        self.head_dim
+            .unwrap_or_else(|| self.hidden_size / self.num_attention_heads.max(1))
     }
 
     /// Width of all keys (or all values) of one position.
@@ -358,88 +379,56 @@ impl Config {
         self.num_key_value_heads * self.head_dim()
     }
 
+    /// Positions that a layer sees, a token's own included; none where it sees everything.
+    pub(crate) fn window(&self, layer: usize) -> Option<usize> {
+        match self.layer_types.get(layer) {
+            Some(LayerType::Sliding) => self.sliding_window,
+            Some(LayerType::Full) | None => None,
+        }
+    }
+
+    /// Rotary embeddings that the layers use: the first of layers that see everything, the last of those with a window.
+    pub(crate) fn ropes(&self) -> Vec<&Rope> {
+        std::iter::once(&self.rope)
+            .chain(&self.local_rope)
+            .collect()
+    }
+
+    /// What a score is multiplied with.
+    pub(crate) fn attention_scale(&self) -> f64 {
+        let scalar = self.query_pre_attn_scalar;
+        1.0 / scalar.unwrap_or_else(|| self.head_dim() as f64).sqrt()
+    }
+
+    /// What an embedding is multiplied with. Transformers rounds it to the type of the weights; here they are float32.
+    pub(crate) fn embedding_scale(&self) -> Option<f64> {
+        let scales = self.architecture.family().scales_embeddings;
+        scales.then(|| f64::from((self.hidden_size as f64).sqrt() as f32))
+    }
+
     /// The text of a `config.json` that this crate and Hugging Face transformers load.
     ///
     /// `dtype` is the name transformers uses for the storage of the weights beside it (`bfloat16`, `float32`).
     pub fn to_json(&self, dtype: &str) -> String {
-        let mut value = json!({
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": self.architecture.to_string(),
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "max_position_embeddings": self.max_position_embeddings,
-            // Both places: transformers 4 reads the first, 5 the second.
-            "rope_theta": self.rope_theta,
-            "rope_parameters": { "rope_theta": self.rope_theta, "rope_type": "default" },
-            "rms_norm_eps": self.rms_norm_eps,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_sliding_window": false,
-            "torch_dtype": dtype,
-        });
-        if let Value::Object(fields) = &mut value {
-            let ids = [
-                ("bos_token_id", self.bos_token_id.map(TokenIds::One)),
-                ("eos_token_id", TokenIds::from_slice(&self.eos_token_ids)),
-                ("pad_token_id", self.pad_token_id.map(TokenIds::One)),
-            ];
-            for (key, id) in ids {
-                fields.insert(key.to_owned(), id.map_or(Value::Null, |id| json!(id)));
-            }
-        }
-        format!("{value:#}\n")
+        writing::text(self, dtype)
     }
 }
 
-impl Raw {
-    fn refuse_unsupported(&self) -> Result<(), ConfigError> {
-        let refuse = |key, value: String, accepted| {
-            Err(ConfigError::Unsupported {
-                key,
-                value,
-                accepted,
-            })
-        };
-        if let Some(act) = self.hidden_act.as_deref().filter(|&act| act != "silu") {
-            return refuse("hidden_act", act.to_owned(), "silu");
-        }
-        if self.use_sliding_window == Some(true) {
-            return refuse("use_sliding_window", "true".to_owned(), "false");
-        }
-        if let Some(scaling) = self
-            .rope_scaling
-            .as_ref()
-            .filter(|scaling| !is_default_rope(scaling))
-        {
-            return refuse("rope_scaling", scaling.to_string(), "null");
-        }
-        let rope_type = self
-            .rope_parameters
-            .as_ref()
-            .and_then(|rope| rope.rope_type.as_deref());
-        if let Some(kind) = rope_type.filter(|&kind| kind != "default") {
-            return refuse("rope_parameters.rope_type", kind.to_owned(), "default");
-        }
-        let layer_types = self.layer_types.iter().flatten();
-        for kind in layer_types {
-            if kind != "full_attention" {
-                return refuse("layer_types", kind.clone(), "full_attention in every layer");
-            }
-        }
-        Ok(())
+fn divisible(
+    key: &'static str,
+    value: usize,
+    by_key: &'static str,
+    by: usize,
+) -> Result<(), ConfigError> {
+    if value.is_multiple_of(by) {
+        return Ok(());
     }
-}
-
-fn is_default_rope(scaling: &Value) -> bool {
-    scaling.is_null()
-        || ["rope_type", "type"]
-            .iter()
-            .any(|key| scaling.get(key).and_then(Value::as_str) == Some("default"))
+    Err(ConfigError::Indivisible {
+        key,
+        value,
+        by_key,
+        by,
+    })
 }
 
 #[cfg(test)]

@@ -3,42 +3,108 @@
 //! Knows no sampling and no loss. Invariant: the hidden state at a position depends only on the tokens of its own row up
 //! to that position.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use crate::kernels::{Batch, Kernels};
-use crate::layout::Layout;
+use crate::layout::{Block, Layout, Linear};
 use crate::policy::PolicyError;
 
 /// Hidden states after the last norm, `[M, hidden]`, at `wanted` `[M]` (indices into the packed batch, rising).
 ///
-/// With a cache, the rows continue the texts in their slots. Everything after the last layer's attention is computed
-/// at the wanted positions only: a prompt's positions need no more than keys and values there.
+/// With a cache, the rows continue the texts in their slots.
 pub(crate) fn hidden<K: Kernels>(
     kernels: &mut K,
     layout: &Layout,
     batch: &Batch,
     wanted: &Rc<[usize]>,
+    cache: Option<&mut K::Cache>,
+) -> Result<K::Array, PolicyError> {
+    let x = kernels.embed(&layout.embedding, &batch.tokens)?;
+    let all = Span {
+        layers: 0..layout.layers.len(),
+        batch,
+        wanted,
+    };
+    let x = layers(kernels, layout, &all, x, cache)?;
+    kernels.norm(&x, &layout.norm)
+}
+
+/// Some of the layers, and what runs through them.
+pub(crate) struct Span<'a> {
+    /// Which layers.
+    pub(crate) layers: Range<usize>,
+    pub(crate) batch: &'a Batch,
+    /// Positions at which the last layer's result is asked for, rising.
+    pub(crate) wanted: &'a Rc<[usize]>,
+}
+
+/// The residual stream `x` `[N, hidden]` after a range of layers: `[N, hidden]`, or `[M, hidden]` after the last layer.
+///
+/// One range after another gives what all at once give, so that a model can be split over machines. Everything after
+/// the last layer's attention is computed at the wanted positions only: a prompt's positions need no more than keys and
+/// values there.
+pub(crate) fn layers<K: Kernels>(
+    kernels: &mut K,
+    layout: &Layout,
+    span: &Span<'_>,
+    mut x: K::Array,
     mut cache: Option<&mut K::Cache>,
 ) -> Result<K::Array, PolicyError> {
-    let mut x = kernels.embed(&layout.embedding, &batch.tokens)?;
     let last = layout.layers.len() - 1;
-    let all = wanted.len() == batch.tokens.len();
-    for (index, layer) in layout.layers.iter().enumerate() {
+    let all = span.wanted.len() == span.batch.tokens.len();
+    for (index, layer) in span.layers.clone().zip(&layout.layers[span.layers.clone()]) {
         let normed = kernels.norm(&x, &layer.input_norm)?;
-        let qkv = kernels.linear(&normed, &layer.qkv)?;
+        let mut qkv = kernels.linear(&normed, &layer.qkv)?;
         drop(normed);
-        let mut attended = kernels.attention(qkv, index, &batch.rows, cache.as_deref_mut())?;
-        if index == last && !all {
-            attended = kernels.gather(attended, wanted)?;
-            x = kernels.gather(x, wanted)?;
+        if let Some(norms) = &layer.head_norms {
+            qkv = kernels.head_norms(qkv, norms)?;
         }
-        x = kernels.linear_onto(x, &attended, &layer.output)?;
+        let cache = cache.as_deref_mut();
+        let mut attended = kernels.attention(qkv, &layer.attention, &span.batch.rows, cache)?;
+        if index == last && !all {
+            attended = kernels.gather(attended, span.wanted)?;
+            x = kernels.gather(x, span.wanted)?;
+        }
+        x = join(
+            kernels,
+            x,
+            &attended,
+            &layer.output,
+            layer.output_norm.as_ref(),
+        )?;
         drop(attended);
         let normed = kernels.norm(&x, &layer.mlp_norm)?;
         let gate_up = kernels.linear(&normed, &layer.gate_up)?;
         drop(normed);
         let activated = kernels.gated(gate_up)?;
-        x = kernels.linear_onto(x, &activated, &layer.down)?;
+        x = join(
+            kernels,
+            x,
+            &activated,
+            &layer.down,
+            layer.down_norm.as_ref(),
+        )?;
     }
-    kernels.norm(&x, &layout.norm)
+    Ok(x)
 }
+
+/// Adds a branch to the residual stream, through its last product and, where the family has one, a norm.
+fn join<K: Kernels>(
+    kernels: &mut K,
+    residual: K::Array,
+    branch: &K::Array,
+    linear: &Linear,
+    norm: Option<&Block>,
+) -> Result<K::Array, PolicyError> {
+    match norm {
+        None => kernels.linear_onto(residual, branch, linear),
+        Some(norm) => {
+            let branch = kernels.linear(branch, linear)?;
+            kernels.norm_onto(residual, &branch, norm)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use serde::{Deserialize, Serialize};
 
 use crate::gradient::Gradients;
-use crate::layout::{Block, Linear};
+use crate::layout::{Attention, Block, HeadNorms, Linear};
 use crate::policy::PolicyError;
 
 pub(crate) mod candle;
@@ -96,11 +96,26 @@ pub(crate) trait Kernels {
         len: usize,
     ) -> Result<(), PolicyError>;
 
-    /// Rows `tokens` of `table` `[V, width]`: `[N, width]`.
+    /// Rows `tokens` of `table` `[V, width]`, multiplied with the family's scale if it has one: `[N, width]`.
     fn embed(&mut self, table: &Block, tokens: &[u32]) -> Result<Self::Array, PolicyError>;
 
-    /// `y = x / √(mean(x²) + eps) · w`, `x` `[N, width]`, `w` `[width]`.
+    /// `y = x / √(mean(x²) + eps) · (offset + w)`, `x` `[N, width]`, `w` `[width]`, `offset` the family's 0 or 1.
     fn norm(&mut self, x: &Self::Array, weight: &Block) -> Result<Self::Array, PolicyError>;
+
+    /// `residual + norm(x)`, `residual` `[N, width]`, which is used up.
+    fn norm_onto(
+        &mut self,
+        residual: Self::Array,
+        x: &Self::Array,
+        weight: &Block,
+    ) -> Result<Self::Array, PolicyError>;
+
+    /// The norm of every head of q and of k by itself; v stays. `qkv` `[N, (H + 2 KV)·D]`, used up.
+    fn head_norms(
+        &mut self,
+        qkv: Self::Array,
+        norms: &HeadNorms,
+    ) -> Result<Self::Array, PolicyError>;
 
     /// `y = x Wᵀ + b`, `x` `[N, in]`: `[N, out]`.
     fn linear(&mut self, x: &Self::Array, linear: &Linear) -> Result<Self::Array, PolicyError>;
@@ -117,17 +132,18 @@ pub(crate) trait Kernels {
     /// cache, over those before them; new keys and values are added to the cache.
     ///
     /// * `qkv` — `[N, (H + 2 KV)·D]`, q first, used up
+    /// * `attention` — which rotary embedding, how far a query sees, and what is made of the scores before the softmax
     ///
     /// Returns `[N, H·D]`.
     fn attention(
         &mut self,
         qkv: Self::Array,
-        layer: usize,
+        attention: &Attention,
         rows: &Rc<[Row]>,
         cache: Option<&mut Self::Cache>,
     ) -> Result<Self::Array, PolicyError>;
 
-    /// `silu(g)·u`, `gate_up` `[N, 2·F]` with g first: `[N, F]`.
+    /// `f(g)·u` with the family's activation f, `gate_up` `[N, 2·F]` with g first: `[N, F]`.
     fn gated(&mut self, gate_up: Self::Array) -> Result<Self::Array, PolicyError>;
 
     /// The rows `positions` of `x`, each at most once and in rising order: `[M, width]`.
@@ -137,7 +153,7 @@ pub(crate) trait Kernels {
         positions: &Rc<[usize]>,
     ) -> Result<Self::Array, PolicyError>;
 
-    /// Logits of the rows `first..first + count` of `hidden`, into `out` `[count, V]` f32 on the host.
+    /// Logits, soft-capped where the configuration says so, of the rows `first..first + count` of `hidden`, into `out` `[count, V]` f32 on the host.
     fn logits(
         &mut self,
         hidden: &Self::Array,
@@ -146,7 +162,7 @@ pub(crate) trait Kernels {
         out: &mut Vec<f32>,
     ) -> Result<(), PolicyError>;
 
-    /// Log-probability of `targets` `[M]` under `softmax(hidden headᵀ / temperature)`. The last operation of a training
+    /// Log-probability of `targets` `[M]` under `softmax(cap(hidden headᵀ) / temperature)`. The last operation of a training
     /// pass: [`Kernels::backward`] starts from it.
     fn selected(
         &mut self,

@@ -71,21 +71,57 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Block>,
 }
 
-/// Blocks of one decoder layer, in the order in which they are used.
+/// Norms on every head of q and k, each `[D]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HeadNorms {
+    pub(crate) query: Block,
+    pub(crate) key: Block,
+}
+
+/// How the attention of one layer differs from that of others.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Attention {
+    /// Place among the layers: where its keys and values lie in a cache.
+    pub(crate) layer: usize,
+    /// Which of the configuration's rotary embeddings turns its heads.
+    pub(crate) rope: usize,
+    /// Positions that a query sees, its own included; none where it sees everything before it.
+    pub(crate) window: Option<usize>,
+    /// Multiplies the scores.
+    pub(crate) scale: f64,
+    /// Scaled scores s become `cap·tanh(s/cap)`.
+    pub(crate) softcap: Option<f64>,
+}
+
+impl Attention {
+    /// First position that a query at `position` sees.
+    pub(crate) fn first_visible(&self, position: usize) -> usize {
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+}
+
+/// Blocks of one decoder layer, in the order in which they are used.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct LayerBlocks {
     pub(crate) input_norm: Block,
     /// `[(H + 2 KV)·D, hidden]`: q, k and v.
     pub(crate) qkv: Linear,
+    pub(crate) head_norms: Option<HeadNorms>,
+    pub(crate) attention: Attention,
     pub(crate) output: Linear,
+    /// On what the attention adds to the residual stream.
+    pub(crate) output_norm: Option<Block>,
     pub(crate) mlp_norm: Block,
     /// `[2·intermediate, hidden]`: gate and up.
     pub(crate) gate_up: Linear,
     pub(crate) down: Linear,
+    /// On what the MLP adds to the residual stream.
+    pub(crate) down_norm: Option<Block>,
 }
 
 /// The parameter table of one configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Layout {
     parameters: Vec<Parameter>,
     blocks: Vec<Block>,
@@ -101,53 +137,11 @@ impl Layout {
     /// Lists the parameters of a decoder. `config` must be valid ([`Config::validate`]).
     pub fn new(config: &Config) -> Self {
         let mut table = Table::default();
-        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (
-            config.num_attention_heads * config.head_dim(),
-            config.kv_width(),
-        );
+        let hidden = config.hidden_size;
         let embedding = table.matrix("model.embed_tokens.weight", config.vocab_size, hidden);
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
-        for layer in 0..config.num_hidden_layers {
-            let name = |part: &str| format!("model.layers.{layer}.{part}");
-            layers.push(LayerBlocks {
-                input_norm: table.vector(&name("input_layernorm.weight"), hidden),
-                qkv: Linear {
-                    weight: table.matrices(
-                        &[
-                            (name("self_attn.q_proj.weight"), q),
-                            (name("self_attn.k_proj.weight"), kv),
-                            (name("self_attn.v_proj.weight"), kv),
-                        ],
-                        hidden,
-                    ),
-                    bias: Some(table.vectors(&[
-                        (name("self_attn.q_proj.bias"), q),
-                        (name("self_attn.k_proj.bias"), kv),
-                        (name("self_attn.v_proj.bias"), kv),
-                    ])),
-                },
-                output: Linear {
-                    weight: table.matrix(&name("self_attn.o_proj.weight"), hidden, q),
-                    bias: None,
-                },
-                mlp_norm: table.vector(&name("post_attention_layernorm.weight"), hidden),
-                gate_up: Linear {
-                    weight: table.matrices(
-                        &[
-                            (name("mlp.gate_proj.weight"), ff),
-                            (name("mlp.up_proj.weight"), ff),
-                        ],
-                        hidden,
-                    ),
-                    bias: None,
-                },
-                down: Linear {
-                    weight: table.matrix(&name("mlp.down_proj.weight"), hidden, ff),
-                    bias: None,
-                },
-            });
-        }
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| table.layer(config, layer))
+            .collect();
         let norm = table.vector("model.norm.weight", hidden);
         let head = if config.tie_word_embeddings {
             embedding.clone()
@@ -190,6 +184,20 @@ impl Layout {
     }
 }
 
+fn attention(config: &Config, layer: usize) -> Attention {
+    let window = config.window(layer);
+    Attention {
+        layer,
+        rope: match window {
+            Some(_) => config.ropes().len() - 1,
+            None => 0,
+        },
+        window,
+        scale: config.attention_scale(),
+        softcap: config.attn_logit_softcapping,
+    }
+}
+
 /// A table under construction.
 #[derive(Default)]
 struct Table {
@@ -199,6 +207,70 @@ struct Table {
 }
 
 impl Table {
+    /// The parameters of one layer, in the order in which they are used.
+    fn layer(&mut self, config: &Config, layer: usize) -> LayerBlocks {
+        let family = config.architecture.family();
+        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+        let query = config.num_attention_heads * config.head_dim();
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        // Where a branch has a norm of its own, the name of the MLP's norm elsewhere is that of the attention's.
+        let mlp_norm = if family.branch_norms {
+            "pre_feedforward_layernorm.weight"
+        } else {
+            "post_attention_layernorm.weight"
+        };
+        let branch_norm = |table: &mut Self, part: &str| {
+            let normed = family.branch_norms;
+            normed.then(|| table.vector(&name(part), hidden))
+        };
+        LayerBlocks {
+            input_norm: self.vector(&name("input_layernorm.weight"), hidden),
+            qkv: self.linear(
+                &[
+                    (name("self_attn.q_proj"), query),
+                    (name("self_attn.k_proj"), config.kv_width()),
+                    (name("self_attn.v_proj"), config.kv_width()),
+                ],
+                hidden,
+                family.always_biased || config.attention_bias,
+            ),
+            head_norms: family.head_norms.then(|| HeadNorms {
+                query: self.vector(&name("self_attn.q_norm.weight"), config.head_dim()),
+                key: self.vector(&name("self_attn.k_norm.weight"), config.head_dim()),
+            }),
+            attention: attention(config, layer),
+            // Qwen2, whose q, k and v always have biases, never has this one.
+            output: self.linear(
+                &[(name("self_attn.o_proj"), hidden)],
+                query,
+                config.attention_bias && !family.always_biased,
+            ),
+            output_norm: branch_norm(self, "post_attention_layernorm.weight"),
+            mlp_norm: self.vector(&name(mlp_norm), hidden),
+            gate_up: self.linear(
+                &[(name("mlp.gate_proj"), ff), (name("mlp.up_proj"), ff)],
+                hidden,
+                config.mlp_bias,
+            ),
+            down: self.linear(&[(name("mlp.down_proj"), hidden)], ff, config.mlp_bias),
+            down_norm: branch_norm(self, "post_feedforward_layernorm.weight"),
+        }
+    }
+
+    /// Linear maps of the same input: their weights, then their biases.
+    fn linear(&mut self, parts: &[(String, usize)], inputs: usize, biased: bool) -> Linear {
+        let named = |suffix: &str| -> Vec<(String, usize)> {
+            let parts = parts.iter();
+            parts
+                .map(|(name, rows)| (format!("{name}.{suffix}"), *rows))
+                .collect()
+        };
+        Linear {
+            weight: self.matrices(&named("weight"), inputs),
+            bias: biased.then(|| self.vectors(&named("bias"))),
+        }
+    }
+
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Block {
         self.matrices(&[(name.to_owned(), rows)], columns)
     }
@@ -251,11 +323,11 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{tiny, untied};
+    use crate::testing::{families, gemma3, tiny, untied};
 
     #[test]
     fn parameters_and_blocks_tile_the_flat_vector() {
-        for config in [tiny(), untied()] {
+        for config in families() {
             let layout = Layout::new(&config);
             let mut end = 0;
             for parameter in layout.parameters() {
@@ -283,5 +355,30 @@ mod tests {
         );
         let untied = Layout::new(&untied());
         assert_ne!(untied.head, untied.embedding);
+    }
+
+    #[test]
+    fn a_layer_names_its_parameters_in_the_order_of_their_use() {
+        let layout = Layout::new(&gemma3());
+        let first = layout.parameters()[1..].iter().take(13);
+        let names: Vec<&str> = first
+            .map(|parameter| parameter.name.trim_start_matches("model.layers.0."))
+            .collect();
+        let expected = [
+            "input_layernorm.weight",
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.v_proj.weight",
+            "self_attn.q_norm.weight",
+            "self_attn.k_norm.weight",
+            "self_attn.o_proj.weight",
+            "post_attention_layernorm.weight",
+            "pre_feedforward_layernorm.weight",
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            "mlp.down_proj.weight",
+            "post_feedforward_layernorm.weight",
+        ];
+        assert_eq!(names, expected);
     }
 }

@@ -31,7 +31,7 @@ mod testing;
 
 pub use candle_core::Device;
 
-pub use config::{Architecture, Config, ConfigError};
+pub use config::{Architecture, Config, ConfigError, LayerType, Rope, RopeScaling};
 pub use device::{DeviceError, device};
 pub use disk::{DiskError, read_file, write_atomically};
 pub use engine::{Completion, EngineConfig, Finish, GenerationRequest, generate};

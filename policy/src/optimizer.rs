@@ -145,7 +145,7 @@ pub struct Master {
 
 impl Master {
     /// Fresh weights, the same for the same seed: embedding N(0, 0.05²), other matrices N(0, 0.49/inputs), biases 0,
-    /// norms 1.
+    /// norms such that they multiply with 1.
     ///
     /// # Errors
     /// When the configuration is not valid.
@@ -155,7 +155,7 @@ impl Master {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
         let mut values = Vec::with_capacity(layout.len());
         for parameter in layout.parameters() {
-            match initial(parameter) {
+            match initial(parameter, config.architecture.family().norm_offset) {
                 Initial::Constant(value) => values.resize(values.len() + parameter.len(), value),
                 Initial::Normal(std) => values.extend((0..parameter.len()).map(|_| {
                     let normal: f32 = StandardNormal.sample(&mut generator);
@@ -348,12 +348,12 @@ enum Initial {
     Normal(f32),
 }
 
-fn initial(parameter: &Parameter) -> Initial {
+fn initial(parameter: &Parameter, norm_offset: f32) -> Initial {
     match parameter.shape[..] {
         [_, _] if parameter.name.ends_with("embed_tokens.weight") => Initial::Normal(EMBEDDING_STD),
         [_, inputs] => Initial::Normal(MATRIX_GAIN / (inputs as f32).sqrt()),
         _ if parameter.name.ends_with(".bias") => Initial::Constant(0.0),
-        _ => Initial::Constant(1.0),
+        _ => Initial::Constant(1.0 - norm_offset),
     }
 }
 

@@ -6,7 +6,7 @@ use candle_core::Device;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::config::{Architecture, Config};
+use crate::config::{Architecture, Config, LayerType, Rope, RopeScaling};
 use crate::kernels::KernelSet;
 use crate::layout::Layout;
 use crate::optimizer::Master;
@@ -16,20 +16,9 @@ use crate::weights::{Image, Storage};
 /// Two layers, grouped heads, sizes that are no multiples of a vector.
 pub(crate) fn tiny() -> Config {
     Config {
-        architecture: Architecture::Qwen2,
-        vocab_size: 37,
-        hidden_size: 24,
-        intermediate_size: 40,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        max_position_embeddings: 64,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-6,
+        rope: Rope::plain(10_000.0),
         tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_ids: vec![1],
-        pad_token_id: None,
+        ..small(Architecture::Qwen2)
     }
 }
 
@@ -41,6 +30,73 @@ pub(crate) fn untied() -> Config {
     }
 }
 
+/// Angles stretched from 16 positions, every bias that the family can have.
+pub(crate) fn llama() -> Config {
+    Config {
+        rope: Rope {
+            theta: 500.0,
+            scaling: RopeScaling::Llama3 {
+                factor: 4.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: 16,
+            },
+        },
+        attention_bias: true,
+        mlp_bias: true,
+        ..small(Architecture::Llama)
+    }
+}
+
+/// Heads wider than their share of the residual stream, layers with a window.
+pub(crate) fn qwen3() -> Config {
+    Config {
+        head_dim: Some(10),
+        layer_types: vec![LayerType::Full, LayerType::Sliding],
+        sliding_window: Some(6),
+        ..small(Architecture::Qwen3)
+    }
+}
+
+/// Layers with a window and without, both caps low enough to bend.
+pub(crate) fn gemma3() -> Config {
+    Config {
+        num_hidden_layers: 3,
+        num_key_value_heads: 1,
+        head_dim: Some(12),
+        rope: Rope {
+            theta: 1000.0,
+            scaling: RopeScaling::Linear { factor: 2.0 },
+        },
+        layer_types: LayerType::every(2, 3),
+        sliding_window: Some(5),
+        query_pre_attn_scalar: Some(9.0),
+        attn_logit_softcapping: Some(3.0),
+        final_logit_softcapping: Some(5.0),
+        tie_word_embeddings: true,
+        ..small(Architecture::Gemma3)
+    }
+}
+
+/// One of each form.
+pub(crate) fn families() -> Vec<Config> {
+    vec![tiny(), untied(), llama(), qwen3(), gemma3()]
+}
+
+fn small(architecture: Architecture) -> Config {
+    Config {
+        vocab_size: 37,
+        hidden_size: 24,
+        intermediate_size: 40,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        max_position_embeddings: 64,
+        eos_token_ids: vec![1],
+        ..architecture.defaults()
+    }
+}
+
 /// Weights with biases and norms away from 0 and 1, and logits far enough apart to matter.
 pub(crate) fn image(config: &Config, seed: u64) -> Image {
     let master = Master::init(config, seed).unwrap();
@@ -49,10 +105,11 @@ pub(crate) fn image(config: &Config, seed: u64) -> Image {
     for parameter in master.layout().parameters() {
         for value in &mut values[parameter.range()] {
             if parameter.is_matrix() {
-                *value *= if parameter.name.contains("embed") {
-                    8.0
-                } else {
-                    1.4
+                *value *= match config.architecture {
+                    // The family multiplies embeddings itself.
+                    Architecture::Gemma3 if parameter.name.contains("embed") => 4.0,
+                    _ if parameter.name.contains("embed") => 8.0,
+                    _ => 1.4,
                 };
             } else {
                 *value += generator.random_range(-0.3..0.3);

@@ -4,11 +4,12 @@
 //! Knows the parameter table, not how weights are used. Invariant: an [`Image`] holds exactly the parameters of its
 //! configuration, each with the right shape, bf16 or f32, every value finite.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo};
 
 use crate::config::Config;
 use crate::layout::{Layout, Parameter};
@@ -93,6 +94,14 @@ pub enum WeightsError {
         /// Its name.
         tensor: String,
     },
+    /// The same parameter under two names.
+    #[error(
+        "weights hold the parameter of tensor `{tensor}` under another name too; fetch them again"
+    )]
+    Twice {
+        /// One of the names.
+        tensor: String,
+    },
     /// A shape that contradicts the configuration.
     #[error(
         "tensor `{tensor}` has shape {found:?}, but config.json calls for {expected:?}; use the pair that belongs together"
@@ -168,7 +177,7 @@ impl Image {
         let (header_bytes, metadata) =
             SafeTensors::read_metadata(bytes).map_err(|error| explained(error, bytes))?;
         let data_start = header_bytes + 8;
-        let mut infos = metadata.tensors();
+        let mut infos = text_tensors(config, &metadata)?;
         let mut sources = Vec::with_capacity(layout.parameters().len());
         for parameter in layout.parameters() {
             let info = infos
@@ -385,6 +394,22 @@ impl Image {
             }),
         }
     }
+}
+
+/// The tensors that are the text decoder's, by their names in the table.
+fn text_tensors<'a>(
+    config: &Config,
+    metadata: &'a Metadata,
+) -> Result<HashMap<String, &'a TensorInfo>, WeightsError> {
+    let mut infos = HashMap::new();
+    for (name, info) in metadata.tensors() {
+        if let Some(parameter) = config.parameter_name(&name)
+            && infos.insert(parameter, info).is_some()
+        {
+            return Err(WeightsError::Twice { tensor: name });
+        }
+    }
+    Ok(infos)
 }
 
 /// Table indices in the order of the file: wider elements first, the table's order within a width.

@@ -2,7 +2,7 @@ use super::*;
 use crate::config::Config;
 use crate::kernels::KernelSet;
 use crate::score::{ScoreRow, score};
-use crate::testing::{BOTH, policy, texts, tiny, untied};
+use crate::testing::{BOTH, families, policy, texts, tiny};
 
 const SEED: [u8; 32] = [7; 32];
 
@@ -85,7 +85,7 @@ fn disagreement(
 
 #[test]
 fn decoding_agrees_with_scoring_though_rows_differ_and_slots_are_refilled() {
-    for config in [tiny(), untied()] {
+    for config in families() {
         for kernels in BOTH {
             let policy = policy(&config, 2, kernels);
             let requests = requests(&config, 0.9);

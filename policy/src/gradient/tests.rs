@@ -9,7 +9,7 @@ use super::*;
 use crate::config::Config;
 use crate::kernels::KernelSet;
 use crate::kernels::candle::CandleWeights;
-use crate::testing::{BOTH, image, policy, texts, tiny, untied};
+use crate::testing::{BOTH, families, image, policy, texts, tiny};
 
 const TEMPERATURE: f32 = 0.8;
 
@@ -139,7 +139,7 @@ fn largest(values: &[f32]) -> f64 {
 
 #[test]
 fn differentiation_agrees_with_finite_differences_in_every_parameter() {
-    for config in [tiny(), untied()] {
+    for config in families() {
         let reference = Reference::new(&config, &rows(&config));
         let found = reference.gradients();
         let mut generator = ChaCha8Rng::seed_from_u64(3);
@@ -174,7 +174,7 @@ fn differentiation_agrees_with_finite_differences_in_every_parameter() {
 
 #[test]
 fn both_kernel_sets_give_every_parameter_the_gradient_of_the_f64_reference() {
-    for config in [tiny(), untied()] {
+    for config in families() {
         let rows = rows(&config);
         let reference = Reference::new(&config, &rows).gradients();
         for kernels in BOTH {

@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use crate::config::Config;
+use crate::config::{Activation, Config, Rope};
 use crate::gradient::Gradients;
 use crate::kernels::{Kernels, Row, Selected};
-use crate::layout::{Block, Layout, Linear};
+use crate::layout::{Attention, Block, HeadNorms, Layout, Linear};
 use crate::policy::PolicyError;
 
 /// Parameters on a device, one variable per block.
@@ -24,9 +24,16 @@ pub(crate) struct CandleWeights {
     device: Device,
     dtype: DType,
     blocks: Vec<Var>,
-    /// `[positions, D/2]`
-    cos: Tensor,
-    sin: Tensor,
+    ropes: Vec<Rotary>,
+}
+
+/// One of the configuration's rotary embeddings.
+#[derive(Debug)]
+struct Rotary {
+    /// `[1, D/2]` f32, radians per position.
+    frequencies: Tensor,
+    /// Multiplies cosines and sines.
+    factor: f64,
 }
 
 impl CandleWeights {
@@ -50,27 +57,22 @@ impl CandleWeights {
             };
             blocks.push(Var::from_tensor(&tensor.to_dtype(dtype)?)?);
         }
-        let half = config.head_dim() / 2;
-        let positions = config.max_position_embeddings;
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| (1.0 / config.rope_theta.powf(i as f64 / half as f64)) as f32)
-            .collect();
-        let angles: Vec<f32> = (0..positions)
-            .flat_map(|p| frequencies.iter().map(move |f| p as f32 * f))
-            .collect();
-        let angles = Tensor::from_vec(angles, (positions, half), device)?;
-        let (cos, sin) = (
-            angles.cos()?.to_dtype(dtype)?,
-            angles.sin()?.to_dtype(dtype)?,
-        );
+        let rotary = |rope: &Rope| -> Result<Rotary, PolicyError> {
+            let frequencies = rope.frequencies(config.head_dim());
+            let shape = (1, frequencies.len());
+            Ok(Rotary {
+                frequencies: Tensor::from_vec(frequencies, shape, device)?,
+                factor: f64::from(rope.attention_factor()),
+            })
+        };
+        let ropes: Result<Vec<_>, _> = config.ropes().into_iter().map(rotary).collect();
         Ok(Self {
             config: config.clone(),
             layout,
             device: device.clone(),
             dtype,
             blocks,
-            cos,
-            sin,
+            ropes: ropes?,
         })
     }
 
@@ -130,6 +132,39 @@ impl Candle {
         Ok(Tensor::from_vec(indices, len, &self.weights.device)?)
     }
 
+    /// Cosines and sines of the position of every token of `rows`, each `[N, 1, D/2]`.
+    ///
+    /// Angles are made in f32 whatever is computed with: the roundings of a checkpoint's training belong to it.
+    fn angles(&self, rows: &[Row], rope: usize) -> Result<(Tensor, Tensor), PolicyError> {
+        let rotary = &self.weights.ropes[rope];
+        let positions: Vec<f32> = rows
+            .iter()
+            .flat_map(|row| (row.position..row.position + row.len).map(|p| p as f32))
+            .collect();
+        let shape = (positions.len(), 1);
+        let positions = Tensor::from_vec(positions, shape, &self.weights.device)?;
+        let angles = positions.broadcast_mul(&rotary.frequencies)?.unsqueeze(1)?;
+        let typed = |table: Tensor| (table * rotary.factor)?.to_dtype(self.weights.dtype);
+        Ok((typed(angles.cos()?)?, typed(angles.sin()?)?))
+    }
+
+    /// `x / √(mean(x²) + eps) · (offset + w)` over the last dimension.
+    fn normed(&self, x: &Tensor, weight: &Block) -> Result<Tensor, PolicyError> {
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+        let root = (mean + self.weights.config.rms_norm_eps)?.sqrt()?;
+        let offset = self.weights.config.architecture.family().norm_offset;
+        let weight = (self.block(weight) + f64::from(offset))?;
+        Ok(x.broadcast_div(&root)?.broadcast_mul(&weight)?)
+    }
+
+    /// `cap·tanh(x/cap)`, or x without a cap.
+    fn capped(x: Tensor, cap: Option<f64>) -> Result<Tensor, PolicyError> {
+        match cap {
+            None => Ok(x),
+            Some(cap) => Ok(((x / cap)?.tanh()? * cap)?),
+        }
+    }
+
     /// Rotates `[N, heads, D]` by `cos`, `sin` `[N, 1, D/2]`.
     fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, PolicyError> {
         let half = x.dim(2)? / 2;
@@ -156,7 +191,12 @@ struct Padding {
 }
 
 impl Padding {
-    fn new(kernels: &Candle, rows: &[Row], capacity: Option<usize>) -> Result<Self, PolicyError> {
+    fn new(
+        kernels: &Candle,
+        rows: &[Row],
+        attention: &Attention,
+        capacity: Option<usize>,
+    ) -> Result<Self, PolicyError> {
         let queries = rows.iter().map(|row| row.len).max().unwrap_or(0);
         let keys = rows
             .iter()
@@ -179,8 +219,10 @@ impl Padding {
             .iter()
             .flat_map(|row| {
                 (0..queries).flat_map(move |i| {
-                    let visible = (row.position + i + 1).min(row.position + row.len);
-                    (0..keys).map(move |j| if j < visible { 0.0 } else { f32::NEG_INFINITY })
+                    let last = row.position + i.min(row.len - 1);
+                    let visible = attention.first_visible(last)..=last;
+                    let weight = |seen| if seen { 0.0 } else { f32::NEG_INFINITY };
+                    (0..keys).map(move |j| weight(visible.contains(&j)))
                 })
             })
             .collect();
@@ -232,13 +274,41 @@ impl Kernels for Candle {
 
     fn embed(&mut self, table: &Block, tokens: &[u32]) -> Result<Tensor, PolicyError> {
         let tokens = Tensor::from_slice(tokens, tokens.len(), &self.weights.device)?;
-        Ok(self.block(table).index_select(&tokens, 0)?)
+        let rows = self.block(table).index_select(&tokens, 0)?;
+        match self.weights.config.embedding_scale() {
+            None => Ok(rows),
+            Some(scale) => Ok((rows * scale)?),
+        }
     }
 
     fn norm(&mut self, x: &Tensor, weight: &Block) -> Result<Tensor, PolicyError> {
-        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let root = (mean + self.weights.config.rms_norm_eps)?.sqrt()?;
-        Ok(x.broadcast_div(&root)?.broadcast_mul(&self.block(weight))?)
+        self.normed(x, weight)
+    }
+
+    fn norm_onto(
+        &mut self,
+        residual: Tensor,
+        x: &Tensor,
+        weight: &Block,
+    ) -> Result<Tensor, PolicyError> {
+        Ok((residual + self.normed(x, weight)?)?)
+    }
+
+    fn head_norms(&mut self, qkv: Tensor, norms: &HeadNorms) -> Result<Tensor, PolicyError> {
+        let config = &self.weights.config;
+        let (n, width) = qkv.dims2()?;
+        let dim = config.head_dim();
+        let (query, key) = (config.num_attention_heads * dim, config.kv_width());
+        let normed = |start: usize, len: usize, norm: &Block| -> Result<Tensor, PolicyError> {
+            let heads = qkv.narrow(1, start, len)?.reshape((n, len / dim, dim))?;
+            Ok(self.normed(&heads, norm)?.reshape((n, len))?)
+        };
+        let parts = [
+            normed(0, query, &norms.query)?,
+            normed(query, key, &norms.key)?,
+            qkv.narrow(1, query + key, width - query - key)?,
+        ];
+        Ok(Tensor::cat(&parts, 1)?)
     }
 
     fn linear(&mut self, x: &Tensor, linear: &Linear) -> Result<Tensor, PolicyError> {
@@ -261,7 +331,7 @@ impl Kernels for Candle {
     fn attention(
         &mut self,
         qkv: Tensor,
-        layer: usize,
+        attention: &Attention,
         rows: &Rc<[Row]>,
         cache: Option<&mut Cache>,
     ) -> Result<Tensor, PolicyError> {
@@ -272,12 +342,7 @@ impl Kernels for Candle {
             config.head_dim(),
         );
         let (n, _) = qkv.dims2()?;
-        let positions = self.indices(
-            rows.iter()
-                .flat_map(|row| row.position..row.position + row.len),
-        )?;
-        let cos = self.weights.cos.index_select(&positions, 0)?.unsqueeze(1)?;
-        let sin = self.weights.sin.index_select(&positions, 0)?.unsqueeze(1)?;
+        let (cos, sin) = self.angles(rows, attention.rope)?;
         let part = |start: usize, count: usize| -> Result<Tensor, PolicyError> {
             Ok(qkv
                 .narrow(1, start * dim, count * dim)?
@@ -286,11 +351,12 @@ impl Kernels for Candle {
         let q = Self::rotate(&part(0, heads)?, &cos, &sin)?.reshape((n, heads * dim))?;
         let k = Self::rotate(&part(heads, kv)?, &cos, &sin)?.reshape((n, kv * dim))?;
         let v = part(heads + kv, kv)?.reshape((n, kv * dim))?.contiguous()?;
-        let padding = Padding::new(self, rows, cache.as_ref().map(|cache| cache.capacity))?;
+        let capacity = cache.as_ref().map(|cache| cache.capacity);
+        let padding = Padding::new(self, rows, attention, capacity)?;
         let (keys, values) = match cache {
             None => (k, v),
             Some(cache) => {
-                let (keys, values) = &cache.layers[layer];
+                let (keys, values) = &cache.layers[attention.layer];
                 for row in rows.iter() {
                     let at = row.slot * cache.capacity + row.position;
                     keys.slice_set(&k.narrow(0, row.start, row.len)?.contiguous()?, 0, at)?;
@@ -317,7 +383,8 @@ impl Kernels for Candle {
         };
         let (keys, values) = (padded(&keys)?, padded(&values)?);
         let scores = q.matmul(&keys.transpose(2, 3)?.contiguous()?)?;
-        let scores = (scores * (1.0 / (dim as f64).sqrt()))?.reshape((b, kv, group, t, l))?;
+        let scores = Self::capped((scores * attention.scale)?, attention.softcap)?;
+        let scores = scores.reshape((b, kv, group, t, l))?;
         let scores = scores.broadcast_add(&padding.mask)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         let out = weights.reshape((b, kv, group * t, l))?.matmul(&values)?;
@@ -334,7 +401,11 @@ impl Kernels for Candle {
         let width = gate_up.dim(1)? / 2;
         let gate = gate_up.narrow(1, 0, width)?.contiguous()?;
         let up = gate_up.narrow(1, width, width)?.contiguous()?;
-        Ok((gate.silu()? * up)?)
+        let activated = match self.weights.config.architecture.family().activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gelu_tanh(&gate)?,
+        };
+        Ok((activated * up)?)
     }
 
     fn gather(&mut self, x: Tensor, positions: &Rc<[usize]>) -> Result<Tensor, PolicyError> {
@@ -350,6 +421,7 @@ impl Kernels for Candle {
     ) -> Result<(), PolicyError> {
         let hidden = hidden.narrow(0, rows.start, rows.len())?;
         let logits = hidden.matmul(&self.block(head).t()?)?;
+        let logits = Self::capped(logits, self.weights.config.final_logit_softcapping)?;
         *out = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
         Ok(())
     }
@@ -363,7 +435,9 @@ impl Kernels for Candle {
     ) -> Result<Selected, PolicyError> {
         let count = targets.len();
         let targets = Tensor::from_vec(targets, (count, 1), &self.weights.device)?;
-        let logits = (hidden.matmul(&self.block(head).t()?)? / f64::from(temperature))?;
+        let logits = hidden.matmul(&self.block(head).t()?)?;
+        let logits = Self::capped(logits, self.weights.config.final_logit_softcapping)?;
+        let logits = (logits / f64::from(temperature))?;
         let all = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
         let logprobs = all.gather(&targets, 1)?.squeeze(1)?;
         let all = all.detach();
@@ -396,4 +470,12 @@ impl Kernels for Candle {
         }
         Ok(gradients)
     }
+}
+
+/// `x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`, from operations with exact derivatives: candle's own has constants of six
+/// digits in its derivative.
+fn gelu_tanh(x: &Tensor) -> Result<Tensor, PolicyError> {
+    let inner = ((x.sqr()? * 0.044_715)? + 1.0)?;
+    let inner = ((x * inner)? * (2.0 / std::f64::consts::PI).sqrt())?;
+    Ok(((x * 0.5)? * (inner.tanh()? + 1.0)?)?)
 }

@@ -7,15 +7,18 @@
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
-use crate::config::Config;
+use crate::config::{Config, Family};
 use crate::gradient::Gradients;
 use crate::kernels::{Kernels, Row, Selected};
-use crate::layout::{Block, Layout, Linear};
+use crate::layout::{Attention, Block, HeadNorms, Layout, Linear};
 use crate::policy::PolicyError;
 
-use attention::{CacheLayer, Heads, Rotary, Turn};
+use attention::{CacheLayer, Heads, Turn};
 use buffer::{Buffer, Pool};
+use elementwise::NormConstants;
+use head::Shaping;
 use matmul::{Matrix, Onto, Panels, multiply};
+use rotary::Rotary;
 use tape::{Record, Tape};
 
 mod attention;
@@ -23,6 +26,7 @@ mod buffer;
 mod elementwise;
 mod head;
 mod matmul;
+mod rotary;
 mod tape;
 pub(crate) mod vector;
 
@@ -33,8 +37,14 @@ pub(crate) struct FusedWeights {
     /// Every parameter, in the order of the table.
     values: Vec<f32>,
     heads: Heads,
-    rotary: Rotary,
-    eps: f32,
+    /// One for each of the configuration's rotary embeddings.
+    ropes: Vec<Rotary>,
+    family: &'static Family,
+    norms: NormConstants,
+    /// Multiplies embeddings, in families that do.
+    embedding_scale: Option<f32>,
+    /// Bends logits l to `cap·tanh(l/cap)`.
+    logit_cap: Option<f32>,
     /// One for each block, made when a few rows are first multiplied with it; the large batches of a learner never ask.
     panels: Vec<OnceLock<Panels>>,
 }
@@ -50,14 +60,23 @@ impl FusedWeights {
             key: config.num_key_value_heads,
             dim: config.head_dim(),
         };
-        let rotary = Rotary::new(config.max_position_embeddings, heads.dim, config.rope_theta);
+        let positions = config.max_position_embeddings;
+        let ropes = config.ropes().into_iter();
+        let ropes = ropes.map(|rope| Rotary::new(rope, heads.dim, positions));
+        let family = config.architecture.family();
         let panels = layout.blocks().iter().map(|_| OnceLock::new()).collect();
         Self {
             layout,
             values,
             heads,
-            rotary,
-            eps: config.rms_norm_eps as f32,
+            ropes: ropes.collect(),
+            family,
+            norms: NormConstants {
+                eps: config.rms_norm_eps as f32,
+                offset: family.norm_offset,
+            },
+            embedding_scale: config.embedding_scale().map(|scale| scale as f32),
+            logit_cap: config.final_logit_softcapping.map(|cap| cap as f32),
             panels,
         }
     }
@@ -151,6 +170,11 @@ impl Fused {
         Rc::try_unwrap(data).unwrap_or_else(|shared| Buffer::copied(&self.pool, &shared))
     }
 
+    fn norm_into(&self, y: &mut [f32], x: &Array, weight: &Block, onto: Onto) {
+        let w = self.weights.block(weight);
+        elementwise::norm_forward(y, &x.data, w, self.weights.norms, onto);
+    }
+
     fn record(&mut self, record: impl FnOnce() -> Record) {
         if let Some(tape) = &mut self.tape {
             tape.push(record());
@@ -192,6 +216,9 @@ impl Kernels for Fused {
         for (y, &token) in y.chunks_exact_mut(width).zip(tokens) {
             y.copy_from_slice(&values[token as usize * width..][..width]);
         }
+        if let Some(scale) = self.weights.embedding_scale {
+            elementwise::scale(&mut y, scale);
+        }
         let out = self.array(width, y);
         self.record(|| Record::Embed {
             table: table.clone(),
@@ -203,18 +230,52 @@ impl Kernels for Fused {
 
     fn norm(&mut self, x: &Array, weight: &Block) -> Result<Array, PolicyError> {
         let mut y = Buffer::stale(&self.pool, x.data.len());
-        elementwise::norm_forward(
-            &mut y,
-            &x.data,
-            self.weights.block(weight),
-            self.weights.eps,
-        );
+        self.norm_into(&mut y, x, weight, Onto::Nothing);
         let out = self.array(x.width, y);
         self.record(|| Record::Norm {
             x: x.clone(),
             weight: weight.clone(),
+            residual: None,
             out: out.id,
         });
+        Ok(out)
+    }
+
+    fn norm_onto(
+        &mut self,
+        residual: Array,
+        x: &Array,
+        weight: &Block,
+    ) -> Result<Array, PolicyError> {
+        let mut y = self.owned(residual.data);
+        self.norm_into(&mut y, x, weight, Onto::Sum);
+        let out = self.array(x.width, y);
+        self.record(|| Record::Norm {
+            x: x.clone(),
+            weight: weight.clone(),
+            residual: Some(residual.id),
+            out: out.id,
+        });
+        Ok(out)
+    }
+
+    fn head_norms(&mut self, qkv: Array, norms: &HeadNorms) -> Result<Array, PolicyError> {
+        // What went in is wanted for the derivative only; otherwise the buffer serves again.
+        let kept = self.tape.is_some().then(|| qkv.clone());
+        let width = qkv.width;
+        let mut y = self.owned(qkv.data);
+        for (norm, columns) in self.weights.heads.normed(norms) {
+            let w = self.weights.block(norm);
+            elementwise::head_norm_forward(&mut y, width, columns, w, self.weights.norms);
+        }
+        let out = self.array(width, y);
+        if let Some(qkv) = kept {
+            self.record(|| Record::HeadNorms {
+                qkv,
+                norms: norms.clone(),
+                out: out.id,
+            });
+        }
         Ok(out)
     }
 
@@ -260,7 +321,7 @@ impl Kernels for Fused {
     fn attention(
         &mut self,
         qkv: Array,
-        layer: usize,
+        attention: &Attention,
         rows: &Rc<[Row]>,
         cache: Option<&mut Cache>,
     ) -> Result<Array, PolicyError> {
@@ -271,18 +332,20 @@ impl Kernels for Fused {
             &mut rotated,
             heads,
             rows,
-            &self.weights.rotary,
+            &self.weights.ropes[attention.rope],
             Turn::Forward,
         );
         let mut y = Buffer::stale(&self.pool, tokens * heads.query * heads.dim);
         let mut log_sums = Buffer::stale(&self.pool, tokens * heads.query);
-        let cache = cache.map(|cache| &mut cache.layers[layer]);
-        attention::forward((&mut y, &mut log_sums), &rotated, heads, rows, cache);
+        let cache = cache.map(|cache| &mut cache.layers[attention.layer]);
+        let shape = (heads, attention);
+        attention::forward((&mut y, &mut log_sums), &rotated, shape, rows, cache);
         let out = self.array(heads.query * heads.dim, y);
         self.record(|| Record::Attention {
             input,
             rotated,
             log_sums,
+            attention: *attention,
             rows: Rc::clone(rows),
             out: out.clone(),
         });
@@ -292,7 +355,8 @@ impl Kernels for Fused {
     fn gated(&mut self, gate_up: Array) -> Result<Array, PolicyError> {
         let width = gate_up.width / 2;
         let mut y = Buffer::stale(&self.pool, gate_up.data.len() / 2);
-        elementwise::gated_forward(&mut y, &gate_up.data, width);
+        let activation = self.weights.family.activation;
+        elementwise::gated_forward(&mut y, &gate_up.data, width, activation);
         let out = self.array(width, y);
         self.record(|| Record::Gated {
             gate_up,
@@ -328,6 +392,9 @@ impl Kernels for Fused {
         let x = &hidden.data[rows.start * hidden.width..rows.end * hidden.width];
         out.resize(rows.len() * head.rows, 0.0);
         self.weights.product(out, x, head, Onto::Nothing);
+        if let Some(cap) = self.weights.logit_cap {
+            elementwise::soft_cap(out, cap);
+        }
         Ok(())
     }
 
@@ -338,17 +405,17 @@ impl Kernels for Fused {
         targets: Vec<u32>,
         temperature: f32,
     ) -> Result<Selected, PolicyError> {
-        let selected = head::forward(
-            &hidden.data,
-            self.weights.block(head),
-            &targets,
+        let shaping = Shaping {
+            cap: self.weights.logit_cap,
             temperature,
-        );
+        };
+        let w = self.weights.block(head);
+        let selected = head::forward(&hidden.data, w, &targets, shaping);
         self.record(|| Record::Head {
             hidden: hidden.clone(),
             head: head.clone(),
             targets,
-            temperature,
+            shaping,
         });
         Ok(selected)
     }

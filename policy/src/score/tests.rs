@@ -34,7 +34,7 @@ fn oracle_logits(config: &Config, seed: u64, tokens: &[u32]) -> Tensor {
         sliding_window: config.max_position_embeddings,
         max_window_layers: config.num_hidden_layers,
         tie_word_embeddings: config.tie_word_embeddings,
-        rope_theta: config.rope_theta,
+        rope_theta: config.rope.theta,
         rms_norm_eps: config.rms_norm_eps,
         use_sliding_window: false,
         hidden_act: candle_nn::Activation::Silu,

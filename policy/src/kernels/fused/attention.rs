@@ -4,8 +4,14 @@
 //! (FlashAttention, arXiv:2205.14135), so memory grows with the tokens and not with their square. Keys are read
 //! transposed, `[D, positions]`, so that a query's scores are a sum of rows.
 
-use super::vector::{LANES, add_scaled, dot, exp, exp_shifted, largest, row_product, vectorised};
+use std::ops::Range;
+
+use super::rotary::{Angles, Rotary};
+use super::vector::{
+    LANES, add_scaled, dot, exp, exp_shifted, largest, row_product, tanh, vectorised,
+};
 use crate::kernels::Row;
+use crate::layout::{Attention, Block, HeadNorms};
 
 /// Positions are padded to a multiple of this where keys lie transposed, so that no scores are computed one by one.
 const PADDING: usize = LANES;
@@ -29,10 +35,6 @@ impl Heads {
         self.query / self.key
     }
 
-    fn scale(self) -> f32 {
-        1.0 / (self.dim as f32).sqrt()
-    }
-
     /// Where key head `j` starts within a token; its values start `key·dim` later.
     fn key_offset(self, j: usize) -> usize {
         (self.query + j) * self.dim
@@ -41,26 +43,11 @@ impl Heads {
     fn value_offset(self, j: usize) -> usize {
         (self.query + self.key + j) * self.dim
     }
-}
 
-/// Cosines and sines of every position, each `[positions, D/2]`.
-#[derive(Debug)]
-pub(crate) struct Rotary {
-    pub(crate) cos: Vec<f32>,
-    pub(crate) sin: Vec<f32>,
-}
-
-impl Rotary {
-    /// Angles `position · theta^(−2i/D)`, in f32 as Hugging Face computes them: later positions of a checkpoint were
-    /// trained with exactly these roundings.
-    pub(crate) fn new(positions: usize, dim: usize, theta: f64) -> Self {
-        let frequencies: Vec<f32> = (0..dim / 2)
-            .map(|i| (1.0 / theta.powf(2.0 * i as f64 / dim as f64)) as f32)
-            .collect();
-        let angles = (0..positions)
-            .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
-        let (sin, cos) = angles.map(f32::sin_cos).unzip();
-        Self { cos, sin }
+    /// The norms on q and k, and the columns of a token that each works on.
+    pub(crate) fn normed(self, norms: &HeadNorms) -> [(&Block, Range<usize>); 2] {
+        let (keys, values) = (self.key_offset(0), self.value_offset(0));
+        [(&norms.query, 0..keys), (&norms.key, keys..values)]
     }
 }
 
@@ -73,25 +60,20 @@ pub(crate) enum Turn {
 
 /// Turns q and k of every token of `qkv` `[N, (H + 2 KV)·D]` by its position's angles.
 pub(crate) fn rotate(qkv: &mut [f32], heads: Heads, rows: &[Row], rotary: &Rotary, turn: Turn) {
-    let (width, half) = (heads.width(), heads.dim / 2);
+    let width = heads.width();
     for row in rows {
         let tokens = &mut qkv[row.start * width..(row.start + row.len) * width];
         for (token, position) in tokens.chunks_exact_mut(width).zip(row.position..) {
-            let angles = position * half..(position + 1) * half;
             let turned = &mut token[..(heads.query + heads.key) * heads.dim];
-            rotate_heads(
-                turned,
-                &rotary.cos[angles.clone()],
-                &rotary.sin[angles],
-                turn,
-            );
+            rotate_heads(turned, rotary.angles(position), turn);
         }
     }
 }
 
 vectorised! {
-fn rotate_heads(heads: &mut [f32], cos: &[f32], sin: &[f32], turn: Turn) {
+fn rotate_heads(heads: &mut [f32], angles: Angles<'_>, turn: Turn) {
     let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
+    let Angles { cos, sin } = angles;
     for head in heads.chunks_exact_mut(2 * cos.len()) {
         let (left, right) = head.split_at_mut(cos.len());
         for (((l, r), cos), sin) in left.iter_mut().zip(right).zip(cos).zip(sin) {
@@ -177,7 +159,7 @@ struct Keys<'a> {
 pub(crate) fn forward(
     (out, log_sums): (&mut [f32], &mut [f32]),
     qkv: &[f32],
-    heads: Heads,
+    (heads, attention): (Heads, &Attention),
     rows: &[Row],
     mut cache: Option<&mut CacheLayer>,
 ) {
@@ -212,7 +194,7 @@ pub(crate) fn forward(
                     tokens,
                     keys,
                     &mut scores,
-                    heads,
+                    (heads, attention),
                     h,
                     row.position,
                 );
@@ -236,37 +218,81 @@ fn transpose(to: &mut Vec<f32>, tokens: &[f32], heads: Heads, offset: usize) -> 
 }
 
 vectorised! {
-/// One query head of one row: `s = q Kᵀ/√D`, `p = softmax(s)` over earlier positions and its own, `o = p V`.
+/// One query head of one row: `s = cap(q Kᵀ·scale)`, `p = softmax(s)` over the positions that the query sees, `o = p V`.
 fn attend(
     out: &mut [f32],
     log_sums: &mut [f32],
     tokens: &[f32],
     keys: Keys<'_>,
     scores: &mut [f32],
-    heads: Heads,
+    shape: (Heads, &Attention),
     h: usize,
     position: usize,
 ) {
-    let (dim, scale) = (heads.dim, heads.scale());
+    let (heads, attention) = shape;
+    let dim = heads.dim;
     for (i, token) in tokens.chunks_exact(heads.width()).enumerate() {
-        let visible = position + i + 1;
+        let seen = Seen::new(attention, position + i);
         let query = &token[h * dim..(h + 1) * dim];
-        let padded = visible.next_multiple_of(PADDING);
-        let scores = &mut scores[..padded];
-        row_product(scores, query, keys.transposed, keys.stride);
-        // Padding and later positions get no weight.
-        scores[visible..].fill(f32::NEG_INFINITY);
+        let scores = &mut scores[seen.padded()];
+        row_product(scores, query, &keys.transposed[seen.start..], keys.stride);
+        let scale = bend(scores, attention);
+        // Padding, later positions and those before the window get no weight.
+        scores[seen.end - seen.start..].fill(f32::NEG_INFINITY);
+        scores[..seen.first - seen.start].fill(f32::NEG_INFINITY);
         let max = largest(scores);
         let sum = exp_shifted(scores, max, scale);
         log_sums[i * heads.query + h] = max * scale + sum.ln();
         let out = &mut out[(i * heads.query + h) * dim..][..dim];
-        row_product(out, &scores[..visible], keys.values, keys.value_stride);
+        let weights = &scores[seen.first - seen.start..seen.end - seen.start];
+        row_product(out, weights, &keys.values[seen.first * keys.value_stride..], keys.value_stride);
         let inverse = 1.0 / sum;
         for value in out.iter_mut() {
             *value *= inverse;
         }
     }
 }
+}
+
+/// Positions that one query sees, `first..end`, and where the vectors that hold them start.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    start: usize,
+    first: usize,
+    end: usize,
+}
+
+impl Seen {
+    #[inline(always)]
+    fn new(attention: &Attention, position: usize) -> Self {
+        let first = attention.first_visible(position);
+        Self {
+            start: first / PADDING * PADDING,
+            first,
+            end: position + 1,
+        }
+    }
+
+    /// Whole vectors around what is seen.
+    #[inline(always)]
+    fn padded(self) -> Range<usize> {
+        self.start..self.end.next_multiple_of(PADDING)
+    }
+}
+
+/// Scores without a cap stay, and are scaled where they are used; those with one become `cap·tanh(s·scale/cap)`. Returns
+/// what is left to multiply with.
+#[inline(always)]
+fn bend(scores: &mut [f32], attention: &Attention) -> f32 {
+    let scale = attention.scale as f32;
+    let Some(cap) = attention.softcap else {
+        return scale;
+    };
+    let (cap, inner) = (cap as f32, (attention.scale / cap) as f32);
+    for score in scores {
+        *score = cap * tanh(*score * inner);
+    }
+    1.0
 }
 
 /// What [`forward`] left behind.
@@ -285,7 +311,7 @@ pub(crate) fn backward(
     dqkv: &mut [f32],
     dout: &[f32],
     attended: Attended<'_>,
-    heads: Heads,
+    (heads, attention): (Heads, &Attention),
     rows: &[Row],
 ) {
     let (width, out_width) = (heads.width(), heads.query * heads.dim);
@@ -310,7 +336,7 @@ pub(crate) fn backward(
                     },
                     (&keys, &values),
                     &mut room,
-                    heads,
+                    (heads, attention),
                     h,
                 );
             }
@@ -319,36 +345,43 @@ pub(crate) fn backward(
 }
 
 vectorised! {
-/// One query head of one row. With `P = softmax(s)`: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P∘(dP − rowsum(dO∘O))/√D`,
-/// `dQ = dS K`, `dK = dSᵀ Q`.
+/// One query head of one row. With `P = softmax(s)`: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P∘(dP − rowsum(dO∘O))·scale`,
+/// times `1 − (s/cap)²` where there is a cap, `dQ = dS K`, `dK = dSᵀ Q`.
 fn attend_backward(
     dqkv: &mut [f32],
     dout: &[f32],
     attended: Attended<'_>,
     transposed: (&[f32], &[f32]),
     room: &mut [f32],
-    heads: Heads,
+    shape: (Heads, &Attention),
     h: usize,
 ) {
-    let (width, dim, scale) = (heads.width(), heads.dim, heads.scale());
+    let (heads, attention) = shape;
+    let (width, dim, scale) = (heads.width(), heads.dim, attention.scale as f32);
     let (key, value) = (heads.key_offset(h / heads.group()), heads.value_offset(h / heads.group()));
     let stride = room.len() / 2;
     let (weights, slopes) = room.split_at_mut(stride);
     for (i, token) in attended.qkv.chunks_exact(width).enumerate() {
-        let (visible, padded) = (i + 1, (i + 1).next_multiple_of(PADDING));
+        let seen = Seen::new(attention, i);
         let query = &token[h * dim..(h + 1) * dim];
         let at = (i * heads.query + h) * dim;
         let (dout, out) = (&dout[at..at + dim], &attended.out[at..at + dim]);
-        row_product(&mut weights[..padded], query, transposed.0, stride);
-        row_product(&mut slopes[..padded], dout, transposed.1, stride);
+        let (weights, slopes) = (&mut weights[seen.padded()], &mut slopes[seen.padded()]);
+        row_product(weights, query, &transposed.0[seen.start..], stride);
+        row_product(slopes, dout, &transposed.1[seen.start..], stride);
         let (shared, log_sum) = (dot(dout, out), attended.log_sums[i * heads.query + h]);
-        for (weight, slope) in weights[..padded].iter_mut().zip(&mut slopes[..padded]) {
-            *weight = exp(*weight * scale - log_sum);
-            *slope = *weight * (*slope - shared) * scale;
+        let left = bend(weights, attention);
+        let bent = attention.softcap.map_or(0.0, |cap| (1.0 / (cap * cap)) as f32);
+        for (weight, slope) in weights.iter_mut().zip(slopes.iter_mut()) {
+            let score = *weight;
+            *weight = exp(score * left - log_sum);
+            *slope = *weight * (*slope - shared) * scale * (1.0 - score * score * bent);
         }
+        let places = seen.first - seen.start..seen.end - seen.start;
+        let (weights, slopes) = (&weights[places.clone()], &slopes[places]);
         let dquery = &mut dqkv[i * width + h * dim..][..dim];
-        row_product(dquery, &slopes[..visible], &attended.qkv[key..], width);
-        for (j, (&weight, &slope)) in weights.iter().zip(slopes.iter()).take(visible).enumerate() {
+        row_product(dquery, slopes, &attended.qkv[seen.first * width + key..], width);
+        for (j, (&weight, &slope)) in (seen.first..).zip(weights.iter().zip(slopes)) {
             add_scaled(&mut dqkv[j * width + key..][..dim], slope, query);
             add_scaled(&mut dqkv[j * width + value..][..dim], weight, dout);
         }

@@ -1,18 +1,28 @@
 //! The head: log-probabilities of chosen tokens from hidden states, never keeping more than a chunk of logits.
 
+use super::elementwise::soft_cap;
 use super::matmul::{Matrix, Onto, multiply};
 use super::vector::{dot, exp_shifted, largest, vectorised};
 use crate::kernels::Selected;
 
+/// What is made of logits before the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Shaping {
+    /// Logits l become `cap·tanh(l/cap)`.
+    pub(crate) cap: Option<f32>,
+    /// Divides them then.
+    pub(crate) temperature: f32,
+}
+
 /// Rows of logits held at once.
 const CHUNK_ROWS: usize = 256;
 
-/// Log-probability of `targets` and entropy of each row under `softmax(x wᵀ / temperature)`.
+/// Log-probability of `targets` and entropy of each row under `softmax(cap(x wᵀ) / temperature)`.
 ///
 /// * `x` — `[M, width]` hidden states
 /// * `w` — `[V, width]`
 /// * `targets` — `[M]`, each below V
-pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], temperature: f32) -> Selected {
+pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], shaping: Shaping) -> Selected {
     let width = x.len() / targets.len().max(1);
     let vocab = w.len() / width.max(1);
     let mut logits = vec![0.0; CHUNK_ROWS.min(targets.len()) * vocab];
@@ -23,10 +33,10 @@ pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], temperature: f32) -
     };
     for (x, targets) in x.chunks(CHUNK_ROWS * width).zip(targets.chunks(CHUNK_ROWS)) {
         let logits = &mut logits[..targets.len() * vocab];
-        chunk_logits(logits, x, w, targets.len());
+        chunk_logits(logits, x, w, targets.len(), shaping.cap);
         for (row, &target) in logits.chunks_exact_mut(vocab).zip(targets) {
             let (logprob, entropy) =
-                row_statistics(row, &mut scaled, target as usize, 1.0 / temperature);
+                row_statistics(row, &mut scaled, target as usize, 1.0 / shaping.temperature);
             selected.logprobs.push(logprob);
             selected.entropies.push(entropy);
         }
@@ -39,12 +49,13 @@ pub(crate) fn backward(
     (dx, dw): (&mut [f32], &mut [f32]),
     (x, w): (&[f32], &[f32]),
     targets: &[u32],
-    temperature: f32,
+    shaping: Shaping,
     coefficients: &[f32],
 ) {
     let width = x.len() / targets.len().max(1);
     let vocab = w.len() / width.max(1);
     let mut logits = vec![0.0; CHUNK_ROWS.min(targets.len()) * vocab];
+    let mut capped = vec![0.0; shaping.cap.map_or(0, |_| vocab)];
     let chunks = x
         .chunks(CHUNK_ROWS * width)
         .zip(dx.chunks_mut(CHUNK_ROWS * width))
@@ -53,13 +64,19 @@ pub(crate) fn backward(
     for (((x, dx), targets), coefficients) in chunks {
         let rows = targets.len();
         let logits = &mut logits[..rows * vocab];
-        chunk_logits(logits, x, w, rows);
+        chunk_logits(logits, x, w, rows, shaping.cap);
         for ((row, &target), &coefficient) in logits
             .chunks_exact_mut(vocab)
             .zip(targets)
             .zip(coefficients)
         {
-            row_derivative(row, target as usize, 1.0 / temperature, coefficient);
+            if shaping.cap.is_some() {
+                capped.copy_from_slice(row);
+            }
+            row_derivative(row, target as usize, 1.0 / shaping.temperature, coefficient);
+            if let Some(cap) = shaping.cap {
+                cap_derivative(row, &capped, cap);
+            }
         }
         let g = Matrix::new(logits, rows, vocab);
         multiply(dx, g, Matrix::new(w, vocab, width), Onto::Sum);
@@ -67,12 +84,25 @@ pub(crate) fn backward(
     }
 }
 
-/// `logits = x wᵀ`
-fn chunk_logits(logits: &mut [f32], x: &[f32], w: &[f32], rows: usize) {
+/// `logits = cap(x wᵀ)`
+fn chunk_logits(logits: &mut [f32], x: &[f32], w: &[f32], rows: usize, cap: Option<f32>) {
     let width = x.len() / rows.max(1);
     let vocab = logits.len() / rows.max(1);
     let w = Matrix::new(w, vocab, width).transposed();
     multiply(logits, Matrix::new(x, rows, width), w, Onto::Nothing);
+    if let Some(cap) = cap {
+        soft_cap(logits, cap);
+    }
+}
+
+vectorised! {
+/// Derivatives by capped logits `[V]` to those by the logits: times `1 − (c/cap)²`.
+fn cap_derivative(row: &mut [f32], capped: &[f32], cap: f32) {
+    let inverse = 1.0 / (cap * cap);
+    for (slope, c) in row.iter_mut().zip(capped) {
+        *slope *= 1.0 - c * c * inverse;
+    }
+}
 }
 
 vectorised! {

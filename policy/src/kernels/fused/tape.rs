@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use super::attention::{self, Attended, Turn};
 use super::buffer::{Buffer, Pool};
+use super::head::{self, Shaping};
 use super::matmul::{Matrix, Onto, multiply};
-use super::{Array, FusedWeights, elementwise, head};
+use super::{Array, FusedWeights, elementwise};
 use crate::gradient::Gradients;
 use crate::kernels::Row;
-use crate::layout::{Block, Linear};
+use crate::layout::{Attention, Block, HeadNorms, Linear};
 
 /// One operation and what its derivative needs. Numbers name arrays.
 #[derive(Debug)]
@@ -26,6 +27,12 @@ pub(crate) enum Record {
     Norm {
         x: Array,
         weight: Block,
+        residual: Option<usize>,
+        out: usize,
+    },
+    HeadNorms {
+        qkv: Array,
+        norms: HeadNorms,
         out: usize,
     },
     Linear {
@@ -38,6 +45,7 @@ pub(crate) enum Record {
         input: usize,
         rotated: Buffer,
         log_sums: Buffer,
+        attention: Attention,
         rows: Rc<[Row]>,
         out: Array,
     },
@@ -56,7 +64,7 @@ pub(crate) enum Record {
         hidden: Array,
         head: Block,
         targets: Vec<u32>,
-        temperature: f32,
+        shaping: Shaping,
     },
 }
 
@@ -106,24 +114,44 @@ impl Reverse<'_> {
                 hidden,
                 head,
                 targets,
-                temperature,
+                shaping,
             } => {
                 let mut dx = self.slope_or_zeros(&hidden);
                 let dw = self.gradients.block_mut(&head);
                 let w = self.weights.block(&head);
                 let pair = (&hidden.data[..], w);
-                head::backward((&mut dx, dw), pair, &targets, temperature, coefficients);
+                head::backward((&mut dx, dw), pair, &targets, shaping, coefficients);
                 self.slopes.insert(hidden.id, dx);
             }
-            Record::Norm { x, weight, out } => {
+            Record::Norm {
+                x,
+                weight,
+                residual,
+                out,
+            } => {
                 let Some(g) = self.slopes.remove(&out) else {
                     return;
                 };
                 let mut dx = self.slope_or_zeros(&x);
                 let dw = self.gradients.block_mut(&weight);
                 let w = self.weights.block(&weight);
-                elementwise::norm_backward(&mut dx, dw, &g, &x.data, w, self.weights.eps);
+                elementwise::norm_backward(&mut dx, dw, &g, &x.data, w, self.weights.norms);
                 self.slopes.insert(x.id, dx);
+                if let Some(residual) = residual {
+                    self.give(residual, g);
+                }
+            }
+            Record::HeadNorms { qkv, norms, out } => {
+                let Some(mut g) = self.slopes.remove(&out) else {
+                    return;
+                };
+                for (norm, columns) in self.weights.heads.normed(&norms) {
+                    let dw = self.gradients.block_mut(norm);
+                    let w = self.weights.block(norm);
+                    let (x, width, constants) = (&qkv.data, qkv.width, self.weights.norms);
+                    elementwise::head_norm_backward(&mut g, dw, x, width, columns, w, constants);
+                }
+                self.give(qkv.id, g);
             }
             Record::Linear {
                 x,
@@ -135,6 +163,7 @@ impl Reverse<'_> {
                 input,
                 rotated,
                 log_sums,
+                attention,
                 rows,
                 out,
             } => {
@@ -148,8 +177,8 @@ impl Reverse<'_> {
                     log_sums: &log_sums,
                 };
                 let heads = self.weights.heads;
-                attention::backward(&mut dqkv, &g, attended, heads, &rows);
-                let rotary = &self.weights.rotary;
+                attention::backward(&mut dqkv, &g, attended, (heads, &attention), &rows);
+                let rotary = &self.weights.ropes[attention.rope];
                 attention::rotate(&mut dqkv, heads, &rows, rotary, Turn::Back);
                 self.give(input, dqkv);
             }
@@ -160,7 +189,8 @@ impl Reverse<'_> {
                 let width = gate_up.width / 2;
                 let mut slope = Rc::try_unwrap(gate_up.data)
                     .unwrap_or_else(|shared| Buffer::copied(self.pool, &shared));
-                elementwise::gated_backward(&mut slope, &g, width);
+                let activation = self.weights.family.activation;
+                elementwise::gated_backward(&mut slope, &g, width, activation);
                 self.give(gate_up.id, slope);
             }
             Record::Gather {
@@ -186,7 +216,11 @@ impl Reverse<'_> {
                 let width = table.columns;
                 let dw = self.gradients.block_mut(&table);
                 for (g, &token) in g.chunks_exact(width).zip(&tokens) {
-                    elementwise::add(&mut dw[token as usize * width..][..width], g);
+                    let row = &mut dw[token as usize * width..][..width];
+                    match self.weights.embedding_scale {
+                        None => elementwise::add(row, g),
+                        Some(scale) => elementwise::add_multiple(row, g, scale),
+                    }
                 }
             }
         }
