@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::config::{Config, ConfigError, TokenIds};
 use crate::disk::{DiskError, create_folder, read_file, write_atomically};
 use crate::policy::{CONFIG_BYTES_MAX, PolicyError, read_model};
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::{CHAT_FILE, Tokenizer, TokenizerError};
 use crate::weights::Image;
 
 /// Why a folder is not a model.
@@ -100,6 +100,9 @@ impl ModelFolder {
         });
         let config = self.config.to_json(self.image.storage().torch_name());
         let generation = format!("{generation:#}\n");
+        // Its own file, wherever it came from: transformers reads that one first.
+        let chat = self.tokenizer.chat();
+        let chat = chat.map(|source| (CHAT_FILE, source.as_bytes()));
         for (name, bytes) in [
             ("config.json", config.as_bytes()),
             ("generation_config.json", generation.as_bytes()),
@@ -108,8 +111,11 @@ impl ModelFolder {
                 "tokenizer_config.json",
                 self.tokenizer.settings().as_bytes(),
             ),
-            ("model.safetensors", self.image.bytes()),
-        ] {
+        ]
+        .into_iter()
+        .chain(chat)
+        .chain([("model.safetensors", self.image.bytes())])
+        {
             write_atomically(&folder.join(name), |file| file.write_all(bytes))?;
         }
         Ok(())

@@ -9,6 +9,7 @@
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
 )]
 
+mod chat;
 mod config;
 mod decoder;
 mod device;
@@ -31,6 +32,7 @@ mod testing;
 
 pub use candle_core::Device;
 
+pub use chat::{ChatError, ChatTemplate, Message, Rendering, Speaker};
 pub use config::{Architecture, Config, ConfigError, LayerType, Rope, RopeScaling};
 pub use device::{DeviceError, device};
 pub use disk::{DiskError, read_file, write_atomically};

@@ -8,17 +8,20 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use crate::chat::{ChatError, ChatTemplate, Message, Rendering, TEMPLATE_BYTES_MAX};
 use crate::config::Config;
 use crate::disk::{DiskError, read_file};
+
+pub use characters::character_tokenizer;
+use characters::{EOS, PAD, character_settings};
+
+mod characters;
 
 /// Largest tokenizer read: the longest in use have about 35 MB.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 
-/// The token that fills batches in other software, in a character tokenizer.
-const PAD: &str = "<pad>";
-
-/// The token that ends an answer, in a character tokenizer.
-const EOS: &str = "<eos>";
+/// Where a chat template stands alone.
+pub(crate) const CHAT_FILE: &str = "chat_template.jinja";
 
 /// Names under which the end of a text goes where no `tokenizer_config.json` names it.
 const EOS_NAMES: [&str; 6] = [
@@ -67,6 +70,9 @@ pub enum TokenizerError {
     /// Tokens that are no text.
     #[error("tokens cannot be turned into text: {0}")]
     Decode(String),
+    /// The chat template, or its refusal.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// An alphabet that makes no tokenizer.
     #[error("the alphabet {problem}; list each character once")]
     Alphabet {
@@ -90,10 +96,14 @@ struct Shared {
     highest: (String, u32),
     eos: Option<u32>,
     pad: Option<u32>,
+    /// Its text, and what became of it: a template that cannot be read is no reason to refuse a model that is not asked
+    /// for conversation.
+    chat: Option<(String, Result<ChatTemplate, ChatError>)>,
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`, and `tokenizer_config.json` if there is one, from a model's folder.
+    /// Loads `tokenizer.json` from a model's folder, with `tokenizer_config.json` and `chat_template.jinja` if they are
+    /// there; as in transformers, the file wins over a template among the settings.
     ///
     /// # Errors
     /// When the file is missing or is not a tokenizer.
@@ -101,17 +111,16 @@ impl Tokenizer {
         let hint =
             "copy it from the model that the weights came from, or write one with `muster warmup`";
         let json = read_file(&folder.join("tokenizer.json"), TOKENIZER_BYTES_MAX, hint)?;
-        let settings = match read_file(
-            &folder.join("tokenizer_config.json"),
-            TOKENIZER_BYTES_MAX,
-            hint,
-        ) {
-            Ok(settings) => Some(String::from_utf8_lossy(&settings).into_owned()),
-            // Optional: everything needed to encode is in tokenizer.json.
-            Err(DiskError::Missing { .. }) => None,
-            Err(error) => return Err(error.into()),
-        };
-        Self::parse(&String::from_utf8_lossy(&json), settings.as_deref())
+        // Everything needed to encode is in tokenizer.json.
+        let optional =
+            |name: &str, bytes_max: u64| match read_file(&folder.join(name), bytes_max, hint) {
+                Ok(text) => Ok(Some(String::from_utf8_lossy(&text).into_owned())),
+                Err(DiskError::Missing { .. }) => Ok(None),
+                Err(error) => Err(error),
+            };
+        let settings = optional("tokenizer_config.json", TOKENIZER_BYTES_MAX)?;
+        let chat = optional(CHAT_FILE, TEMPLATE_BYTES_MAX)?;
+        Self::assemble(&String::from_utf8_lossy(&json), settings.as_deref(), chat)
     }
 
     /// Reads the text of a `tokenizer.json` and of a `tokenizer_config.json`.
@@ -119,6 +128,14 @@ impl Tokenizer {
     /// # Errors
     /// When one of them is not what it should be.
     pub fn parse(json: &str, settings: Option<&str>) -> Result<Self, TokenizerError> {
+        Self::assemble(json, settings, None)
+    }
+
+    fn assemble(
+        json: &str,
+        settings: Option<&str>,
+        chat: Option<String>,
+    ) -> Result<Self, TokenizerError> {
         let unreadable = |file, reason: String| TokenizerError::Unreadable { file, reason };
         let tokenizer = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|error| unreadable("tokenizer.json", error.to_string()))?;
@@ -141,6 +158,12 @@ impl Tokenizer {
         };
         let eos = id_named("eos_token").or_else(known);
         let pad = id_named("pad_token").or_else(|| tokenizer.token_to_id(PAD));
+        let chat = chat
+            .or_else(|| ChatTemplate::of_settings(&settings))
+            .map(|source| {
+                let template = ChatTemplate::new(&source, &settings);
+                (source, template)
+            });
         let settings = if settings.is_null() {
             json!({ "tokenizer_class": "PreTrainedTokenizerFast" })
         } else {
@@ -154,6 +177,7 @@ impl Tokenizer {
             highest,
             eos,
             pad,
+            chat,
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -200,6 +224,20 @@ impl Tokenizer {
     /// When a character has no token.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         self.encode_with(text, true)
+    }
+
+    /// Tokens of a conversation as the model's chat template writes it. The template writes what stands at the start of a
+    /// document itself, so nothing is put around its text.
+    ///
+    /// # Errors
+    /// When the model has no chat template, or the template refuses the conversation.
+    pub fn encode_chat(
+        &self,
+        messages: &[Message<'_>],
+        rendering: Rendering,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let text = self.chat_template()?.render(messages, rendering)?;
+        self.encode(&text)
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
@@ -253,6 +291,23 @@ impl Tokenizer {
         self.shared.highest.1 as usize + 1
     }
 
+    /// The model's chat template.
+    ///
+    /// # Errors
+    /// When the model has none, or it cannot be read.
+    pub fn chat_template(&self) -> Result<&ChatTemplate, ChatError> {
+        match &self.shared.chat {
+            None => Err(ChatError::Missing),
+            Some((_, Ok(template))) => Ok(template),
+            Some((_, Err(error))) => Err(error.clone()),
+        }
+    }
+
+    /// The text of the model's chat template, if it has one.
+    pub fn chat(&self) -> Option<&str> {
+        self.shared.chat.as_ref().map(|(source, _)| source.as_str())
+    }
+
     /// The text of `tokenizer.json`.
     pub fn json(&self) -> &str {
         &self.shared.json
@@ -270,208 +325,5 @@ fn special<'a>(settings: &'a Value, key: &str) -> Option<&'a str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// The text of a `tokenizer.json` with one token per character of `alphabet`, which Hugging Face `tokenizers` and
-/// transformers load as well. A character outside the alphabet is an error when encoding, and not dropped.
-///
-/// Characters are named as byte-level vocabularies name them (a space is `Ġ`): transformers 5 rebuilds the tokenizer of
-/// every Qwen2 model as a byte-level one and takes over no more than the vocabulary. So it reads an alphabet of ASCII
-/// characters as it is meant; of others it drops the characters, where transformers 4 and this crate do not.
-///
-/// # Errors
-/// When the alphabet is empty or names a character twice.
-pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
-    if alphabet.is_empty() {
-        return Err(TokenizerError::Alphabet {
-            problem: "is empty".to_owned(),
-        });
-    }
-    let mut vocabulary = serde_json::Map::new();
-    let names = [PAD.to_owned(), EOS.to_owned()].into_iter();
-    for (id, name) in names.chain(alphabet.chars().map(byte_level)).enumerate() {
-        if vocabulary.insert(name.clone(), json!(id)).is_some() {
-            return Err(TokenizerError::Alphabet {
-                problem: format!("names `{name}` twice"),
-            });
-        }
-    }
-    let added = [PAD, EOS].iter().enumerate().map(|(id, name)| {
-        json!({
-            "id": id, "content": name, "special": true,
-            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-        })
-    });
-    let byte_level_step = json!({
-        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
-    });
-    let file = json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": added.collect::<Vec<_>>(),
-        "normalizer": null,
-        // A dot would leave out line breaks.
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                { "type": "Split", "pattern": { "Regex": "[\\s\\S]" }, "behavior": "Isolated", "invert": false },
-                byte_level_step,
-            ],
-        },
-        "post_processor": null,
-        // Joins tokens as they are; without a decoder, spaces would be put between them.
-        "decoder": byte_level_step,
-        // The unknown token is not in the vocabulary, which makes an unknown character an error.
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>" },
-    });
-    Ok(format!("{file:#}\n"))
-}
-
-/// A character's name in a byte-level vocabulary: each of its bytes as a visible character. Those of Latin-1 that are
-/// visible stand for themselves, the others for the code points from U+0100 on, in order.
-fn byte_level(character: char) -> String {
-    let is_visible = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let shown = |byte: u8| {
-        if is_visible(byte) {
-            return char::from(byte);
-        }
-        let hidden_before = (0..byte).filter(|earlier| !is_visible(*earlier)).count();
-        let code = 0x100 + u32::try_from(hidden_before).unwrap_or_default();
-        char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
-    };
-    let mut bytes = [0; 4];
-    character
-        .encode_utf8(&mut bytes)
-        .bytes()
-        .map(shown)
-        .collect()
-}
-
-fn character_settings() -> String {
-    let settings = json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "eos_token": EOS,
-        // Without one, transformers 5 adds a token of its own. No text is ever read as it.
-        "unk_token": PAD,
-        "clean_up_tokenization_spaces": false,
-    });
-    format!("{settings:#}\n")
-}
-
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::testing::tiny;
-
-    const ALPHABET: &str = "0123456789+-=., \nabc";
-
-    proptest! {
-        #[test]
-        fn text_survives_encoding_and_decoding(text in "[0-9+=., \nabc-]{0,60}") {
-            let tokenizer = Tokenizer::characters(ALPHABET).unwrap();
-            let tokens = tokenizer.encode(&text).unwrap();
-            prop_assert_eq!(tokens.len(), text.chars().count());
-            prop_assert_eq!(tokenizer.decode(&tokens).unwrap(), text);
-        }
-    }
-
-    #[test]
-    fn special_tokens_have_fixed_ids_and_no_text() {
-        let tokenizer = Tokenizer::characters(ALPHABET).unwrap();
-        assert_eq!((tokenizer.pad(), tokenizer.eos()), (Some(0), Some(1)));
-        assert_eq!(tokenizer.vocab_size(), 2 + ALPHABET.chars().count());
-        assert_eq!(
-            tokenizer.encode("1<eos>").unwrap(),
-            [tokenizer.id("1").unwrap(), 1]
-        );
-        assert_eq!(
-            tokenizer
-                .decode(&[tokenizer.id("1").unwrap(), 1, 0])
-                .unwrap(),
-            "1"
-        );
-        assert_eq!(
-            tokenizer.encode_prompt("1=").unwrap(),
-            tokenizer.encode("1=").unwrap()
-        );
-    }
-
-    #[test]
-    fn characters_are_named_as_byte_level_vocabularies_name_them() {
-        let named: Vec<String> = " \nA~é中".chars().map(byte_level).collect();
-        assert_eq!(named, ["Ġ", "Ċ", "A", "~", "Ã©", "ä¸Ń"]);
-        let tokenizer = Tokenizer::characters(" \né中").unwrap();
-        assert_eq!(tokenizer.encode("中 \né").unwrap(), [5, 2, 3, 4]);
-        assert_eq!(tokenizer.decode(&[5, 2, 3, 4]).unwrap(), "中 \né");
-        assert_eq!((tokenizer.id(" "), tokenizer.id("Ġ")), (Some(2), Some(2)));
-        assert_eq!(tokenizer.id("é中"), None);
-    }
-
-    #[test]
-    fn an_id_without_a_token_is_not_hidden() {
-        let tokenizer = Tokenizer::characters("12").unwrap();
-        assert_eq!(tokenizer.decode(&[2, 9, 3]).unwrap(), "1\u{FFFD}2");
-    }
-
-    #[test]
-    fn a_character_outside_the_alphabet_is_an_error() {
-        let error = Tokenizer::characters("12")
-            .unwrap()
-            .encode("1z")
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("1z"), "{error}");
-    }
-
-    #[test]
-    fn an_alphabet_must_name_each_character_once() {
-        for alphabet in ["", "121"] {
-            assert!(matches!(
-                character_tokenizer(alphabet),
-                Err(TokenizerError::Alphabet { .. })
-            ));
-        }
-    }
-
-    #[test]
-    fn a_vocabulary_beyond_the_embedding_is_refused() {
-        let config = tiny();
-        Tokenizer::characters(ALPHABET)
-            .unwrap()
-            .check(&config)
-            .unwrap();
-        let wide: String = ('\u{4E00}'..).take(36).collect();
-        let error = Tokenizer::characters(&wide)
-            .unwrap()
-            .check(&config)
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("37"), "{error}");
-    }
-
-    #[test]
-    fn what_is_written_reads_back_with_its_special_tokens() {
-        let tokenizer = Tokenizer::characters(ALPHABET).unwrap();
-        let again = Tokenizer::parse(tokenizer.json(), Some(tokenizer.settings())).unwrap();
-        assert_eq!((again.eos(), again.pad()), (Some(1), Some(0)));
-        let object = r#"{"eos_token": {"content": "a"}}"#;
-        let other = Tokenizer::parse(tokenizer.json(), Some(object)).unwrap();
-        assert_eq!(other.eos(), tokenizer.id("a"));
-        let bare = Tokenizer::parse(tokenizer.json(), None).unwrap();
-        assert_eq!(bare.eos(), Some(1));
-    }
-
-    #[test]
-    fn what_is_no_tokenizer_is_refused_by_file() {
-        let error = Tokenizer::parse("{}", None).unwrap_err().to_string();
-        assert!(error.contains("tokenizer.json"), "{error}");
-        let json = character_tokenizer("1").unwrap();
-        let error = Tokenizer::parse(&json, Some("[")).unwrap_err().to_string();
-        assert!(error.contains("tokenizer_config.json"), "{error}");
-        let empty = tempfile::tempdir().unwrap();
-        let error = Tokenizer::load(empty.path()).unwrap_err().to_string();
-        assert!(error.contains("tokenizer.json is missing"), "{error}");
-    }
-}
+mod tests;
