@@ -40,6 +40,7 @@ pub use engine::{Completion, EngineConfig, Finish, GenerationRequest, generate};
 pub use folder::{FolderError, ModelFolder};
 pub use gradient::{Coefficients, Gradients, Pass, TrainRow, gradients};
 pub use kernels::KernelSet;
+pub use kernels::fused::Threads;
 pub use layout::{Layout, Parameter};
 pub use optimizer::{AdamW, Master, OptimizerError, Update};
 pub use policy::{Policy, PolicyError};

@@ -11,7 +11,7 @@ use crate::config::{Config, ConfigError};
 use crate::disk::{DiskError, read_file};
 use crate::kernels::KernelSet;
 use crate::kernels::candle::CandleWeights;
-use crate::kernels::fused::FusedWeights;
+use crate::kernels::fused::{FusedWeights, Threads};
 use crate::layout::Layout;
 use crate::weights::{Image, WeightsError};
 
@@ -153,18 +153,17 @@ impl Policy {
         config.validate()?;
         let layout = Arc::new(Layout::new(config));
         image.fits(&layout)?;
-        let values = image.values();
         let weights = match kernels {
             KernelSet::Fused if !device.is_cpu() => return Err(PolicyError::FusedNeedsCpu),
             KernelSet::Fused => Prepared::Fused(Arc::new(FusedWeights::new(
                 config,
                 Arc::clone(&layout),
-                values,
+                image.clone(),
             ))),
             KernelSet::Candle => Prepared::Candle(Arc::new(CandleWeights::new(
                 config,
                 Arc::clone(&layout),
-                &values,
+                &image.values(),
                 device,
                 DType::F32,
             )?)),
@@ -176,6 +175,23 @@ impl Policy {
                 weights,
             }),
         })
+    }
+
+    /// The same policy, its inference on these threads; a new policy has one. The results are the same bits whatever their
+    /// number. A training pass has threads of its own, and the `candle` kernels those of candle.
+    #[must_use]
+    pub fn with_threads(&self, threads: &Threads) -> Self {
+        let weights = match &self.shared.weights {
+            Prepared::Fused(weights) => Prepared::Fused(Arc::new(weights.with_threads(threads))),
+            Prepared::Candle(weights) => Prepared::Candle(Arc::clone(weights)),
+        };
+        Self {
+            shared: Arc::new(Shared {
+                config: self.shared.config.clone(),
+                layout: Arc::clone(&self.shared.layout),
+                weights,
+            }),
+        }
     }
 
     /// The shape of the decoder.

@@ -37,15 +37,15 @@ fn logits<K: Kernels>(
 
 fn both(config: &Config) -> (Arc<FusedWeights>, Arc<CandleWeights>, Arc<Layout>) {
     let layout = Arc::new(Layout::new(config));
-    let values = image(config, 3).values();
+    let image = image(config, 3);
     let candle = CandleWeights::new(
         config,
         Arc::clone(&layout),
-        &values,
+        &image.values(),
         &Device::Cpu,
         DType::F32,
     );
-    let fused = FusedWeights::new(config, Arc::clone(&layout), values);
+    let fused = FusedWeights::new(config, Arc::clone(&layout), image);
     (Arc::new(fused), Arc::new(candle.unwrap()), layout)
 }
 

@@ -1,107 +1,37 @@
-//! The `fused` kernel set: own loops and own derivatives over slices of f32, one thread, CPU.
+//! The `fused` kernel set: own loops and own derivatives over slices of f32, CPU.
 //!
 //! A pass made for training keeps a tape of what each derivative needs; one made for inference keeps nothing, and arrays
 //! return to a pool as soon as they are used. Derivatives flow into one flat vector in the order of the parameter
 //! table. Invariant: the same calls give the same bits on one machine, whatever else runs beside them.
 
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use crate::config::{Config, Family};
 use crate::gradient::Gradients;
 use crate::kernels::{Kernels, Row, Selected};
-use crate::layout::{Attention, Block, HeadNorms, Layout, Linear};
+use crate::layout::{Attention, Block, HeadNorms, Linear};
 use crate::policy::PolicyError;
 
-use attention::{CacheLayer, Heads, Turn};
+use attention::{CacheLayer, Turn};
 use buffer::{Buffer, Pool};
-use elementwise::NormConstants;
 use head::Shaping;
-use matmul::{Matrix, Onto, Panels, multiply};
-use rotary::Rotary;
+use matmul::{Matrix, Onto, multiply};
 use tape::{Record, Tape};
+
+pub(crate) use model::FusedWeights;
+pub use team::Threads;
 
 mod attention;
 mod buffer;
 mod elementwise;
 mod head;
 mod matmul;
+mod model;
+mod panels;
 mod rotary;
 mod tape;
+mod team;
 pub(crate) mod vector;
-
-/// Everything that does not change from pass to pass.
-#[derive(Debug)]
-pub(crate) struct FusedWeights {
-    layout: Arc<Layout>,
-    /// Every parameter, in the order of the table.
-    values: Vec<f32>,
-    heads: Heads,
-    /// One for each of the configuration's rotary embeddings.
-    ropes: Vec<Rotary>,
-    family: &'static Family,
-    norms: NormConstants,
-    /// Multiplies embeddings, in families that do.
-    embedding_scale: Option<f32>,
-    /// Bends logits l to `cap·tanh(l/cap)`.
-    logit_cap: Option<f32>,
-    /// One for each block, made when a few rows are first multiplied with it; the large batches of a learner never ask.
-    panels: Vec<OnceLock<Panels>>,
-}
-
-/// Up to this many rows are multiplied with panels. Above it, a general product's own copy of the weights is paid for, and
-/// it blocks long sums for the cache.
-const PANEL_ROWS_MAX: usize = 64;
-
-impl FusedWeights {
-    pub(crate) fn new(config: &Config, layout: Arc<Layout>, values: Vec<f32>) -> Self {
-        let heads = Heads {
-            query: config.num_attention_heads,
-            key: config.num_key_value_heads,
-            dim: config.head_dim(),
-        };
-        let positions = config.max_position_embeddings;
-        let ropes = config.ropes().into_iter();
-        let ropes = ropes.map(|rope| Rotary::new(rope, heads.dim, positions));
-        let family = config.architecture.family();
-        let panels = layout.blocks().iter().map(|_| OnceLock::new()).collect();
-        Self {
-            layout,
-            values,
-            heads,
-            ropes: ropes.collect(),
-            family,
-            norms: NormConstants {
-                eps: config.rms_norm_eps as f32,
-                offset: family.norm_offset,
-            },
-            embedding_scale: config.embedding_scale().map(|scale| scale as f32),
-            logit_cap: config.final_logit_softcapping.map(|cap| cap as f32),
-            panels,
-        }
-    }
-
-    fn block(&self, block: &Block) -> &[f32] {
-        &self.values[block.range()]
-    }
-
-    /// `out = x Wᵀ` or `out += x Wᵀ`, `x` `[N, in]`.
-    fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
-        let rows = x.len() / block.columns;
-        if rows > PANEL_ROWS_MAX {
-            let x = Matrix::new(x, rows, block.columns);
-            return multiply(out, x, self.matrix(block).transposed(), onto);
-        }
-        let panels = self.panels[block.index]
-            .get_or_init(|| Panels::new(self.block(block), block.rows, block.columns));
-        panels.multiply(out, x, onto);
-    }
-
-    /// A block of several rows as the matrix it is, `[out, in]`.
-    fn matrix(&self, block: &Block) -> Matrix<'_> {
-        Matrix::new(self.block(block), block.rows, block.columns)
-    }
-}
 
 /// An activation `[N, width]`.
 #[derive(Debug, Clone)]
@@ -175,6 +105,16 @@ impl Fused {
         elementwise::norm_forward(y, &x.data, w, self.weights.norms, onto);
     }
 
+    /// `out = x Wᵀ` or `out += x Wᵀ`. Training takes W as it lies in the flat vector, since its derivative needs it so too,
+    /// and one thread, since its batch is dealt to several already.
+    fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
+        if self.tape.is_none() {
+            return self.weights.product(out, x, block, onto);
+        }
+        let x = Matrix::new(x, x.len() / block.columns, block.columns);
+        multiply(out, x, self.weights.matrix(block).transposed(), onto);
+    }
+
     fn record(&mut self, record: impl FnOnce() -> Record) {
         if let Some(tape) = &mut self.tape {
             tape.push(record());
@@ -212,9 +152,11 @@ impl Kernels for Fused {
     fn embed(&mut self, table: &Block, tokens: &[u32]) -> Result<Array, PolicyError> {
         let width = table.columns;
         let mut y = Buffer::stale(&self.pool, tokens.len() * width);
-        let values = self.weights.block(table);
-        for (y, &token) in y.chunks_exact_mut(width).zip(tokens) {
-            y.copy_from_slice(&values[token as usize * width..][..width]);
+        // A table is one parameter. It is read as it was published, so that inference needs no copy of it in f32.
+        if let [stored] = self.weights.stored(table)[..] {
+            for (y, &token) in y.chunks_exact_mut(width).zip(tokens) {
+                stored.copy_row(token as usize, y);
+            }
         }
         if let Some(scale) = self.weights.embedding_scale {
             elementwise::scale(&mut y, scale);
@@ -281,8 +223,7 @@ impl Kernels for Fused {
 
     fn linear(&mut self, x: &Array, linear: &Linear) -> Result<Array, PolicyError> {
         let mut y = Buffer::stale(&self.pool, x.rows() * linear.weight.rows);
-        self.weights
-            .product(&mut y, &x.data, &linear.weight, Onto::Nothing);
+        self.product(&mut y, &x.data, &linear.weight, Onto::Nothing);
         if let Some(bias) = &linear.bias {
             elementwise::add_bias(&mut y, self.weights.block(bias));
         }
@@ -303,8 +244,7 @@ impl Kernels for Fused {
         linear: &Linear,
     ) -> Result<Array, PolicyError> {
         let mut y = self.owned(residual.data);
-        self.weights
-            .product(&mut y, &x.data, &linear.weight, Onto::Sum);
+        self.product(&mut y, &x.data, &linear.weight, Onto::Sum);
         if let Some(bias) = &linear.bias {
             elementwise::add_bias(&mut y, self.weights.block(bias));
         }
@@ -391,7 +331,7 @@ impl Kernels for Fused {
     ) -> Result<(), PolicyError> {
         let x = &hidden.data[rows.start * hidden.width..rows.end * hidden.width];
         out.resize(rows.len() * head.rows, 0.0);
-        self.weights.product(out, x, head, Onto::Nothing);
+        self.product(out, x, head, Onto::Nothing);
         if let Some(cap) = self.weights.logit_cap {
             elementwise::soft_cap(out, cap);
         }
