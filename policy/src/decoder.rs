@@ -107,4 +107,6 @@ fn join<K: Kernels>(
 }
 
 #[cfg(test)]
+mod parity;
+#[cfg(test)]
 mod tests;
