@@ -150,4 +150,6 @@ fn score_part<K: Kernels>(
 }
 
 #[cfg(test)]
+mod oracle;
+#[cfg(test)]
 mod tests;

@@ -1,54 +1,37 @@
-use std::collections::HashMap;
-
-use candle_core::{DType, Device, Tensor};
-use candle_transformers::models::qwen2;
-
 use super::*;
-use crate::config::Config;
-use crate::testing::{BOTH, image, policy, texts, tiny, untied};
+use crate::config::{Config, Rope};
+use crate::testing::{BOTH, families, gemma3, llama, policy, qwen3, texts, tiny, untied};
 
-/// Hidden states of another implementation of the same family, times its head.
-fn oracle_logits(config: &Config, seed: u64, tokens: &[u32]) -> Tensor {
-    let (image, layout) = (image(config, seed), crate::Layout::new(config));
-    let values = image.values();
-    let mut tensors: HashMap<String, Tensor> = HashMap::new();
-    for parameter in layout.parameters() {
-        let values = &values[parameter.range()];
-        let tensor = Tensor::from_slice(values, parameter.shape.clone(), &Device::Cpu).unwrap();
-        tensors.insert(parameter.name.clone(), tensor);
-    }
-    let head = if config.tie_word_embeddings {
-        "model.embed_tokens.weight"
-    } else {
-        "lm_head.weight"
+/// One of each form that candle-transformers has as well.
+fn forms_of_the_oracle() -> Vec<Config> {
+    let llama = Config {
+        attention_bias: false,
+        mlp_bias: false,
+        ..llama()
     };
-    let head = tensors[head].clone();
-    let other = qwen2::Config {
-        vocab_size: config.vocab_size,
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        num_hidden_layers: config.num_hidden_layers,
-        num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads,
-        max_position_embeddings: config.max_position_embeddings,
-        sliding_window: config.max_position_embeddings,
-        max_window_layers: config.num_hidden_layers,
-        tie_word_embeddings: config.tie_word_embeddings,
-        rope_theta: config.rope.theta,
-        rms_norm_eps: config.rms_norm_eps,
-        use_sliding_window: false,
-        hidden_act: candle_nn::Activation::Silu,
+    let qwen3 = Config {
+        layer_types: Vec::new(),
+        sliding_window: None,
+        attention_bias: true,
+        ..qwen3()
     };
-    let builder = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
-    let mut model = qwen2::Model::new(&other, builder).unwrap();
-    let input = Tensor::from_slice(tokens, (1, tokens.len()), &Device::Cpu).unwrap();
-    let hidden = model.forward(&input, 0, None).unwrap().squeeze(0).unwrap();
-    hidden.matmul(&head.t().unwrap()).unwrap()
+    let gemma3 = Config {
+        rope: Rope::plain(1000.0),
+        local_rope: Some(Rope::plain(100.0)),
+        sliding_window: Some(64),
+        query_pre_attn_scalar: Some(12.0),
+        ..gemma3()
+    };
+    let tied = Config {
+        tie_word_embeddings: true,
+        ..llama.clone()
+    };
+    vec![tiny(), untied(), llama, tied, qwen3, gemma3]
 }
 
 #[test]
 fn scores_agree_with_an_independent_implementation() {
-    for config in [tiny(), untied()] {
+    for config in forms_of_the_oracle() {
         for kernels in BOTH {
             let policy = policy(&config, 4, kernels);
             for text in texts(&config, 9, &[2, 7, 40]) {
@@ -58,16 +41,15 @@ fn scores_agree_with_an_independent_implementation() {
                     temperature: 1.0,
                 };
                 let found = logprobs(&policy, &[row]).unwrap().remove(0);
-                let logits = oracle_logits(&config, 4, &text[..text.len() - 1]);
-                let expected: Vec<Vec<f32>> = candle_nn::ops::log_softmax(&logits, 1)
-                    .unwrap()
-                    .to_vec2()
-                    .unwrap();
+                let logits = oracle::logits(&config, 4, &text[..text.len() - 1]);
                 for (position, logprob) in found.iter().enumerate() {
-                    let expected = expected[position][text[position + 1] as usize];
+                    let row = &logits[position];
+                    let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
+                    let expected = f64::from(row[text[position + 1] as usize]) - sum.ln();
                     assert!(
-                        (logprob - expected).abs() < 2e-5,
-                        "{kernels:?} {logprob} {expected}"
+                        (f64::from(*logprob) - expected).abs() < 2e-5,
+                        "{kernels:?} {:?} {logprob} {expected}",
+                        config.architecture
                     );
                 }
             }
@@ -77,8 +59,10 @@ fn scores_agree_with_an_independent_implementation() {
 
 #[test]
 fn rows_are_scored_alike_alone_and_together() {
-    let config = tiny();
-    for kernels in BOTH {
+    for (config, kernels) in families()
+        .into_iter()
+        .flat_map(|config| BOTH.map(|set| (config.clone(), set)))
+    {
         let policy = policy(&config, 4, kernels);
         // Enough of them for several forward passes.
         let texts = texts(&config, 9, &[60, 3, 17, 64].repeat(70));
