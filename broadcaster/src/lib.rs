@@ -1,6 +1,7 @@
 //! How weights travel: versions described and verified, cut in shards, passed from peer to peer, kept as folders.
 //!
 //! * [`state`] says what a version's root covers; [`object`] cuts bytes in shards; [`store`] keeps them.
+//! * [`codec`] makes and applies lossless deltas between versions; pure.
 //! * [`plan`] and [`uploads`] decide who asks whom for what, and who is sent what; both are pure. [`rate`] caps uploads.
 //! * [`wire`] and [`connection`] are what peers say, and how they prove who they are.
 //! * [`follower`] follows a run's versions: hear, check, fetch, check, hand over.
@@ -11,6 +12,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bitmap;
+pub mod codec;
 pub mod connection;
 pub mod disk;
 mod fetch;

@@ -1,0 +1,125 @@
+//! Sixty-four 16-bit weights at a time: their classes, how many there are of each, and where. Sixty-four, since where is a
+//! word then. Plain loops over arrays of fixed size, which the compiler turns into vector instructions of whatever machine
+//! it builds for; nothing here branches on a weight.
+
+use super::classes::Classes;
+
+/// Weights of a block.
+pub(super) const BLOCK: usize = 64;
+/// Bytes of a block.
+pub(super) const BLOCK_BYTES: usize = 2 * BLOCK;
+/// Most classes told apart.
+pub(super) const CLASSES_MAX: usize = 16;
+
+/// The class of each weight of a block.
+pub(super) type ClassesOf = [u8; BLOCK];
+
+/// The weights of a block.
+#[inline(always)]
+pub(super) fn weights(bytes: &[u8; BLOCK_BYTES]) -> [u16; BLOCK] {
+    let mut weights = [0; BLOCK];
+    let (pairs, _) = bytes.as_chunks::<2>();
+    for (weight, pair) in weights.iter_mut().zip(pairs) {
+        *weight = u16::from_le_bytes(*pair);
+    }
+    weights
+}
+
+/// The class of each weight of a block.
+#[inline(always)]
+pub(super) fn classes_of(bytes: &[u8; BLOCK_BYTES], classes: &Classes) -> ClassesOf {
+    let mut out = [0; BLOCK];
+    for (class, weight) in out.iter_mut().zip(&weights(bytes)) {
+        *class = classes.of(*weight);
+    }
+    out
+}
+
+/// How many weights of a block are in each class.
+#[inline(always)]
+pub(super) fn counts(of: &ClassesOf, classes: usize) -> [u8; CLASSES_MAX] {
+    let mut counts = [0; CLASSES_MAX];
+    for (class, count) in counts.iter_mut().enumerate().take(classes) {
+        let mut sum = 0u8;
+        for of in of {
+            sum += u8::from(*of == class as u8);
+        }
+        *count = sum;
+    }
+    counts
+}
+
+/// Which weights of a block are in `class`, the first in the lowest bit.
+#[inline(always)]
+pub(super) fn mask(of: &ClassesOf, class: u8) -> u64 {
+    let mut flags = [0; BLOCK];
+    for (flag, of) in flags.iter_mut().zip(of) {
+        *flag = u8::from(*of == class);
+    }
+    gather(&flags)
+}
+
+/// Which weights of two blocks differ.
+#[inline(always)]
+pub(super) fn changed(parent: &[u8; BLOCK_BYTES], child: &[u8; BLOCK_BYTES]) -> u64 {
+    if parent == child {
+        return 0;
+    }
+    let (parent, child) = (weights(parent), weights(child));
+    let mut differs = [0; BLOCK];
+    for ((differs, parent), child) in differs.iter_mut().zip(&parent).zip(&child) {
+        *differs = u8::from(parent != child);
+    }
+    gather(&differs)
+}
+
+/// The lowest bits of 64 bytes as a word: a product moves the eight bits of eight bytes beside one another.
+#[inline(always)]
+fn gather(flags: &[u8; BLOCK]) -> u64 {
+    let mut word = 0;
+    let (eights, _) = flags.as_chunks::<8>();
+    for (index, eight) in eights.iter().enumerate() {
+        let bits = u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+        word |= bits << (8 * index);
+    }
+    word
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn counts_and_masks_agree_with_a_plain_loop(words in proptest::array::uniform32(any::<u32>()), low in 0u8..255) {
+            let mut bytes = [0u8; BLOCK_BYTES];
+            for (pair, word) in bytes.chunks_exact_mut(4).zip(&words) {
+                pair.copy_from_slice(&word.to_le_bytes());
+            }
+            let classes = Classes { shift: 7, low, high: low.saturating_add(9) };
+            let of = classes_of(&bytes, &classes);
+            let counts = counts(&of, classes.len());
+            for (class, count) in counts.iter().enumerate().take(classes.len()) {
+                let mut expected = 0u64;
+                for (i, weight) in weights(&bytes).iter().enumerate() {
+                    let exponent = ((weight & 0x7fff) >> 7) as u8;
+                    let own = exponent.clamp(classes.low, classes.high) - classes.low;
+                    expected |= u64::from(usize::from(own) == class) << i;
+                }
+                prop_assert_eq!(mask(&of, class as u8), expected);
+                prop_assert_eq!(u32::from(*count), expected.count_ones());
+            }
+        }
+
+        #[test]
+        fn every_single_difference_is_found(at in 0..BLOCK_BYTES, flip in 1u8..) {
+            let parent = [0x5a; BLOCK_BYTES];
+            let mut child = parent;
+            child[at] ^= flip;
+            prop_assert_eq!(changed(&parent, &child), 1 << (at / 2));
+            prop_assert_eq!(changed(&parent, &parent), 0);
+        }
+    }
+}

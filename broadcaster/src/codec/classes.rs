@@ -1,0 +1,147 @@
+//! Classes of weights by how likely they change: the exponent of the parent, since a step of the optimizer is below half a
+//! unit in the last place of a large weight and many units of a small one.
+//!
+//! Neighbouring exponents share a class at both ends of the range, where weights are few or change alike: chosen by the
+//! entropy that a merger costs, against what a class costs in tables.
+
+use super::block::{BLOCK, BLOCK_BYTES, CLASSES_MAX, changed, weights};
+
+/// Blocks looked at to choose the classes: 65,536 weights tell the rates of change well enough, in little time.
+const SAMPLED_BLOCKS: usize = 1_024;
+/// Bits that the tables of one more class cost, about.
+const CLASS_BITS: f64 = 200.0;
+
+/// Which exponents have classes of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Classes {
+    /// Bits below the exponent: 7 for bf16, 10 for f16.
+    pub(super) shift: u32,
+    /// Exponents up to this are class 0.
+    pub(super) low: u8,
+    /// Exponents from this on are the last class.
+    pub(super) high: u8,
+}
+
+impl Classes {
+    /// The class of a weight.
+    #[inline(always)]
+    pub(super) fn of(&self, weight: u16) -> u8 {
+        let exponent = ((weight & 0x7fff) >> self.shift) as u8;
+        exponent.max(self.low).min(self.high) - self.low
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        usize::from(self.high - self.low) + 1
+    }
+
+    /// The classes that suit these blocks best.
+    pub(super) fn chosen(
+        parent: &[[u8; BLOCK_BYTES]],
+        child: &[[u8; BLOCK_BYTES]],
+        shift: u32,
+    ) -> Self {
+        let stride = parent.len().div_ceil(SAMPLED_BLOCKS).max(1);
+        let mut seen = [Tally::default(); 256];
+        for (parent, child) in parent.iter().zip(child).step_by(stride) {
+            let differs = changed(parent, child);
+            for (i, weight) in weights(parent).iter().enumerate().take(BLOCK) {
+                let tally = &mut seen[usize::from((weight & 0x7fff) >> shift)];
+                tally.weights += 1.0;
+                tally.changed += ((differs >> i) & 1) as f64;
+            }
+        }
+        let (low, high) = merged(&seen, CLASS_BITS / stride as f64);
+        Self { shift, low, high }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Tally {
+    weights: f64,
+    changed: f64,
+}
+
+impl Tally {
+    /// Bits to say which of the weights changed.
+    fn bits(&self) -> f64 {
+        let part = |n: f64| {
+            if n > 0.0 {
+                n * (self.weights / n).log2()
+            } else {
+                0.0
+            }
+        };
+        part(self.changed) + part(self.weights - self.changed)
+    }
+
+    fn with(&self, other: &Self) -> Self {
+        Self {
+            weights: self.weights + other.weights,
+            changed: self.changed + other.changed,
+        }
+    }
+}
+
+/// Merges the cheaper of the two ends until there are few enough classes and each is worth its tables.
+fn merged(seen: &[Tally; 256], class_bits: f64) -> (u8, u8) {
+    let is_seen = |tally: &Tally| tally.weights > 0.0;
+    let mut low = seen.iter().position(is_seen).unwrap_or(0);
+    let mut high = seen.iter().rposition(is_seen).unwrap_or(0);
+    let (mut lowest, mut highest) = (seen[low], seen[high]);
+    while low < high {
+        if high - low == 1 {
+            let cost = lowest.with(&highest).bits() - lowest.bits() - highest.bits();
+            if cost < class_bits {
+                high = low;
+            }
+            break;
+        }
+        let (up, down) = (seen[low + 1], seen[high - 1]);
+        let cost_low = lowest.with(&up).bits() - lowest.bits() - up.bits();
+        let cost_high = highest.with(&down).bits() - highest.bits() - down.bits();
+        if high - low < CLASSES_MAX && cost_low.min(cost_high) >= class_bits {
+            break;
+        }
+        if cost_low <= cost_high {
+            (low, lowest) = (low + 1, lowest.with(&up));
+        } else {
+            (high, highest) = (high - 1, highest.with(&down));
+        }
+    }
+    (low as u8, high as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exponents_that_change_alike_share_a_class_and_others_do_not() {
+        let mut seen = [Tally::default(); 256];
+        for (exponent, (weights, changed)) in [
+            (100, (50.0, 25.0)),
+            (101, (60.0, 31.0)),
+            (110, (1e5, 4e4)),
+            (111, (2e5, 4e4)),
+            (112, (4e5, 4e4)),
+            (113, (100.0, 10.0)),
+            (140, (3.0, 0.0)),
+        ] {
+            seen[exponent] = Tally { weights, changed };
+        }
+        assert_eq!(merged(&seen, CLASS_BITS), (110, 112));
+        assert_eq!(merged(&[Tally::default(); 256], CLASS_BITS), (0, 0));
+    }
+
+    #[test]
+    fn there_are_never_more_classes_than_allowed() {
+        let mut seen = [Tally::default(); 256];
+        for (exponent, tally) in seen.iter_mut().enumerate() {
+            tally.weights = 1e6;
+            tally.changed = if exponent % 2 == 0 { 1e3 } else { 5e5 };
+        }
+        let (low, high) = merged(&seen, CLASS_BITS);
+        assert_eq!(usize::from(high - low) + 1, CLASSES_MAX);
+    }
+}

@@ -1,0 +1,480 @@
+//! The exponent-bucketed patch of a slice of 16-bit weights: which changed, and by how many units in the last place.
+//!
+//! The decoder has the parent, so the chance that a weight changes is known from its exponent. Each class of exponents
+//! ([`super::classes`]) counts its own weights, and a change is coded as how many weights of its class were passed since the
+//! last change in it; then the step between the two weights in the order of their values. Both are tokens under tables of
+//! the class. The order of all 65,536 patterns is a bijection (−0 lies beside +0, NaN payloads behind the infinities), so a
+//! step is exact for whatever bits there are. The order of symbols is that in which the decoder meets them: blocks of 64
+//! weights, in a block class after class. After the last change of a class comes the gap "no more".
+
+use super::SLICE_ELEMENTS;
+use super::SliceError;
+use super::bits::{BitReader, BitWriter};
+use super::block::{BLOCK, BLOCK_BYTES, CLASSES_MAX, changed, classes_of, counts, mask, weights};
+use super::classes::Classes;
+use super::rans::{Decoder, Encoder, Lookup, Table};
+use super::token::{TOKENS, base, split};
+use super::wide::{Loop, widest};
+
+/// The gap after which nothing more changes. Other gaps are coded as one more than they are.
+const NO_MORE: u32 = 0;
+/// A gap that no slice is long enough for.
+const NEVER: u32 = 1 << 30;
+/// Largest zigzag step less one: all pairs of different 16-bit patterns.
+const STEP_MAX: u32 = u16::MAX as u32 - 1;
+
+/// Bits below the exponent of a 16-bit float.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// 8 bits of exponent, 7 of mantissa.
+    Bf16,
+    /// 5 bits of exponent, 10 of mantissa.
+    F16,
+}
+
+impl Float {
+    fn shift(self) -> u32 {
+        match self {
+            Self::Bf16 => 7,
+            Self::F16 => 10,
+        }
+    }
+}
+
+/// A coded slice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Patch {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// How many weights changed.
+    pub changed: u64,
+}
+
+/// Codes what turns `parent` into `child`: bytes of as many 16-bit floats, at most [`SLICE_ELEMENTS`]. `None` when the two
+/// do not have the same even length within that bound.
+pub fn encode(parent: &[u8], child: &[u8], float: Float) -> Option<Patch> {
+    if parent.len() != child.len()
+        || !parent.len().is_multiple_of(2)
+        || parent.len() > 2 * SLICE_ELEMENTS
+    {
+        return None;
+    }
+    let (parent, parent_tail) = parent.as_chunks::<BLOCK_BYTES>();
+    let (child, child_tail) = child.as_chunks::<BLOCK_BYTES>();
+    let tails = [padded(parent_tail), padded(child_tail)];
+    let classes = if parent.is_empty() {
+        Classes::chosen(&tails[..1], &tails[1..], float.shift())
+    } else {
+        Classes::chosen(parent, child, float.shift())
+    };
+    let mut scan = Scan::new(classes);
+    widest(ScanBlocks {
+        scan: &mut scan,
+        parent,
+        child,
+    });
+    if !parent_tail.is_empty() {
+        scan.block(&tails[0], &tails[1]);
+    }
+    Some(scan.finish())
+}
+
+struct ScanBlocks<'a> {
+    scan: &'a mut Scan,
+    parent: &'a [[u8; BLOCK_BYTES]],
+    child: &'a [[u8; BLOCK_BYTES]],
+}
+
+impl Loop for ScanBlocks<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (parent, child) in self.parent.iter().zip(self.child) {
+            self.scan.block(parent, child);
+        }
+    }
+}
+
+/// Copies `parent` to `child` and applies a patch to it on the way. Both are of the same even length.
+///
+/// # Errors
+/// When the patch was not made for a slice of this length, or was altered. What `child` holds then is of no use.
+pub fn apply(
+    patch: &[u8],
+    parent: &[u8],
+    child: &mut [u8],
+    float: Float,
+) -> Result<(), SliceError> {
+    if parent.len() != child.len()
+        || !parent.len().is_multiple_of(2)
+        || parent.len() > 2 * SLICE_ELEMENTS
+    {
+        return Err(SliceError::Beyond);
+    }
+    let mut applier = Applier::new(patch, float)?;
+    let (parent, parent_tail) = parent.as_chunks::<BLOCK_BYTES>();
+    let (child, child_tail) = child.as_chunks_mut::<BLOCK_BYTES>();
+    widest(ApplyBlocks {
+        applier: &mut applier,
+        parent,
+        child,
+    })?;
+    if !parent_tail.is_empty() {
+        let mut last = [0; BLOCK_BYTES];
+        applier.block(&padded(parent_tail), &mut last, parent_tail.len() / 2)?;
+        child_tail.copy_from_slice(&last[..parent_tail.len()]);
+    }
+    applier.finish()
+}
+
+struct ApplyBlocks<'a, 'b> {
+    applier: &'a mut Applier<'b>,
+    parent: &'a [[u8; BLOCK_BYTES]],
+    child: &'a mut [[u8; BLOCK_BYTES]],
+}
+
+impl Loop for ApplyBlocks<'_, '_> {
+    type Output = Result<(), SliceError>;
+
+    #[inline(always)]
+    fn run(self) -> Self::Output {
+        for (parent, child) in self.parent.iter().zip(self.child) {
+            self.applier.block(parent, child, BLOCK)?;
+        }
+        Ok(())
+    }
+}
+
+/// The last weights with zeros behind them, which never change.
+fn padded(tail: &[u8]) -> [u8; BLOCK_BYTES] {
+    let mut block = [0; BLOCK_BYTES];
+    block[..tail.len()].copy_from_slice(tail);
+    block
+}
+
+/// A 16-bit float's place in the order of values; a bijection.
+#[inline(always)]
+fn place(weight: u16) -> u16 {
+    if weight & 0x8000 != 0 {
+        !weight
+    } else {
+        weight | 0x8000
+    }
+}
+
+#[inline(always)]
+fn weight_at(place: u16) -> u16 {
+    if place & 0x8000 != 0 {
+        place & 0x7fff
+    } else {
+        !place
+    }
+}
+
+/// The step between two different weights: zigzag, less one.
+#[inline(always)]
+fn step_between(parent: u16, child: u16) -> u32 {
+    let step = place(child).wrapping_sub(place(parent)) as i16;
+    u32::from(((step << 1) ^ (step >> 15)) as u16) - 1
+}
+
+/// The weight that a step leads to, or `None` when it is no step.
+#[inline(always)]
+fn stepped(parent: u16, step: u32) -> Option<u16> {
+    if step > STEP_MAX {
+        return None;
+    }
+    let zigzag = (step + 1) as u16;
+    let step = (zigzag >> 1) ^ (zigzag & 1).wrapping_neg();
+    Some(weight_at(place(parent).wrapping_add(step)))
+}
+
+/// A change: class, gap and step in one word, since there may be millions.
+#[derive(Debug, Clone, Copy)]
+struct Change(u64);
+
+impl Change {
+    fn new(class: u8, gap: u32, step: u32) -> Self {
+        Self(u64::from(class) << 56 | u64::from(gap) << 24 | u64::from(step))
+    }
+
+    fn class(self) -> usize {
+        (self.0 >> 56) as usize
+    }
+
+    fn gap(self) -> u32 {
+        (self.0 >> 24) as u32
+    }
+
+    fn step(self) -> u32 {
+        self.0 as u32 & 0xff_ffff
+    }
+}
+
+/// First pass: finds the changes, and counts tokens.
+struct Scan {
+    classes: Classes,
+    /// Weights of each class since the last change in it.
+    passed: [u32; CLASSES_MAX],
+    changes: Vec<Change>,
+    gaps: [[u32; TOKENS]; CLASSES_MAX],
+    steps: [[u32; TOKENS]; CLASSES_MAX],
+}
+
+impl Scan {
+    fn new(classes: Classes) -> Self {
+        Self {
+            classes,
+            passed: [0; CLASSES_MAX],
+            changes: Vec::new(),
+            gaps: [[0; TOKENS]; CLASSES_MAX],
+            steps: [[0; TOKENS]; CLASSES_MAX],
+        }
+    }
+
+    #[inline(always)]
+    fn block(&mut self, parent: &[u8; BLOCK_BYTES], child: &[u8; BLOCK_BYTES]) {
+        let of = classes_of(parent, &self.classes);
+        let counts = counts(&of, self.classes.len());
+        let differs = changed(parent, child);
+        if differs != 0 {
+            self.changes_of(parent, child, &of, differs, &counts);
+            return;
+        }
+        for (passed, count) in self.passed.iter_mut().zip(&counts) {
+            *passed += u32::from(*count);
+        }
+    }
+
+    #[inline(always)]
+    fn changes_of(
+        &mut self,
+        parent: &[u8; BLOCK_BYTES],
+        child: &[u8; BLOCK_BYTES],
+        of: &[u8; BLOCK],
+        differs: u64,
+        counts: &[u8; CLASSES_MAX],
+    ) {
+        let (parent, child) = (weights(parent), weights(child));
+        let mut touched = 0u32;
+        let mut rest = differs;
+        while rest != 0 {
+            touched |= 1 << of[rest.trailing_zeros() as usize % BLOCK];
+            rest &= rest - 1;
+        }
+        for class in 0..CLASSES_MAX as u8 {
+            let index = usize::from(class);
+            if touched >> class & 1 == 0 {
+                self.passed[index] += u32::from(counts[index]);
+                continue;
+            }
+            let members = mask(of, class);
+            let mut rest = members & differs;
+            let mut passed = self.passed[index];
+            let mut before = 0;
+            while rest != 0 {
+                let i = rest.trailing_zeros() as usize % BLOCK;
+                let rank = (members & ((1 << i) - 1)).count_ones();
+                self.change(
+                    class,
+                    passed + rank - before,
+                    step_between(parent[i], child[i]),
+                );
+                (passed, before) = (0, rank + 1);
+                rest &= rest - 1;
+            }
+            self.passed[index] = members.count_ones() - before;
+        }
+    }
+
+    #[inline(always)]
+    fn change(&mut self, class: u8, gap: u32, step: u32) {
+        let index = usize::from(class);
+        self.gaps[index][split(gap + 1).0] += 1;
+        self.steps[index][split(step).0] += 1;
+        self.changes.push(Change::new(class, gap, step));
+    }
+
+    /// Second pass, last change first.
+    fn finish(mut self) -> Patch {
+        let classes = self.classes.len();
+        let mut bits = BitWriter::default();
+        bits.put(u32::from(self.classes.low), 8);
+        bits.put(u32::from(self.classes.high), 8);
+        for (gaps, steps) in self.gaps.iter_mut().zip(&self.steps).take(classes) {
+            if gaps.iter().any(|count| *count > 0) {
+                gaps[NO_MORE as usize] += 1;
+            }
+            Table::write(gaps, &mut bits);
+            Table::write(steps, &mut bits);
+        }
+        let gaps = self.gaps.map(|counts| Table::of_counts(&counts));
+        let steps = self.steps.map(|counts| Table::of_counts(&counts));
+        let mut coder = Encoder::new();
+        // The gap that follows each class's change, seen from the end.
+        let mut next = [NO_MORE; CLASSES_MAX];
+        for change in self.changes.iter().rev() {
+            let class = change.class();
+            put(&mut coder, &gaps[class], next[class]);
+            put(&mut coder, &steps[class], change.step());
+            next[class] = change.gap() + 1;
+        }
+        for class in (0..classes).rev().filter(|class| !gaps[*class].is_empty()) {
+            put(&mut coder, &gaps[class], next[class]);
+        }
+        let mut bytes = bits.finish();
+        coder.finish(&mut bytes);
+        Patch {
+            bytes,
+            changed: self.changes.len() as u64,
+        }
+    }
+}
+
+#[inline(always)]
+fn put(coder: &mut Encoder, table: &Table, value: u32) {
+    let (token, raw, raw_bits) = split(value);
+    coder.put_raw(raw, raw_bits);
+    coder.put(table, token);
+}
+
+/// The decoder: walks the parent's blocks and changes what the patch says.
+struct Applier<'a> {
+    classes: Classes,
+    gaps: Vec<Lookup>,
+    steps: Vec<Lookup>,
+    /// Weights of each class to pass before its next change.
+    until: [u32; CLASSES_MAX],
+    coder: Decoder<'a>,
+}
+
+impl<'a> Applier<'a> {
+    fn new(patch: &'a [u8], float: Float) -> Result<Self, SliceError> {
+        let mut bits = BitReader::new(patch);
+        let (low, high) = (bits.get(8)? as u8, bits.get(8)? as u8);
+        if low > high || usize::from(high - low) >= CLASSES_MAX {
+            return Err(SliceError::Table);
+        }
+        let classes = Classes {
+            shift: float.shift(),
+            low,
+            high,
+        };
+        let (mut gaps, mut steps) = (Vec::new(), Vec::new());
+        for _ in 0..classes.len() {
+            gaps.push(Lookup::new(Table::read(&mut bits)?));
+            steps.push(Lookup::new(Table::read(&mut bits)?));
+        }
+        let mut applier = Self {
+            classes,
+            gaps,
+            steps,
+            until: [NEVER; CLASSES_MAX],
+            coder: Decoder::new(bits.rest()?)?,
+        };
+        for class in 0..applier.classes.len() {
+            if !applier.gaps[class].is_empty() {
+                applier.until[class] = applier.gap(class);
+            }
+        }
+        Ok(applier)
+    }
+
+    #[inline(always)]
+    fn gap(&mut self, class: usize) -> u32 {
+        match get(&mut self.coder, &self.gaps[class]) {
+            NO_MORE => NEVER,
+            gap => gap - 1,
+        }
+    }
+
+    /// One block, of which only the first `length` weights exist.
+    #[inline(always)]
+    fn block(
+        &mut self,
+        parent: &[u8; BLOCK_BYTES],
+        child: &mut [u8; BLOCK_BYTES],
+        length: usize,
+    ) -> Result<(), SliceError> {
+        *child = *parent;
+        let of = classes_of(parent, &self.classes);
+        let counts = counts(&of, self.classes.len());
+        let mut due = false;
+        for (until, count) in self.until.iter().zip(&counts) {
+            due |= *until < u32::from(*count);
+        }
+        if due {
+            return self.changes_of(child, &of, &counts, length);
+        }
+        for (until, count) in self.until.iter_mut().zip(&counts) {
+            *until -= u32::from(*count);
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn changes_of(
+        &mut self,
+        child: &mut [u8; BLOCK_BYTES],
+        of: &[u8; BLOCK],
+        counts: &[u8; CLASSES_MAX],
+        length: usize,
+    ) -> Result<(), SliceError> {
+        for (class, count) in counts.iter().enumerate().take(self.classes.len()) {
+            let count = u32::from(*count);
+            if self.until[class] >= count {
+                self.until[class] -= count;
+                continue;
+            }
+            let mut members = mask(of, class as u8);
+            let mut left = count;
+            while self.until[class] < left {
+                for _ in 0..self.until[class] {
+                    members &= members - 1;
+                }
+                left -= self.until[class] + 1;
+                let i = members.trailing_zeros() as usize % BLOCK;
+                members &= members - 1;
+                if i >= length {
+                    return Err(SliceError::Beyond);
+                }
+                self.change(child, class, i)?;
+                self.until[class] = self.gap(class);
+            }
+            self.until[class] -= left;
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn change(
+        &mut self,
+        child: &mut [u8; BLOCK_BYTES],
+        class: usize,
+        i: usize,
+    ) -> Result<(), SliceError> {
+        let step = get(&mut self.coder, &self.steps[class]);
+        let at = [child[2 * i], child[2 * i + 1]];
+        let weight = stepped(u16::from_le_bytes(at), step).ok_or(SliceError::Step)?;
+        child[2 * i..2 * i + 2].copy_from_slice(&weight.to_le_bytes());
+        Ok(())
+    }
+
+    fn finish(self) -> Result<(), SliceError> {
+        // A slice is shorter than half of NEVER, so what was to come never is still larger than any gap.
+        if self.until.iter().any(|until| *until < NEVER / 2) {
+            return Err(SliceError::Beyond);
+        }
+        self.coder.finish()
+    }
+}
+
+#[inline(always)]
+fn get(coder: &mut Decoder, lookup: &Lookup) -> u32 {
+    let (base, raw_bits) = base(coder.get(lookup));
+    base + coder.get_raw(raw_bits)
+}
+
+#[cfg(test)]
+mod tests;
