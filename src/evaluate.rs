@@ -63,7 +63,11 @@ impl Examination<'_> {
                 requests.push(self.request(&prompt, number as u64, sample as u32, samples, seed));
             }
         }
-        let completions = generate(policy, &EngineConfig { slots: SLOTS }, requests)?;
+        let engine = EngineConfig {
+            slots: SLOTS,
+            ..EngineConfig::default()
+        };
+        let completions = generate(policy, &engine, requests)?;
         let (mut right, mut sum) = (0u64, 0.0);
         let best = self.reward.range().max;
         for (number, completion) in completions.iter().enumerate() {
@@ -72,7 +76,7 @@ impl Examination<'_> {
             let answer = Answer {
                 prompt: &item.prompt,
                 text: &text,
-                finished: matches!(completion.finish, Finish::Stop(_)),
+                finished: completion.finish != Finish::Length,
                 tokens: completion.tokens.len(),
             };
             let total = self.reward.score(&answer, &item.gold)?.total;
@@ -107,11 +111,7 @@ impl Examination<'_> {
                 temperature: 1.0,
             },
         };
-        GenerationRequest {
-            prompt: prompt.clone(),
-            max_tokens: self.tokens_max,
-            stop_ids: self.stop_ids.clone(),
-            sampling,
-        }
+        let stop_ids = self.stop_ids.clone();
+        GenerationRequest::new(prompt.clone(), self.tokens_max, stop_ids, sampling)
     }
 }

@@ -90,7 +90,7 @@ const SYSTEM_FILES: [&str; 3] = [
 ];
 
 /// Files that decide: values, the time and seeded chance in, values out. The shells beside them act.
-const DECIDING: [&str; 14] = [
+const DECIDING: [&str; 17] = [
     "broadcaster/src/plan.rs",
     "broadcaster/src/plan/exchange.rs",
     "broadcaster/src/plan/requests.rs",
@@ -103,6 +103,9 @@ const DECIDING: [&str; 14] = [
     "learner/src/dispatch/tickets.rs",
     "learner/src/dispatch/workers.rs",
     "learner/src/resolver.rs",
+    "policy/src/engine/blocks.rs",
+    "policy/src/engine/scheduler.rs",
+    "policy/src/engine/stops.rs",
     "policy/src/sampling.rs",
     "rewards/src/critic/findings.rs",
 ];

@@ -80,19 +80,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn decode(policy: &Policy) -> Result<(), Box<dyn std::error::Error>> {
     for slots in [1, 8, 64, 256] {
         let requests: Vec<GenerationRequest> = (0..slots * 4)
-            .map(|index| GenerationRequest {
-                prompt: Arc::from(tokens(index / 8, PROMPT)),
-                max_tokens: ANSWER + index % 5,
-                stop_ids: Arc::from([]),
-                sampling: Sampling::Prescribed {
+            .map(|index| {
+                let sampling = Sampling::Prescribed {
                     seed: [3; 32],
                     rollout: index as u32,
                     temperature: 1.0,
-                },
+                };
+                let prompt = Arc::from(tokens(index / 8, PROMPT));
+                GenerationRequest::new(prompt, ANSWER + index % 5, Arc::from([]), sampling)
             })
             .collect();
         let engine = EngineConfig {
             slots: NonZeroUsize::new(slots).unwrap_or(NonZeroUsize::MIN),
+            ..EngineConfig::default()
         };
         let mut generated = 0;
         let seconds = best(20, || {

@@ -6,19 +6,19 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use crate::kernels::{Batch, Kernels};
+use crate::kernels::{Batch, Kernels, Paged};
 use crate::layout::{Block, Layout, Linear};
 use crate::policy::PolicyError;
 
 /// Hidden states after the last norm, `[M, hidden]`, at `wanted` `[M]` (indices into the packed batch, rising).
 ///
-/// With a cache, the rows continue the texts in their slots.
+/// With a cache, the rows continue the texts whose blocks their tables name.
 pub(crate) fn hidden<K: Kernels>(
     kernels: &mut K,
     layout: &Layout,
     batch: &Batch,
     wanted: &Rc<[usize]>,
-    cache: Option<&mut K::Cache>,
+    cache: Option<&mut Paged<K::Layer>>,
 ) -> Result<K::Array, PolicyError> {
     let x = kernels.embed(&layout.embedding, &batch.tokens)?;
     let all = Span {
@@ -49,7 +49,7 @@ pub(crate) fn layers<K: Kernels>(
     layout: &Layout,
     span: &Span<'_>,
     mut x: K::Array,
-    mut cache: Option<&mut K::Cache>,
+    mut cache: Option<&mut Paged<K::Layer>>,
 ) -> Result<K::Array, PolicyError> {
     let last = layout.layers.len() - 1;
     let all = span.wanted.len() == span.batch.tokens.len();

@@ -48,6 +48,47 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     })
 }
 
+/// What is taken as free where the system does not tell.
+const UNKNOWN_FREE_BYTES: u64 = 2 << 30;
+
+/// Memory of a device that nobody uses, in bytes.
+pub(crate) fn free_bytes(device: &Device) -> u64 {
+    let known = match device {
+        Device::Cpu => available_memory(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => cuda
+            .cuda_stream()
+            .context()
+            .mem_get_info()
+            .ok()
+            .map(|(free, _)| free as u64),
+        _ => None,
+    };
+    known.unwrap_or(UNKNOWN_FREE_BYTES)
+}
+
+/// What the system could lend, and no more than what is left of this process's own allowance.
+fn available_memory() -> Option<u64> {
+    let system = kib_of(
+        &std::fs::read_to_string("/proc/meminfo").ok()?,
+        "MemAvailable:",
+    )? << 10;
+    let number = |name: &str| {
+        let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let allowed = match (number("memory.max"), number("memory.current")) {
+        (Some(most), Some(used)) => most.saturating_sub(used),
+        _ => u64::MAX, // no allowance, or a system that has none
+    };
+    Some(system.min(allowed))
+}
+
+fn kib_of(meminfo: &str, key: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,6 +102,14 @@ mod tests {
                 DeviceError::Unknown(name.to_owned())
             );
         }
+    }
+
+    #[test]
+    fn free_memory_is_read_in_bytes() {
+        let text = "MemTotal:  9 kB\nMemAvailable:   24576 kB\n";
+        assert_eq!(kib_of(text, "MemAvailable:"), Some(24_576));
+        assert_eq!(kib_of("MemAvailable: many", "MemAvailable:"), None);
+        assert!(free_bytes(&Device::Cpu) > 1 << 20);
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -1,22 +1,33 @@
-//! Generation: rows of different lengths decode together, and a finished row's slot is taken by the next request at once.
+//! Generation: an engine that lives as long as its worker. Groups of requests are submitted at any time, rows of
+//! different lengths, prompts and versions decode together, and a finished row's slot is taken by the next request.
 //!
-//! A prompt is read in one step, not token by token, and a prompt that a slot has already read is copied from there. Knows
-//! nothing of rewards or leases. Invariant: a completion depends on its own request only, up to the rounding of the
-//! products it shares with other rows.
+//! [`scheduler`] decides (pure), [`machine`] computes, this file draws tokens and keeps the answers. Knows nothing of
+//! rewards or leases. Invariant: a completion depends on its own request and the versions that it ran under only, up to
+//! the rounding of the products it shares with other rows; keys and values belong to one version.
 
-use std::num::NonZeroUsize;
-use std::rc::Rc;
+use std::collections::BTreeMap;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 
-use crate::decoder;
-use crate::kernels::candle::Candle;
-use crate::kernels::fused::Fused;
-use crate::kernels::{Batch, Kernels, Row};
-use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
+use crate::config::Config;
+use crate::device::free_bytes;
+use crate::kernels::BLOCK;
+use crate::policy::{Policy, PolicyError, check_temperature};
 use crate::sampling::{Distribution, Sampling, uniform};
 
-/// Elements of logits held at once; a step over more rows asks the head several times.
-const LOGITS_MAX: usize = 1 << 22;
+use machine::{Machine, machine};
+pub use scheduler::ScheduleStats;
+use scheduler::{Epoch, Feed, Limits, Scheduler, Sequence};
+use stops::StopWatch;
+pub use stops::{StopAt, StopStrings};
+
+mod blocks;
+mod machine;
+mod scheduler;
+mod stops;
+
+/// Share of the free memory that keys and values may take where the configuration names no budget.
+const FREE_SHARE: u64 = 2;
 
 /// How generation shares the machine.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -24,18 +35,41 @@ const LOGITS_MAX: usize = 1 << 22;
 pub struct EngineConfig {
     /// Rows that decode together. More use the processor better and take more memory for keys and values.
     pub slots: NonZeroUsize,
+    /// Memory for keys and values in bytes; half of what the device has free when none is named. Rows give way when it
+    /// runs out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_bytes: Option<NonZeroU64>,
+    /// Tokens of prompts that are read in one step beside the rows that decode: more read long prompts faster, fewer
+    /// hold the others up less.
+    pub chunk_tokens: NonZeroUsize,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
         // Products of fewer rows are bound by reading the weights.
         const SLOTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(63);
-        Self { slots: SLOTS }
+        const CHUNK: NonZeroUsize = NonZeroUsize::MIN.saturating_add(511);
+        Self {
+            slots: SLOTS,
+            kv_bytes: None,
+            chunk_tokens: CHUNK,
+        }
     }
 }
 
+/// What becomes of an answer that is not finished when new weights come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightsRule {
+    /// It ends under the weights that it was submitted under.
+    #[default]
+    Drain,
+    /// It goes on under the new ones from its next token: what it holds is read again under them.
+    InFlight,
+}
+
 /// One answer to generate.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct GenerationRequest {
     /// At least one token. Requests that share a prompt have it read once.
     pub prompt: Arc<[u32]>,
@@ -43,8 +77,40 @@ pub struct GenerationRequest {
     pub max_tokens: usize,
     /// Tokens that end the answer.
     pub stop_ids: Arc<[u32]>,
+    /// Texts that end the answer.
+    pub stop_strings: Option<StopStrings>,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// What happens when new weights come.
+    pub weights: WeightsRule,
+}
+
+impl GenerationRequest {
+    /// A request that ends at stop tokens only and under the weights that it began with.
+    pub fn new(
+        prompt: Arc<[u32]>,
+        max_tokens: usize,
+        stop_ids: Arc<[u32]>,
+        sampling: Sampling,
+    ) -> Self {
+        Self {
+            prompt,
+            max_tokens,
+            stop_ids,
+            stop_strings: None,
+            sampling,
+            weights: WeightsRule::Drain,
+        }
+    }
+}
+
+/// Consecutive tokens of an answer that one version drew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The version, as its weights were named to the engine.
+    pub version: u64,
+    /// How many tokens.
+    pub tokens: usize,
 }
 
 /// One answer.
@@ -54,6 +120,8 @@ pub struct Completion {
     pub tokens: Vec<u32>,
     /// Log-probability of each under the sampling temperature, in nats.
     pub logprobs: Vec<f32>,
+    /// Which versions drew them, in order; together as many as there are tokens.
+    pub spans: Vec<Span>,
     /// Why it ended.
     pub finish: Finish,
 }
@@ -63,328 +131,394 @@ pub struct Completion {
 pub enum Finish {
     /// With this stop token.
     Stop(u32),
+    /// With the token that completed the stop string of this index.
+    StopString(usize),
     /// At the largest number of tokens.
     Length,
+}
+
+/// Names what was submitted together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GroupId(u64);
+
+/// A group that is complete.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answered {
+    /// As submitted.
+    pub group: GroupId,
+    /// In the order of its requests.
+    pub completions: Vec<Completion>,
 }
 
 /// Generates an answer to every request, in the order of the requests.
 ///
 /// # Errors
-/// When a request cannot be answered (empty prompt, unknown token, too long, bad temperature), before any is; or when
-/// the policy's logits are not finite.
+/// When a request cannot be answered (empty prompt, unknown token, too long, bad temperature, more keys and values than
+/// there is memory for), before any is; or when the policy's logits are not finite.
 pub fn generate(
     policy: &Policy,
     config: &EngineConfig,
     requests: Vec<GenerationRequest>,
 ) -> Result<Vec<Completion>, PolicyError> {
-    let mut capacity = 0;
-    for (row, request) in requests.iter().enumerate() {
-        if request.prompt.is_empty() {
-            return Err(PolicyError::Empty { row });
-        }
-        let positions = request.prompt.len().saturating_add(request.max_tokens);
-        policy.check_row(row, &request.prompt, positions)?;
-        if let Sampling::Prescribed { temperature, .. } = request.sampling {
-            check_temperature(temperature)?;
-        }
-        capacity = capacity.max(positions);
+    let slots = config.slots.get().min(requests.len()).max(1);
+    let longest = requests.iter().map(positions).max().unwrap_or(0);
+    // No more than these rows can use: their own blocks, their prompts' and one to copy to.
+    let wanted = (longest.div_ceil(BLOCK) + 1).saturating_mul(2 * slots);
+    let mut engine = Engine::with_blocks_max(policy.clone(), 0, config, wanted)?;
+    if requests.is_empty() {
+        return Ok(Vec::new());
     }
-    let slots = config.slots.get().min(requests.len());
-    match policy.prepared() {
-        Prepared::Fused(weights) => Engine::new(
-            Fused::inference(weights),
-            policy,
-            &requests,
-            slots,
-            capacity,
-        )?
-        .run(),
-        Prepared::Candle(weights) => Engine::new(
-            Candle::inference(weights),
-            policy,
-            &requests,
-            slots,
-            capacity,
-        )?
-        .run(),
+    engine.submit(requests)?;
+    let mut answered = Vec::new();
+    while !engine.is_idle() {
+        answered.extend(engine.step()?);
     }
+    let completions = answered.into_iter().flat_map(|group| group.completions);
+    Ok(completions.collect())
 }
 
-/// A place in the cache and who uses it.
-#[derive(Debug, Default)]
-struct Slot {
-    /// Prompt whose keys and values lie at the start of the slot, whole once it has been read.
-    prompt: Option<Arc<[u32]>>,
-    occupant: Option<Occupant>,
+/// Positions that a request takes at most; its last token is never fed.
+fn positions(request: &GenerationRequest) -> usize {
+    let answer = request.max_tokens.saturating_sub(1);
+    request.prompt.len().saturating_add(answer)
 }
 
-/// A request that is being answered.
+/// Bytes of one block in all layers.
+fn block_bytes(config: &Config) -> u64 {
+    let position = 2 * config.num_hidden_layers * config.kv_width() * size_of::<f32>();
+    (position * BLOCK) as u64
+}
+
+/// Weights in use.
 #[derive(Debug)]
-struct Occupant {
-    request: usize,
-    /// Positions that the cache holds.
-    position: usize,
-    next: Next,
+struct Live {
+    policy: Policy,
+    version: u64,
+}
+
+/// A request on its way.
+struct Underway {
+    group: GroupId,
+    /// Its place in the group.
+    place: usize,
+    request: GenerationRequest,
+    watch: StopWatch,
     completion: Completion,
 }
 
-/// What an occupant feeds to the next step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Next {
-    /// The whole prompt.
-    Prompt,
-    /// Nothing: another slot is reading the same prompt in this step.
-    Wait(usize),
-    /// One token.
-    Token(u32),
+/// A group on its way.
+struct Gathering {
+    completions: Vec<Option<Completion>>,
+    missing: usize,
 }
 
-struct Engine<'a, K: Kernels> {
-    kernels: K,
-    policy: &'a Policy,
-    requests: &'a [GenerationRequest],
-    cache: K::Cache,
-    slots: Vec<Slot>,
-    queued: usize,
-    finished: Vec<Option<Completion>>,
+/// A long-lived generator. It lives on one thread; [`Policy`]s come in and completions go out.
+pub struct Engine {
+    scheduler: Scheduler,
+    machine: Box<dyn Machine>,
+    live: BTreeMap<Epoch, Live>,
+    underway: BTreeMap<Sequence, Underway>,
+    groups: BTreeMap<GroupId, Gathering>,
+    submitted: Sequence,
+    groups_made: u64,
+    finished: Vec<Answered>,
     distribution: Distribution,
-    logits: Vec<f32>,
+    budget_bytes: u64,
 }
 
-impl<'a, K: Kernels> Engine<'a, K> {
-    fn new(
-        kernels: K,
-        policy: &'a Policy,
-        requests: &'a [GenerationRequest],
-        slots: usize,
-        capacity: usize,
+impl Engine {
+    /// An engine whose first weights are `policy`, named `version` in the spans of its answers.
+    ///
+    /// # Errors
+    /// When the budget holds no block of keys and values, or the device refuses.
+    pub fn new(policy: Policy, version: u64, config: &EngineConfig) -> Result<Self, PolicyError> {
+        let longest = policy.config().max_position_embeddings.div_ceil(BLOCK) + 1;
+        let useful = longest.saturating_mul(config.slots.get().saturating_mul(2));
+        Self::with_blocks_max(policy, version, config, useful)
+    }
+
+    fn with_blocks_max(
+        policy: Policy,
+        version: u64,
+        config: &EngineConfig,
+        blocks_max: usize,
     ) -> Result<Self, PolicyError> {
-        let cache = kernels.cache(slots, capacity)?;
+        let budget_bytes = match config.kv_bytes {
+            Some(bytes) => bytes.get(),
+            None => free_bytes(policy.device()) / FREE_SHARE,
+        };
+        let block_bytes = block_bytes(policy.config());
+        let fitting = usize::try_from(budget_bytes / block_bytes).unwrap_or(usize::MAX);
+        let blocks = fitting.min(blocks_max).min(u32::MAX as usize);
+        if blocks == 0 {
+            return Err(PolicyError::NoKvMemory {
+                budget_bytes,
+                block_bytes,
+            });
+        }
+        let limits = Limits {
+            slots: config.slots.get(),
+            chunk_tokens: config.chunk_tokens.get(),
+            blocks,
+            block: BLOCK,
+        };
+        let mut machine = machine(&policy, blocks)?;
+        machine.adopt(0, &policy);
         Ok(Self {
-            kernels,
-            policy,
-            requests,
-            cache,
-            slots: (0..slots).map(|_| Slot::default()).collect(),
-            queued: 0,
-            finished: vec![None; requests.len()],
+            scheduler: Scheduler::new(limits),
+            machine,
+            live: BTreeMap::from([(0, Live { policy, version })]),
+            underway: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            submitted: 0,
+            groups_made: 0,
+            finished: Vec::new(),
             distribution: Distribution::default(),
-            logits: Vec::new(),
+            budget_bytes: blocks as u64 * block_bytes,
         })
     }
 
-    fn run(mut self) -> Result<Vec<Completion>, PolicyError> {
-        while self.admit()? {
-            self.step()?;
-        }
-        Ok(self.finished.into_iter().flatten().collect())
+    /// The version that requests submitted now run under.
+    pub fn version(&self) -> u64 {
+        self.live
+            .last_key_value()
+            .map_or(0, |(_, live)| live.version)
     }
 
-    /// Fills free slots; false when nothing is left to do.
-    fn admit(&mut self) -> Result<bool, PolicyError> {
-        for index in 0..self.slots.len() {
-            if self.slots[index].occupant.is_none()
-                && let Some(request) = self.next_request()
-            {
-                self.occupy(index, request)?;
-            }
-        }
-        Ok(self.slots.iter().any(|slot| slot.occupant.is_some()))
+    /// Whether nothing is left to generate.
+    pub fn is_idle(&self) -> bool {
+        self.groups.is_empty() && self.finished.is_empty()
     }
 
-    fn next_request(&mut self) -> Option<usize> {
-        while self.queued < self.requests.len() {
-            let request = self.queued;
-            self.queued += 1;
-            if self.requests[request].max_tokens > 0 {
-                return Some(request);
-            }
-            self.finished[request] = Some(Completion::empty());
-        }
-        None
+    /// Requests that have no slot yet.
+    pub fn queued(&self) -> usize {
+        self.scheduler.queued()
     }
 
-    fn occupy(&mut self, index: usize, request: usize) -> Result<(), PolicyError> {
-        let prompt = &self.requests[request].prompt;
-        let mut occupant = Occupant {
-            request,
-            position: 0,
-            next: Next::Prompt,
-            completion: Completion::empty(),
-        };
-        if let Some(source) = self.holder(index, prompt) {
-            let reading = self.slots[source]
-                .occupant
-                .as_ref()
-                .is_some_and(|other| matches!(other.next, Next::Prompt | Next::Wait(_)));
-            if reading && source != index {
-                occupant.next = Next::Wait(source);
-            } else {
-                self.take_prompt(source, index, &mut occupant)?;
-            }
-        }
-        let slot = &mut self.slots[index];
-        slot.prompt = Some(Arc::clone(prompt));
-        slot.occupant = Some(occupant);
-        Ok(())
+    /// Requests that have a slot.
+    pub fn running(&self) -> usize {
+        self.scheduler.running()
     }
 
-    /// A slot that holds this prompt, or is about to; `index` itself if it does.
-    fn holder(&self, index: usize, prompt: &Arc<[u32]>) -> Option<usize> {
-        let holds = |slot: &Slot| {
-            slot.prompt
-                .as_ref()
-                .is_some_and(|held| Arc::ptr_eq(held, prompt) || held == prompt)
-        };
-        if holds(&self.slots[index]) {
-            return Some(index);
-        }
-        // A slot that waits will hold the prompt no sooner than the one that it waits for.
-        let waits = |slot: &Slot| {
-            slot.occupant
-                .as_ref()
-                .is_some_and(|other| matches!(other.next, Next::Wait(_)))
-        };
-        self.slots
-            .iter()
-            .position(|slot| holds(slot) && !waits(slot))
+    /// Most bytes that keys and values take.
+    pub fn kv_bytes(&self) -> u64 {
+        self.budget_bytes
     }
 
-    /// Takes all of a prompt but its last token from a slot that has read it: the last one is fed as an ordinary token,
-    /// since its logits are wanted.
-    fn take_prompt(
-        &mut self,
-        source: usize,
-        index: usize,
-        occupant: &mut Occupant,
-    ) -> Result<(), PolicyError> {
-        let prompt = &self.requests[occupant.request].prompt;
-        if let [rest @ .., last] = &prompt[..] {
-            if source != index && !rest.is_empty() {
-                self.kernels
-                    .copy_prefix(&mut self.cache, source, index, rest.len())?;
-            }
-            occupant.position = rest.len();
-            occupant.next = Next::Token(*last);
-        }
-        Ok(())
+    /// What was done so far.
+    pub fn stats(&self) -> ScheduleStats {
+        self.scheduler.stats()
     }
 
-    /// One forward pass and one token for every occupant that does not wait.
-    fn step(&mut self) -> Result<(), PolicyError> {
-        let (batch, members) = self.batch();
-        let wanted: Rc<[usize]> = batch
-            .rows
-            .iter()
-            .map(|row| row.start + row.len - 1)
-            .collect();
-        let layout = Arc::clone(self.policy.layout());
-        let cache = Some(&mut self.cache);
-        let hidden = decoder::hidden(&mut self.kernels, &layout, &batch, &wanted, cache)?;
-        for (row, &index) in batch.rows.iter().zip(&members) {
-            if let Some(occupant) = &mut self.slots[index].occupant {
-                occupant.position += row.len;
-            }
+    /// Takes a group of requests on; all of them or none.
+    ///
+    /// # Errors
+    /// When a request can never be answered: empty prompt, unknown token, too long, bad temperature, or more keys and
+    /// values than the budget holds.
+    pub fn submit(&mut self, requests: Vec<GenerationRequest>) -> Result<GroupId, PolicyError> {
+        for (row, request) in requests.iter().enumerate() {
+            self.check(row, request)?;
         }
-        // Before any slot is freed: those who waited copy from those who read.
-        self.release_waiting()?;
-        let vocab = layout.head.rows;
-        let rows_at_once = (LOGITS_MAX / vocab).max(1);
-        for first in (0..members.len()).step_by(rows_at_once) {
-            let range = first..(first + rows_at_once).min(members.len());
-            let mut logits = std::mem::take(&mut self.logits);
-            self.kernels
-                .logits(&hidden, &layout.head, range.clone(), &mut logits)?;
-            for (row, &index) in logits.chunks_exact(vocab).zip(&members[range]) {
-                self.emit(index, row)?;
-            }
-            self.logits = logits;
-        }
-        Ok(())
-    }
-
-    /// What every occupant feeds, and the slots in the order of the rows.
-    fn batch(&self) -> (Batch, Vec<usize>) {
-        let (mut tokens, mut rows, mut members) = (Vec::new(), Vec::new(), Vec::new());
-        for (slot, occupant) in self
-            .slots
-            .iter()
-            .enumerate()
-            .filter_map(|(i, slot)| Some((i, slot.occupant.as_ref()?)))
-        {
-            let start = tokens.len();
-            match occupant.next {
-                Next::Wait(_) => continue,
-                Next::Prompt => tokens.extend_from_slice(&self.requests[occupant.request].prompt),
-                Next::Token(token) => tokens.push(token),
-            }
-            let len = tokens.len() - start;
-            rows.push(Row {
-                start,
-                len,
-                position: occupant.position,
-                slot,
-            });
-            members.push(slot);
-        }
-        (
-            Batch {
-                tokens,
-                rows: rows.into(),
+        let epoch = self.live.last_key_value().map_or(0, |(epoch, _)| *epoch);
+        self.groups_made += 1;
+        let group = GroupId(self.groups_made);
+        let count = requests.len();
+        self.groups.insert(
+            group,
+            Gathering {
+                completions: vec![None; count],
+                missing: count,
             },
-            members,
-        )
-    }
-
-    fn release_waiting(&mut self) -> Result<(), PolicyError> {
-        for index in 0..self.slots.len() {
-            let waiting = |occupant: &mut Occupant| matches!(occupant.next, Next::Wait(_));
-            if let Some(mut occupant) = self.slots[index].occupant.take_if(waiting) {
-                if let Next::Wait(source) = occupant.next {
-                    self.take_prompt(source, index, &mut occupant)?;
-                }
-                self.slots[index].occupant = Some(occupant);
+        );
+        for (place, request) in requests.into_iter().enumerate() {
+            if request.max_tokens == 0 {
+                self.complete(group, place, Completion::empty());
+                continue;
             }
+            self.submitted += 1;
+            self.scheduler
+                .submit(self.submitted, epoch, Arc::clone(&request.prompt));
+            let underway = Underway {
+                group,
+                place,
+                request,
+                watch: StopWatch::default(),
+                completion: Completion::empty(),
+            };
+            self.underway.insert(self.submitted, underway);
         }
-        Ok(())
+        if count == 0 {
+            self.hand_out(group);
+        }
+        Ok(group)
     }
 
-    /// Chooses a token for one slot and ends its occupancy if the answer is complete.
-    fn emit(&mut self, index: usize, logits: &[f32]) -> Result<(), PolicyError> {
-        let Some(occupant) = &mut self.slots[index].occupant else {
+    fn check(&self, row: usize, request: &GenerationRequest) -> Result<(), PolicyError> {
+        if request.prompt.is_empty() {
+            return Err(PolicyError::Empty { row });
+        }
+        let Some((_, Live { policy, .. })) = self.live.last_key_value() else {
             return Ok(());
         };
-        let request = &self.requests[occupant.request];
-        let completion = &mut occupant.completion;
+        let all = request.prompt.len().saturating_add(request.max_tokens);
+        policy.check_row(row, &request.prompt, all)?;
+        if let Sampling::Prescribed { temperature, .. } = request.sampling {
+            check_temperature(temperature)?;
+        }
+        let needed = positions(request);
+        if !self.scheduler.fits(needed) {
+            return Err(PolicyError::NeverFits {
+                row,
+                needed_bytes: needed.div_ceil(BLOCK) as u64 * block_bytes(policy.config()),
+                budget_bytes: self.budget_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    /// Takes new weights on: for every request submitted from now on, and for those underway whose rule says so.
+    ///
+    /// # Errors
+    /// When the weights are of another shape or kernel set than those in use.
+    pub fn swap(&mut self, policy: Policy, version: u64) -> Result<(), PolicyError> {
+        let Some((&newest, live)) = self.live.last_key_value() else {
+            return Ok(());
+        };
+        let (old, new) = (&live.policy, &policy);
+        if old.config() != new.config() || old.kernels() != new.kernels() {
+            return Err(PolicyError::OtherShape { version });
+        }
+        let epoch = newest + 1;
+        self.machine.adopt(epoch, &policy);
+        self.live.insert(epoch, Live { policy, version });
+        for (sequence, underway) in &self.underway {
+            if underway.request.weights == WeightsRule::InFlight {
+                self.scheduler.change_epoch(*sequence, epoch);
+            }
+        }
+        self.forget_unused();
+        Ok(())
+    }
+
+    /// Lets weights go that nobody runs under, all but the newest.
+    fn forget_unused(&mut self) {
+        let Some((&newest, _)) = self.live.last_key_value() else {
+            return;
+        };
+        let scheduler = &mut self.scheduler;
+        let machine = &mut self.machine;
+        self.live.retain(|&epoch, _| {
+            let used = epoch == newest || scheduler.uses_epoch(epoch);
+            if !used {
+                scheduler.forget_epoch(epoch);
+                machine.forget(epoch);
+            }
+            used
+        });
+    }
+
+    /// One forward pass and one token for every row that has read its text. Returns the groups that it completed.
+    ///
+    /// # Errors
+    /// When the device fails or logits are not finite; the engine must not be used after that.
+    pub fn step(&mut self) -> Result<Vec<Answered>, PolicyError> {
+        let plan = self.scheduler.plan();
+        let Self {
+            machine,
+            underway,
+            distribution,
+            live,
+            ..
+        } = self;
+        let mut drawn: Vec<(Sequence, u32, bool)> = Vec::with_capacity(plan.feeds.len());
+        machine.run(&plan, &mut |feed: &Feed, logits: &[f32]| {
+            let version = live.get(&feed.epoch).map_or(0, |live| live.version);
+            for sequence in &feed.draws {
+                if let Some(underway) = underway.get_mut(sequence) {
+                    let (token, done) = underway.draw(distribution, logits, version)?;
+                    drawn.push((*sequence, token, done));
+                }
+            }
+            Ok(())
+        })?;
+        for (sequence, token, done) in drawn {
+            if done {
+                self.finish(sequence);
+            } else {
+                self.scheduler.drew(sequence, token);
+            }
+        }
+        if self.live.len() > 1 {
+            self.forget_unused();
+        }
+        Ok(std::mem::take(&mut self.finished))
+    }
+
+    fn finish(&mut self, sequence: Sequence) {
+        self.scheduler.end(sequence);
+        if let Some(done) = self.underway.remove(&sequence) {
+            self.complete(done.group, done.place, done.completion);
+        }
+    }
+
+    fn complete(&mut self, group: GroupId, place: usize, completion: Completion) {
+        if let Some(gathering) = self.groups.get_mut(&group) {
+            gathering.completions[place] = Some(completion);
+            gathering.missing -= 1;
+            if gathering.missing == 0 {
+                self.hand_out(group);
+            }
+        }
+    }
+
+    fn hand_out(&mut self, group: GroupId) {
+        if let Some(gathering) = self.groups.remove(&group) {
+            let completions = gathering.completions.into_iter().flatten().collect();
+            self.finished.push(Answered { group, completions });
+        }
+    }
+}
+
+impl Underway {
+    /// Chooses a token; true when the answer is complete with it.
+    fn draw(
+        &mut self,
+        distribution: &mut Distribution,
+        logits: &[f32],
+        version: u64,
+    ) -> Result<(u32, bool), PolicyError> {
+        let (request, completion) = (&self.request, &mut self.completion);
         let temperature = match request.sampling {
             Sampling::Greedy => 1.0,
             Sampling::Prescribed { temperature, .. } => temperature,
         };
-        if !self.distribution.load(logits, temperature) {
-            return Err(PolicyError::NotFinite {
-                row: occupant.request,
-            });
+        if !distribution.load(logits, temperature) {
+            return Err(PolicyError::NotFinite { row: self.place });
         }
         let token = match request.sampling {
-            Sampling::Greedy => self.distribution.likeliest(),
+            Sampling::Greedy => distribution.likeliest(),
             Sampling::Prescribed { seed, rollout, .. } => {
-                self.distribution
-                    .draw(uniform(&seed, rollout, completion.tokens.len() as u64))
+                distribution.draw(uniform(&seed, rollout, completion.tokens.len() as u64))
             }
         };
         completion.tokens.push(token);
-        completion.logprobs.push(self.distribution.logprob(token));
-        occupant.next = Next::Token(token);
-        let stopped = request.stop_ids.contains(&token);
-        if stopped {
-            completion.finish = Finish::Stop(token);
+        completion.logprobs.push(distribution.logprob(token));
+        match completion.spans.last_mut() {
+            Some(span) if span.version == version => span.tokens += 1,
+            _ => completion.spans.push(Span { version, tokens: 1 }),
         }
-        if (stopped || completion.tokens.len() >= request.max_tokens)
-            && let Some(done) = self.slots[index].occupant.take()
-        {
-            self.finished[done.request] = Some(done.completion);
-        }
-        Ok(())
+        let completed = match &request.stop_strings {
+            Some(strings) => self.watch.push(strings, token),
+            None => None,
+        };
+        let finish = match completed {
+            _ if request.stop_ids.contains(&token) => Some(Finish::Stop(token)),
+            Some(string) => Some(Finish::StopString(string)),
+            None if completion.tokens.len() >= request.max_tokens => Some(Finish::Length),
+            None => None,
+        };
+        completion.finish = finish.unwrap_or(Finish::Length);
+        Ok((token, finish.is_some()))
     }
 }
 
@@ -394,6 +528,7 @@ impl Completion {
         Self {
             tokens: Vec::new(),
             logprobs: Vec::new(),
+            spans: Vec::new(),
             finish: Finish::Length,
         }
     }

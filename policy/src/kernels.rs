@@ -35,8 +35,20 @@ pub(crate) struct Row {
     pub(crate) len: usize,
     /// Position of its first token in its text: how many tokens the cache already holds.
     pub(crate) position: usize,
-    /// Which slot of the cache is its own; of no meaning without a cache.
+    /// Its place among the tables of the cache; of no meaning without a cache.
     pub(crate) slot: usize,
+}
+
+/// Positions of one block of a cache: enough that a vector's worth of keys lies side by side, few enough that the last
+/// block of a text, half empty on average, wastes little.
+pub(crate) const BLOCK: usize = 32;
+
+/// Keys and values of earlier positions, in blocks, and where the rows of the next pass find theirs.
+#[derive(Debug)]
+pub(crate) struct Paged<L> {
+    pub(crate) layers: Vec<L>,
+    /// For each slot, the blocks of its text in order: position p lies in block `p / BLOCK` at `p % BLOCK`.
+    pub(crate) tables: Vec<Vec<u32>>,
 }
 
 /// Packed tokens and where each row lies in them.
@@ -81,19 +93,18 @@ pub(crate) struct Selected {
 pub(crate) trait Kernels {
     /// Activations `[N, width]`.
     type Array: Clone;
-    /// Keys and values of earlier positions, for a fixed number of slots.
-    type Cache;
+    /// Keys and values of one layer.
+    type Layer;
 
-    /// Room for `slots` texts of at most `capacity` positions.
-    fn cache(&self, slots: usize, capacity: usize) -> Result<Self::Cache, PolicyError>;
+    /// Room for `blocks` blocks of [`BLOCK`] positions in every layer.
+    fn cache(&self, blocks: usize) -> Result<Paged<Self::Layer>, PolicyError>;
 
-    /// Copies the first `len` positions of one slot to another, in every layer.
-    fn copy_prefix(
+    /// Copies one block to another, in every layer.
+    fn copy_block(
         &self,
-        cache: &mut Self::Cache,
-        from: usize,
-        to: usize,
-        len: usize,
+        cache: &mut Paged<Self::Layer>,
+        from: u32,
+        to: u32,
     ) -> Result<(), PolicyError>;
 
     /// Rows `tokens` of `table` `[V, width]`, multiplied with the family's scale if it has one: `[N, width]`.
@@ -140,7 +151,7 @@ pub(crate) trait Kernels {
         qkv: Self::Array,
         attention: &Attention,
         rows: &Rc<[Row]>,
-        cache: Option<&mut Self::Cache>,
+        cache: Option<&mut Paged<Self::Layer>>,
     ) -> Result<Self::Array, PolicyError>;
 
     /// `f(g)·u` with the family's activation f, `gate_up` `[N, 2·F]` with g first: `[N, F]`.

@@ -24,6 +24,7 @@ mod policy;
 mod sampling;
 mod score;
 mod supervised;
+mod token_bytes;
 mod tokenizer;
 mod weights;
 
@@ -36,7 +37,10 @@ pub use chat::{ChatError, ChatTemplate, Message, Rendering, Speaker};
 pub use config::{Architecture, Config, ConfigError, LayerType, Rope, RopeScaling};
 pub use device::{DeviceError, device};
 pub use disk::{DiskError, read_file, write_atomically};
-pub use engine::{Completion, EngineConfig, Finish, GenerationRequest, generate};
+pub use engine::{
+    Answered, Completion, Engine, EngineConfig, Finish, GenerationRequest, GroupId, ScheduleStats,
+    Span, StopAt, StopStrings, WeightsRule, generate,
+};
 pub use folder::{FolderError, ModelFolder};
 pub use gradient::{Coefficients, Gradients, Pass, TrainRow, gradients};
 pub use kernels::KernelSet;
@@ -47,5 +51,6 @@ pub use policy::{Policy, PolicyError};
 pub use sampling::{Distribution, Sampling, uniform};
 pub use score::{ScoreRow, TokenScore, logprobs, score};
 pub use supervised::{Supervised, supervised};
+pub use token_bytes::TokenBytes;
 pub use tokenizer::{Tokenizer, TokenizerError, character_tokenizer};
 pub use weights::{Image, Storage, TensorEntry, WeightsError};

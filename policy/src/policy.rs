@@ -102,6 +102,36 @@ pub enum PolicyError {
         /// Finite derivatives returned.
         found: usize,
     },
+    /// A request whose keys and values exceed all there is.
+    #[error(
+        "request {row} may need {needed_bytes} bytes of keys and values, the engine's budget is {budget_bytes}; raise kv_bytes, or shorten the prompt or the answer"
+    )]
+    NeverFits {
+        /// Place among the requests.
+        row: usize,
+        /// For its prompt and longest answer.
+        needed_bytes: u64,
+        /// Of the engine.
+        budget_bytes: u64,
+    },
+    /// A budget below the least that anything takes.
+    #[error(
+        "the budget for keys and values is {budget_bytes} bytes, a single block takes {block_bytes}; raise kv_bytes or free memory"
+    )]
+    NoKvMemory {
+        /// Of the engine.
+        budget_bytes: u64,
+        /// In all layers.
+        block_bytes: u64,
+    },
+    /// New weights that are not of the model in use.
+    #[error(
+        "version {version} is of another shape or kernel set than the model in use; start a new engine for it"
+    )]
+    OtherShape {
+        /// As it was named.
+        version: u64,
+    },
     /// The policy has diverged.
     #[error("the policy's logits for row {row} are not finite; go back to an earlier version")]
     NotFinite {
@@ -121,6 +151,7 @@ struct Shared {
     config: Config,
     layout: Arc<Layout>,
     weights: Prepared,
+    device: Device,
 }
 
 /// Weights as a kernel set wants them.
@@ -173,6 +204,7 @@ impl Policy {
                 config: config.clone(),
                 layout,
                 weights,
+                device: device.clone(),
             }),
         })
     }
@@ -190,6 +222,7 @@ impl Policy {
                 config: self.shared.config.clone(),
                 layout: Arc::clone(&self.shared.layout),
                 weights,
+                device: self.shared.device.clone(),
             }),
         }
     }
@@ -210,6 +243,11 @@ impl Policy {
             Prepared::Fused(_) => KernelSet::Fused,
             Prepared::Candle(_) => KernelSet::Candle,
         }
+    }
+
+    /// Where it computes.
+    pub(crate) fn device(&self) -> &Device {
+        &self.shared.device
     }
 
     pub(crate) fn prepared(&self) -> &Prepared {

@@ -84,22 +84,21 @@ fn requests_of(lease: &Lease) -> Vec<GenerationRequest> {
     let prompt: Arc<[u32]> = ticket.prompt.as_slice().into();
     let stop_ids: Arc<[u32]> = ticket.sampling.stop_ids.as_slice().into();
     let numbers = lease.rollouts.first..lease.rollouts.first + lease.rollouts.count;
-    let request = |rollout| GenerationRequest {
-        prompt: prompt.clone(),
-        max_tokens: ticket.sampling.tokens_max as usize,
-        stop_ids: stop_ids.clone(),
-        sampling: Sampling::Prescribed {
+    let request = |rollout| {
+        let sampling = Sampling::Prescribed {
             seed: lease.seed,
             rollout,
             temperature: ticket.sampling.temperature,
-        },
+        };
+        let max_tokens = ticket.sampling.tokens_max as usize;
+        GenerationRequest::new(prompt.clone(), max_tokens, stop_ids.clone(), sampling)
     };
     numbers.map(request).collect()
 }
 
 fn rollout_of(lease: &Lease, completion: Completion) -> Rollout {
     let finish = match completion.finish {
-        Finish::Stop(_) => FinishReason::Stop,
+        Finish::Stop(_) | Finish::StopString(_) => FinishReason::Stop,
         Finish::Length => FinishReason::Length,
     };
     let (prompt, version) = (lease.ticket.prompt.clone(), lease.version.version);

@@ -64,12 +64,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             prompt.len()
         );
     }
-    let request = GenerationRequest {
-        prompt: prompt.into(),
-        max_tokens,
-        stop_ids: model.config.eos_token_ids.as_slice().into(),
-        sampling: sampling(args),
-    };
+    let stop_ids = model.config.eos_token_ids.as_slice().into();
+    let request = GenerationRequest::new(prompt.into(), max_tokens, stop_ids, sampling(args));
     let answered = generate(&policy, &EngineConfig::default(), vec![request])?;
     let completion = answered.into_iter().next().context("no answer came")?;
     let answer = Answer {
@@ -77,7 +73,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         tokens: completion.tokens,
         logprobs: completion.logprobs,
         finish_reason: match completion.finish {
-            Finish::Stop(_) => FinishReason::Stop,
+            Finish::Stop(_) | Finish::StopString(_) => FinishReason::Stop,
             Finish::Length => FinishReason::Length,
         },
     };

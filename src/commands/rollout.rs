@@ -46,7 +46,11 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
         };
         let slots =
             NonZeroUsize::try_from(args.rollouts_max).context("too many rollouts at once")?;
-        let answerer = PolicyAnswerer::new(config, kernels, device, EngineConfig { slots });
+        let engine = EngineConfig {
+            slots,
+            ..EngineConfig::default()
+        };
+        let answerer = PolicyAnswerer::new(config, kernels, device, engine);
         let worker = Worker::start(WorkerParts {
             desk: seat.desk.clone(),
             clock: seat.clock.clone(),

@@ -379,7 +379,11 @@ impl Running {
         let rollouts_max = self.plan.config.worker.rollouts_max;
         let slots = NonZeroUsize::try_from(rollouts_max).unwrap();
         let model = self.plan.start.model.config.clone();
-        let suspect = Suspect::new(lie, model, EngineConfig { slots }, self.ledger.clone());
+        let engine = EngineConfig {
+            slots,
+            ..EngineConfig::default()
+        };
+        let suspect = Suspect::new(lie, model, engine, self.ledger.clone());
         let parts = WorkerParts {
             desk: self.desk(&name),
             clock: clock(),

@@ -9,6 +9,7 @@ const SEED: [u8; 32] = [7; 32];
 fn slots(slots: usize) -> EngineConfig {
     EngineConfig {
         slots: NonZeroUsize::new(slots).unwrap(),
+        ..EngineConfig::default()
     }
 }
 
@@ -16,15 +17,14 @@ fn slots(slots: usize) -> EngineConfig {
 fn requests(config: &Config, temperature: f32) -> Vec<GenerationRequest> {
     let prompts = texts(config, 11, &[5, 1, 13, 8, 2]);
     (0..20)
-        .map(|index| GenerationRequest {
-            prompt: Arc::clone(&prompts[index / 3 % prompts.len()]),
-            max_tokens: 4 + index * 7 % 23,
-            stop_ids: [1, 30].into(),
-            sampling: Sampling::Prescribed {
+        .map(|index| {
+            let sampling = Sampling::Prescribed {
                 seed: SEED,
                 rollout: index as u32,
                 temperature,
-            },
+            };
+            let prompt = Arc::clone(&prompts[index / 3 % prompts.len()]);
+            GenerationRequest::new(prompt, 4 + index * 7 % 23, [1, 30].into(), sampling)
         })
         .collect()
 }
@@ -187,6 +187,7 @@ fn answers_end_at_a_stop_token_or_at_their_limit() {
                 stopped += 1;
             }
             Finish::Length => assert_eq!(completion.tokens.len(), request.max_tokens),
+            Finish::StopString(string) => panic!("no stop string {string} was asked for"),
         }
     }
     assert!(stopped > 0 && stopped < completions.len(), "{stopped}");
@@ -248,4 +249,299 @@ fn an_edited_token_and_a_wrong_temperature_stand_out() {
     assert!(disagreement(&policy, &honest, &edited).1 > 0.05);
     let warm = generate(&policy, &slots(4), requests(&config, 1.3)).unwrap();
     assert!(disagreement(&policy, &honest, &warm).1 > 0.01);
+}
+
+/// A budget for so many blocks of the tiny model.
+fn budget(config: &Config, slots: usize, blocks: u64) -> EngineConfig {
+    EngineConfig {
+        slots: NonZeroUsize::new(slots).unwrap(),
+        kv_bytes: NonZeroU64::new(blocks * block_bytes(config)),
+        ..EngineConfig::default()
+    }
+}
+
+fn answer_all(engine: &mut Engine, requests: Vec<GenerationRequest>) -> Vec<Completion> {
+    let group = engine.submit(requests).unwrap();
+    while !engine.is_idle() {
+        if let Some(answered) = engine.step().unwrap().pop() {
+            assert_eq!(answered.group, group);
+            return answered.completions;
+        }
+    }
+    panic!("the group was not answered");
+}
+
+#[test]
+fn answers_are_the_same_whatever_the_budget_and_the_chunk() {
+    let config = tiny();
+    for kernels in BOTH {
+        let policy = policy(&config, 2, kernels);
+        let requests = requests(&config, 1.0);
+        let expected = generate(&policy, &slots(64), requests.clone()).unwrap();
+        for (blocks, chunk) in [(2, 512), (3, 1), (7, 5), (40, 3)] {
+            let tight = EngineConfig {
+                chunk_tokens: NonZeroUsize::new(chunk).unwrap(),
+                ..budget(&config, 16, blocks)
+            };
+            let mut engine = Engine::new(policy.clone(), 0, &tight).unwrap();
+            assert_eq!(engine.kv_bytes(), blocks * block_bytes(&config));
+            let found = answer_all(&mut engine, requests.clone());
+            assert_same(&expected, &found);
+            let stats = engine.stats();
+            assert!(stats.blocks_peak <= blocks, "{stats:?}");
+        }
+    }
+}
+
+#[test]
+fn rows_give_way_in_mid_answer_and_the_answer_is_still_the_prescribed_one() {
+    let config = tiny();
+    let policy = policy(&config, 2, KernelSet::Fused);
+    let prompts = texts(&config, 5, &[20, 24, 28, 25]);
+    let requests: Vec<GenerationRequest> = (0..8)
+        .map(|index| {
+            let sampling = Sampling::Prescribed {
+                seed: SEED,
+                rollout: index as u32,
+                temperature: 1.0,
+            };
+            GenerationRequest::new(prompts[index / 2].clone(), 30, [].into(), sampling)
+        })
+        .collect();
+    let mut engine = Engine::new(policy.clone(), 0, &budget(&config, 8, 9)).unwrap();
+    let completions = answer_all(&mut engine, requests.clone());
+    assert!(engine.stats().preemptions > 0, "{:?}", engine.stats());
+    let (logprob_error, cdf_error) = disagreement(&policy, &requests, &completions);
+    assert!(logprob_error < 2e-5 && cdf_error < 1e-5);
+}
+
+#[test]
+fn a_request_that_can_never_fit_is_refused_with_what_it_needs_and_what_there_is() {
+    let config = tiny();
+    let policy = policy(&config, 2, KernelSet::Fused);
+    let mut engine = Engine::new(policy.clone(), 0, &budget(&config, 4, 1)).unwrap();
+    let mut long = requests(&config, 1.0);
+    long[3].max_tokens = 40;
+    let error = engine.submit(long).unwrap_err();
+    let (needed, held) = (2 * block_bytes(&config), block_bytes(&config));
+    assert!(
+        matches!(error, PolicyError::NeverFits { row: 3, needed_bytes, budget_bytes }
+            if needed_bytes == needed && budget_bytes == held),
+        "{error}"
+    );
+    assert!(engine.is_idle(), "all of a group or none");
+    let nothing = EngineConfig {
+        kv_bytes: NonZeroU64::new(100),
+        ..EngineConfig::default()
+    };
+    let refused = Engine::new(policy, 0, &nothing);
+    assert!(matches!(refused, Err(PolicyError::NoKvMemory { .. })));
+}
+
+#[test]
+fn groups_come_out_as_they_finish_and_requests_come_in_at_any_time() {
+    let config = tiny();
+    let policy = policy(&config, 2, KernelSet::Fused);
+    let all = requests(&config, 1.0);
+    let expected = generate(&policy, &slots(64), all.clone()).unwrap();
+    let mut engine = Engine::new(policy, 0, &slots(5)).unwrap();
+    let mut groups = BTreeMap::new();
+    let mut found = vec![None; all.len()];
+    let mut waiting = all.chunks(4).enumerate();
+    loop {
+        if let Some((number, requests)) = waiting.next() {
+            let id = engine.submit(requests.to_vec()).unwrap();
+            groups.insert(id, number * 4);
+        }
+        for answered in engine.step().unwrap() {
+            let first = groups.remove(&answered.group).unwrap();
+            for (at, completion) in answered.completions.into_iter().enumerate() {
+                found[first + at] = Some(completion);
+            }
+        }
+        if engine.is_idle() && groups.is_empty() {
+            break;
+        }
+    }
+    let found: Vec<Completion> = found.into_iter().flatten().collect();
+    assert_eq!(found.len(), all.len());
+    assert_same(&expected, &found);
+}
+
+fn with_rule(mut requests: Vec<GenerationRequest>, rule: WeightsRule) -> Vec<GenerationRequest> {
+    for request in &mut requests {
+        request.weights = rule;
+        request.stop_ids = [].into();
+    }
+    requests
+}
+
+/// Largest errors as [`disagreement`], every span scored under the version that it names.
+fn disagreement_by_span(
+    policies: &BTreeMap<u64, Policy>,
+    requests: &[GenerationRequest],
+    completions: &[Completion],
+) -> (f32, f64) {
+    let (mut logprob_error, mut cdf_error) = (0.0f32, 0.0f64);
+    for (request, completion) in requests.iter().zip(completions) {
+        let tokens = joined(request, completion);
+        let Sampling::Prescribed {
+            seed,
+            rollout,
+            temperature,
+        } = request.sampling
+        else {
+            panic!("greedy answers have no seed");
+        };
+        let total: usize = completion.spans.iter().map(|span| span.tokens).sum();
+        assert_eq!(total, completion.tokens.len());
+        let mut at = 0;
+        for span in &completion.spans {
+            let first = request.prompt.len() + at;
+            let row = ScoreRow {
+                tokens: &tokens[..first + span.tokens],
+                first,
+                temperature,
+            };
+            for score in &score(&policies[&span.version], &[row]).unwrap()[0] {
+                logprob_error = logprob_error.max((score.logprob - completion.logprobs[at]).abs());
+                cdf_error = cdf_error.max(score.error(uniform(&seed, rollout, at as u64)));
+                at += 1;
+            }
+        }
+    }
+    (logprob_error, cdf_error)
+}
+
+#[test]
+fn drained_answers_end_under_their_own_weights_while_new_ones_begin_under_the_new() {
+    let config = tiny();
+    for kernels in BOTH {
+        let [old, new] = [2, 3].map(|seed| policy(&config, seed, kernels));
+        let requests = with_rule(requests(&config, 1.0), WeightsRule::Drain);
+        let expected =
+            [&old, &new].map(|policy| generate(policy, &slots(64), requests.clone()).unwrap());
+        let mut engine = Engine::new(old, 0, &slots(6)).unwrap();
+        engine.submit(requests.clone()).unwrap();
+        for _ in 0..4 {
+            engine.step().unwrap();
+        }
+        engine.swap(new, 1).unwrap();
+        engine.submit(requests.clone()).unwrap();
+        let mut found = Vec::new();
+        while !engine.is_idle() {
+            found.extend(engine.step().unwrap());
+        }
+        assert_eq!(engine.live.len(), 1, "weights without rows are let go");
+        for (version, (expected, found)) in expected.iter().zip(&found).enumerate() {
+            assert_same(expected, &found.completions);
+            let spans = found.completions.iter().flat_map(|done| &done.spans);
+            assert!(spans.into_iter().all(|span| span.version == version as u64));
+        }
+    }
+}
+
+#[test]
+fn weights_that_change_in_mid_answer_leave_spans_that_each_version_confirms() {
+    let config = tiny();
+    for kernels in BOTH {
+        let [old, new] = [2, 3].map(|seed| policy(&config, seed, kernels));
+        let policies = BTreeMap::from([(7, old.clone()), (8, new.clone())]);
+        let requests = with_rule(requests(&config, 1.0), WeightsRule::InFlight);
+        // With a preemption in the middle as well.
+        let mut engine = Engine::new(old, 7, &budget(&config, 12, 9)).unwrap();
+        engine.submit(requests.clone()).unwrap();
+        for _ in 0..6 {
+            assert!(engine.step().unwrap().is_empty());
+        }
+        engine.swap(new, 8).unwrap();
+        let mut found = Vec::new();
+        while !engine.is_idle() {
+            found.extend(engine.step().unwrap());
+        }
+        let completions = &found[0].completions;
+        let mixed = completions.iter().filter(|done| done.spans.len() == 2);
+        assert!(mixed.count() > 4);
+        let (logprob_error, cdf_error) = disagreement_by_span(&policies, &requests, completions);
+        assert!(
+            logprob_error < 2e-5 && cdf_error < 1e-5,
+            "{logprob_error:e} {cdf_error:e}"
+        );
+    }
+}
+
+#[test]
+fn an_answer_that_goes_on_over_stale_keys_and_values_stands_out() {
+    let config = tiny();
+    let [old, new] = [2, 3].map(|seed| policy(&config, seed, KernelSet::Fused));
+    let policies = BTreeMap::from([(7, old.clone()), (8, new.clone())]);
+    let requests = with_rule(requests(&config, 1.0), WeightsRule::InFlight);
+    let mut engine = Engine::new(old, 7, &slots(64)).unwrap();
+    engine.submit(requests.clone()).unwrap();
+    for _ in 0..3 {
+        engine.step().unwrap();
+    }
+    // The dishonest swap: new weights under the old epoch, so that nothing is read again.
+    engine.machine.adopt(0, &new);
+    engine.live.insert(
+        0,
+        Live {
+            policy: new,
+            version: 8,
+        },
+    );
+    let mut found = Vec::new();
+    while !engine.is_idle() {
+        found.extend(engine.step().unwrap());
+    }
+    let errors = disagreement_by_span(&policies, &requests, &found[0].completions);
+    // The critic's bounds within one numeric class are 1e-3 nats and 1e-4.
+    assert!(errors.0 > 0.05 && errors.1 > 0.01, "{errors:?}");
+}
+
+#[test]
+fn weights_of_another_shape_are_refused() {
+    let policy_of = |config: &Config| policy(config, 2, KernelSet::Fused);
+    let mut engine = Engine::new(policy_of(&tiny()), 0, &slots(2)).unwrap();
+    let refused = engine.swap(policy_of(&crate::testing::untied()), 1);
+    assert!(matches!(
+        refused,
+        Err(PolicyError::OtherShape { version: 1 })
+    ));
+    assert_eq!(engine.version(), 0);
+}
+
+#[test]
+fn an_answer_ends_with_the_token_that_completes_a_stop_string() {
+    let config = tiny();
+    let policy = policy(&config, 2, KernelSet::Fused);
+    let alphabet: String = ('a'..='z').chain('0'..='8').collect();
+    let tokenizer = crate::tokenizer::Tokenizer::characters(&alphabet).unwrap();
+    let bytes = Arc::new(crate::token_bytes::TokenBytes::new(&tokenizer));
+    let plain = with_rule(requests(&config, 1.0), WeightsRule::Drain);
+    let free = generate(&policy, &slots(8), plain.clone()).unwrap();
+    // Strings that the free answers hold: each two characters from the middle of one.
+    let texts: Vec<String> = free
+        .iter()
+        .map(|done| tokenizer.decode(&done.tokens).unwrap())
+        .collect();
+    let strings: Vec<String> = (0..3).map(|n| texts[4 + n][2..4].to_owned()).collect();
+    let stops = StopStrings::new(&strings, bytes);
+    let mut stopped = plain;
+    for request in &mut stopped {
+        request.stop_strings = Some(stops.clone());
+    }
+    let found = generate(&policy, &slots(8), stopped).unwrap();
+    let mut ended = 0;
+    for (free, found) in free.iter().zip(&found) {
+        match stops.first(&free.tokens) {
+            Some(at) => {
+                assert_eq!(found.finish, Finish::StopString(at.string));
+                assert_eq!(found.tokens, free.tokens[..=at.token]);
+                ended += 1;
+            }
+            None => assert_eq!(found, free),
+        }
+    }
+    assert!(ended >= 3);
 }

@@ -12,7 +12,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 
 use crate::config::{Activation, Config, Rope};
 use crate::gradient::Gradients;
-use crate::kernels::{Kernels, Row, Selected};
+use crate::kernels::{BLOCK, Kernels, Paged, Row, Selected};
 use crate::layout::{Attention, Block, HeadNorms, Layout, Linear};
 use crate::policy::PolicyError;
 
@@ -82,11 +82,12 @@ impl CandleWeights {
     }
 }
 
-/// Keys and values of every layer, each `[slots·capacity, KV·D]`.
-#[derive(Debug)]
-pub(crate) struct Cache {
-    layers: Vec<(Tensor, Tensor)>,
-    capacity: usize,
+/// Keys and values of one layer, each `[blocks·BLOCK, KV·D]`.
+pub(crate) type CacheLayer = (Tensor, Tensor);
+
+/// Where a position of a text lies in a cache.
+fn cached_at(table: &[u32], position: usize) -> usize {
+    table[position / BLOCK] as usize * BLOCK + position % BLOCK
 }
 
 /// One pass over the decoder.
@@ -195,7 +196,7 @@ impl Padding {
         kernels: &Candle,
         rows: &[Row],
         attention: &Attention,
-        capacity: Option<usize>,
+        tables: Option<&[Vec<u32>]>,
     ) -> Result<Self, PolicyError> {
         let queries = rows.iter().map(|row| row.len).max().unwrap_or(0);
         let keys = rows
@@ -208,8 +209,10 @@ impl Padding {
             .iter()
             .flat_map(|row| (0..queries).map(|i| row.start + if i < row.len { i } else { 0 }));
         let key_index = rows.iter().flat_map(|row| {
-            let first = capacity.map_or(row.start, |capacity| row.slot * capacity);
-            (0..keys).map(move |i| first + if i < row.position + row.len { i } else { 0 })
+            (0..keys).map(move |i| {
+                let i = if i < row.position + row.len { i } else { 0 };
+                tables.map_or(row.start + i, |tables| cached_at(&tables[row.slot], i))
+            })
         });
         let back_index = rows
             .iter()
@@ -242,31 +245,30 @@ impl Padding {
 
 impl Kernels for Candle {
     type Array = Tensor;
-    type Cache = Cache;
+    type Layer = CacheLayer;
 
-    fn cache(&self, slots: usize, capacity: usize) -> Result<Cache, PolicyError> {
-        let shape = (slots * capacity, self.weights.config.kv_width());
+    fn cache(&self, blocks: usize) -> Result<Paged<CacheLayer>, PolicyError> {
+        let shape = (blocks * BLOCK, self.weights.config.kv_width());
         let zeros = || Tensor::zeros(shape, self.weights.dtype, &self.weights.device);
         let layers = self.weights.layout.layers.iter();
         let layers: Result<_, candle_core::Error> =
             layers.map(|_| Ok((zeros()?, zeros()?))).collect();
-        Ok(Cache {
+        Ok(Paged {
             layers: layers?,
-            capacity,
+            tables: Vec::new(),
         })
     }
 
-    fn copy_prefix(
+    fn copy_block(
         &self,
-        cache: &mut Cache,
-        from: usize,
-        to: usize,
-        len: usize,
+        cache: &mut Paged<CacheLayer>,
+        from: u32,
+        to: u32,
     ) -> Result<(), PolicyError> {
         for (keys, values) in &cache.layers {
             for tensor in [keys, values] {
-                let prefix = tensor.narrow(0, from * cache.capacity, len)?.copy()?;
-                tensor.slice_set(&prefix, 0, to * cache.capacity)?;
+                let block = tensor.narrow(0, from as usize * BLOCK, BLOCK)?.copy()?;
+                tensor.slice_set(&block, 0, to as usize * BLOCK)?;
             }
         }
         Ok(())
@@ -333,7 +335,7 @@ impl Kernels for Candle {
         qkv: Tensor,
         attention: &Attention,
         rows: &Rc<[Row]>,
-        cache: Option<&mut Cache>,
+        cache: Option<&mut Paged<CacheLayer>>,
     ) -> Result<Tensor, PolicyError> {
         let config = &self.weights.config;
         let (heads, kv, dim) = (
@@ -351,16 +353,25 @@ impl Kernels for Candle {
         let q = Self::rotate(&part(0, heads)?, &cos, &sin)?.reshape((n, heads * dim))?;
         let k = Self::rotate(&part(heads, kv)?, &cos, &sin)?.reshape((n, kv * dim))?;
         let v = part(heads + kv, kv)?.reshape((n, kv * dim))?.contiguous()?;
-        let capacity = cache.as_ref().map(|cache| cache.capacity);
-        let padding = Padding::new(self, rows, attention, capacity)?;
+        let tables = cache.as_ref().map(|cache| cache.tables.as_slice());
+        let padding = Padding::new(self, rows, attention, tables)?;
         let (keys, values) = match cache {
             None => (k, v),
             Some(cache) => {
                 let (keys, values) = &cache.layers[attention.layer];
                 for row in rows.iter() {
-                    let at = row.slot * cache.capacity + row.position;
-                    keys.slice_set(&k.narrow(0, row.start, row.len)?.contiguous()?, 0, at)?;
-                    values.slice_set(&v.narrow(0, row.start, row.len)?.contiguous()?, 0, at)?;
+                    let (mut done, table) = (0, &cache.tables[row.slot]);
+                    while done < row.len {
+                        let position = row.position + done;
+                        let count = (BLOCK - position % BLOCK).min(row.len - done);
+                        let at = cached_at(table, position);
+                        let part = |source: &Tensor| {
+                            source.narrow(0, row.start + done, count)?.contiguous()
+                        };
+                        keys.slice_set(&part(&k)?, 0, at)?;
+                        values.slice_set(&part(&v)?, 0, at)?;
+                        done += count;
+                    }
                 }
                 (keys.clone(), values.clone())
             }

@@ -8,12 +8,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::gradient::Gradients;
-use crate::kernels::{Kernels, Row, Selected};
+use crate::kernels::{Kernels, Paged, Row, Selected};
 use crate::layout::{Attention, Block, HeadNorms, Linear};
 use crate::policy::PolicyError;
 
-use attention::{CacheLayer, Turn};
+use attention::Turn;
 use buffer::{Buffer, Pool};
+use cache::CacheLayer;
 use head::Shaping;
 use matmul::{Matrix, Onto, multiply};
 use tape::{Record, Tape};
@@ -23,6 +24,7 @@ pub use team::Threads;
 
 mod attention;
 mod buffer;
+mod cache;
 mod elementwise;
 mod head;
 mod matmul;
@@ -50,12 +52,6 @@ impl Array {
     fn matrix(&self) -> Matrix<'_> {
         Matrix::new(&self.data, self.rows(), self.width)
     }
-}
-
-/// Keys and values of every layer.
-#[derive(Debug)]
-pub(crate) struct Cache {
-    layers: Vec<CacheLayer>,
 }
 
 /// One pass over the decoder.
@@ -124,27 +120,25 @@ impl Fused {
 
 impl Kernels for Fused {
     type Array = Array;
-    type Cache = Cache;
+    type Layer = CacheLayer;
 
-    fn cache(&self, slots: usize, capacity: usize) -> Result<Cache, PolicyError> {
+    fn cache(&self, blocks: usize) -> Result<Paged<CacheLayer>, PolicyError> {
         let heads = self.weights.heads;
         let layers = self.weights.layout.layers.iter();
-        Ok(Cache {
-            layers: layers
-                .map(|_| CacheLayer::new(heads, slots, capacity))
-                .collect(),
+        Ok(Paged {
+            layers: layers.map(|_| CacheLayer::new(heads, blocks)).collect(),
+            tables: Vec::new(),
         })
     }
 
-    fn copy_prefix(
+    fn copy_block(
         &self,
-        cache: &mut Cache,
-        from: usize,
-        to: usize,
-        len: usize,
+        cache: &mut Paged<CacheLayer>,
+        from: u32,
+        to: u32,
     ) -> Result<(), PolicyError> {
         for layer in &mut cache.layers {
-            layer.copy_prefix(self.weights.heads, from, to, len);
+            layer.copy_block(from, to);
         }
         Ok(())
     }
@@ -263,7 +257,7 @@ impl Kernels for Fused {
         qkv: Array,
         attention: &Attention,
         rows: &Rc<[Row]>,
-        cache: Option<&mut Cache>,
+        cache: Option<&mut Paged<CacheLayer>>,
     ) -> Result<Array, PolicyError> {
         let heads = self.weights.heads;
         let (input, tokens) = (qkv.id, qkv.rows());
@@ -277,7 +271,8 @@ impl Kernels for Fused {
         );
         let mut y = Buffer::stale(&self.pool, tokens * heads.query * heads.dim);
         let mut log_sums = Buffer::stale(&self.pool, tokens * heads.query);
-        let cache = cache.map(|cache| &mut cache.layers[attention.layer]);
+        let cache =
+            cache.map(|cache| (&mut cache.layers[attention.layer], cache.tables.as_slice()));
         let shape = (heads, attention);
         attention::forward((&mut y, &mut log_sums), &rotated, shape, rows, cache);
         let out = self.array(heads.query * heads.dim, y);

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::cache::{CacheLayer, CachedHead};
 use super::rotary::{Angles, Rotary};
 use super::vector::{
     LANES, add_scaled, dot, exp, exp_shifted, largest, row_product, tanh, vectorised,
@@ -36,11 +37,11 @@ impl Heads {
     }
 
     /// Where key head `j` starts within a token; its values start `key·dim` later.
-    fn key_offset(self, j: usize) -> usize {
+    pub(super) fn key_offset(self, j: usize) -> usize {
         (self.query + j) * self.dim
     }
 
-    fn value_offset(self, j: usize) -> usize {
+    pub(super) fn value_offset(self, j: usize) -> usize {
         (self.query + self.key + j) * self.dim
     }
 
@@ -85,73 +86,43 @@ fn rotate_heads(heads: &mut [f32], angles: Angles<'_>, turn: Turn) {
 }
 }
 
-/// Keys and values of one layer for every slot: keys `[slots, KV, D, capacity]`, values `[slots, KV, capacity, D]`.
-#[derive(Debug)]
-pub(crate) struct CacheLayer {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    capacity: usize,
-}
-
-impl CacheLayer {
-    pub(crate) fn new(heads: Heads, slots: usize, capacity: usize) -> Self {
-        let capacity = capacity.next_multiple_of(PADDING);
-        let len = slots * heads.key * heads.dim * capacity;
-        Self {
-            keys: vec![0.0; len],
-            values: vec![0.0; len],
-            capacity,
-        }
-    }
-
-    fn base(&self, heads: Heads, slot: usize, j: usize) -> usize {
-        (slot * heads.key + j) * heads.dim * self.capacity
-    }
-
-    fn store(&mut self, heads: Heads, row: &Row, j: usize, qkv: &[f32]) {
-        let (width, dim, base) = (heads.width(), heads.dim, self.base(heads, row.slot, j));
-        for (token, position) in qkv.chunks_exact(width).zip(row.position..) {
-            let key = &token[heads.key_offset(j)..][..dim];
-            for (d, &value) in key.iter().enumerate() {
-                self.keys[base + d * self.capacity + position] = value;
-            }
-            let value = &token[heads.value_offset(j)..][..dim];
-            self.values[base + position * dim..][..dim].copy_from_slice(value);
-        }
-    }
-
-    fn view(&self, heads: Heads, slot: usize, j: usize) -> Keys<'_> {
-        let base = self.base(heads, slot, j);
-        let len = heads.dim * self.capacity;
-        Keys {
-            transposed: &self.keys[base..base + len],
-            stride: self.capacity,
-            values: &self.values[base..base + len],
-            value_stride: heads.dim,
-        }
-    }
-
-    pub(crate) fn copy_prefix(&mut self, heads: Heads, from: usize, to: usize, len: usize) {
-        for j in 0..heads.key {
-            let (source, target) = (self.base(heads, from, j), self.base(heads, to, j));
-            for d in 0..heads.dim {
-                let source = source + d * self.capacity;
-                self.keys
-                    .copy_within(source..source + len, target + d * self.capacity);
-            }
-            self.values
-                .copy_within(source..source + len * heads.dim, target);
-        }
-    }
-}
-
-/// One key head of one row: `transposed` `[D, stride]`, `values` `[positions, value_stride]`.
+/// One key head of one row.
 #[derive(Clone, Copy)]
-struct Keys<'a> {
-    transposed: &'a [f32],
-    stride: usize,
-    values: &'a [f32],
-    value_stride: usize,
+enum Keys<'a> {
+    /// `transposed` `[D, stride]`, `values` `[positions, value_stride]`
+    Packed {
+        transposed: &'a [f32],
+        stride: usize,
+        values: &'a [f32],
+        value_stride: usize,
+    },
+    Cached(CachedHead<'a>),
+}
+
+impl Keys<'_> {
+    /// `scores = q Kᵀ` at consecutive positions from `start`; those of padding are of no meaning.
+    #[inline(always)]
+    fn scores(self, scores: &mut [f32], start: usize, query: &[f32]) {
+        match self {
+            Keys::Packed {
+                transposed, stride, ..
+            } => row_product(scores, query, &transposed[start..], stride),
+            Keys::Cached(head) => head.scores(scores, start, query),
+        }
+    }
+
+    /// `out = Σ weights · v` over consecutive positions from `start`.
+    #[inline(always)]
+    fn weighted(self, out: &mut [f32], weights: &[f32], start: usize) {
+        match self {
+            Keys::Packed {
+                values,
+                value_stride,
+                ..
+            } => row_product(out, weights, &values[start * value_stride..], value_stride),
+            Keys::Cached(head) => head.weighted(out, weights, start),
+        }
+    }
 }
 
 /// Attention of rotated `qkv` `[N, (H + 2 KV)·D]` into `out` `[N, H·D]`; `log_sums` `[N, H]` receives
@@ -161,7 +132,7 @@ pub(crate) fn forward(
     qkv: &[f32],
     (heads, attention): (Heads, &Attention),
     rows: &[Row],
-    mut cache: Option<&mut CacheLayer>,
+    mut cache: Option<(&mut CacheLayer, &[Vec<u32>])>,
 ) {
     let width = heads.width();
     let (mut transposed, mut scores) = (Vec::new(), Vec::new());
@@ -169,14 +140,15 @@ pub(crate) fn forward(
         let tokens = &qkv[row.start * width..(row.start + row.len) * width];
         scores.resize((row.position + row.len).next_multiple_of(PADDING), 0.0);
         for j in 0..heads.key {
-            let keys = match cache.as_deref_mut() {
-                Some(layer) => {
-                    layer.store(heads, row, j, tokens);
-                    layer.view(heads, row.slot, j)
+            let keys = match &mut cache {
+                Some((layer, tables)) => {
+                    let table = &tables[row.slot];
+                    layer.store(heads, j, tokens, row.position, table);
+                    Keys::Cached(layer.head(j, table))
                 }
                 None => {
                     let stride = transpose(&mut transposed, tokens, heads, heads.key_offset(j));
-                    Keys {
+                    Keys::Packed {
                         transposed: &transposed,
                         stride,
                         values: &tokens[heads.value_offset(j)..],
@@ -235,7 +207,7 @@ fn attend(
         let seen = Seen::new(attention, position + i);
         let query = &token[h * dim..(h + 1) * dim];
         let scores = &mut scores[seen.padded()];
-        row_product(scores, query, &keys.transposed[seen.start..], keys.stride);
+        keys.scores(scores, seen.start, query);
         let scale = bend(scores, attention);
         // Padding, later positions and those before the window get no weight.
         scores[seen.end - seen.start..].fill(f32::NEG_INFINITY);
@@ -245,7 +217,7 @@ fn attend(
         log_sums[i * heads.query + h] = max * scale + sum.ln();
         let out = &mut out[(i * heads.query + h) * dim..][..dim];
         let weights = &scores[seen.first - seen.start..seen.end - seen.start];
-        row_product(out, weights, &keys.values[seen.first * keys.value_stride..], keys.value_stride);
+        keys.weighted(out, weights, seen.first);
         let inverse = 1.0 / sum;
         for value in out.iter_mut() {
             *value *= inverse;

@@ -1,0 +1,671 @@
+//! Who feeds which tokens to the next step, where their keys and values lie, and who gives way when memory runs out.
+//!
+//! Pure: requests and drawn tokens in, plans out; knows no weights and no logits. A prompt is read once per version, in
+//! pieces, and whoever asks for it shares its blocks; the block that a row writes next is copied first if others hold it
+//! (copy on write, as in PagedAttention, arXiv:2309.06180). When blocks run out, prefixes that nobody waits for go
+//! first and then the youngest row, whose tokens are read again later. Invariants: a row reads keys and values of its
+//! own text under its own epoch only; the oldest request advances with every plan, so that none starves.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::blocks::{BlockId, Blocks};
+
+/// Prefixes kept for requests to come, beyond those that are being read.
+const PREFIXES_MAX: usize = 256;
+
+/// How far down the queue the next users of a prompt are looked for: the requests of a group follow one another.
+const LOOK_AHEAD: usize = 8;
+
+/// A request's place in the order of submission: lower is older.
+pub(crate) type Sequence = u64;
+
+/// Which weights a row runs under: a counter of the engine's, higher is newer.
+pub(crate) type Epoch = u64;
+
+/// What bounds a plan.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Rows at once.
+    pub(crate) slots: usize,
+    /// Tokens of texts that are read in one plan; rows that decode come on top.
+    pub(crate) chunk_tokens: usize,
+    /// Blocks of the memory.
+    pub(crate) blocks: usize,
+    /// Positions of a block.
+    pub(crate) block: usize,
+}
+
+/// Consecutive tokens of one text, to be fed in one step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Feed {
+    pub(crate) epoch: Epoch,
+    /// Position of the first token: the blocks hold everything before it.
+    pub(crate) position: usize,
+    pub(crate) tokens: Vec<u32>,
+    /// Blocks of the text in order.
+    pub(crate) table: Vec<BlockId>,
+    /// Requests that draw their next token from the logits after the last token; none while more is to be read.
+    pub(crate) draws: Vec<Sequence>,
+}
+
+/// One step.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Blocks to copy, from and to, one after another and before anything is fed.
+    pub(crate) copies: Vec<(BlockId, BlockId)>,
+    /// By epoch, then by age.
+    pub(crate) feeds: Vec<Feed>,
+}
+
+/// What a schedule has done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ScheduleStats {
+    /// Steps planned.
+    pub steps: u64,
+    /// Rows that fed, drew from or waited for a text, summed over all steps.
+    pub busy_slots: u64,
+    /// Tokens of prompts and of answers that were fed, other than the one that was drawn last.
+    pub read_tokens: u64,
+    /// Tokens fed by rows that decode.
+    pub decoded_tokens: u64,
+    /// Rows that gave their blocks back before they were done.
+    pub preemptions: u64,
+    /// Prompts whose keys and values were there already, whole or in part.
+    pub prefix_hits: u64,
+    /// Most blocks held at once.
+    pub blocks_peak: u64,
+}
+
+/// A request with what it has drawn so far.
+#[derive(Debug)]
+struct Request {
+    epoch: Epoch,
+    prompt: Arc<[u32]>,
+    /// Prompt and drawn tokens.
+    text: Vec<u32>,
+}
+
+/// A request in a slot.
+#[derive(Debug)]
+struct Row {
+    request: Request,
+    /// Positions whose keys and values lie in `table`.
+    position: usize,
+    table: Vec<BlockId>,
+    /// The prefix that is being read for it.
+    waits_for: Option<u64>,
+}
+
+/// A prompt, read or being read.
+#[derive(Debug)]
+struct Prefix {
+    epoch: Epoch,
+    tokens: Arc<[u32]>,
+    /// Tokens whose keys and values lie in `table`.
+    read: usize,
+    /// Tokens to read: all, until a row has taken the last block over.
+    len: usize,
+    table: Vec<BlockId>,
+    /// The plan in which it was last of use.
+    used: u64,
+}
+
+impl Prefix {
+    fn is_read(&self) -> bool {
+        self.read == self.len
+    }
+}
+
+/// Who feeds: a row, or a prefix on behalf of those who wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Feeder {
+    Row(Sequence),
+    Prefix(u64),
+}
+
+/// All requests, and the memory that they share.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    limits: Limits,
+    blocks: Blocks,
+    queue: BTreeMap<Sequence, Request>,
+    rows: BTreeMap<Sequence, Row>,
+    prefixes: BTreeMap<u64, Prefix>,
+    prefixes_made: u64,
+    stats: ScheduleStats,
+}
+
+impl Scheduler {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            blocks: Blocks::new(limits.blocks),
+            queue: BTreeMap::new(),
+            rows: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
+            prefixes_made: 0,
+            stats: ScheduleStats::default(),
+        }
+    }
+
+    /// Whether a text of so many positions fits once everything else has given way.
+    pub(crate) fn fits(&self, positions: usize) -> bool {
+        positions.div_ceil(self.limits.block) <= self.blocks.count()
+    }
+
+    /// Takes a request on. Its text must fit, and its sequence must be new.
+    pub(crate) fn submit(&mut self, sequence: Sequence, epoch: Epoch, prompt: Arc<[u32]>) {
+        let text = prompt.to_vec();
+        let request = Request {
+            epoch,
+            prompt,
+            text,
+        };
+        self.queue.insert(sequence, request);
+    }
+
+    /// Appends the token that a request drew, wherever the request is.
+    pub(crate) fn drew(&mut self, sequence: Sequence, token: u32) {
+        let row = self.rows.get_mut(&sequence).map(|row| &mut row.request);
+        if let Some(request) = row.or_else(|| self.queue.get_mut(&sequence)) {
+            request.text.push(token);
+        }
+    }
+
+    /// Ends a request, wherever it is.
+    pub(crate) fn end(&mut self, sequence: Sequence) {
+        self.queue.remove(&sequence);
+        if let Some(row) = self.rows.remove(&sequence) {
+            self.release(&row.table);
+        }
+    }
+
+    /// Moves a request to another epoch: what was read for it under the old one is read again.
+    pub(crate) fn change_epoch(&mut self, sequence: Sequence, epoch: Epoch) {
+        if self.rows.contains_key(&sequence) {
+            self.put_back(sequence);
+        }
+        if let Some(request) = self.queue.get_mut(&sequence) {
+            request.epoch = epoch;
+        }
+        self.drop_unwanted_reading();
+    }
+
+    /// Drops the prefixes of an epoch that no request runs under any more.
+    pub(crate) fn forget_epoch(&mut self, epoch: Epoch) {
+        let of_epoch = |(id, prefix): (&u64, &Prefix)| (prefix.epoch == epoch).then_some(*id);
+        let dropped: Vec<u64> = self.prefixes.iter().filter_map(of_epoch).collect();
+        for id in dropped {
+            self.drop_prefix(id);
+        }
+    }
+
+    /// Whether a request runs or waits under this epoch.
+    pub(crate) fn uses_epoch(&self, epoch: Epoch) -> bool {
+        let rows = self.rows.values().map(|row| &row.request);
+        rows.chain(self.queue.values())
+            .any(|request| request.epoch == epoch)
+    }
+
+    /// Requests without a slot.
+    pub(crate) fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Requests with a slot.
+    pub(crate) fn running(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub(crate) fn stats(&self) -> ScheduleStats {
+        self.stats
+    }
+
+    /// Plans the next step and books it as done: whoever gets a plan runs it before the next.
+    pub(crate) fn plan(&mut self) -> Plan {
+        self.drop_unwanted_reading();
+        self.admit();
+        let mut plan = Plan::default();
+        let mut chunk_left = self.limits.chunk_tokens;
+        let feeders = self.feeders();
+        for (at, &(_, feeder)) in feeders.iter().enumerate() {
+            self.plan_feeder(feeder, &feeders[at + 1..], &mut chunk_left, &mut plan);
+        }
+        plan.feeds.sort_by_key(|feed| feed.epoch); // stable: by age within an epoch
+        self.trim_prefixes();
+        self.stats.steps += u64::from(!plan.feeds.is_empty());
+        self.stats.busy_slots += self.rows.len() as u64;
+        let held = (self.blocks.count() - self.blocks.free()) as u64;
+        self.stats.blocks_peak = self.stats.blocks_peak.max(held);
+        plan
+    }
+
+    /// Gives free slots to the oldest requests for which there is memory now.
+    fn admit(&mut self) {
+        while self.rows.len() < self.limits.slots
+            && let Some((&sequence, request)) = self.queue.first_key_value()
+        {
+            let wanted = self.blocks_wanted(request);
+            if !self.rows.is_empty() && self.blocks.free() + self.idle_blocks() < wanted {
+                return;
+            }
+            if let Some(request) = self.queue.remove(&sequence) {
+                let row = self.place(request);
+                self.rows.insert(sequence, row);
+            }
+        }
+    }
+
+    /// Blocks that a request takes soon: those of its text that it does not share, and one to go on with.
+    fn blocks_wanted(&self, request: &Request) -> usize {
+        let all = request.text.len() / self.limits.block + 1;
+        match self.prefix_of(request.epoch, &request.prompt) {
+            Some(_) => all - request.prompt.len() / self.limits.block,
+            None => all,
+        }
+    }
+
+    /// Blocks that come free when the prefixes that nobody waits for are dropped.
+    fn idle_blocks(&self) -> usize {
+        let idle = self.prefixes.values().filter(|prefix| prefix.is_read());
+        idle.flat_map(|prefix| &prefix.table)
+            .filter(|block| self.blocks.holders(**block) == 1)
+            .count()
+    }
+
+    /// A slot for a request: on top of its prompt if that was read, else behind whoever reads it.
+    fn place(&mut self, request: Request) -> Row {
+        let found = self.prefix_of(request.epoch, &request.prompt);
+        let id = found.unwrap_or_else(|| self.open_prefix(request.epoch, &request.prompt));
+        let mut row = Row {
+            request,
+            position: 0,
+            table: Vec::new(),
+            waits_for: Some(id),
+        };
+        if found.is_some() {
+            self.stats.prefix_hits += 1;
+        }
+        // The last token of a text is fed again, since its logits are wanted.
+        let position_max = row.request.text.len() - 1;
+        if let Some(prefix) = self.prefixes.get_mut(&id)
+            && prefix.is_read()
+        {
+            prefix.used = self.stats.steps;
+            row.waits_for = None;
+            row.position = prefix.len.min(position_max);
+            let blocks = row.position.div_ceil(self.limits.block);
+            row.table = prefix.table[..blocks].to_vec();
+            for block in &row.table {
+                self.blocks.share(*block);
+            }
+        }
+        row
+    }
+
+    /// A prefix that is this whole prompt.
+    fn prefix_of(&self, epoch: Epoch, prompt: &Arc<[u32]>) -> Option<u64> {
+        let same = |prefix: &Prefix| {
+            prefix.epoch == epoch
+                && prefix.len == prompt.len()
+                && (Arc::ptr_eq(&prefix.tokens, prompt) || prefix.tokens[..prefix.len] == **prompt)
+        };
+        let mut found = self.prefixes.iter().filter(|(_, prefix)| same(prefix));
+        found.next_back().map(|(id, _)| *id)
+    }
+
+    /// A prefix to be read for a prompt; whole blocks that another prefix has in common with it are shared.
+    fn open_prefix(&mut self, epoch: Epoch, prompt: &Arc<[u32]>) -> u64 {
+        let block = self.limits.block;
+        let mut best: (usize, &[BlockId]) = (0, &[]);
+        for prefix in self.prefixes.values().filter(|p| p.epoch == epoch) {
+            let known = prefix.tokens[..prefix.read].iter().zip(prompt.iter());
+            let equal = known.take_while(|(one, other)| one == other).count();
+            // One token at least is left to read, since its logits are wanted.
+            let blocks = equal.min(prompt.len() - 1) / block;
+            if blocks > best.0 {
+                best = (blocks, &prefix.table[..blocks]);
+            }
+        }
+        let table = best.1.to_vec();
+        for shared in &table {
+            self.blocks.share(*shared);
+        }
+        self.stats.prefix_hits += u64::from(!table.is_empty());
+        self.prefixes_made += 1;
+        let prefix = Prefix {
+            epoch,
+            tokens: Arc::clone(prompt),
+            read: table.len() * block,
+            len: prompt.len(),
+            table,
+            used: self.stats.steps,
+        };
+        self.prefixes.insert(self.prefixes_made, prefix);
+        self.prefixes_made
+    }
+
+    /// Who has something to feed, oldest first. A prefix is as old as the oldest row that waits for it.
+    fn feeders(&self) -> Vec<(Sequence, Feeder)> {
+        let mut feeders = Vec::with_capacity(self.rows.len());
+        let mut seen = Vec::new();
+        for (&sequence, row) in &self.rows {
+            match row.waits_for {
+                None => feeders.push((sequence, Feeder::Row(sequence))),
+                Some(id) if seen.contains(&id) => {}
+                Some(id) => {
+                    seen.push(id);
+                    feeders.push((sequence, Feeder::Prefix(id)));
+                }
+            }
+        }
+        feeders
+    }
+
+    /// * `younger` — who may still give way: nothing of theirs is in the plan yet
+    fn plan_feeder(
+        &mut self,
+        feeder: Feeder,
+        younger: &[(Sequence, Feeder)],
+        chunk_left: &mut usize,
+        plan: &mut Plan,
+    ) {
+        let Some((position, pending)) = self.pending(feeder) else {
+            return; // it gave way to an older one
+        };
+        let take = if pending == 1 {
+            1
+        } else {
+            pending.min(*chunk_left)
+        };
+        if take == 0 || !self.make_room(feeder, younger, position + take) {
+            return;
+        }
+        self.own_tail(feeder, position, position + take, plan);
+        if take == 1 && self.decodes(feeder) {
+            self.stats.decoded_tokens += 1;
+        } else {
+            self.stats.read_tokens += take as u64;
+            *chunk_left = chunk_left.saturating_sub(take);
+        }
+        plan.feeds.extend(self.feed(feeder, take));
+    }
+
+    /// Where a feeder stands and how many tokens it has not fed.
+    fn pending(&self, feeder: Feeder) -> Option<(usize, usize)> {
+        match feeder {
+            Feeder::Row(sequence) => {
+                let row = self.rows.get(&sequence)?;
+                Some((row.position, row.request.text.len() - row.position))
+            }
+            Feeder::Prefix(id) => {
+                let prefix = self.prefixes.get(&id)?;
+                Some((prefix.read, prefix.len - prefix.read))
+            }
+        }
+    }
+
+    /// Whether what a feeder feeds next is a token that was drawn.
+    fn decodes(&self, feeder: Feeder) -> bool {
+        match feeder {
+            Feeder::Row(sequence) => self
+                .rows
+                .get(&sequence)
+                .is_some_and(|row| row.position >= row.request.prompt.len()),
+            Feeder::Prefix(_) => false,
+        }
+    }
+
+    fn table(&self, feeder: Feeder) -> &[BlockId] {
+        let table = match feeder {
+            Feeder::Row(sequence) => self.rows.get(&sequence).map(|row| &row.table),
+            Feeder::Prefix(id) => self.prefixes.get(&id).map(|prefix| &prefix.table),
+        };
+        table.map_or(&[], Vec::as_slice)
+    }
+
+    fn table_mut(&mut self, feeder: Feeder) -> Option<&mut Vec<BlockId>> {
+        match feeder {
+            Feeder::Row(sequence) => self.rows.get_mut(&sequence).map(|row| &mut row.table),
+            Feeder::Prefix(id) => self.prefixes.get_mut(&id).map(|prefix| &mut prefix.table),
+        }
+    }
+
+    /// The block that a text of `position` positions goes on in, if others hold it too.
+    fn shared_tail(&self, feeder: Feeder, position: usize) -> Option<BlockId> {
+        let block = self.table(feeder).get(position / self.limits.block)?;
+        (self.blocks.holders(*block) > 1).then_some(*block)
+    }
+
+    /// Frees blocks until a feeder can write up to `end`. False when it feeds nothing in this step.
+    fn make_room(&mut self, feeder: Feeder, younger: &[(Sequence, Feeder)], end: usize) -> bool {
+        loop {
+            let Some((position, _)) = self.pending(feeder) else {
+                return false;
+            };
+            self.take_over_tail(feeder, position);
+            let copied = usize::from(self.shared_tail(feeder, position).is_some());
+            let blocks = end.div_ceil(self.limits.block);
+            let wanted = blocks.saturating_sub(self.table(feeder).len()) + copied;
+            if self.blocks.free() >= wanted {
+                return true;
+            }
+            if !self.drop_idle_prefix() && !self.preempt_youngest(younger) {
+                self.wait_or_give_way(feeder);
+                return false;
+            }
+        }
+    }
+
+    /// Rows that were put on their prompt in this plan cannot give way before the next one: those who are older than
+    /// such a row wait for that. The youngest gives way itself.
+    fn wait_or_give_way(&mut self, feeder: Feeder) {
+        let of_feeder = |sequence: &Sequence, row: &Row| match feeder {
+            Feeder::Row(own) => own == *sequence,
+            Feeder::Prefix(id) => row.waits_for == Some(id),
+        };
+        let youngest = self.rows.last_key_value();
+        if youngest.is_none_or(|(sequence, row)| of_feeder(sequence, row)) {
+            self.give_way(feeder);
+        }
+    }
+
+    /// Takes the last block of a prefix over instead of copying it, when nobody else is about to need it.
+    fn take_over_tail(&mut self, feeder: Feeder, position: usize) {
+        let Feeder::Row(sequence) = feeder else {
+            return;
+        };
+        let (Some(tail), Some(row)) =
+            (self.shared_tail(feeder, position), self.rows.get(&sequence))
+        else {
+            return;
+        };
+        if self.blocks.holders(tail) > 2 {
+            return;
+        }
+        let request = &row.request;
+        let same = |other: &Request| {
+            other.epoch == request.epoch && Arc::ptr_eq(&other.prompt, &request.prompt)
+        };
+        if self.queue.values().take(LOOK_AHEAD).any(same) {
+            return;
+        }
+        let holds = |prefix: &Prefix| prefix.is_read() && prefix.table.last() == Some(&tail);
+        let Some((&id, _)) = self.prefixes.iter().find(|(_, prefix)| holds(prefix)) else {
+            return;
+        };
+        let block = self.limits.block;
+        if let Some(prefix) = self.prefixes.get_mut(&id) {
+            prefix.table.pop();
+            prefix.len = prefix.table.len() * block;
+            prefix.read = prefix.len;
+            self.blocks.release(tail);
+            if prefix.len == 0 {
+                self.prefixes.remove(&id);
+            }
+        }
+    }
+
+    /// Makes the blocks from `position` to `end` a feeder's own. There is room for them.
+    fn own_tail(&mut self, feeder: Feeder, position: usize, end: usize, plan: &mut Plan) {
+        let mut table = match self.table_mut(feeder) {
+            Some(table) => std::mem::take(table),
+            None => return,
+        };
+        let first = position / self.limits.block;
+        if let Some(&shared) = table.get(first)
+            && self.blocks.holders(shared) > 1
+            && let Some(own) = self.blocks.take()
+        {
+            plan.copies.push((shared, own));
+            self.blocks.release(shared);
+            table[first] = own;
+        }
+        while table.len() < end.div_ceil(self.limits.block)
+            && let Some(block) = self.blocks.take()
+        {
+            table.push(block);
+        }
+        if let Some(place) = self.table_mut(feeder) {
+            *place = table;
+        }
+    }
+
+    /// Books `take` tokens as fed.
+    fn feed(&mut self, feeder: Feeder, take: usize) -> Option<Feed> {
+        match feeder {
+            Feeder::Row(sequence) => {
+                let row = self.rows.get_mut(&sequence)?;
+                let (position, text) = (row.position, &row.request.text);
+                row.position += take;
+                let complete = row.position == text.len();
+                Some(Feed {
+                    epoch: row.request.epoch,
+                    position,
+                    tokens: text[position..position + take].to_vec(),
+                    table: row.table.clone(),
+                    draws: if complete { vec![sequence] } else { Vec::new() },
+                })
+            }
+            Feeder::Prefix(id) => {
+                let prefix = self.prefixes.get_mut(&id)?;
+                let position = prefix.read;
+                prefix.read += take;
+                let feed = Feed {
+                    epoch: prefix.epoch,
+                    position,
+                    tokens: prefix.tokens[position..prefix.read].to_vec(),
+                    table: prefix.table.clone(),
+                    draws: Vec::new(),
+                };
+                let draws = if prefix.is_read() {
+                    self.attach_waiting(id)
+                } else {
+                    Vec::new()
+                };
+                Some(Feed { draws, ..feed })
+            }
+        }
+    }
+
+    /// Puts everybody who waited for a prefix on top of it. Returns those who have nothing else to read.
+    fn attach_waiting(&mut self, id: u64) -> Vec<Sequence> {
+        let mut draws = Vec::new();
+        let Some(prefix) = self.prefixes.get_mut(&id) else {
+            return draws;
+        };
+        prefix.used = self.stats.steps;
+        let waiting = |row: &Row| row.waits_for == Some(id);
+        for (&sequence, row) in self.rows.iter_mut().filter(|(_, row)| waiting(row)) {
+            row.waits_for = None;
+            row.position = prefix.len;
+            row.table.clone_from(&prefix.table);
+            for block in &row.table {
+                self.blocks.share(*block);
+            }
+            if row.position == row.request.text.len() {
+                draws.push(sequence);
+            }
+        }
+        draws
+    }
+
+    /// Drops the prefix that was of no use for longest. False when every prefix is still being read.
+    fn drop_idle_prefix(&mut self) -> bool {
+        let idle = self.prefixes.iter().filter(|(_, prefix)| prefix.is_read());
+        let oldest = idle
+            .min_by_key(|(id, prefix)| (prefix.used, **id))
+            .map(|(id, _)| *id);
+        if let Some(id) = oldest {
+            self.drop_prefix(id);
+        }
+        oldest.is_some()
+    }
+
+    /// Takes the blocks of the youngest. False when there is none that holds any.
+    fn preempt_youngest(&mut self, younger: &[(Sequence, Feeder)]) -> bool {
+        let holding = |feeder: &&(Sequence, Feeder)| !self.table(feeder.1).is_empty();
+        let youngest = younger.iter().rev().find(holding).copied();
+        if let Some((_, feeder)) = youngest {
+            self.give_way(feeder);
+        }
+        youngest.is_some()
+    }
+
+    /// Puts a row, or all that wait for a prefix, back into the queue.
+    fn give_way(&mut self, feeder: Feeder) {
+        self.stats.preemptions += 1;
+        match feeder {
+            Feeder::Row(sequence) => self.put_back(sequence),
+            Feeder::Prefix(id) => {
+                let waits = |(sequence, row): (&Sequence, &Row)| {
+                    (row.waits_for == Some(id)).then_some(*sequence)
+                };
+                let waiting: Vec<Sequence> = self.rows.iter().filter_map(waits).collect();
+                for sequence in waiting {
+                    self.put_back(sequence);
+                }
+                self.drop_prefix(id);
+            }
+        }
+    }
+
+    fn put_back(&mut self, sequence: Sequence) {
+        if let Some(row) = self.rows.remove(&sequence) {
+            self.release(&row.table);
+            self.queue.insert(sequence, row.request);
+        }
+    }
+
+    fn drop_prefix(&mut self, id: u64) {
+        if let Some(prefix) = self.prefixes.remove(&id) {
+            self.release(&prefix.table);
+        }
+    }
+
+    /// Drops prefixes that are being read for rows that have ended or moved on.
+    fn drop_unwanted_reading(&mut self) {
+        let reading = self.prefixes.iter().filter(|(_, prefix)| !prefix.is_read());
+        let unwanted: Vec<u64> = reading
+            .map(|(id, _)| *id)
+            .filter(|id| self.rows.values().all(|row| row.waits_for != Some(*id)))
+            .collect();
+        for id in unwanted {
+            self.drop_prefix(id);
+        }
+    }
+
+    fn trim_prefixes(&mut self) {
+        while self.prefixes.len() > PREFIXES_MAX + self.limits.slots && self.drop_idle_prefix() {}
+    }
+
+    fn release(&mut self, table: &[BlockId]) {
+        for block in table {
+            self.blocks.release(*block);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
