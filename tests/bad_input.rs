@@ -23,7 +23,7 @@ use muster_protocol::nats_server::{Member, NatsServer, ServerConfig};
 use muster_protocol::subject::Role;
 
 use self::command::{muster, refusal, refusal_after, usage_error};
-use self::disk::SmallDisk;
+use self::disk::{SmallDisk, on_small_disk};
 use self::place::{CONFIG, Place, finished_run, text};
 
 /// What `muster local` says to a configuration.
@@ -337,9 +337,14 @@ fn a_snapshot_with_one_flipped_byte_is_named_with_the_place() {
 
 #[test]
 fn a_disk_that_is_full_from_the_start_is_named() {
-    let Some(disk) = SmallDisk::new(128 << 10) else {
-        return;
-    };
+    on_small_disk(
+        "a_disk_that_is_full_from_the_start_is_named",
+        128 << 10,
+        full_from_the_start,
+    );
+}
+
+fn full_from_the_start(disk: &SmallDisk) {
     let place = Place::new();
     let config = place.write("config.toml", &place.config_with(place::model()));
     let dir = disk.path().join("run");
@@ -351,9 +356,14 @@ fn a_disk_that_is_full_from_the_start_is_named() {
 /// The same command goes on with the run once there is room.
 #[test]
 fn a_disk_that_fills_up_during_a_run_loses_nothing() {
-    let Some(disk) = SmallDisk::new(8 << 20) else {
-        return;
-    };
+    on_small_disk(
+        "a_disk_that_fills_up_during_a_run_loses_nothing",
+        8 << 20,
+        full_during_a_run,
+    );
+}
+
+fn full_during_a_run(disk: &SmallDisk) {
     let place = Place::new();
     let steps = 40;
     let config = place

@@ -1,4 +1,4 @@
-//! A small disk in memory, to be filled. It needs the right to mount: without it the tests that want one say so and pass.
+//! A small disk in memory, to be filled. A user who may not mount one runs the test again as root of a user namespace.
 
 use std::fs;
 use std::io::Write;
@@ -10,20 +10,39 @@ pub struct SmallDisk {
     folder: tempfile::TempDir,
 }
 
+/// Set in the namespace: who may not mount there either fails.
+const IN_NAMESPACE: &str = "MUSTER_TEST_IN_NAMESPACE";
+
+/// Runs the body of the test `name` on a disk of `bytes`.
+pub fn on_small_disk(name: &str, bytes: usize, body: impl FnOnce(&SmallDisk)) {
+    if let Some(disk) = SmallDisk::mounted(bytes) {
+        return body(&disk);
+    }
+    assert!(
+        std::env::var_os(IN_NAMESPACE).is_none(),
+        "a file system cannot be mounted, not even in a user namespace: run the tests as root"
+    );
+    let status = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount"])
+        .arg(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .env(IN_NAMESPACE, "1")
+        .status()
+        .expect("unshare (util-linux) is needed to mount a small disk without being root");
+    assert!(status.success(), "{name} failed in a user namespace");
+}
+
 impl SmallDisk {
     /// Mounts one, where this user may.
-    pub fn new(bytes: usize) -> Option<Self> {
+    fn mounted(bytes: usize) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let size = format!("size={bytes}");
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
             .arg(folder.path())
-            .output();
-        if !mounted.is_ok_and(|mounted| mounted.status.success()) {
-            eprintln!("not tried: this user may not mount a small file system to fill up");
-            return None;
-        }
-        Some(Self { folder })
+            .output()
+            .expect("mount (util-linux) is needed to fill up a small disk");
+        mounted.status.success().then_some(Self { folder })
     }
 
     /// Where it is.
