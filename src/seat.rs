@@ -57,7 +57,7 @@ impl Seat {
         if credentials.role != role {
             let found = credentials.role;
             bail!(
-                "{} holds credentials of a {found}, this command needs a {role}'s: name that file with --creds",
+                "{} holds credentials for the role {found}, this command needs the role {role}: name that file with --creds",
                 path.display()
             );
         }

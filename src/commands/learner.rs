@@ -42,7 +42,7 @@ pub fn run(args: LearnerArgs) -> Result<()> {
     for name in ["dispatch", "trainer"] {
         if !dir.credentials(name).try_exists().unwrap_or(false) {
             bail!(
-                "{} is missing: enrol the run's members first",
+                "{} is missing: `muster local` with this configuration and --dir enrols the members",
                 dir.credentials(name).display()
             );
         }
