@@ -261,6 +261,11 @@ impl Requests {
     pub async fn next(&mut self) -> Option<Request> {
         self.inbox.recv().await
     }
+
+    /// The next request if it is here already.
+    pub fn try_next(&mut self) -> Option<Request> {
+        self.inbox.try_recv().ok()
+    }
 }
 
 /// A message taken from a queue. Dropped without an acknowledgement it is handed out again after the queue's wait.

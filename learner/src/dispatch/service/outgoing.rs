@@ -1,0 +1,140 @@
+//! What was decided and is not durable yet. Kept until it is, so that a bus that does not answer for a while loses no
+//! decision; a dispatch that is killed decides it again from the queues.
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use tracing::{debug, warn};
+
+use muster_protocol::bus::{BusError, Delivery, Enqueued, SharedBus};
+use muster_protocol::id::{GroupHash, TicketId};
+use muster_protocol::message::fate::{Fate, FateRecord};
+use muster_protocol::subject::{Log, Queue};
+
+use super::{CHUNK, DispatchError, DispatchService};
+
+/// A decision on its way to a queue or a log.
+pub(super) enum Outgoing {
+    /// A judged group goes to the trainer.
+    Ready {
+        /// Of which ticket.
+        ticket: TicketId,
+        /// As it is stored.
+        joined: Bytes,
+    },
+    /// A fate goes to the log.
+    Fate {
+        /// Its key.
+        key: String,
+        /// As it is stored.
+        record: Bytes,
+    },
+}
+
+impl Outgoing {
+    async fn write(&self, bus: &SharedBus) -> Result<Enqueued, BusError> {
+        match self {
+            Self::Ready { ticket, joined } => {
+                bus.enqueue(Queue::Ready, &format!("r-{ticket}"), joined.clone())
+                    .await
+            }
+            Self::Fate { key, record } => bus.append(Log::Fates, key, None, record.clone()).await,
+        }
+    }
+}
+
+impl DispatchService {
+    /// Decides a ticket's fate; [`Self::flush`] writes it to the log, from where it is taken in.
+    pub(super) fn end_ticket(&mut self, record: FateRecord) -> Result<(), DispatchError> {
+        let key = match record.fate {
+            Fate::Duplicate => format!("d-{}-{}", record.ticket, short(record.group)),
+            _ => format!("f-{}", record.ticket),
+        };
+        if record.fate != Fate::Duplicate {
+            self.core.ending(record.ticket);
+        }
+        let record = self.seal(record)?.bytes;
+        self.outgoing.push_back(Outgoing::Fate { key, record });
+        Ok(())
+    }
+
+    /// Makes durable what was decided, all at once. What the bus does not take now is tried again at the next tick.
+    pub(super) async fn flush(&mut self) -> Result<(), DispatchError> {
+        while !self.outgoing.is_empty() {
+            let count = self.outgoing.len().min(CHUNK);
+            let batch: Vec<Outgoing> = self.outgoing.drain(..count).collect();
+            let written = join_all(batch.iter().map(|outgoing| outgoing.write(&self.bus))).await;
+            let mut handed_on = Vec::new();
+            let mut kept = Vec::new();
+            let mut failed = None;
+            for (outgoing, written) in batch.into_iter().zip(written) {
+                match (written, &outgoing) {
+                    (Ok(_), Outgoing::Ready { ticket, .. }) => handed_on.push(*ticket),
+                    (Ok(_), Outgoing::Fate { .. }) => {}
+                    (Err(error), _) if error.is_transient() => {
+                        warn!(%error, "a decision is not durable yet: trying again");
+                        kept.push(outgoing);
+                    }
+                    (Err(error), _) => failed = Some(error),
+                }
+            }
+            for ticket in &handed_on {
+                debug!(%ticket, "handed on");
+                self.core.handed_on(*ticket);
+            }
+            self.release(&handed_on).await;
+            if let Some(error) = failed {
+                return Err(error.into());
+            }
+            if !kept.is_empty() {
+                kept.extend(self.outgoing.drain(..));
+                self.outgoing = kept.into();
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of the messages that held tickets. One whose acknowledgement is not confirmed is kept and tried again
+    /// with the renewals.
+    pub(super) async fn release(&mut self, tickets: &[TicketId]) {
+        self.release_answered(tickets).await;
+        let held = tickets
+            .iter()
+            .filter_map(|ticket| Some((*ticket, &self.intake.get(ticket)?.1)));
+        for ticket in acknowledged(held).await {
+            self.intake.remove(&ticket);
+        }
+    }
+
+    /// Lets go of the ticket queue's messages alone: the tickets' groups are in the intake queue.
+    pub(super) async fn release_answered(&mut self, tickets: &[TicketId]) {
+        let held = tickets
+            .iter()
+            .filter_map(|ticket| Some((*ticket, self.tickets.get(ticket)?)));
+        for ticket in acknowledged(held).await {
+            self.tickets.remove(&ticket);
+        }
+    }
+}
+
+/// Acknowledges all at once; returns those that were confirmed. What is not confirmed comes again, and is recognised then.
+pub(super) async fn acknowledged<'a, T>(held: impl Iterator<Item = (T, &'a Delivery)>) -> Vec<T> {
+    let acknowledging = held.map(|(name, delivery)| async move {
+        match delivery.ack().await {
+            Ok(()) => Some(name),
+            Err(error) => {
+                debug!(%error, "an acknowledgement was not confirmed");
+                None
+            }
+        }
+    });
+    join_all(acknowledging)
+        .await
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn short(group: Option<GroupHash>) -> String {
+    group.map_or_else(|| "none".to_owned(), |group| group.short())
+}

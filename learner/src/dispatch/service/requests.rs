@@ -1,0 +1,460 @@
+//! What members ask of dispatch and what they are told.
+//!
+//! Requests that came together are decided together: what they store goes to the bus at once, and none is answered before
+//! all of it is durable. A group costs a round trip to the server then only when it comes alone.
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use serde_bytes::ByteBuf;
+use tracing::{debug, info, warn};
+
+use muster_protocol::bus::{BusError, Request};
+use muster_protocol::credentials::Member;
+use muster_protocol::envelope::{EnvelopeError, Signed, open};
+use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, TicketId, UnixMillis};
+use muster_protocol::limits::{GROUP_BYTES_MAX, PEERS_MAX, TEXT_BYTES_MAX};
+use muster_protocol::message::ask::{Answer, Ask, LEASES_MAX, WaitReason};
+use muster_protocol::message::control::Phase;
+use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
+use muster_protocol::message::fate::Fate;
+use muster_protocol::message::group::Group;
+use muster_protocol::message::lease::{Lease, NumericClass};
+use muster_protocol::message::peer::PeerRecord;
+use muster_protocol::message::verdict::{Decision, Verdict};
+use muster_protocol::message::version::VersionRef;
+use muster_protocol::subject::Queue;
+
+use super::outgoing::Outgoing;
+use super::{DispatchError, DispatchService, KnownPeer};
+use crate::dispatch::judging::{Case, Outcome};
+use crate::dispatch::waiting::Wait;
+use crate::dispatch::{Admission, fate_of};
+
+/// How long a member waits when the bus did not take what its request would have stored.
+const BUS_RETRY_MS: u64 = 500;
+
+/// What becomes of a request.
+enum Decided {
+    /// This is said.
+    Answer(Answer),
+    /// The group is stored first; then it is accepted.
+    Store {
+        /// Its key in the intake queue.
+        key: String,
+        /// As it is stored.
+        admitted: Bytes,
+        /// Its name.
+        group: GroupHash,
+    },
+}
+
+impl DispatchService {
+    /// Decides requests in their order, makes durable what they decide, then answers all.
+    pub(super) async fn on_requests(
+        &mut self,
+        requests: Vec<Request>,
+    ) -> Result<(), DispatchError> {
+        let mut decided = Vec::with_capacity(requests.len());
+        for request in &requests {
+            decided.push(self.decide(request)?);
+        }
+        self.flush().await?;
+        let answers = self.stored(decided).await?;
+        let mut sealed = Vec::with_capacity(answers.len());
+        for answer in answers {
+            sealed.push(self.seal(answer)?.bytes);
+        }
+        join_all(
+            requests
+                .into_iter()
+                .zip(sealed)
+                .map(|(request, answer)| request.reply(answer)),
+        )
+        .await;
+        Ok(())
+    }
+
+    /// Stores the groups among what was decided; returns the answers, in order.
+    async fn stored(&mut self, decided: Vec<Decided>) -> Result<Vec<Answer>, DispatchError> {
+        let any = decided
+            .iter()
+            .any(|decided| matches!(decided, Decided::Store { .. }));
+        let bus = &self.bus;
+        let storing = decided.into_iter().map(|decided| async move {
+            match decided {
+                Decided::Answer(answer) => Ok(answer),
+                Decided::Store {
+                    key,
+                    admitted,
+                    group,
+                } => match bus.enqueue(Queue::Intake, &key, admitted).await {
+                    Ok(_) => Ok(Answer::Accepted { group }),
+                    Err(error) => wait_for_bus(error),
+                },
+            }
+        });
+        let answers = join_all(storing)
+            .await
+            .into_iter()
+            .collect::<Result<_, _>>()?;
+        if any {
+            match self.take_intake().await {
+                Err(DispatchError::Bus(error)) if error.is_transient() => {
+                    debug!(%error, "what was stored is taken in at the next tick");
+                }
+                Err(error) => return Err(error),
+                Ok(_) => {}
+            }
+        }
+        Ok(answers)
+    }
+
+    /// What to say to one request, once what it decides is durable.
+    fn decide(&mut self, request: &Request) -> Result<Decided, DispatchError> {
+        let ask = match open::<Ask>(request.payload.clone(), &self.run) {
+            Ok(ask) => ask,
+            Err(EnvelopeError::UpgradeRequired { served, .. }) => {
+                return Ok(Decided::Answer(Answer::UpgradeRequired {
+                    served: served.to_vec(),
+                }));
+            }
+            Err(error) => return Ok(Decided::Answer(refused(error))),
+        };
+        let verb = ask.body.verb();
+        let Some(member) = self.roster.by_user(request.user()).cloned() else {
+            return Ok(Decided::Answer(refused(
+                "this user is not a member of the run",
+            )));
+        };
+        if member.peer != ask.author {
+            let reason = "the message is signed by another key than the member's";
+            return Ok(Decided::Answer(refused(reason)));
+        }
+        let expected = self.subjects.ask(verb, request.user());
+        if expected != request.subject || !member.role.verbs().contains(&verb) {
+            let reason = format!("the role {} may not ask for {}", member.role, verb.token());
+            return Ok(Decided::Answer(refused(reason)));
+        }
+        let answer = match ask.body {
+            Ask::Submit { lease, group } => return self.on_submit(&member, lease, group),
+            Ask::Lease {
+                held,
+                class,
+                rollouts_max,
+            } => self.on_lease(&member, held, class, rollouts_max)?,
+            Ask::Critique {
+                held, groups_max, ..
+            } => self.on_critique(&member, &held, groups_max)?,
+            Ask::Verdict { verdicts } => self.on_verdicts(&member, verdicts)?,
+            Ask::Latest { version } => self.on_latest(version),
+            Ask::Peers { mine } => self.on_peers(&member, mine),
+            Ask::Receipt { leases } => self.on_receipt(&leases),
+            Ask::Control => Answer::Control(self.control.clone()),
+            Ask::Descriptor => Answer::Descriptor(ByteBuf::from(self.descriptor.bytes.to_vec())),
+        };
+        Ok(Decided::Answer(answer))
+    }
+
+    fn on_lease(
+        &mut self,
+        member: &Member,
+        held: VersionRef,
+        class: NumericClass,
+        rollouts_max: u32,
+    ) -> Result<Answer, DispatchError> {
+        if self.control.phase == Phase::Finished {
+            return Ok(Answer::Finished);
+        }
+        let groups_max = (rollouts_max / self.descriptor.body.group_size.max(1)).max(1) as usize;
+        let mut leases = Vec::new();
+        while leases.len() < groups_max.min(LEASES_MAX) {
+            let nonce = self.nonces.next();
+            match self
+                .core
+                .lease(member.peer, held, class, self.clock.now(), nonce)
+            {
+                Ok(lease) => {
+                    debug!(ticket = %lease.ticket.id, worker = member.name, "leased");
+                    leases.push(ByteBuf::from(self.seal(lease)?.bytes.to_vec()));
+                }
+                Err(wait) if leases.is_empty() => return Ok(waiting(wait)),
+                Err(_) => break,
+            }
+        }
+        Ok(Answer::Leases(leases))
+    }
+
+    fn on_submit(
+        &mut self,
+        member: &Member,
+        lease: ByteBuf,
+        group: ByteBuf,
+    ) -> Result<Decided, DispatchError> {
+        let answer = match self.opened_submission(lease, group) {
+            Ok((lease, group)) => return self.on_group(member, &lease, &group),
+            Err(reason) => refused(reason),
+        };
+        Ok(Decided::Answer(answer))
+    }
+
+    fn opened_submission(
+        &self,
+        lease: ByteBuf,
+        group: ByteBuf,
+    ) -> Result<(Signed<Lease>, Signed<Group>), String> {
+        let lease = open::<Lease>(lease.into_vec().into(), &self.run);
+        let lease = lease.map_err(|error| error.to_string())?;
+        if lease.author != self.identity.peer_id() {
+            return Err("the lease is not signed by this run's dispatch".to_owned());
+        }
+        let group = open::<Group>(group.into_vec().into(), &self.run);
+        Ok((lease, group.map_err(|error| error.to_string())?))
+    }
+
+    fn on_group(
+        &mut self,
+        member: &Member,
+        lease: &Signed<Lease>,
+        group: &Signed<Group>,
+    ) -> Result<Decided, DispatchError> {
+        let hash = GroupHash::of(&group.bytes);
+        let accepted = Answer::Accepted { group: hash };
+        if self.accepted.entries.get(&lease.body.id) == Some(&hash) {
+            return Ok(Decided::Answer(accepted));
+        }
+        let answer = match self.core.admit(&lease.body, group) {
+            Admission::Admit { audit } => {
+                debug!(ticket = %lease.body.ticket.id, worker = member.name, audit, "admitted");
+                let admitted = Admitted {
+                    lease: lease.bytes.to_vec(),
+                    group: group.bytes.to_vec(),
+                    audit,
+                    admitted: self.clock.now(),
+                };
+                return Ok(Decided::Store {
+                    key: format!("i-{}", lease.body.id),
+                    admitted: self.seal(admitted)?.bytes,
+                    group: hash,
+                });
+            }
+            Admission::Repeated => accepted,
+            Admission::Reject(record) => {
+                let reason = record.reason.clone();
+                info!(worker = member.name, %reason, "group rejected at admission");
+                self.core.submission_rejected(&lease.body);
+                self.end_ticket(record)?;
+                refused(reason)
+            }
+            Admission::TooLate(record) => {
+                let reason = record.reason.clone();
+                self.end_ticket(record)?;
+                refused(reason)
+            }
+            Admission::Refuse(mismatch) => refused(mismatch),
+        };
+        Ok(Decided::Answer(answer))
+    }
+
+    fn on_critique(
+        &mut self,
+        member: &Member,
+        held: &[VersionRef],
+        groups_max: u32,
+    ) -> Result<Answer, DispatchError> {
+        if self.control.phase == Phase::Finished && self.core.court().is_empty() {
+            return Ok(Answer::Finished);
+        }
+        self.core.critic_asks(&member.peer);
+        let mut leases = Vec::new();
+        let mut bytes = 0;
+        while leases.len() < (groups_max.max(1) as usize).min(LEASES_MAX) && bytes < GROUP_BYTES_MAX
+        {
+            let now = self.clock.now();
+            let (ticket, deadline) = match self.core.assign(member.peer, held, now) {
+                Ok(assigned) => assigned,
+                Err(wait) if leases.is_empty() => return Ok(waiting(wait)),
+                Err(_) => break,
+            };
+            let Some(lease) = self.critique_lease(ticket, member.peer, deadline) else {
+                warn!(%ticket, "no gold answer for the ticket's item");
+                break;
+            };
+            let signed = self.seal(lease)?;
+            bytes += signed.bytes.len();
+            if bytes > GROUP_BYTES_MAX && !leases.is_empty() {
+                break; // it is given again when this critic's time is over
+            }
+            leases.push(ByteBuf::from(signed.bytes.to_vec()));
+        }
+        Ok(Answer::CritiqueLeases(leases))
+    }
+
+    fn critique_lease(
+        &self,
+        ticket: TicketId,
+        critic: PeerId,
+        deadline: UnixMillis,
+    ) -> Option<CritiqueLease> {
+        let case = self.core.court().case_of(ticket)?;
+        let reference = self.prompts.reference(case.item)?;
+        Some(CritiqueLease {
+            lease: case.lease.to_vec(),
+            group: case.body.to_vec(),
+            critic,
+            prompt: reference.prompt,
+            gold: reference.gold,
+            audit: case.audit,
+            deadline,
+        })
+    }
+
+    fn on_verdicts(
+        &mut self,
+        member: &Member,
+        verdicts: Vec<ByteBuf>,
+    ) -> Result<Answer, DispatchError> {
+        let mut refused = Vec::new();
+        for bytes in verdicts {
+            match open::<Verdict>(bytes.into_vec().into(), &self.run) {
+                Ok(verdict) if verdict.author == member.peer => {
+                    refused.extend(self.on_verdict(verdict)?);
+                }
+                Ok(_) => refused
+                    .push("the verdict is signed by another key than the critic's".to_owned()),
+                Err(error) => refused.push(error.to_string()),
+            }
+        }
+        Ok(Answer::Recorded { refused })
+    }
+
+    /// Takes in one verdict; returns why it was refused, if it was.
+    fn on_verdict(&mut self, verdict: Signed<Verdict>) -> Result<Option<String>, DispatchError> {
+        let ticket = verdict.body.ticket;
+        match self.core.judged(verdict) {
+            Ok(Outcome::Pending) => {}
+            Ok(Outcome::Settled {
+                case,
+                decision,
+                verdicts,
+                ..
+            }) => {
+                self.on_settled(ticket, &case, decision, &verdicts)?;
+            }
+            Ok(Outcome::Undecided(case)) => {
+                let reason = "the critics asked did not agree".to_owned();
+                self.end_case(&case, reason)?;
+            }
+            Err(refusal) => return Ok(Some(refusal.to_string())),
+        }
+        Ok(None)
+    }
+
+    fn on_settled(
+        &mut self,
+        ticket: TicketId,
+        case: &Case,
+        decision: Decision,
+        verdicts: &[Signed<Verdict>],
+    ) -> Result<(), DispatchError> {
+        if decision == Decision::Reject {
+            let finding = verdicts
+                .iter()
+                .find_map(|verdict| verdict.body.findings.first());
+            let reason = finding.map_or_else(|| "rejected".to_owned(), ToString::to_string);
+            return self.end_case(case, reason);
+        }
+        let joined = Joined {
+            lease: case.lease.to_vec(),
+            group: case.body.to_vec(),
+            verdicts: verdicts
+                .iter()
+                .map(|v| ByteBuf::from(v.bytes.to_vec()))
+                .collect(),
+            audited: verdicts.iter().all(|verdict| verdict.body.audited),
+        };
+        let joined = self.seal(joined)?.bytes;
+        self.core.ending(ticket);
+        self.outgoing.push_back(Outgoing::Ready { ticket, joined });
+        Ok(())
+    }
+
+    fn end_case(&mut self, case: &Case, reason: String) -> Result<(), DispatchError> {
+        let lease = open::<Lease>(case.lease.clone(), &self.run)?;
+        let shown: String = reason.chars().take(TEXT_BYTES_MAX / 4).collect();
+        info!(worker = %case.author.short(), reason = %shown, "group rejected");
+        let mut record = fate_of(&lease.body, Some(case.group), Fate::Rejected, shown);
+        record.audited = case.audit;
+        self.end_ticket(record)
+    }
+
+    fn on_latest(&self, version: Option<PolicyVersion>) -> Answer {
+        let wanted = |known: &VersionRef| version.is_none_or(|wanted| known.version == wanted);
+        let found = self
+            .announcements
+            .iter()
+            .rev()
+            .find(|(known, _)| wanted(known));
+        Answer::Version(found.map(|(_, announcement)| announcement.clone()))
+    }
+
+    fn on_peers(&mut self, member: &Member, mine: Option<ByteBuf>) -> Answer {
+        if let Some(bytes) = mine {
+            let bytes = Bytes::from(bytes.into_vec());
+            match open::<PeerRecord>(bytes.clone(), &self.run) {
+                Ok(record)
+                    if record.author == member.peer
+                        && record.body.handshake == member.handshake =>
+                {
+                    let known = KnownPeer {
+                        record: bytes,
+                        seen: self.clock.now(),
+                    };
+                    self.peers.insert(member.peer, known);
+                }
+                Ok(_) => return refused("the peer record is not the asker's own"),
+                Err(error) => return refused(error),
+            }
+        }
+        let others = self.peers.iter().filter(|(peer, _)| **peer != member.peer);
+        let records = others
+            .take(PEERS_MAX)
+            .map(|(_, known)| ByteBuf::from(known.record.to_vec()));
+        Answer::Peers(records.collect())
+    }
+
+    fn on_receipt(&self, leases: &[LeaseId]) -> Answer {
+        let known = leases
+            .iter()
+            .filter_map(|lease| self.receipts.entries.get(lease));
+        Answer::Receipts(known.map(|bytes| ByteBuf::from(bytes.to_vec())).collect())
+    }
+}
+
+/// What to say when the bus does not answer for a moment.
+fn wait_for_bus(error: BusError) -> Result<Answer, DispatchError> {
+    if !error.is_transient() {
+        return Err(error.into());
+    }
+    debug!(%error, "an answer waits for the bus");
+    Ok(Answer::Wait {
+        retry_ms: BUS_RETRY_MS,
+        reason: WaitReason::Starting,
+    })
+}
+
+fn waiting(wait: Wait) -> Answer {
+    Answer::Wait {
+        retry_ms: wait.retry_ms,
+        reason: wait.reason,
+    }
+}
+
+fn refused(reason: impl ToString) -> Answer {
+    Answer::Refused {
+        reason: reason
+            .to_string()
+            .chars()
+            .take(TEXT_BYTES_MAX / 4)
+            .collect(),
+    }
+}
