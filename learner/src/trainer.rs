@@ -9,11 +9,14 @@
 
 pub mod announce;
 pub mod archive;
+mod intake;
 pub mod record;
+mod replay;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,28 +35,28 @@ use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{Generation, GroupHash, PolicyVersion, StateRoot, TicketId};
 use muster_protocol::message::batch::{Batch, BatchEntry};
 use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
-use muster_protocol::message::critique::Joined;
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{Group, Segment};
-use muster_protocol::message::lease::Lease;
-use muster_protocol::message::verdict::{Decision, Verdict};
-use muster_protocol::message::version::{Announcement, Version};
-use muster_protocol::subject::{Log, Queue, Role};
+use muster_protocol::subject::{Log, Role};
 
 use crate::advantage::AdvantageConfig;
 use crate::metrics::{JsonLinesError, StepMetrics};
-use crate::resolver::{Candidate, Refusal, ResolveConfig, Resolver, Selected};
+use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
 use crate::stepper::{StepError, StepInput, StepOutput, Stepper, TrainRollout};
 
 use announce::{Announced, Announcer, Outlet, RunFile};
 use archive::{Archive, ArchiveError};
+use intake::Opener;
 use record::{RunRecord, batch_metrics};
+use replay::{open_run, restore_state};
 
 /// Groups taken from the queue at once.
 const CHUNK: usize = 64;
 /// How long to wait for a group before looking at the logs again.
 const TAKE_WAIT: Duration = Duration::from_millis(500);
+/// The same while a step runs, which is not to wait for groups when it is done.
+const MEANWHILE_WAIT: Duration = Duration::from_millis(5);
 /// How long a turn that has begun may take once the trainer is told to stop.
 const GRACE: Duration = Duration::from_secs(3);
 /// Pause after the bus did not answer.
@@ -138,9 +141,10 @@ pub struct TrainerParts {
 /// The trainer, connected.
 pub struct Trainer {
     desk: Desk,
-    roster: Roster,
+    opener: Arc<Opener>,
     dir: PathBuf,
-    stepper: Box<dyn Stepper>,
+    /// Away while a step runs.
+    stepper: Option<Box<dyn Stepper>>,
     outlet: Arc<dyn Outlet>,
     descriptor: Signed<Descriptor>,
     files: Vec<RunFile>,
@@ -201,13 +205,19 @@ impl Trainer {
             async_level: descriptor.body.async_level,
             advantage: settings.advantage,
         };
+        let opener = Opener {
+            run: desk.run().clone(),
+            dispatch: descriptor.body.dispatch,
+            roster,
+            archive: archive.clone(),
+        };
         let mut trainer = Self {
+            opener: Arc::new(opener),
             record: RunRecord::open(&dir, version)?,
             resolver: Resolver::new(config, version, Default::default()),
             desk,
-            roster,
             dir,
-            stepper,
+            stepper: Some(stepper),
             outlet,
             descriptor,
             files,
@@ -271,119 +281,8 @@ impl Trainer {
         if let Some(batch) = self.resolver.close_batch() {
             return self.resolve(batch).await;
         }
-        self.take_groups().await
-    }
-
-    async fn take_groups(&mut self) -> Result<(), TrainerError> {
-        for delivery in self.desk.bus().take(Queue::Ready, CHUNK, TAKE_WAIT).await? {
-            self.on_group(delivery).await?;
-        }
+        self.take_groups(TAKE_WAIT).await?;
         Ok(())
-    }
-
-    async fn on_group(&mut self, delivery: Delivery) -> Result<(), TrainerError> {
-        let candidate = match self.open_joined(&delivery.payload) {
-            Ok(candidate) => candidate,
-            Err(Unusable::Message(reason)) => {
-                warn!(%reason, "a message of the ready queue cannot be used: it is dropped");
-                acknowledge(&delivery).await;
-                return Ok(());
-            }
-            Err(Unusable::Disk(error)) => return Err(error.into()),
-        };
-        let ticket = candidate.ticket;
-        if self.trained.get(&ticket) == Some(&candidate.group) {
-            acknowledge(&delivery).await; // in a manifest already: the kill came before the acknowledgement
-            return Ok(());
-        }
-        if self.resolver.holds(ticket, candidate.group) {
-            self.held.insert(ticket, delivery); // handed out again: a server that was killed forgot that we have it
-            return Ok(());
-        }
-        self.drawn_tokens += drawn_tokens(&candidate.carried);
-        match self.resolver.admit(candidate) {
-            Ok(()) => {
-                self.held.insert(ticket, delivery);
-            }
-            Err((Refusal::Duplicate { .. }, candidate))
-                if self.record.ended().contains(&ticket) =>
-            {
-                // Its fate is in the log: either this group's own, before a kill, or another group's.
-                info!(%ticket, group = %candidate.group.short(), "a group of an ended ticket");
-                acknowledge(&delivery).await;
-            }
-            Err((refusal, candidate)) => {
-                self.refuse(refusal, &candidate).await?;
-                acknowledge(&delivery).await;
-            }
-        }
-        Ok(())
-    }
-
-    /// Opens a joined group and everything in it. Dispatch has checked all of it; the learner believes signatures alone.
-    fn open_joined(&self, payload: &Bytes) -> Result<Candidate<Group>, Unusable> {
-        let run = self.desk.run();
-        let dispatch = self.descriptor.body.dispatch;
-        let joined = open::<Joined>(payload.clone(), run).map_err(|error| error.to_string())?;
-        let lease =
-            open::<Lease>(joined.body.lease.into(), run).map_err(|error| error.to_string())?;
-        if joined.author != dispatch || lease.author != dispatch {
-            return Err("not signed by the run's dispatch".to_owned().into());
-        }
-        let group =
-            open::<Group>(joined.body.group.into(), run).map_err(|error| error.to_string())?;
-        if group.author != lease.body.worker || group.body.lease != lease.body.id {
-            return Err("the group does not answer its lease".to_owned().into());
-        }
-        let hash = GroupHash::of(&group.bytes);
-        let mut rewards = Vec::new();
-        for bytes in joined.body.verdicts {
-            let verdict =
-                open::<Verdict>(bytes.into_vec().into(), run).map_err(|error| error.to_string())?;
-            let is_critic = self
-                .roster
-                .by_peer(&verdict.author)
-                .is_some_and(|member| member.role == Role::Critic && member.peer != group.author);
-            let fits = verdict.body.group == hash
-                && verdict.body.decision == Decision::Accept
-                && verdict.body.rewards.len() == group.body.rollouts.len();
-            if !is_critic || !fits {
-                let reason = "a verdict is not an accepting critic's of this group";
-                return Err(reason.to_owned().into());
-            }
-            rewards = verdict
-                .body
-                .rewards
-                .iter()
-                .map(|reward| reward.total)
-                .collect();
-        }
-        self.archive
-            .put_group(hash, &group.bytes)
-            .map_err(Unusable::Disk)?;
-        Ok(Candidate {
-            ticket: lease.body.ticket.id,
-            group: hash,
-            worker: group.author,
-            version: group.body.oldest_version(),
-            rewards,
-            audited: joined.body.audited,
-            carried: group.body,
-        })
-    }
-
-    async fn refuse(
-        &self,
-        refusal: Refusal,
-        candidate: &Candidate<Group>,
-    ) -> Result<(), TrainerError> {
-        self.append_fate(fate_of(
-            candidate,
-            refusal.fate(),
-            refusal.to_string(),
-            None,
-        ))
-        .await
     }
 
     async fn append_fate(&self, record: FateRecord) -> Result<(), TrainerError> {
@@ -406,16 +305,14 @@ impl Trainer {
         }
     }
 
-    /// Manifest, acknowledgements, fates, step, image, announcement: in this order.
+    /// Manifest, step, image, announcement: in this order. Once the manifest stands, fates and acknowledgements can be made
+    /// again at any time; they are made while the step runs.
     async fn resolve(&mut self, batch: Vec<Selected<Group>>) -> Result<(), TrainerError> {
         let began = Instant::now();
         let waited = began.duration_since(self.step_ended);
         let step = self.resolver.version().next();
         self.commit(step, &batch).await?;
-        self.settle(step, &batch).await?;
-        let stepping = Instant::now();
-        let output = self.step(step, &batch).await?;
-        let trained = stepping.elapsed();
+        let (output, trained) = self.step(step, &batch, Intake::Open).await?;
         let announcing = Instant::now();
         let announced = self.publish(step, &output.image).await?;
         let whole = self.step_ended.elapsed().as_secs_f64();
@@ -526,23 +423,55 @@ impl Trainer {
         Ok(())
     }
 
+    /// Takes the step and makes its image durable; meanwhile settles the batch and, with the intake open, takes in groups
+    /// of the next one. Returns what the step made and how long it took.
     async fn step(
         &mut self,
         step: PolicyVersion,
         batch: &[Selected<Group>],
-    ) -> Result<StepOutput, TrainerError> {
+        intake: Intake,
+    ) -> Result<(StepOutput, Duration), TrainerError> {
         let input = StepInput {
             step,
             groups: batch.iter().map(train_rollouts).collect(),
             temperature: self.descriptor.body.sampling.temperature,
         };
-        let output = self
-            .stepper
-            .step(input)
+        let began = Instant::now();
+        let mut stepper = self.stepper.take().ok_or_else(|| lost(step))?;
+        let running = AtomicBool::new(intake == Intake::Open);
+        let stepping = async {
+            let output = stepper.step(input).await;
+            running.store(false, Ordering::Relaxed);
+            (output, began.elapsed())
+        };
+        let ((output, took), met) = tokio::join!(stepping, self.meanwhile(step, batch, &running));
+        self.stepper = Some(stepper);
+        met?;
+        let output = output.map_err(|source| TrainerError::Step { step, source })?;
+        let (archive, image) = (self.archive.clone(), output.image.clone());
+        off_loop_if_large(image.len(), move || archive.put_image(step, &image))
             .await
-            .map_err(|source| TrainerError::Step { step, source })?;
-        self.archive.put_image(step, &output.image)?;
-        Ok(output)
+            .map_err(|error| TrainerError::Announce(error.to_string()))??;
+        Ok((output, took))
+    }
+
+    async fn meanwhile(
+        &mut self,
+        step: PolicyVersion,
+        batch: &[Selected<Group>],
+        running: &AtomicBool,
+    ) -> Result<(), TrainerError> {
+        self.settle(step, batch).await?;
+        while running.load(Ordering::Relaxed) {
+            match self.take_groups(MEANWHILE_WAIT).await {
+                Err(TrainerError::Bus(error)) if error.is_transient() => {
+                    warn!(%error, "groups are taken in after the step");
+                    return Ok(());
+                }
+                taken => taken?,
+            };
+        }
+        Ok(())
     }
 
     async fn publish(
@@ -605,7 +534,9 @@ impl Trainer {
 
     async fn advance(&mut self, version: PolicyVersion) -> Result<(), TrainerError> {
         for (refusal, candidate) in self.resolver.advance(version) {
-            self.refuse(refusal, &candidate).await?;
+            let reason = refusal.to_string();
+            self.append_fate(fate_of(&candidate, refusal.fate(), reason, None))
+                .await?;
             if let Some(delivery) = self.held.remove(&candidate.ticket) {
                 acknowledge(&delivery).await;
             }
@@ -623,7 +554,8 @@ impl Trainer {
             return Ok(());
         }
         self.save().await?;
-        self.write_folder(announced, self.stepper.image()).await
+        let image = self.stepper(step)?.image();
+        self.write_folder(announced, image).await
     }
 
     async fn save(&mut self) -> Result<(), TrainerError> {
@@ -632,7 +564,7 @@ impl Trainer {
             return Ok(());
         }
         let path = self.archive.state_path(version);
-        let saved = self.stepper.save(&path).await;
+        let saved = self.stepper(version)?.save(&path).await;
         saved.map_err(|source| TrainerError::Step {
             step: version,
             source,
@@ -641,6 +573,10 @@ impl Trainer {
         self.archive
             .prune(version, self.descriptor.body.async_level)?;
         Ok(())
+    }
+
+    fn stepper(&mut self, step: PolicyVersion) -> Result<&mut Box<dyn Stepper>, TrainerError> {
+        self.stepper.as_mut().ok_or_else(|| lost(step))
     }
 
     async fn write_folder(&self, announced: &Announced, image: Bytes) -> Result<(), TrainerError> {
@@ -715,152 +651,20 @@ impl Trainer {
             }
         }
     }
-
-    /// Brings a restarted trainer to where the run is.
-    async fn replay(&mut self, saved: Option<PolicyVersion>) -> Result<(), TrainerError> {
-        let announced = self.announced_roots().await?;
-        let version = saved.unwrap_or_default();
-        let image = self.stepper.image();
-        self.archive.put_image(version, &image)?;
-        let described = self.announcer.describe(version, image.clone()).await?;
-        self.root = described.version.body.root;
-        if announced.get(&version) != Some(&self.root) {
-            self.announcer.announce(&described).await?;
-        }
-        if saved.is_none() {
-            let path = self.archive.state_path(version);
-            let done = self.stepper.save(&path).await;
-            done.map_err(|source| TrainerError::Step {
-                step: version,
-                source,
-            })?;
-            self.write_folder(&described, image).await?;
-        }
-        self.read_logs().await?;
-        let manifests = self.manifests().await?;
-        for (step, manifest) in manifests {
-            if step > version {
-                self.replay_step(step, &manifest, announced.get(&step))
-                    .await?;
-            }
-        }
-        self.read_logs().await?;
-        self.record.forget_counts();
-        let (version, ended) = (self.resolver.version(), self.record.ended().clone());
-        let config = ResolveConfig {
-            batch_groups: self.settings.batch_groups,
-            async_level: self.descriptor.body.async_level,
-            advantage: self.settings.advantage,
-        };
-        self.resolver = Resolver::new(config, version, ended);
-        self.desk.bus().reclaim(Queue::Ready).await?;
-        self.step_ended = Instant::now();
-        Ok(())
-    }
-
-    async fn announced_roots(&self) -> Result<BTreeMap<PolicyVersion, StateRoot>, TrainerError> {
-        let mut roots = BTreeMap::new();
-        let mut after = 0;
-        loop {
-            let records = self.desk.bus().read(Log::Versions, after, CHUNK).await?;
-            let Some(last) = records.last() else {
-                return Ok(roots);
-            };
-            after = last.sequence;
-            for record in records {
-                let announcement =
-                    Announcement::decode(&record.payload).map_err(EnvelopeError::from)?;
-                let version = open::<Version>(announcement.version.into(), self.desk.run())?;
-                roots.insert(version.body.version, version.body.root);
-            }
-        }
-    }
-
-    /// The manifest that holds for each step: the newest generation's.
-    async fn manifests(&mut self) -> Result<BTreeMap<PolicyVersion, Batch>, TrainerError> {
-        let mut manifests = BTreeMap::new();
-        loop {
-            let records = self
-                .desk
-                .bus()
-                .read(Log::Batches, self.batches_read, CHUNK)
-                .await?;
-            let Some(last) = records.last() else { break };
-            self.batches_read = last.sequence;
-            for record in records {
-                let batch = open::<Batch>(record.payload, self.desk.run())?.body;
-                manifests.insert(batch.step, batch);
-            }
-        }
-        for entry in manifests.values().flat_map(|batch| &batch.groups) {
-            self.trained.insert(entry.ticket, entry.group);
-        }
-        Ok(manifests)
-    }
-
-    async fn replay_step(
-        &mut self,
-        step: PolicyVersion,
-        manifest: &Batch,
-        announced: Option<&StateRoot>,
-    ) -> Result<(), TrainerError> {
-        let began = Instant::now();
-        let mut batch = Vec::with_capacity(manifest.groups.len());
-        for entry in &manifest.groups {
-            let group = open::<Group>(self.archive.group(entry.group)?, self.desk.run())?;
-            let candidate = Candidate {
-                ticket: entry.ticket,
-                group: entry.group,
-                worker: entry.worker,
-                version: entry.version,
-                rewards: entry.rewards.clone(),
-                audited: entry.audited,
-                carried: group.body,
-            };
-            let advantages = self
-                .settings
-                .advantage
-                .advantages(&entry.rewards)
-                .map_err(|error| TrainerError::Announce(error.to_string()))?;
-            batch.push(Selected {
-                candidate,
-                advantages,
-            });
-        }
-        self.settle(step, &batch).await?;
-        let output = self.step(step, &batch).await?;
-        let described = self.announcer.describe(step, output.image.clone()).await?;
-        self.root = described.version.body.root;
-        if announced != Some(&self.root) {
-            if announced.is_some() {
-                warn!(%step, "the replayed step made other bits: the new generation supersedes");
-            }
-            self.announcer.announce(&described).await?;
-        }
-        let line = StepMetrics {
-            time_step: began.elapsed().as_secs_f64(),
-            broadcast_bytes: described.anchor.body.bytes,
-            ..self.metrics_of(step, &batch, &output)
-        };
-        self.record.forget_counts();
-        self.write_lines(step, &batch, line)?;
-        self.resolver.advance(step);
-        self.checkpoint(step, &described).await
-    }
 }
 
-/// Why a message of the ready queue was not taken in.
-enum Unusable {
-    /// It is not what dispatch makes.
-    Message(String),
-    /// Its group could not be kept.
-    Disk(ArchiveError),
+/// Whether groups are taken in while a step runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intake {
+    Open,
+    /// What is in the ready queue is not looked at before the replay is over.
+    Closed,
 }
 
-impl From<String> for Unusable {
-    fn from(reason: String) -> Self {
-        Self::Message(reason)
-    }
+/// A step that was given up half way has the model.
+fn lost(step: PolicyVersion) -> TrainerError {
+    let source = StepError("an earlier step did not end: restart the trainer".to_owned());
+    TrainerError::Step { step, source }
 }
 
 /// What is not confirmed comes again, and is recognised by its ticket then.
@@ -868,89 +672,6 @@ async fn acknowledge(delivery: &Delivery) {
     if let Err(error) = delivery.ack().await {
         warn!(%error, "an acknowledgement was not confirmed");
     }
-}
-
-/// Opens the run under `descriptor`, or checks that it was opened under the same.
-async fn open_run(
-    desk: &Desk,
-    descriptor: Descriptor,
-) -> Result<(Signed<Descriptor>, ControlState, u64), TrainerError> {
-    let mut control = ControlState::default();
-    let mut read = 0;
-    loop {
-        let records = desk.bus().read(Log::Control, read, CHUNK).await?;
-        let Some(last) = records.last() else { break };
-        read = last.sequence;
-        for record in records {
-            let event = open::<ControlEvent>(record.payload, desk.run())?;
-            control.apply(record.sequence, event.body);
-        }
-    }
-    if control.descriptor.is_empty() {
-        let signed = desk.sign(descriptor)?;
-        let event = desk.sign(ControlEvent::Opened {
-            descriptor: signed.bytes.to_vec(),
-        })?;
-        let stored = desk
-            .bus()
-            .append(Log::Control, "opened", None, event.bytes)
-            .await?;
-        control.descriptor = signed.bytes.to_vec();
-        return Ok((signed, control, stored.sequence()));
-    }
-    let signed = open::<Descriptor>(control.descriptor.clone().into(), desk.run())?;
-    match changed(&signed.body, &descriptor) {
-        Some(what) => Err(TrainerError::Changed { what }),
-        None => Ok((signed, control, read)),
-    }
-}
-
-/// The first thing in which two descriptors differ.
-fn changed(opened: &Descriptor, now: &Descriptor) -> Option<&'static str> {
-    let differences = [
-        (
-            "model architecture",
-            opened.architecture != now.architecture,
-        ),
-        ("tokenizer", opened.tokenizer != now.tokenizer),
-        ("task", opened.task != now.task),
-        ("reward configuration", opened.rewards != now.rewards),
-        ("sampling configuration", opened.sampling != now.sampling),
-        ("group size", opened.group_size != now.group_size),
-        ("async level", opened.async_level != now.async_level),
-        ("learner key", opened.learner != now.learner),
-        ("dispatch key", opened.dispatch != now.dispatch),
-        (
-            "set of thresholds",
-            (opened.same_class, opened.cross_class) != (now.same_class, now.cross_class),
-        ),
-    ];
-    differences
-        .into_iter()
-        .find(|(_, differs)| *differs)
-        .map(|(what, _)| what)
-}
-
-async fn restore_state(
-    stepper: &mut dyn Stepper,
-    archive: &Archive,
-    async_level: u64,
-) -> Result<Option<PolicyVersion>, TrainerError> {
-    let Some(version) = archive.newest_state()? else {
-        return Ok(None);
-    };
-    let images = archive.images(
-        PolicyVersion(version.0.saturating_sub(async_level)),
-        version,
-    )?;
-    let restored = stepper
-        .restore(&archive.state_path(version), version, images)
-        .await;
-    restored.map_err(|source| TrainerError::Step {
-        step: version,
-        source,
-    })?;
-    Ok(Some(version))
 }
 
 fn fate_of(
@@ -970,14 +691,6 @@ fn fate_of(
         audited: candidate.audited,
         step,
     }
-}
-
-fn drawn_tokens(group: &Group) -> u64 {
-    group
-        .rollouts
-        .iter()
-        .map(|rollout| rollout.drawn().0.len() as u64)
-        .sum()
 }
 
 /// The rollouts of a group as the stepper wants them.
