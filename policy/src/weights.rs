@@ -4,12 +4,11 @@
 //! Knows the parameter table, not how weights are used. Invariant: an [`Image`] holds exactly the parameters of its
 //! configuration, each with the right shape, bf16 or f32, every value finite.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors};
 
 use crate::config::Config;
 use crate::layout::{Layout, Parameter};
@@ -17,6 +16,7 @@ use crate::layout::{Layout, Parameter};
 pub(crate) use header::{HeaderTensor, header};
 
 mod header;
+mod published;
 
 /// How a parameter is stored; it is computed with in float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -102,6 +102,14 @@ pub enum WeightsError {
         /// One of the names.
         tensor: String,
     },
+    /// A head of its own, where the configuration ties it to the embedding.
+    #[error(
+        "tensor `{tensor}` differs from the embedding that config.json ties it to; set tie_word_embeddings to false there"
+    )]
+    Untied {
+        /// Its name.
+        tensor: &'static str,
+    },
     /// A shape that contradicts the configuration.
     #[error(
         "tensor `{tensor}` has shape {found:?}, but config.json calls for {expected:?}; use the pair that belongs together"
@@ -177,7 +185,7 @@ impl Image {
         let (header_bytes, metadata) =
             SafeTensors::read_metadata(bytes).map_err(|error| explained(error, bytes))?;
         let data_start = header_bytes + 8;
-        let mut infos = text_tensors(config, &metadata)?;
+        let mut infos = published::tensors(config, &metadata, &bytes[data_start..])?;
         let mut sources = Vec::with_capacity(layout.parameters().len());
         for parameter in layout.parameters() {
             let info = infos
@@ -394,22 +402,6 @@ impl Image {
             }),
         }
     }
-}
-
-/// The tensors that are the text decoder's, by their names in the table.
-fn text_tensors<'a>(
-    config: &Config,
-    metadata: &'a Metadata,
-) -> Result<HashMap<String, &'a TensorInfo>, WeightsError> {
-    let mut infos = HashMap::new();
-    for (name, info) in metadata.tensors() {
-        if let Some(parameter) = config.parameter_name(&name)
-            && infos.insert(parameter, info).is_some()
-        {
-            return Err(WeightsError::Twice { tensor: name });
-        }
-    }
-    Ok(infos)
 }
 
 /// Table indices in the order of the file: wider elements first, the table's order within a width.

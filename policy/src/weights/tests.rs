@@ -3,7 +3,7 @@ use safetensors::tensor::TensorView;
 
 use super::*;
 use crate::optimizer::Master;
-use crate::testing::{image, tiny, untied};
+use crate::testing::{gemma3, image, tiny, untied};
 
 /// The image's tensors, changed, as another program would write them.
 fn rewritten(
@@ -81,6 +81,52 @@ fn a_file_in_another_order_becomes_the_same_image() {
         Image::parse(&config, &foreign).unwrap().bytes(),
         image.bytes()
     );
+}
+
+#[test]
+fn the_text_of_a_model_of_images_and_text_becomes_the_same_image() {
+    let config = gemma3();
+    let image = image(&config, 1);
+    for prefix in ["language_model.model.", "model.language_model."] {
+        let published = rewritten(&image, |tensors| {
+            for (name, ..) in tensors.iter_mut() {
+                *name = name.replace("model.", prefix);
+            }
+            let tower = "vision_tower.vision_model.post_layernorm.bias".to_owned();
+            tensors.push((tower, Dtype::I64, vec![1], vec![0; 8]));
+        });
+        let found = Image::parse(&config, &published).unwrap();
+        assert_eq!(found.bytes(), image.bytes());
+    }
+    let twice = rewritten(&image, |tensors| {
+        let (name, dtype, shape, data) = tensors[1].clone();
+        let name = name.replace("model.", "model.language_model.");
+        tensors.push((name, dtype, shape, data));
+    });
+    let error = Image::parse(&config, &twice).unwrap_err().to_string();
+    assert!(
+        error.contains("model.layers.0") || error.contains("language_model"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_tied_head_may_be_stored_as_a_copy_and_not_as_another() {
+    let config = tiny();
+    let image = image(&config, 1);
+    let with_head = |change: u8| {
+        rewritten(&image, |tensors| {
+            let (_, dtype, shape, mut data) = tensors[0].clone();
+            data[0] ^= change;
+            tensors.push(("lm_head.weight".to_owned(), dtype, shape, data));
+        })
+    };
+    let found = Image::parse(&config, &with_head(0)).unwrap();
+    assert_eq!(found.bytes(), image.bytes());
+    let error = Image::parse(&config, &with_head(1))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("tie_word_embeddings"), "{error}");
 }
 
 #[test]
