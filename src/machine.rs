@@ -63,6 +63,14 @@ pub(crate) fn memory_available() -> Option<u64> {
     kibibytes.checked_mul(1 << 10)
 }
 
+/// Most bytes of memory that this process has had.
+pub(crate) fn peak_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1 << 10)
+}
+
 /// Bytes that an ordinary user may still write where `path` lies.
 pub(crate) fn disk_free(path: &Path) -> io::Result<u64> {
     let disk = statvfs(path)?;

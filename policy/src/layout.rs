@@ -179,6 +179,12 @@ impl Layout {
         self.len == 0
     }
 
+    /// The matrices that every token is multiplied with: all but an embedding that is not the head as well.
+    pub(crate) fn multiplied(&self) -> impl Iterator<Item = &Block> {
+        let blocks = self.blocks.iter().filter(|block| block.rows > 1);
+        blocks.filter(|block| block.index != self.embedding.index || **block == self.head)
+    }
+
     pub(crate) fn blocks(&self) -> &[Block] {
         &self.blocks
     }

@@ -27,6 +27,7 @@ mod supervised;
 mod token_bytes;
 mod tokenizer;
 mod weights;
+mod yardstick;
 
 #[cfg(test)]
 mod testing;
@@ -47,10 +48,11 @@ pub use kernels::KernelSet;
 pub use kernels::fused::Threads;
 pub use layout::{Layout, Parameter};
 pub use optimizer::{AdamW, Master, OptimizerError, Update};
-pub use policy::{Policy, PolicyError};
+pub use policy::{Policy, PolicyError, TokenCost};
 pub use sampling::{Distribution, Sampling, uniform};
 pub use score::{ScoreRow, TokenScore, logprobs, score};
 pub use supervised::{Supervised, supervised};
 pub use token_bytes::TokenBytes;
 pub use tokenizer::{Tokenizer, TokenizerError, character_tokenizer};
 pub use weights::{Image, Storage, TensorEntry, WeightsError};
+pub use yardstick::Yardstick;

@@ -154,6 +154,15 @@ struct Shared {
     device: Device,
 }
 
+/// What a token costs at least, whatever its position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenCost {
+    /// Bytes of weights that are read, once for all rows that decode together.
+    pub weight_bytes: usize,
+    /// Multiplications with additions.
+    pub multiply_adds: usize,
+}
+
 /// Weights as a kernel set wants them.
 #[derive(Debug)]
 pub(crate) enum Prepared {
@@ -248,6 +257,19 @@ impl Policy {
     /// Where it computes.
     pub(crate) fn device(&self) -> &Device {
         &self.shared.device
+    }
+
+    /// What a token costs.
+    pub fn token_cost(&self) -> TokenCost {
+        let matrices = self.layout().multiplied();
+        let multiply_adds: usize = matrices.map(|block| block.rows * block.columns).sum();
+        TokenCost {
+            weight_bytes: match self.prepared() {
+                Prepared::Fused(weights) => weights.bytes_read(),
+                Prepared::Candle(_) => multiply_adds * size_of::<f32>(),
+            },
+            multiply_adds,
+        }
     }
 
     pub(crate) fn prepared(&self) -> &Prepared {

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use muster_policy::{
     Device, EngineConfig, Finish, GenerationRequest, KernelSet, ModelFolder, Policy, Sampling,
-    generate,
+    Threads, generate,
 };
 use muster_protocol::message::group::FinishReason;
 
@@ -33,6 +33,9 @@ pub struct GenerateArgs {
     /// Of the draws; equal seeds give equal answers
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
+    /// Threads to compute with; all processors by default
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
     /// Print one JSON line
     #[arg(long)]
     json: bool,
@@ -50,6 +53,8 @@ struct Answer {
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let model = ModelFolder::read(&args.model).with_context(|| args.model.display().to_string())?;
     let policy = Policy::from_image(&model.config, &model.image, KernelSet::Fused, &Device::Cpu)?;
+    let threads = args.threads.map_or_else(Threads::all, Threads::new);
+    let policy = policy.with_threads(&threads);
     let prompt = model.tokenizer.encode_prompt(&args.prompt)?;
     if prompt.is_empty() {
         bail!("the prompt has no token: give --prompt a text");

@@ -27,7 +27,7 @@ mod buffer;
 mod cache;
 mod elementwise;
 mod head;
-mod matmul;
+pub(crate) mod matmul;
 mod model;
 mod panels;
 mod rotary;

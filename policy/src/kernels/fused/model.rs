@@ -99,10 +99,7 @@ impl FusedWeights {
     pub(super) fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
         let panels = self.panels[block.index].get_or_init(|| {
             let parts = self.stored(block);
-            let narrow = parts.iter().all(|part| part.storage == Storage::Bf16)
-                && self.layout.len() * size_of::<f32>() > CACHED_BYTES_MAX;
-            let storage = if narrow { Storage::Bf16 } else { Storage::F32 };
-            Panels::new(&parts, block.columns, storage, &self.threads)
+            Panels::new(&parts, block.columns, self.reads(block), &self.threads)
         });
         panels.multiply(out, x, onto, &self.threads);
     }
@@ -128,6 +125,25 @@ impl Model {
     /// A block of several rows as the matrix it is, `[out, in]`.
     pub(super) fn matrix(&self, block: &Block) -> Matrix<'_> {
         Matrix::new(self.block(block), block.rows, block.columns)
+    }
+
+    /// How inference reads a matrix: as it was published, or widened where that is faster.
+    fn reads(&self, block: &Block) -> Storage {
+        let entries = &self.image.tensors()[block.parameters.clone()];
+        let narrow = entries.iter().all(|entry| entry.storage == Storage::Bf16);
+        if narrow && self.layout.len() * size_of::<f32>() > CACHED_BYTES_MAX {
+            Storage::Bf16
+        } else {
+            Storage::F32
+        }
+    }
+
+    /// Bytes of all matrices that inference reads for a token, beside the row of the embedding.
+    pub(crate) fn bytes_read(&self) -> usize {
+        let blocks = self.layout.multiplied();
+        blocks
+            .map(|block| block.rows * block.columns * self.reads(block).width())
+            .sum()
     }
 
     /// The parameters of a block as they were published.
