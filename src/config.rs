@@ -460,6 +460,12 @@ impl RunConfig {
                     .to_owned(),
             );
         }
+        if self.model.kernels == KernelSet::Int8 {
+            return Err(
+                "`model.kernels` is \"int8\", which does not train; choose \"fused\" or \"candle\""
+                    .to_owned(),
+            );
+        }
         if self.run.async_level > 16 {
             let found = self.run.async_level;
             return Err(format!(

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crate::decoder;
 use crate::kernels::candle::Candle;
 use crate::kernels::fused::Fused;
-use crate::kernels::{Batch, Kernels};
+use crate::kernels::{Batch, KernelSet, Kernels};
 use crate::layout::{Block, Layout, Parameter};
 use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
 
@@ -74,6 +74,9 @@ pub fn gradients(
     shards: NonZeroUsize,
     coefficients: &Coefficients<'_>,
 ) -> Result<Pass, PolicyError> {
+    if policy.kernels() == KernelSet::Int8 {
+        return Err(PolicyError::Int8Trains);
+    }
     check_temperature(temperature)?;
     for (index, row) in rows.iter().enumerate() {
         check_train_row(policy, index, row)?;

@@ -24,6 +24,9 @@ pub enum KernelSet {
     Fused,
     /// Composite operations of candle, on any device.
     Candle,
+    /// The fused kernels over matrices rounded to eight bits: for machines that read memory slowly or have little of it.
+    /// They generate and score, in a numeric class of their own, and do not train.
+    Int8,
 }
 
 /// One row of a batch: consecutive tokens of one text.

@@ -37,8 +37,13 @@ pub enum PolicyError {
     #[error("the tensor library failed: {0}; check the device's free memory")]
     Tensor(#[from] candle_core::Error),
     /// The fused kernels run on the CPU.
-    #[error("kernels `fused` run on the cpu only; set kernels to `candle` for this device")]
+    #[error(
+        "kernels `fused` and `int8` run on the cpu only; set kernels to `candle` for this device"
+    )]
     FusedNeedsCpu,
+    /// Rounded weights are no place to take a derivative at.
+    #[error("kernels `int8` do not train; set kernels to `fused`")]
+    Int8Trains,
     /// A row without tokens, or without a token before its first target.
     #[error("row {row} has no token before the one to predict; give it a prompt")]
     Empty {
@@ -151,6 +156,9 @@ struct Shared {
     config: Config,
     layout: Arc<Layout>,
     weights: Prepared,
+    kernels: KernelSet,
+    /// What inference computes on.
+    threads: Threads,
     device: Device,
 }
 
@@ -194,11 +202,14 @@ impl Policy {
         let layout = Arc::new(Layout::new(config));
         image.fits(&layout)?;
         let weights = match kernels {
-            KernelSet::Fused if !device.is_cpu() => return Err(PolicyError::FusedNeedsCpu),
-            KernelSet::Fused => Prepared::Fused(Arc::new(FusedWeights::new(
+            KernelSet::Fused | KernelSet::Int8 if !device.is_cpu() => {
+                return Err(PolicyError::FusedNeedsCpu);
+            }
+            KernelSet::Fused | KernelSet::Int8 => Prepared::Fused(Arc::new(FusedWeights::new(
                 config,
                 Arc::clone(&layout),
                 image.clone(),
+                kernels == KernelSet::Int8,
             ))),
             KernelSet::Candle => Prepared::Candle(Arc::new(CandleWeights::new(
                 config,
@@ -213,6 +224,8 @@ impl Policy {
                 config: config.clone(),
                 layout,
                 weights,
+                kernels,
+                threads: Threads::one(),
                 device: device.clone(),
             }),
         })
@@ -231,6 +244,8 @@ impl Policy {
                 config: self.shared.config.clone(),
                 layout: Arc::clone(&self.shared.layout),
                 weights,
+                kernels: self.shared.kernels,
+                threads: threads.clone(),
                 device: self.shared.device.clone(),
             }),
         }
@@ -248,15 +263,17 @@ impl Policy {
 
     /// Which operations it runs.
     pub fn kernels(&self) -> KernelSet {
-        match self.shared.weights {
-            Prepared::Fused(_) => KernelSet::Fused,
-            Prepared::Candle(_) => KernelSet::Candle,
-        }
+        self.shared.kernels
     }
 
     /// Where it computes.
     pub(crate) fn device(&self) -> &Device {
         &self.shared.device
+    }
+
+    /// The threads of its inference.
+    pub(crate) fn threads(&self) -> &Threads {
+        &self.shared.threads
     }
 
     /// What a token costs.
@@ -322,3 +339,6 @@ pub(crate) fn read_model(folder: &Path) -> Result<(Config, Image), PolicyError> 
     let image = Image::parse(&config, &bytes)?;
     Ok((config, image))
 }
+
+#[cfg(test)]
+mod tests;

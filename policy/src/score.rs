@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use crate::decoder;
 use crate::kernels::candle::Candle;
-use crate::kernels::fused::Fused;
+use crate::kernels::fused::{Fused, Threads};
 use crate::kernels::{Batch, Kernels};
 use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
 use crate::sampling::Distribution;
@@ -15,8 +15,8 @@ use crate::sampling::Distribution;
 /// Tokens of one forward pass; more rows are scored in several, so that memory does not grow with a submission.
 const TOKENS_MAX: usize = 1 << 13;
 
-/// Elements of logits held at once.
-const LOGITS_MAX: usize = 1 << 20;
+/// Elements of logits held at once. Fewer rows together would be bound by reading the head's weights.
+const LOGITS_MAX: usize = 1 << 22;
 
 /// A finished answer after its prompt.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -127,26 +127,48 @@ fn score_part<K: Kernels>(
     let hidden = decoder::hidden(&mut kernels, layout, &batch, &wanted, None)?;
     let vocab = layout.head.rows;
     let rows_at_once = (LOGITS_MAX / vocab).max(1);
-    let (mut logits, mut distribution) = (Vec::new(), Distribution::default());
+    let mut logits = Vec::new();
     for (chunk, targets) in targets.chunks(rows_at_once).enumerate() {
         let start = chunk * rows_at_once;
         let range = start..start + targets.len();
         kernels.logits(&hidden, &layout.head, range, &mut logits)?;
-        for (logits, &(index, token)) in logits.chunks_exact(vocab).zip(targets) {
+        let temperature = |index: usize| rows[index].temperature;
+        let found = token_scores(policy.threads(), &logits, targets, temperature);
+        for (score, &(index, _)) in found.into_iter().zip(targets) {
             let row = first_row + index;
-            if !distribution.load(logits, rows[index].temperature) {
-                return Err(PolicyError::NotFinite { row });
+            scores[row].push(score.ok_or(PolicyError::NotFinite { row })?);
+        }
+    }
+    Ok(())
+}
+
+/// Scores of the targets (row, token), `logits` `[targets, V]`; none where logits are no distribution.
+fn token_scores(
+    threads: &Threads,
+    logits: &[f32],
+    targets: &[(usize, u32)],
+    temperature: impl Fn(usize) -> f32 + Sync,
+) -> Vec<Option<TokenScore>> {
+    let mut scores = vec![None; targets.len()];
+    let vocab = logits.len() / targets.len().max(1);
+    let together = targets.len().div_ceil(2 * threads.count().get());
+    threads.share_rows(&mut scores, 1, together, |first, scores| {
+        let mut distribution = Distribution::default();
+        let logits = logits[first * vocab..].chunks_exact(vocab);
+        for ((score, logits), &(row, token)) in scores.iter_mut().zip(logits).zip(&targets[first..])
+        {
+            if !distribution.load(logits, temperature(row)) {
+                continue;
             }
             let (cdf_below, cdf_through) = distribution.interval(token);
-            let logprob = distribution.logprob(token);
-            scores[row].push(TokenScore {
-                logprob,
+            *score = Some(TokenScore {
+                logprob: distribution.logprob(token),
                 cdf_below,
                 cdf_through,
             });
         }
-    }
-    Ok(())
+    });
+    scores
 }
 
 #[cfg(test)]

@@ -36,6 +36,9 @@ pub struct GenerateArgs {
     /// Threads to compute with; all processors by default
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// Round the weights to eight bits: less memory, and faster where memory is slow
+    #[arg(long)]
+    int8: bool,
     /// Print one JSON line
     #[arg(long)]
     json: bool,
@@ -52,7 +55,12 @@ struct Answer {
 /// Answers.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let model = ModelFolder::read(&args.model).with_context(|| args.model.display().to_string())?;
-    let policy = Policy::from_image(&model.config, &model.image, KernelSet::Fused, &Device::Cpu)?;
+    let kernels = if args.int8 {
+        KernelSet::Int8
+    } else {
+        KernelSet::Fused
+    };
+    let policy = Policy::from_image(&model.config, &model.image, kernels, &Device::Cpu)?;
     let threads = args.threads.map_or_else(Threads::all, Threads::new);
     let policy = policy.with_threads(&threads);
     let prompt = model.tokenizer.encode_prompt(&args.prompt)?;

@@ -45,7 +45,7 @@ fn both(config: &Config) -> (Arc<FusedWeights>, Arc<CandleWeights>, Arc<Layout>)
         &Device::Cpu,
         DType::F32,
     );
-    let fused = FusedWeights::new(config, Arc::clone(&layout), image);
+    let fused = FusedWeights::new(config, Arc::clone(&layout), image, false);
     (Arc::new(fused), Arc::new(candle.unwrap()), layout)
 }
 

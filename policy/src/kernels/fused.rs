@@ -35,6 +35,16 @@ mod tape;
 mod team;
 pub(crate) mod vector;
 
+/// Elements of a norm, and of an activation with its exponential, that are worth handing to another thread: some
+/// microseconds.
+const ELEMENTS: usize = 1 << 14;
+const EXPONENTIALS: usize = 1 << 12;
+
+/// Rows of `width` that have so many elements.
+fn rows_of(width: usize, elements: usize) -> usize {
+    (elements / width.max(1)).max(1)
+}
+
 /// An activation `[N, width]`.
 #[derive(Debug, Clone)]
 pub(crate) struct Array {
@@ -96,9 +106,22 @@ impl Fused {
         Rc::try_unwrap(data).unwrap_or_else(|shared| Buffer::copied(&self.pool, &shared))
     }
 
+    /// Inference shares its work; training has dealt its batch to threads already.
+    fn threads(&self) -> &Threads {
+        match self.tape {
+            None => &self.weights.threads,
+            Some(_) => &self.weights.alone,
+        }
+    }
+
     fn norm_into(&self, y: &mut [f32], x: &Array, weight: &Block, onto: Onto) {
-        let w = self.weights.block(weight);
-        elementwise::norm_forward(y, &x.data, w, self.weights.norms, onto);
+        let (w, norms) = (self.weights.block(weight), self.weights.norms);
+        let (width, x) = (x.width, &x.data[..]);
+        let rows = rows_of(width, ELEMENTS);
+        self.threads().share_rows(y, width, rows, |first, y| {
+            let x = &x[first * width..][..y.len()];
+            elementwise::norm_forward(y, x, w, norms, onto);
+        });
     }
 
     /// `out = x Wᵀ` or `out += x Wᵀ`. Training takes W as it lies in the flat vector, since its derivative needs it so too,
@@ -274,7 +297,15 @@ impl Kernels for Fused {
         let cache =
             cache.map(|cache| (&mut cache.layers[attention.layer], cache.tables.as_slice()));
         let shape = (heads, attention);
-        attention::forward((&mut y, &mut log_sums), &rotated, shape, rows, cache);
+        let threads = self.threads();
+        attention::forward(
+            (&mut y, &mut log_sums),
+            &rotated,
+            shape,
+            rows,
+            cache,
+            threads,
+        );
         let out = self.array(heads.query * heads.dim, y);
         self.record(|| Record::Attention {
             input,
@@ -291,7 +322,11 @@ impl Kernels for Fused {
         let width = gate_up.width / 2;
         let mut y = Buffer::stale(&self.pool, gate_up.data.len() / 2);
         let activation = self.weights.family.activation;
-        elementwise::gated_forward(&mut y, &gate_up.data, width, activation);
+        let (input, rows) = (&gate_up.data[..], rows_of(width, EXPONENTIALS));
+        self.threads().share_rows(&mut y, width, rows, |first, y| {
+            let input = &input[2 * first * width..][..2 * y.len()];
+            elementwise::gated_forward(y, input, width, activation);
+        });
         let out = self.array(width, y);
         self.record(|| Record::Gated {
             gate_up,

@@ -45,6 +45,9 @@ pub(super) struct PolicyArgs {
     /// How the shape's weights are stored
     #[arg(long, value_enum, default_value = "bf16")]
     storage: Stored,
+    /// Which operations run; `int8` does not train
+    #[arg(long, value_enum, default_value = "fused")]
+    kernels: Kernels,
     /// Threads of inference, and shards of a training pass; all processors by default
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -82,6 +85,26 @@ pub(super) struct PolicyArgs {
     /// Only write the shape's model
     #[arg(long)]
     write_only: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kernels {
+    /// Weights as they are stored
+    Fused,
+    /// Weights rounded to eight bits
+    Int8,
+    /// Candle's operations
+    Candle,
+}
+
+impl Kernels {
+    fn set(self) -> KernelSet {
+        match self {
+            Self::Fused => KernelSet::Fused,
+            Self::Int8 => KernelSet::Int8,
+            Self::Candle => KernelSet::Candle,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -234,8 +257,12 @@ impl<'a> Bench<'a> {
     fn new(args: &'a PolicyArgs, folder: PathBuf) -> Result<Self> {
         let threads = args.threads.map_or_else(Threads::all, Threads::new);
         let model = ModelFolder::read(&folder).with_context(|| folder.display().to_string())?;
-        let policy =
-            Policy::from_image(&model.config, &model.image, KernelSet::Fused, &Device::Cpu)?;
+        let policy = Policy::from_image(
+            &model.config,
+            &model.image,
+            args.kernels.set(),
+            &Device::Cpu,
+        )?;
         // A model from elsewhere is measured as the larger shape is.
         let lengths = match args.model {
             Some(_) => Shape::Smol135m.lengths(),
@@ -256,7 +283,13 @@ impl<'a> Bench<'a> {
     }
 
     fn wants(&self, what: What) -> bool {
-        self.args.measure.contains(&what)
+        let possible = match self.args.kernels {
+            Kernels::Fused => true,
+            Kernels::Int8 => what != What::Train,
+            // `muster generate` runs the fused kernels.
+            Kernels::Candle => what != What::First,
+        };
+        possible && self.args.measure.contains(&what)
     }
 
     fn measure(&self) -> Result<Report> {
@@ -430,6 +463,9 @@ impl<'a> Bench<'a> {
         command
             .arg(self.threads.count().to_string())
             .stdout(Stdio::null());
+        if self.args.kernels == Kernels::Int8 {
+            command.arg("--int8");
+        }
         let start = Instant::now();
         let status = command.status().context("this program cannot be started")?;
         if !status.success() {

@@ -4,10 +4,12 @@
 //! (FlashAttention, arXiv:2205.14135), so memory grows with the tokens and not with their square. Keys are read
 //! transposed, `[D, positions]`, so that a query's scores are a sum of rows.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::cache::{CacheLayer, CachedHead};
 use super::rotary::{Angles, Rotary};
+use super::team::Threads;
 use super::vector::{
     LANES, add_scaled, dot, exp, exp_shifted, largest, row_product, tanh, vectorised,
 };
@@ -16,6 +18,9 @@ use crate::layout::{Attention, Block, HeadNorms};
 
 /// Positions are padded to a multiple of this where keys lie transposed, so that no scores are computed one by one.
 const PADDING: usize = LANES;
+
+/// Work that is worth handing to another thread, in multiply-adds: some microseconds, since these products are short.
+const PART: usize = 1 << 16;
 
 /// Sizes of one attention layer.
 #[derive(Debug, Clone, Copy)]
@@ -126,64 +131,137 @@ impl Keys<'_> {
 }
 
 /// Attention of rotated `qkv` `[N, (H + 2 KV)·D]` into `out` `[N, H·D]`; `log_sums` `[N, H]` receives
-/// `ln Σ exp(scores)`, which the derivative needs.
+/// `ln Σ exp(scores)`, which the derivative needs. `rows` lie one after another.
 pub(crate) fn forward(
     (out, log_sums): (&mut [f32], &mut [f32]),
     qkv: &[f32],
-    (heads, attention): (Heads, &Attention),
+    shape: (Heads, &Attention),
     rows: &[Row],
-    mut cache: Option<(&mut CacheLayer, &[Vec<u32>])>,
+    cache: Option<(&mut CacheLayer, &[Vec<u32>])>,
+    threads: &Threads,
 ) {
-    let width = heads.width();
-    let (mut transposed, mut scores) = (Vec::new(), Vec::new());
-    for row in rows {
-        let tokens = &qkv[row.start * width..(row.start + row.len) * width];
-        scores.resize((row.position + row.len).next_multiple_of(PADDING), 0.0);
-        for j in 0..heads.key {
-            let keys = match &mut cache {
-                Some((layer, tables)) => {
-                    let table = &tables[row.slot];
-                    layer.store(heads, j, tokens, row.position, table);
-                    Keys::Cached(layer.head(j, table))
+    let heads = shape.0;
+    let earlier = match cache {
+        Some((layer, tables)) => {
+            for row in rows {
+                let tokens = &qkv[row.start * heads.width()..][..row.len * heads.width()];
+                for j in 0..heads.key {
+                    layer.store(heads, j, tokens, row.position, &tables[row.slot]);
                 }
-                None => {
-                    let stride = transpose(&mut transposed, tokens, heads, heads.key_offset(j));
-                    Keys::Packed {
-                        transposed: &transposed,
-                        stride,
-                        values: &tokens[heads.value_offset(j)..],
-                        value_stride: width,
-                    }
+            }
+            Earlier::Cached(layer, tables)
+        }
+        None => Earlier::packed(qkv, heads, rows),
+    };
+    let seen = rows.iter().map(|row| row.position + row.len).max();
+    let cost = 2 * heads.query * heads.dim * seen.unwrap_or(1);
+    let (one, other) = ((out, heads.query * heads.dim), (log_sums, heads.query));
+    threads.share_rows_of_two(one, other, PART / cost, |first, out, log_sums| {
+        attend_tokens((out, log_sums), first, qkv, shape, rows, &earlier);
+    });
+}
+
+/// Keys and values that queries look at.
+enum Earlier<'a> {
+    Cached(&'a CacheLayer, &'a [Vec<u32>]),
+    /// Keys of every row and head transposed, `[KV, D, stride]`, and where each row's start and their stride.
+    Packed(Vec<f32>, Vec<(usize, usize)>),
+}
+
+impl Earlier<'_> {
+    fn packed(qkv: &[f32], heads: Heads, rows: &[Row]) -> Self {
+        let (mut keys, mut starts) = (Vec::new(), Vec::with_capacity(rows.len()));
+        for row in rows {
+            let tokens = &qkv[row.start * heads.width()..][..row.len * heads.width()];
+            let start = keys.len();
+            let mut stride = 0;
+            for j in 0..heads.key {
+                stride = transpose(&mut keys, tokens, heads, heads.key_offset(j));
+            }
+            starts.push((start, stride));
+        }
+        Self::Packed(keys, starts)
+    }
+
+    /// Head `j` of the row of index `index`, whose tokens are `tokens`.
+    fn keys<'b>(
+        &'b self,
+        heads: Heads,
+        j: usize,
+        (index, row): (usize, &Row),
+        tokens: &'b [f32],
+    ) -> Keys<'b> {
+        match self {
+            Self::Cached(layer, tables) => Keys::Cached(layer.head(j, &tables[row.slot])),
+            Self::Packed(keys, starts) => {
+                let (start, stride) = starts[index];
+                let len = heads.dim * stride;
+                Keys::Packed {
+                    transposed: &keys[start + j * len..][..len],
+                    stride,
+                    values: &tokens[heads.value_offset(j)..],
+                    value_stride: heads.width(),
                 }
-            };
-            for h in j * heads.group()..(j + 1) * heads.group() {
-                let start = row.start * heads.query;
-                let out = &mut out[start * heads.dim..][..row.len * heads.query * heads.dim];
-                let log_sums = &mut log_sums[start..][..row.len * heads.query];
-                attend(
-                    out,
-                    log_sums,
-                    tokens,
-                    keys,
-                    &mut scores,
-                    (heads, attention),
-                    h,
-                    row.position,
-                );
             }
         }
     }
 }
 
-/// Copies one head of every token of a row to `[D, positions]`, padded; returns the padded number of positions.
+thread_local! {
+    /// Scores of one query, kept for the next.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Attention of consecutive tokens, the first of them token `first` of the batch.
+fn attend_tokens(
+    (out, log_sums): (&mut [f32], &mut [f32]),
+    first: usize,
+    qkv: &[f32],
+    (heads, attention): (Heads, &Attention),
+    rows: &[Row],
+    earlier: &Earlier<'_>,
+) {
+    let (width, out_width) = (heads.width(), heads.query * heads.dim);
+    let end = first + log_sums.len() / heads.query;
+    let from = rows.partition_point(|row| row.start + row.len <= first);
+    for (index, row) in rows.iter().enumerate().skip(from) {
+        let (start, end) = (row.start.max(first), (row.start + row.len).min(end));
+        if start >= end {
+            break;
+        }
+        let all = &qkv[row.start * width..][..row.len * width];
+        let tokens = &qkv[start * width..end * width];
+        let out = &mut out[(start - first) * out_width..(end - first) * out_width];
+        let log_sums = &mut log_sums[(start - first) * heads.query..(end - first) * heads.query];
+        let position = row.position + start - row.start;
+        SCORES.with_borrow_mut(|scores| {
+            scores.resize((position + end - start).next_multiple_of(PADDING), 0.0);
+            for h in 0..heads.query {
+                let keys = earlier.keys(heads, h / heads.group(), (index, row), all);
+                attend(
+                    out,
+                    log_sums,
+                    tokens,
+                    keys,
+                    scores,
+                    (heads, attention),
+                    h,
+                    position,
+                );
+            }
+        });
+    }
+}
+
+/// Appends one head of every token of a row as `[D, positions]`, padded; returns the padded number of positions.
 fn transpose(to: &mut Vec<f32>, tokens: &[f32], heads: Heads, offset: usize) -> usize {
     let width = heads.width();
     let stride = (tokens.len() / width).next_multiple_of(PADDING);
-    to.clear();
-    to.resize(heads.dim * stride, 0.0);
+    let start = to.len();
+    to.resize(start + heads.dim * stride, 0.0);
     for (position, token) in tokens.chunks_exact(width).enumerate() {
         for (d, &value) in token[offset..offset + heads.dim].iter().enumerate() {
-            to[d * stride + position] = value;
+            to[start + d * stride + position] = value;
         }
     }
     stride
@@ -294,6 +372,8 @@ pub(crate) fn backward(
         let tokens = &attended.qkv[all.clone()];
         let sums = &attended.log_sums[row.start * heads.query..][..row.len * heads.query];
         for j in 0..heads.key {
+            keys.clear();
+            values.clear();
             let stride = transpose(&mut keys, tokens, heads, heads.key_offset(j));
             transpose(&mut values, tokens, heads, heads.value_offset(j));
             room.resize(2 * stride, 0.0);

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use super::attention::Heads;
 use super::elementwise::NormConstants;
 use super::matmul::{Matrix, Onto};
-use super::panels::{Panels, StoredRows};
+use super::panels::{Kept, Panels, StoredRows};
 use super::rotary::Rotary;
 use super::team::Threads;
 use crate::config::{Config, Family};
@@ -24,7 +24,7 @@ const CACHED_BYTES_MAX: usize = 16 << 20;
 #[derive(Debug)]
 pub(crate) struct FusedWeights {
     model: Arc<Model>,
-    threads: Threads,
+    pub(super) threads: Threads,
 }
 
 /// Everything that does not change from pass to pass.
@@ -33,6 +33,9 @@ pub(crate) struct Model {
     pub(super) layout: Arc<Layout>,
     /// Every parameter as it was published.
     image: Image,
+    int8: bool,
+    /// For training, whose batch is dealt to several threads already.
+    pub(super) alone: Threads,
     /// Norms and biases in f32, one for each block, empty for matrices.
     vectors: Vec<Vec<f32>>,
     /// Every parameter in f32, in the order of the table; made for the first training pass, and never by inference.
@@ -51,8 +54,8 @@ pub(crate) struct Model {
 }
 
 impl FusedWeights {
-    /// `image` must fit `layout`.
-    pub(crate) fn new(config: &Config, layout: Arc<Layout>, image: Image) -> Self {
+    /// `image` must fit `layout`; inference rounds its matrices to eight bits if `int8`.
+    pub(crate) fn new(config: &Config, layout: Arc<Layout>, image: Image, int8: bool) -> Self {
         let heads = Heads {
             query: config.num_attention_heads,
             key: config.num_key_value_heads,
@@ -66,6 +69,8 @@ impl FusedWeights {
         let mut model = Model {
             layout,
             image,
+            int8,
+            alone: Threads::one(),
             vectors: Vec::new(),
             values: OnceLock::new(),
             panels,
@@ -99,7 +104,7 @@ impl FusedWeights {
     pub(super) fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
         let panels = self.panels[block.index].get_or_init(|| {
             let parts = self.stored(block);
-            Panels::new(&parts, block.columns, self.reads(block), &self.threads)
+            Panels::new(&parts, block.columns, self.kept(block), &self.threads)
         });
         panels.multiply(out, x, onto, &self.threads);
     }
@@ -127,23 +132,24 @@ impl Model {
         Matrix::new(self.block(block), block.rows, block.columns)
     }
 
-    /// How inference reads a matrix: as it was published, or widened where that is faster.
-    fn reads(&self, block: &Block) -> Storage {
+    /// How inference keeps a matrix: as it was published, or widened where that is faster, or rounded where that was asked.
+    fn kept(&self, block: &Block) -> Kept {
         let entries = &self.image.tensors()[block.parameters.clone()];
         let narrow = entries.iter().all(|entry| entry.storage == Storage::Bf16);
-        if narrow && self.layout.len() * size_of::<f32>() > CACHED_BYTES_MAX {
-            Storage::Bf16
+        if self.int8 {
+            Kept::Int8
+        } else if narrow && self.layout.len() * size_of::<f32>() > CACHED_BYTES_MAX {
+            Kept::Bf16
         } else {
-            Storage::F32
+            Kept::F32
         }
     }
 
     /// Bytes of all matrices that inference reads for a token, beside the row of the embedding.
     pub(crate) fn bytes_read(&self) -> usize {
         let blocks = self.layout.multiplied();
-        blocks
-            .map(|block| block.rows * block.columns * self.reads(block).width())
-            .sum()
+        let bytes = blocks.map(|block| self.kept(block).bytes(block.rows, block.columns));
+        bytes.sum()
     }
 
     /// The parameters of a block as they were published.

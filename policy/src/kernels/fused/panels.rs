@@ -8,12 +8,14 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use half::bf16;
-
 use super::matmul::Onto;
 use super::team::{Split, Threads};
 use super::vector::{Width, multiply_add, vectorised, width};
-use crate::weights::Storage;
+
+use lane::{Full, Half, Lane, Quantised, TOGETHER, widen_narrow, widen_wide};
+pub(crate) use lane::{Kept, StoredRows};
+
+mod lane;
 
 /// Columns of a panel where vectors have sixteen elements: two registers for each of eight rows and the weights take
 /// eighteen of thirty-two.
@@ -34,109 +36,6 @@ const ROWS_WIDENING: usize = 16;
 /// Elements of `x` that one panel after another is multiplied with, 512 KiB: they stay in the second level of cache.
 const BLOCK: usize = 1 << 17;
 
-/// Inputs transposed together when panels are made, so that what is written stays in the first level of cache.
-const PACKED_TOGETHER: usize = 64;
-
-/// Rows of a matrix as they lie in an image, little-endian.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct StoredRows<'a> {
-    /// Bytes of one row after another.
-    pub(crate) bytes: &'a [u8],
-    pub(crate) storage: Storage,
-}
-
-impl<'a> StoredRows<'a> {
-    fn bytes_per_row(&self, inputs: usize) -> usize {
-        inputs * self.storage.width()
-    }
-
-    /// The elements `range` of the row that starts at byte `start`, as f32.
-    fn elements(&self, start: usize, range: Range<usize>) -> impl Iterator<Item = f32> + use<'a> {
-        let width = self.storage.width();
-        let bytes = &self.bytes[start + range.start * width..start + range.end * width];
-        let storage = self.storage;
-        bytes
-            .chunks_exact(width)
-            .map(move |bytes| match (storage, bytes) {
-                (Storage::Bf16, &[low, high]) => {
-                    f32::from_bits(u32::from_le_bytes([0, 0, low, high]))
-                }
-                (_, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-                // Chunks have the width of their storage.
-                _ => 0.0,
-            })
-    }
-
-    /// Row `index` of `[_, out.len()]`, as f32.
-    pub(crate) fn copy_row(&self, index: usize, out: &mut [f32]) {
-        let width = out.len();
-        let elements = self.elements(index * self.bytes_per_row(width), 0..width);
-        for (out, value) in out.iter_mut().zip(elements) {
-            *out = value;
-        }
-    }
-}
-
-/// One input's weights for every column of a panel.
-trait Lane: Copy + Send + Sync {
-    const COLUMNS: usize;
-    const ZERO: Self;
-
-    fn put(&mut self, column: usize, weight: f32);
-}
-
-/// As they are computed with. Aligned, since a load across two lines of the cache takes twice as long.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-struct Full<const C: usize>([f32; C]);
-
-impl<const C: usize> Lane for Full<C> {
-    const COLUMNS: usize = C;
-    const ZERO: Self = Self([0.0; C]);
-
-    fn put(&mut self, column: usize, weight: f32) {
-        self.0[column] = weight;
-    }
-}
-
-impl<const C: usize> Full<C> {
-    #[inline(always)]
-    fn widened(&self) -> [f32; C] {
-        self.0
-    }
-}
-
-/// bf16, columns i and i + H in one word: a shift gives one half of a panel in order, a mask the other.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(32))]
-struct Half<const H: usize>([u32; H]);
-
-impl<const H: usize> Lane for Half<H> {
-    const COLUMNS: usize = 2 * H;
-    const ZERO: Self = Self([0; H]);
-
-    fn put(&mut self, column: usize, weight: f32) {
-        let bits = u32::from(bf16::from_f32(weight).to_bits());
-        if column < H {
-            self.0[column] = self.0[column] & 0xFFFF_0000 | bits;
-        } else {
-            self.0[column - H] = self.0[column - H] & 0xFFFF | bits << 16;
-        }
-    }
-}
-
-impl<const H: usize> Half<H> {
-    #[inline(always)]
-    fn widened<const C: usize>(&self) -> [f32; C] {
-        let mut weights = [0.0; C];
-        for lane in 0..H {
-            weights[lane] = f32::from_bits(self.0[lane] << 16);
-            weights[lane + H] = f32::from_bits(self.0[lane] & 0xFFFF_0000);
-        }
-        weights
-    }
-}
-
 /// A matrix `[outputs, inputs]` in panels; the last one is filled up with zeros.
 #[derive(Debug)]
 pub(crate) struct Panels {
@@ -152,24 +51,28 @@ enum Lanes {
     FullNarrow(Vec<Full<NARROW>>),
     HalfWide(Vec<Half<{ WIDE / 2 }>>),
     HalfNarrow(Vec<Half<{ NARROW / 2 }>>),
+    QuantisedWide(Vec<Quantised<WIDE>>),
+    QuantisedNarrow(Vec<Quantised<NARROW>>),
 }
 
 impl Panels {
     /// * `parts` — matrices `[_, inputs]` one below the other
-    /// * `storage` — bf16 only where every part is, so that nothing is rounded
     pub(crate) fn new(
         parts: &[StoredRows<'_>],
         inputs: usize,
-        storage: Storage,
+        kept: Kept,
         threads: &Threads,
     ) -> Self {
         let rows = Rows::new(parts, inputs);
         let outputs = rows.starts.len();
-        let lanes = match (width(), storage) {
-            (Width::Avx512, Storage::F32) => Lanes::FullWide(pack(&rows, threads)),
-            (_, Storage::F32) => Lanes::FullNarrow(pack(&rows, threads)),
-            (Width::Avx512, Storage::Bf16) => Lanes::HalfWide(pack(&rows, threads)),
-            (_, Storage::Bf16) => Lanes::HalfNarrow(pack(&rows, threads)),
+        let wide = width() == Width::Avx512;
+        let lanes = match (kept, wide) {
+            (Kept::F32, true) => Lanes::FullWide(pack(&rows, threads)),
+            (Kept::F32, false) => Lanes::FullNarrow(pack(&rows, threads)),
+            (Kept::Bf16, true) => Lanes::HalfWide(pack(&rows, threads)),
+            (Kept::Bf16, false) => Lanes::HalfNarrow(pack(&rows, threads)),
+            (Kept::Int8, true) => Lanes::QuantisedWide(pack(&rows, threads)),
+            (Kept::Int8, false) => Lanes::QuantisedNarrow(pack(&rows, threads)),
         };
         Self {
             lanes,
@@ -196,6 +99,8 @@ impl Panels {
             Lanes::FullNarrow(lanes) => product.run(lanes, threads, full_narrow),
             Lanes::HalfWide(lanes) => product.run(lanes, threads, half_wide),
             Lanes::HalfNarrow(lanes) => product.run(lanes, threads, half_narrow),
+            Lanes::QuantisedWide(lanes) => product.run(lanes, threads, quantised_wide),
+            Lanes::QuantisedNarrow(lanes) => product.run(lanes, threads, quantised_narrow),
         }
     }
 }
@@ -222,26 +127,23 @@ impl<'a> Rows<'a> {
     }
 }
 
-#[allow(unsafe_code)]
 fn pack<L: Lane>(rows: &Rows<'_>, threads: &Threads) -> Vec<L> {
     let (inputs, outputs) = (rows.inputs, rows.starts.len());
-    let count = outputs.div_ceil(L::COLUMNS);
-    let mut lanes = vec![L::ZERO; count * inputs];
-    let split = Split::new(&mut lanes);
-    threads.share(count, 4, |panels| {
-        for panel in panels {
-            // Safety: each panel is made by one part of the loop.
-            let lanes = unsafe { split.range(panel * inputs..(panel + 1) * inputs) };
+    let (count, depth) = (outputs.div_ceil(L::COLUMNS), inputs.div_ceil(L::INPUTS));
+    let mut lanes = vec![L::ZERO; count * depth];
+    threads.share_rows(&mut lanes, depth, 4, |first, panels| {
+        for (panel, lanes) in (first..).zip(panels.chunks_exact_mut(depth)) {
             let first = panel * L::COLUMNS;
             let starts = &rows.starts[first..(first + L::COLUMNS).min(outputs)];
-            for from in (0..inputs).step_by(PACKED_TOGETHER) {
-                let range = from..(from + PACKED_TOGETHER).min(inputs);
-                let lanes = &mut lanes[range.clone()];
+            let ranges = (0..inputs).step_by(TOGETHER);
+            for (from, lanes) in ranges.zip(lanes.chunks_mut(TOGETHER / L::INPUTS)) {
+                let range = from..(from + TOGETHER).min(inputs);
                 for (column, &(part, start)) in starts.iter().enumerate() {
-                    let elements = rows.parts[part].elements(start, range.clone());
-                    for (lane, weight) in lanes.iter_mut().zip(elements) {
-                        lane.put(column, weight);
-                    }
+                    L::fill(
+                        lanes,
+                        column,
+                        rows.parts[part].elements(start, range.clone()),
+                    );
                 }
             }
         }
@@ -273,7 +175,8 @@ struct Tile<'a, 'b, L> {
 impl Product<'_> {
     /// Multiplies all panels, `tile` doing one with some rows.
     fn run<L: Lane>(&self, lanes: &[L], threads: &Threads, tile: fn(&Tile<'_, '_, L>)) {
-        let panels = lanes.len() / self.inputs;
+        let depth = self.inputs.div_ceil(L::INPUTS);
+        let panels = lanes.len() / depth;
         let cost = self.inputs * L::COLUMNS * (self.rows + READING);
         let rows_together = (BLOCK / self.inputs).max(ROWS_WIDENING);
         threads.share(panels, PART / cost, |panels| {
@@ -282,7 +185,7 @@ impl Product<'_> {
                     let column = index * L::COLUMNS;
                     tile(&Tile {
                         product: self,
-                        panel: &lanes[index * self.inputs..(index + 1) * self.inputs],
+                        panel: &lanes[index * depth..(index + 1) * depth],
                         rows: first..(first + rows_together).min(self.rows),
                         columns: column..(column + L::COLUMNS).min(self.width),
                     });
@@ -404,6 +307,20 @@ fn half_narrow(tile: &Tile<'_, '_, Half<{ NARROW / 2 }>>) {
     }
 }
 
+fn quantised_wide(tile: &Tile<'_, '_, Quantised<WIDE>>) {
+    WIDENED.with_borrow_mut(|(widened, _)| {
+        widen_wide(tile.panel, widened);
+        full_wide(&tile.with_panel(&widened[..tile.product.inputs]));
+    });
+}
+
+fn quantised_narrow(tile: &Tile<'_, '_, Quantised<NARROW>>) {
+    WIDENED.with_borrow_mut(|(_, widened)| {
+        widen_narrow(tile.panel, widened);
+        full_narrow(&tile.with_panel(&widened[..tile.product.inputs]));
+    });
+}
+
 /// Defines the product of a few rows, one name triple each, with a panel.
 ///
 /// One variable per row and not an array of them: of an array the compiler makes vectors across rows, which scatters, or
@@ -463,146 +380,4 @@ few_rows!(
 );
 
 #[cfg(test)]
-mod tests {
-    use std::num::NonZeroUsize;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::kernels::fused::matmul::{Matrix, multiply};
-
-    /// Whole numbers, so that every sum is exact and every order of it gives the same.
-    fn whole(len: usize, step: usize, modulus: usize) -> Vec<f32> {
-        let half = (modulus / 2) as f32;
-        (0..len)
-            .map(|i| (i * step % modulus) as f32 - half)
-            .collect()
-    }
-
-    fn bytes(values: &[f32], storage: Storage) -> Vec<u8> {
-        let narrow = |value: &f32| bf16::from_f32(*value).to_le_bytes().to_vec();
-        let full = |value: &f32| value.to_le_bytes().to_vec();
-        match storage {
-            Storage::Bf16 => values.iter().flat_map(narrow).collect(),
-            Storage::F32 => values.iter().flat_map(full).collect(),
-        }
-    }
-
-    fn threads(count: usize) -> Threads {
-        Threads::new(NonZeroUsize::new(count).unwrap())
-    }
-
-    proptest! {
-        #[test]
-        fn panels_agree_with_plain_products(
-            rows in 0usize..40,
-            outputs in 1usize..100,
-            inputs in 1usize..90,
-            cut in 0usize..100,
-            narrow in any::<bool>(),
-        ) {
-            let storage = if narrow { Storage::Bf16 } else { Storage::F32 };
-            let x = whole(rows * inputs, 7, 11);
-            let w = whole(outputs * inputs, 5, 13);
-            let mut plain = vec![0.0; rows * outputs];
-            let transposed = Matrix::new(&w, outputs, inputs).transposed();
-            multiply(&mut plain, Matrix::new(&x, rows, inputs), transposed, Onto::Nothing);
-            let (above, below) = w.split_at(cut.min(outputs) * inputs);
-            let (above, below) = (bytes(above, Storage::F32), bytes(below, storage));
-            let parts = [
-                StoredRows { bytes: &above, storage: Storage::F32 },
-                StoredRows { bytes: &below, storage },
-            ];
-            let panels = Panels::new(&parts, inputs, storage, &threads(2));
-            let mut out = vec![3.0; rows * outputs];
-            panels.multiply(&mut out, &x, Onto::Nothing, &threads(1));
-            panels.multiply(&mut out, &x, Onto::Sum, &threads(3));
-            for (out, plain) in out.iter().zip(&plain) {
-                prop_assert_eq!(*out, 2.0 * plain);
-            }
-        }
-    }
-
-    /// Numbers whose sums are rounded.
-    fn fractions(len: usize) -> Vec<f32> {
-        (0..len)
-            .map(|i| ((i * 7919 % 1009) as f32 / 1009.0 - 0.5) * 0.1)
-            .collect()
-    }
-
-    #[test]
-    fn a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads() {
-        let (rows, outputs, inputs) = (45, 3 * WIDE + 5, 700);
-        let (x, w) = (fractions(rows * inputs), fractions(outputs * inputs));
-        for storage in [Storage::F32, Storage::Bf16] {
-            let bytes = bytes(&w, storage);
-            let parts = [StoredRows {
-                bytes: &bytes,
-                storage,
-            }];
-            let panels = Panels::new(&parts, inputs, storage, &threads(1));
-            let mut alone = vec![0.0; rows * outputs];
-            for (out, x) in alone.chunks_exact_mut(outputs).zip(x.chunks_exact(inputs)) {
-                panels.multiply(out, x, Onto::Nothing, &threads(1));
-            }
-            for count in [1, 2, 5] {
-                let mut together = vec![0.0; rows * outputs];
-                panels.multiply(&mut together, &x, Onto::Nothing, &threads(count));
-                assert_eq!(together, alone, "{storage:?}, {count} threads");
-            }
-        }
-    }
-
-    #[test]
-    fn narrow_panels_give_the_bits_of_full_panels_with_the_same_weights() {
-        let (outputs, inputs) = (70, 96);
-        let stored = bytes(&fractions(outputs * inputs), Storage::Bf16);
-        let parts = [StoredRows {
-            bytes: &stored,
-            storage: Storage::Bf16,
-        }];
-        for rows in [1, 2, 4, 8, 40] {
-            let x = fractions(rows * inputs);
-            let products = [Storage::F32, Storage::Bf16].map(|storage| {
-                let mut out = vec![0.0; rows * outputs];
-                let panels = Panels::new(&parts, inputs, storage, &threads(1));
-                panels.multiply(&mut out, &x, Onto::Nothing, &threads(2));
-                out
-            });
-            assert_eq!(products[0], products[1]);
-        }
-    }
-
-    #[test]
-    fn both_widths_of_panels_agree() {
-        let (rows, outputs, inputs) = (21, 50, 130);
-        let (x, w) = (whole(rows * inputs, 7, 11), whole(outputs * inputs, 5, 13));
-        let bytes = bytes(&w, Storage::Bf16);
-        let parts = [StoredRows {
-            bytes: &bytes,
-            storage: Storage::Bf16,
-        }];
-        let stored = Rows::new(&parts, inputs);
-        let one = Threads::one();
-        let forms = [
-            Lanes::FullWide(pack(&stored, &one)),
-            Lanes::FullNarrow(pack(&stored, &one)),
-            Lanes::HalfWide(pack(&stored, &one)),
-            Lanes::HalfNarrow(pack(&stored, &one)),
-        ];
-        let products = forms.map(|lanes| {
-            let panels = Panels {
-                lanes,
-                inputs,
-                outputs,
-            };
-            // The last rows alone as well, which are too few to be widened first.
-            let mut out = vec![0.0; (rows + 15) * outputs];
-            let (all, few) = out.split_at_mut(rows * outputs);
-            panels.multiply(all, &x, Onto::Nothing, &one);
-            panels.multiply(few, &x[6 * inputs..], Onto::Nothing, &one);
-            out
-        });
-        assert!(products.iter().all(|product| *product == products[0]));
-    }
-}
+mod tests;

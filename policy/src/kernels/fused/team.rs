@@ -142,6 +142,48 @@ impl Threads {
             None => (0..parts).for_each(run),
         }
     }
+
+    /// Calls `body` with consecutive rows of `values` `[rows, width]`, `grain` of them at a time, and the number of the
+    /// first; on all threads.
+    pub(crate) fn share_rows<T: Send>(
+        &self,
+        values: &mut [T],
+        width: usize,
+        grain: usize,
+        body: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        self.share_rows_of_two(
+            (values, width),
+            (&mut [(); 0], 0),
+            grain,
+            |first, rows, _| {
+                body(first, rows);
+            },
+        );
+    }
+
+    /// The same with the same rows of two matrices.
+    #[allow(unsafe_code)]
+    pub(crate) fn share_rows_of_two<T: Send, U: Send>(
+        &self,
+        (one, one_width): (&mut [T], usize),
+        (other, other_width): (&mut [U], usize),
+        grain: usize,
+        body: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+    ) {
+        let rows = one.len() / one_width.max(1);
+        let (one, other) = (Split::new(one), Split::new(other));
+        self.share(rows, grain, |range| {
+            // Safety: ranges of a loop do not overlap, so neither do their rows.
+            let (one, other) = unsafe {
+                (
+                    one.range(range.start * one_width..range.end * one_width),
+                    other.range(range.start * other_width..range.end * other_width),
+                )
+            };
+            body(range.start, one, other);
+        });
+    }
 }
 
 impl Board {

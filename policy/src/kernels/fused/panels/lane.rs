@@ -1,0 +1,214 @@
+//! Weights as panels keep them: whole, halved to bf16, or rounded to eight bits.
+//!
+//! Knows no products. Invariant: what is widened is what was kept, always the same bits.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::{NARROW, WIDE};
+use crate::kernels::fused::vector::vectorised;
+use crate::weights::Storage;
+
+/// Inputs transposed together when panels are made, so that what is written stays in the first level of cache, and inputs
+/// that share a scale.
+pub(super) const TOGETHER: usize = 64;
+
+/// Rows of a matrix as they lie in an image, little-endian.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StoredRows<'a> {
+    /// Bytes of one row after another.
+    pub(crate) bytes: &'a [u8],
+    pub(crate) storage: Storage,
+}
+
+impl<'a> StoredRows<'a> {
+    pub(super) fn bytes_per_row(&self, inputs: usize) -> usize {
+        inputs * self.storage.width()
+    }
+
+    /// The elements `range` of the row that starts at byte `start`, as f32.
+    pub(super) fn elements(
+        &self,
+        start: usize,
+        range: Range<usize>,
+    ) -> impl Iterator<Item = f32> + use<'a> {
+        let width = self.storage.width();
+        let bytes = &self.bytes[start + range.start * width..start + range.end * width];
+        let storage = self.storage;
+        bytes
+            .chunks_exact(width)
+            .map(move |bytes| match (storage, bytes) {
+                (Storage::Bf16, &[low, high]) => {
+                    f32::from_bits(u32::from_le_bytes([0, 0, low, high]))
+                }
+                (_, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+                // Chunks have the width of their storage.
+                _ => 0.0,
+            })
+    }
+
+    /// Row `index` of `[_, out.len()]`, as f32.
+    pub(crate) fn copy_row(&self, index: usize, out: &mut [f32]) {
+        let width = out.len();
+        let elements = self.elements(index * self.bytes_per_row(width), 0..width);
+        for (out, value) in out.iter_mut().zip(elements) {
+            *out = value;
+        }
+    }
+}
+
+/// How inference keeps weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    F32,
+    /// Only for weights that were stored so, so that nothing is rounded.
+    Bf16,
+    /// Rounded to 255 steps of a scale that neighbouring inputs share: see [`Quantised`].
+    Int8,
+}
+
+impl Kept {
+    /// Bytes of a matrix `[outputs, inputs]`, the filling of its last panel not counted.
+    pub(crate) fn bytes(self, outputs: usize, inputs: usize) -> usize {
+        match self {
+            Self::F32 => outputs * inputs * size_of::<f32>(),
+            Self::Bf16 => outputs * inputs * size_of::<bf16>(),
+            Self::Int8 => outputs * inputs.div_ceil(TOGETHER) * (TOGETHER + size_of::<f32>()),
+        }
+    }
+}
+
+/// The weights of one or several inputs for every column of a panel.
+pub(super) trait Lane: Copy + Send + Sync {
+    const COLUMNS: usize;
+    /// [`TOGETHER`] is a multiple of it.
+    const INPUTS: usize;
+    const ZERO: Self;
+
+    /// Writes one column of consecutive lanes, for [`TOGETHER`] inputs or the last of a matrix.
+    fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>);
+}
+
+/// As they are computed with. Aligned, since a load across two lines of the cache takes twice as long.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Full<const C: usize>(pub(super) [f32; C]);
+
+impl<const C: usize> Lane for Full<C> {
+    const COLUMNS: usize = C;
+    const INPUTS: usize = 1;
+    const ZERO: Self = Self([0.0; C]);
+
+    fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>) {
+        for (lane, weight) in lanes.iter_mut().zip(weights) {
+            lane.0[column] = weight;
+        }
+    }
+}
+
+impl<const C: usize> Full<C> {
+    #[inline(always)]
+    pub(super) fn widened(&self) -> [f32; C] {
+        self.0
+    }
+}
+
+/// bf16, columns i and i + H in one word: a shift gives one half of a panel in order, a mask the other.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(32))]
+pub(super) struct Half<const H: usize>([u32; H]);
+
+impl<const H: usize> Lane for Half<H> {
+    const COLUMNS: usize = 2 * H;
+    const INPUTS: usize = 1;
+    const ZERO: Self = Self([0; H]);
+
+    fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>) {
+        for (Self(words), weight) in lanes.iter_mut().zip(weights) {
+            let bits = u32::from(bf16::from_f32(weight).to_bits());
+            if column < H {
+                words[column] = words[column] & 0xFFFF_0000 | bits;
+            } else {
+                words[column - H] = words[column - H] & 0xFFFF | bits << 16;
+            }
+        }
+    }
+}
+
+impl<const H: usize> Half<H> {
+    #[inline(always)]
+    pub(super) fn widened<const C: usize>(&self) -> [f32; C] {
+        let mut weights = [0.0; C];
+        for lane in 0..H {
+            weights[lane] = f32::from_bits(self.0[lane] << 16);
+            weights[lane + H] = f32::from_bits(self.0[lane] & 0xFFFF_0000);
+        }
+        weights
+    }
+}
+
+/// Whole numbers and their scales, `w ≈ scale·q` with `scale = max |w| / 127` over the [`TOGETHER`] inputs of one column:
+/// 8.5 bits a weight, each off by half a scale at most.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Quantised<const C: usize> {
+    scales: [f32; C],
+    steps: [[i8; C]; TOGETHER],
+}
+
+impl<const C: usize> Lane for Quantised<C> {
+    const COLUMNS: usize = C;
+    const INPUTS: usize = TOGETHER;
+    const ZERO: Self = Self {
+        scales: [0.0; C],
+        steps: [[0; C]; TOGETHER],
+    };
+
+    fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>) {
+        let mut values = [0.0f32; TOGETHER];
+        let mut largest = 0.0f32;
+        for (value, weight) in values.iter_mut().zip(weights) {
+            *value = weight;
+            largest = largest.max(weight.abs());
+        }
+        let Some(lane) = lanes.first_mut().filter(|_| largest > 0.0) else {
+            return;
+        };
+        let scale = largest / 127.0;
+        lane.scales[column] = scale;
+        for (steps, value) in lane.steps.iter_mut().zip(values) {
+            // Saturates where a scale below the normal numbers has lost its precision.
+            steps[column] = (value / scale).round() as i8;
+        }
+    }
+}
+
+vectorised! {
+pub(super) fn widen_wide(panel: &[Quantised<WIDE>], widened: &mut Vec<Full<WIDE>>) {
+    widened.clear();
+    for lane in panel {
+        widened.extend(lane.steps.iter().map(|steps| lane.widened(steps)));
+    }
+}
+}
+
+vectorised! {
+pub(super) fn widen_narrow(panel: &[Quantised<NARROW>], widened: &mut Vec<Full<NARROW>>) {
+    widened.clear();
+    for lane in panel {
+        widened.extend(lane.steps.iter().map(|steps| lane.widened(steps)));
+    }
+}
+}
+
+impl<const C: usize> Quantised<C> {
+    #[inline(always)]
+    pub(super) fn widened(&self, steps: &[i8; C]) -> Full<C> {
+        let mut weights = [0.0; C];
+        for column in 0..C {
+            weights[column] = f32::from(steps[column]) * self.scales[column];
+        }
+        Full(weights)
+    }
+}
