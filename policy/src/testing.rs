@@ -54,6 +54,7 @@ pub(crate) fn qwen3() -> Config {
         head_dim: Some(10),
         layer_types: vec![LayerType::Full, LayerType::Sliding],
         sliding_window: Some(6),
+        attention_bias: true,
         ..small(Architecture::Qwen3)
     }
 }

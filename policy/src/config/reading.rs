@@ -28,7 +28,7 @@ const READ: [&str; 12] = [
 
 /// Keys that change what is computed, by which a model says that it is more than its family. They may be absent, null,
 /// false, zero or empty.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 10] = [
     ("auto_map", "no code of its own"),
     ("attention_chunk_size", "null"),
     ("compression_config", "null"),
@@ -38,6 +38,7 @@ const REFUSED: [(&str, &str); 9] = [
     ("num_local_experts", "null"),
     ("quantization_config", "null: weights in f32, f16 or bf16"),
     ("use_bidirectional_attention", "false"),
+    ("use_mrope", "false"),
 ];
 
 /// The keys that are read; unknown keys are other software's.
@@ -65,6 +66,8 @@ struct Raw {
     hidden_act: Option<String>,
     hidden_activation: Option<String>,
     use_sliding_window: Option<bool>,
+    /// A file may leave it out, which stands for a window, or say null, which stands for none.
+    #[serde(default = "window_default")]
     sliding_window: Option<usize>,
     sliding_window_pattern: Option<usize>,
     max_window_layers: Option<usize>,
@@ -75,6 +78,11 @@ struct Raw {
     bos_token_id: Option<u32>,
     eos_token_id: Option<TokenIds>,
     pad_token_id: Option<u32>,
+}
+
+/// Transformers' default in every family that has windows.
+fn window_default() -> Option<usize> {
+    Some(4096)
 }
 
 /// Reads the text of a `config.json` without checking bounds.
@@ -231,10 +239,7 @@ impl Raw {
             max_position_embeddings,
             rope,
             local_rope,
-            sliding_window: self
-                .sliding_window
-                .or(defaults.sliding_window)
-                .filter(|_| slides),
+            sliding_window: self.sliding_window.filter(|_| slides),
             layer_types,
             rms_norm_eps: self.rms_norm_eps.unwrap_or(defaults.rms_norm_eps),
             attention_bias: self.attention_bias.unwrap_or(false),

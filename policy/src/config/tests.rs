@@ -92,6 +92,7 @@ fn what_would_change_the_function_is_refused_by_name() {
         ),
         (llama(), "rope_interleaved", json!(true)),
         (llama(), "num_local_experts", json!(8)),
+        (tiny(), "use_mrope", json!(true)),
         (qwen3(), "attention_chunk_size", json!(8192)),
         (gemma3(), "hidden_activation", json!("gelu")),
         (gemma3(), "use_bidirectional_attention", json!(true)),
@@ -133,6 +134,75 @@ const LLAMA: &str = r#"{
     "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
     "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": true,
     "vocab_size": 128256}"#;
+
+/// Published files of small models, whole but for keys that say nothing here, and how many parameters each model has.
+const PUBLISHED: [(&str, usize); 5] = [
+    (LLAMA, 1_235_814_400),
+    (
+        // SmolLM2 135M
+        r#"{
+    "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": true, "max_position_embeddings": 8192, "model_type": "llama",
+    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000,
+    "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 49152}"#,
+        134_515_008,
+    ),
+    (
+        // Qwen2.5 0.5B
+        r#"{
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true,
+    "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}"#,
+        494_032_768,
+    ),
+    (
+        // Qwen3 0.6B
+        r#"{
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+    "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}"#,
+        596_049_920,
+    ),
+    (
+        // Gemma 3 270M
+        r#"{
+    "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"], "attention_bias": false,
+    "attention_dropout": 0.0, "attn_logit_softcapping": null, "bos_token_id": 2, "eos_token_id": 1,
+    "final_logit_softcapping": null, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640,
+    "initializer_range": 0.02, "intermediate_size": 2048, "layer_types": ["sliding_attention", "sliding_attention",
+    "sliding_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention",
+    "sliding_attention", "sliding_attention", "sliding_attention", "sliding_attention", "full_attention",
+    "sliding_attention", "sliding_attention", "sliding_attention", "sliding_attention", "sliding_attention",
+    "full_attention"], "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4,
+    "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0, "rope_scaling": null, "rope_theta": 1000000.0,
+    "sliding_window": 512, "torch_dtype": "bfloat16", "use_bidirectional_attention": false, "use_cache": true,
+    "vocab_size": 262144}"#,
+        268_098_176,
+    ),
+];
+
+#[test]
+fn published_models_have_the_parameters_that_are_published_of_them() {
+    for (file, parameters) in PUBLISHED {
+        let config = Config::parse(file).unwrap();
+        assert_eq!(
+            crate::Layout::new(&config).len(),
+            parameters,
+            "{}",
+            config.architecture
+        );
+        assert_eq!(Config::parse(&config.to_json("bfloat16")), Ok(config));
+    }
+}
 
 /// The whole file, but for the images' part, of a published Gemma 3 of images and text.
 const GEMMA: &str = r#"{
@@ -181,18 +251,21 @@ fn published_files_are_read_as_transformers_reads_them() {
 
 #[test]
 fn the_windows_of_qwen_are_off_unless_its_file_turns_them_on() {
-    let file = |on: bool| {
+    let windows = |on: bool, window: Option<Value>| {
         let mut file: Value = serde_json::from_str(&tiny().to_json("float32")).unwrap();
-        file["sliding_window"] = json!(7);
         file["max_window_layers"] = json!(1);
         file["use_sliding_window"] = json!(on);
-        Config::parse(&file.to_string()).unwrap()
+        if let Some(window) = window {
+            file["sliding_window"] = window;
+        }
+        let config = Config::parse(&file.to_string()).unwrap();
+        (config.window(0), config.window(1))
     };
-    assert_eq!((file(false).window(0), file(false).window(1)), (None, None));
-    assert_eq!(
-        (file(true).window(0), file(true).window(1)),
-        (None, Some(7))
-    );
+    assert_eq!(windows(false, Some(json!(7))), (None, None));
+    assert_eq!(windows(true, Some(json!(7))), (None, Some(7)));
+    // As transformers takes a key that is missing, and one that is null.
+    assert_eq!(windows(true, None), (None, Some(4096)));
+    assert_eq!(windows(true, Some(json!(null))), (None, None));
 }
 
 #[test]

@@ -12,7 +12,6 @@ fn forms_of_the_oracle() -> Vec<Config> {
     let qwen3 = Config {
         layer_types: Vec::new(),
         sliding_window: None,
-        attention_bias: true,
         ..qwen3()
     };
     let gemma3 = Config {
