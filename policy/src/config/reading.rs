@@ -216,10 +216,13 @@ impl Raw {
         let heads = self
             .num_attention_heads
             .unwrap_or(defaults.num_attention_heads);
-        // Gemma's default is half of its default heads; elsewhere a file without the key has no grouping.
-        let key_heads = match (architecture, self.num_attention_heads) {
-            (Architecture::Gemma3, _) | (_, None) => defaults.num_key_value_heads,
-            (_, Some(heads)) => heads,
+        // A family that groups heads by default does so whatever their number; elsewhere a file without the key has no
+        // grouping.
+        let grouped = defaults.num_key_value_heads != defaults.num_attention_heads;
+        let key_heads = if grouped {
+            defaults.num_key_value_heads
+        } else {
+            heads
         };
         let max_position_embeddings = self
             .max_position_embeddings
