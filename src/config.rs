@@ -15,6 +15,7 @@ use muster_learner::dispatch::workers::ConductConfig;
 use muster_learner::policy_stepper::TrainConfig;
 use muster_policy::{KernelSet, Storage};
 use muster_protocol::id::RunId;
+use muster_protocol::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 use muster_protocol::message::descriptor::Thresholds;
 use muster_rewards::{RewardEntry, TaskConfig};
 
@@ -171,6 +172,8 @@ pub struct SamplingSection {
     pub tokens_max: NonZeroU32,
     /// Tokens that end an answer, as text; the model's own end tokens when empty.
     pub stop: Vec<String>,
+    /// Texts that end an answer with the token that completes one of them, wherever tokens begin and end.
+    pub stop_strings: Vec<String>,
     /// Not supported, and refused with the reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
@@ -186,6 +189,7 @@ impl Default for SamplingSection {
             temperature: 1.0,
             tokens_max: NonZeroU32::MIN.saturating_add(255),
             stop: Vec::new(),
+            stop_strings: Vec::new(),
             top_k: None,
             top_p: None,
         }
@@ -231,6 +235,9 @@ pub struct DispatchSection {
     pub critique: CritiqueConfig,
     /// When members are paused.
     pub conduct: ConductConfig,
+    /// Names of workers who may go on under newer weights in mid-answer. They are the lab's own: whoever chooses the moment
+    /// of the swap chooses among answers.
+    pub in_flight: Vec<String>,
     /// Bounds where worker and critic compute alike.
     pub same_class: Thresholds,
     /// Bounds where they do not.
@@ -245,6 +252,7 @@ impl Default for DispatchSection {
             audit: AuditConfig::default(),
             critique: CritiqueConfig::default(),
             conduct: ConductConfig::default(),
+            in_flight: Vec::new(),
             same_class: Thresholds::SAME_CLASS,
             cross_class: Thresholds::CROSS_CLASS,
         }
@@ -255,7 +263,7 @@ impl Default for DispatchSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerSection {
-    /// Rollouts leased and decoded together.
+    /// Most rollouts decoded together; a worker measures itself and takes no more than pay and end in time.
     pub rollouts_max: NonZeroU32,
 }
 
@@ -452,6 +460,21 @@ impl RunConfig {
             let found = sampling.temperature;
             return Err(format!(
                 "`sampling.temperature` is {found}, choose one above 0 and at most 10"
+            ));
+        }
+        let strings = &sampling.stop_strings;
+        if let Some(string) = strings
+            .iter()
+            .find(|string| string.is_empty() || string.len() > STOP_STRING_BYTES_MAX)
+        {
+            return Err(format!(
+                "`sampling.stop_strings` holds {string:?}, choose texts of 1 to {STOP_STRING_BYTES_MAX} bytes"
+            ));
+        }
+        if strings.len() > STOP_STRINGS_MAX {
+            let found = strings.len();
+            return Err(format!(
+                "`sampling.stop_strings` holds {found} texts, choose at most {STOP_STRINGS_MAX}"
             ));
         }
         if sampling.group_size.get() < 2 {

@@ -58,14 +58,19 @@ pub fn run_files(folder: &Path, model: &ModelFolder, storage: Storage) -> Result
 pub fn stop_ids(config: &RunConfig, model: &Config, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     let named = &config.sampling.stop;
     if named.is_empty() {
-        if model.eos_token_ids.is_empty() {
-            bail!("the model names no end token: name one in `sampling.stop`");
+        if model.eos_token_ids.is_empty() && config.sampling.stop_strings.is_empty() {
+            bail!(
+                "the model names no end token: name one in `sampling.stop`, or a text in `sampling.stop_strings`"
+            );
         }
         return Ok(model.eos_token_ids.clone());
     }
     let id = |text: &String| {
-        let missing =
-            || format!("`sampling.stop` names {text:?}, which is not a token of this model");
+        let missing = || {
+            format!(
+                "`sampling.stop` names {text:?}, which is not a token of this model: use `sampling.stop_strings`"
+            )
+        };
         tokenizer.id(text).with_context(missing)
     };
     named.iter().map(id).collect()
@@ -92,6 +97,7 @@ pub fn sampling_rules(
         temperature: config.sampling.temperature,
         tokens_max,
         stop_ids,
+        stop_strings: config.sampling.stop_strings.clone(),
     })
 }
 

@@ -7,8 +7,10 @@ use std::time::Instant;
 use anyhow::Result;
 
 use muster_policy::{
-    EngineConfig, Finish, GenerationRequest, Policy, Sampling, Tokenizer, generate,
+    EngineConfig, Finish, GenerationRequest, Policy, Sampling, StopStrings, TokenBytes, Tokenizer,
+    generate,
 };
+use muster_protocol::message::ticket::SamplingRules;
 use muster_rewards::{Answer, Item, Reward};
 
 /// Rows that an evaluation decodes together.
@@ -24,10 +26,32 @@ pub struct Examination<'a> {
     pub tokenizer: &'a Tokenizer,
     /// What an answer is worth.
     pub reward: &'a Reward,
-    /// Tokens that end an answer.
+    /// Where answers end.
+    pub ends: Ends,
+}
+
+/// Where an answer ends.
+#[derive(Debug, Clone)]
+pub struct Ends {
+    /// With one of these tokens.
     pub stop_ids: Arc<[u32]>,
-    /// Longest answer.
+    /// With the token that completes one of these.
+    pub stop_strings: Option<StopStrings>,
+    /// After so many tokens.
     pub tokens_max: usize,
+}
+
+impl Ends {
+    /// As the groups of a run end.
+    pub fn of(rules: &SamplingRules, tokenizer: &Tokenizer) -> Self {
+        let strings = &rules.stop_strings;
+        let bytes = || Arc::new(TokenBytes::new(tokenizer));
+        Self {
+            stop_ids: rules.stop_ids.as_slice().into(),
+            stop_strings: (!strings.is_empty()).then(|| StopStrings::new(strings, bytes())),
+            tokens_max: rules.tokens_max as usize,
+        }
+    }
 }
 
 /// The result of an evaluation.
@@ -111,7 +135,11 @@ impl Examination<'_> {
                 temperature: 1.0,
             },
         };
-        let stop_ids = self.stop_ids.clone();
-        GenerationRequest::new(prompt.clone(), self.tokens_max, stop_ids, sampling)
+        let ends = &self.ends;
+        let stop_ids = ends.stop_ids.clone();
+        GenerationRequest {
+            stop_strings: ends.stop_strings.clone(),
+            ..GenerationRequest::new(prompt.clone(), ends.tokens_max, stop_ids, sampling)
+        }
     }
 }

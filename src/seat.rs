@@ -18,7 +18,6 @@ use muster_protocol::credentials::Credentials;
 use muster_protocol::desk::Desk;
 use muster_protocol::id::ContentHash;
 use muster_protocol::identity::Identity;
-use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::subject::Role;
 
 /// How long tasks may take to end after the role itself has ended.
@@ -171,13 +170,4 @@ fn check_hash(name: &str, text: &str, expected: ContentHash) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// Stop ids and longest answer of a run, for those who answer outside of leases.
-pub fn ending(descriptor: &Descriptor) -> (Arc<[u32]>, usize) {
-    let sampling = &descriptor.sampling;
-    (
-        sampling.stop_ids.as_slice().into(),
-        sampling.tokens_max as usize,
-    )
 }

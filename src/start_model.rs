@@ -17,7 +17,7 @@ use muster_protocol::id::ContentHash;
 use muster_rewards::{Item, Reward, RewardConfig, Split, Task};
 
 use crate::config::{RunConfig, WarmupSection};
-use crate::evaluate::Examination;
+use crate::evaluate::{Ends, Examination};
 
 /// Development prompts that a check answers: enough to tell 50 % from 55 %.
 const CHECK_ITEMS: usize = 500;
@@ -85,8 +85,10 @@ pub fn warm_up(
     let exam = Examination {
         tokenizer: &tokenizer,
         reward,
-        stop_ids: model.eos_token_ids.as_slice().into(),
-        tokens_max: config.sampling.tokens_max.get() as usize,
+        ends: Ends::of(
+            &crate::descriptor::sampling_rules(config, &model, &tokenizer)?,
+            &tokenizer,
+        ),
     };
     let items = task.items(Split::Development);
     let items = &items[..items.len().min(CHECK_ITEMS)];

@@ -90,7 +90,7 @@ const SYSTEM_FILES: [&str; 3] = [
 ];
 
 /// Files that decide: values, the time and seeded chance in, values out. The shells beside them act.
-const DECIDING: [&str; 17] = [
+const DECIDING: [&str; 18] = [
     "broadcaster/src/plan.rs",
     "broadcaster/src/plan/exchange.rs",
     "broadcaster/src/plan/requests.rs",
@@ -108,6 +108,7 @@ const DECIDING: [&str; 17] = [
     "policy/src/engine/stops.rs",
     "policy/src/sampling.rs",
     "rewards/src/critic/findings.rs",
+    "rollout/src/capacity.rs",
 ];
 
 /// What a deciding file may not say, and why.

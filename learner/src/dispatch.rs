@@ -13,9 +13,7 @@ pub mod tickets;
 pub mod waiting;
 pub mod workers;
 
-use std::collections::BTreeMap;
-
-use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet};
 
 use muster_protocol::envelope::Signed;
 use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, RunId, TicketId, UnixMillis};
@@ -23,7 +21,7 @@ use muster_protocol::message::ask::WaitReason;
 use muster_protocol::message::control::Phase;
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
-use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange};
+use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange, WeightsRule};
 use muster_protocol::message::ticket::Ticket;
 use muster_protocol::message::version::VersionRef;
 use muster_protocol::seed::{SeedBinding, lease_seed};
@@ -83,6 +81,8 @@ pub struct Dispatch {
     /// What audits are drawn with.
     secret: [u8; 32],
     versions: Vec<VersionRef>,
+    /// Workers who may change weights in mid-answer.
+    trusted: BTreeSet<PeerId>,
     phase: Phase,
     tickets: TicketTable,
     conduct: Conduct,
@@ -105,10 +105,17 @@ impl Dispatch {
             epoch,
             secret,
             versions: Vec::new(),
+            trusted: BTreeSet::new(),
             phase: Phase::Running,
             waiting_workers: Crowd::default(),
             waiting_critics: Crowd::default(),
         }
+    }
+
+    /// Lets these workers change weights in mid-answer. They are the lab's: whoever chooses the moment of the swap chooses
+    /// among answers.
+    pub fn trust(&mut self, workers: BTreeSet<PeerId>) {
+        self.trusted = workers;
     }
 
     /// The newest version, once there is one.
@@ -215,11 +222,16 @@ impl Dispatch {
             count: ticket.group_size,
         };
         let (epoch, version) = (self.epoch, held);
+        let weights = match self.trusted.contains(&worker) {
+            true => WeightsRule::InFlight,
+            false => WeightsRule::Drain,
+        };
         Ok(Lease {
             id,
             ticket,
             worker,
             version,
+            weights,
             class,
             rollouts,
             epoch,
@@ -300,9 +312,23 @@ impl Dispatch {
             );
             return Admission::TooLate(fate_of(lease, Some(hash), Fate::Duplicate, reason));
         }
+        let several = group.body.versions().len() > 1;
         Admission::Admit {
-            audit: self.is_audited(&lease.worker, &hash),
+            // The trainer recomputes log-probs under one version, so that others are confirmed by a critic always.
+            audit: several || self.is_audited(&lease.worker, &hash),
         }
+    }
+
+    /// The versions that drew a group. A number that dispatch does not know, which only a trusted worker can name, is left
+    /// out here and found by the critic, who holds no such version.
+    fn versions_of(&self, lease: &Lease, group: &Group) -> Vec<VersionRef> {
+        let named = group.versions();
+        let newer = |known: &&VersionRef| {
+            known.version > lease.version.version && named.contains(&known.version)
+        };
+        let mut versions = vec![lease.version];
+        versions.extend(self.versions.iter().filter(newer));
+        versions
     }
 
     fn is_answerable(&self, ticket: TicketId) -> bool {
@@ -318,21 +344,18 @@ impl Dispatch {
     }
 
     /// A group was stored in the intake queue (or found there at the start): the critics may have it.
-    pub fn admitted(&mut self, lease: &Signed<Lease>, group: &Bytes, audit: bool) {
+    pub fn admitted(&mut self, lease: &Signed<Lease>, group: &Signed<Group>, audit: bool) {
         let Lease {
-            ticket,
-            worker,
-            version,
-            id,
-            ..
+            ticket, worker, id, ..
         } = &lease.body;
+        let versions = self.versions_of(&lease.body, &group.body);
         self.tickets.restore_judging(ticket);
         self.conduct.lease_answered(*worker, *id);
-        let envelopes = (lease.bytes.clone(), group.clone());
-        let hash = GroupHash::of(group);
+        let envelopes = (lease.bytes.clone(), group.bytes.clone());
+        let hash = GroupHash::of(&group.bytes);
         self.court.open(
             ticket.id,
-            Case::new(hash, *worker, *version, ticket.item, audit, envelopes),
+            Case::new(hash, *worker, versions, ticket.item, audit, envelopes),
         );
     }
 

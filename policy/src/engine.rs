@@ -300,6 +300,12 @@ impl Engine {
         self.scheduler.running()
     }
 
+    /// Texts of so many positions that the memory holds at once, prompts apart.
+    pub fn rows_in_memory(&self, positions: usize) -> u32 {
+        let blocks = self.scheduler.blocks() / positions.div_ceil(BLOCK).max(1);
+        u32::try_from(blocks).unwrap_or(u32::MAX)
+    }
+
     /// Most bytes that keys and values take.
     pub fn kv_bytes(&self) -> u64 {
         self.budget_bytes

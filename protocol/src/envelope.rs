@@ -18,7 +18,7 @@ use crate::identity::{Identity, is_signed_by};
 use crate::limits::{INFLATION_MAX, PROTOCOL_VERSIONS};
 
 const DOMAIN: &[u8] = b"muster-statement-v1\0";
-const PROTOCOL_VERSION: u16 = 1;
+const PROTOCOL_VERSION: u16 = 2;
 /// Below this many bytes a zstd frame is larger than what it holds.
 const COMPRESS_BYTES_MIN: usize = 256;
 const ZSTD_LEVEL: i32 = 1;
@@ -456,12 +456,12 @@ mod tests {
     #[test]
     fn another_version_is_answered_with_the_versions_served() {
         let mut bytes = sealed().bytes.to_vec();
-        bytes[0] = 2;
+        bytes[0] = 1;
         let error = open::<Words>(bytes.into(), &run()).unwrap_err();
         assert_eq!(
             error,
             EnvelopeError::UpgradeRequired {
-                found: 2,
+                found: 1,
                 served: PROTOCOL_VERSIONS
             }
         );

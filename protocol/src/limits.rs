@@ -1,7 +1,7 @@
 //! The bounds of everything that crosses a process boundary. Each says why it is what it is.
 
 /// The versions of the protocol that this build speaks, newest last.
-pub const PROTOCOL_VERSIONS: &[u16] = &[1];
+pub const PROTOCOL_VERSIONS: &[u16] = &[2];
 
 /// Largest envelope of a group: 8 rollouts of 8,192 tokens with log-probs and commitments compress to about 750 KB
 /// (`research/nats-backbone.md` §3); four times that, and half of the server's `max_payload`.
@@ -36,6 +36,12 @@ pub const SEGMENTS_MAX: usize = 256;
 
 /// Most stop ids of a ticket.
 pub const STOP_IDS_MAX: usize = 64;
+
+/// Most stop strings of a ticket: each is looked for after every token.
+pub const STOP_STRINGS_MAX: usize = 16;
+
+/// Longest stop string in bytes: a line of text.
+pub const STOP_STRING_BYTES_MAX: usize = 256;
 
 /// Most versions that a critic lists as held.
 pub const HELD_VERSIONS_MAX: usize = 64;

@@ -15,20 +15,22 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use muster_broadcaster::follower::Follower;
+use muster_policy::{StopAt, TokenScore};
 use muster_protocol::desk::{Desk, DeskError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{GroupHash, LeaseId};
+use muster_protocol::id::{GroupHash, LeaseId, PolicyVersion};
 use muster_protocol::limits::FINDINGS_MAX;
 use muster_protocol::message::ask::{Answer as DeskAnswer, Ask, WaitReason};
 use muster_protocol::message::critique::CritiqueLease;
 use muster_protocol::message::descriptor::{Descriptor, Thresholds};
-use muster_protocol::message::group::{FinishReason, Group, Rollout};
+use muster_protocol::message::group::{Group, Rollout, Segment};
 use muster_protocol::message::lease::{Lease, NumericClass};
 use muster_protocol::message::verdict::{Decision, Finding, RolloutReward, Verdict};
+use muster_protocol::message::version::VersionRef;
 
 use crate::config::RewardConfig;
 use crate::reward::{Answer, GoldError, Reward};
-use findings::{COINCIDENCE_LOGPROB, audit, draws_digest, total_logprob};
+use findings::{COINCIDENCE_LOGPROB, audit, audit_endings, draws_digest, total_logprob};
 use scorer::{ScoreRequest, Scorer, ScorerError};
 
 /// Pause after an ask that nobody answered.
@@ -237,20 +239,16 @@ impl Critic {
     }
 
     async fn judge(&mut self, cases: Vec<Opened>) -> Result<(), CriticError> {
-        let requests = cases
-            .iter()
-            .filter(|case| case.audit)
-            .flat_map(score_requests)
+        let held = self.parts.scorer.held();
+        let audited = cases.iter().filter(|case| case.audit);
+        let requests: Vec<ScoreRequest> = audited
+            .flat_map(|case| score_requests(&case.lease, &case.group.body, &held))
             .collect();
         let mut scores = self.parts.scorer.score(requests).await?.into_iter();
         let mut verdicts = Vec::with_capacity(cases.len());
         for case in &cases {
-            let scored: Option<Vec<_>> = case.audit.then(|| {
-                scores
-                    .by_ref()
-                    .take(case.group.body.rollouts.len())
-                    .collect()
-            });
+            let scored: Option<Vec<_>> =
+                case.audit.then(|| scores_of(&case.group.body, &mut scores));
             let verdict = self.verdict(case, scored.as_deref())?;
             verdicts.push(ByteBuf::from(self.parts.desk.sign(verdict)?.bytes.to_vec()));
         }
@@ -272,6 +270,17 @@ impl Critic {
             Some(scores) => audit(&case.lease, group, scores, self.thresholds(group.class)),
             None => (Decision::Accept, Vec::new()),
         };
+        let strings = &case.lease.ticket.sampling.stop_strings;
+        let scorer = &mut self.parts.scorer;
+        let ended = group.rollouts.iter();
+        let stopped: Vec<Option<StopAt>> = ended
+            .map(|rollout| scorer.stopped(&rollout.drawn().0, strings))
+            .collect();
+        let endings = audit_endings(&case.lease, group, &stopped);
+        if !endings.is_empty() {
+            findings.extend(endings);
+            decision = Decision::Reject;
+        }
         if let Some(earlier) = self.seen.earlier(group)
             && total_logprob(group) < COINCIDENCE_LOGPROB
         {
@@ -300,7 +309,7 @@ impl Critic {
         let answer = Answer {
             prompt: &case.prompt,
             text: &text,
-            finished: rollout.finish == FinishReason::Stop,
+            finished: rollout.finish.is_stop(),
             tokens: tokens.len(),
         };
         let score = self.reward.score(&answer, &case.gold)?;
@@ -351,16 +360,52 @@ impl Critic {
     }
 }
 
-/// What to score of a group: each rollout's answer after its prompt.
-fn score_requests(case: &Opened) -> Vec<ScoreRequest> {
-    let temperature = case.lease.ticket.sampling.temperature;
-    let version = case.lease.version;
-    let first = case.lease.ticket.prompt.len();
-    let request = |rollout: &Rollout| ScoreRequest {
-        version,
-        tokens: rollout.tokens(),
-        first,
-        temperature,
-    };
-    case.group.body.rollouts.iter().map(request).collect()
+/// What to score of a group: each drawn segment after everything before it, under the version that drew it.
+fn score_requests(lease: &Lease, group: &Group, held: &[VersionRef]) -> Vec<ScoreRequest> {
+    let mut requests = Vec::new();
+    for rollout in &group.rollouts {
+        let mut tokens = Vec::new();
+        for segment in &rollout.segments {
+            let first = tokens.len();
+            tokens.extend_from_slice(segment.tokens());
+            let Segment::Policy { version, .. } = segment else {
+                continue;
+            };
+            requests.push(ScoreRequest {
+                version: version_of(*version, lease, held),
+                tokens: tokens.clone(),
+                first,
+                temperature: lease.ticket.sampling.temperature,
+            });
+        }
+    }
+    requests
 }
+
+/// The lease's own version, or the one held under this number; the lease's where there is none, whose weights will not
+/// confirm what others drew.
+fn version_of(number: PolicyVersion, lease: &Lease, held: &[VersionRef]) -> VersionRef {
+    let newer = held.iter().find(|known| known.version == number);
+    match newer {
+        Some(known) if number != lease.version.version => *known,
+        _ => lease.version,
+    }
+}
+
+/// The scores of a group, a list for every rollout, from those of its segments.
+fn scores_of(
+    group: &Group,
+    scores: &mut impl Iterator<Item = Vec<TokenScore>>,
+) -> Vec<findings::RolloutScores> {
+    let drawn = |rollout: &Rollout| {
+        let policy = |segment: &&Segment| matches!(segment, Segment::Policy { .. });
+        rollout.segments.iter().filter(policy).count()
+    };
+    let rollouts = group.rollouts.iter();
+    rollouts
+        .map(|rollout| scores.by_ref().take(drawn(rollout)).flatten().collect())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,18 +1,41 @@
-//! The policy as an answerer: every rollout of every lease decodes together, on a thread of its own.
+//! The policy as an answerer: one engine on a thread of its own, which decodes the rollouts of all leases together and
+//! takes new leases and new weights between two steps.
+//!
+//! The thread measures itself when the first weights come and takes as many rows as it can carry ([`crate::capacity`]).
+//! A reserve of leases waits in the engine, so that a slot that comes free is taken in the same step.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio::sync::{mpsc, oneshot};
 
 use muster_broadcaster::follower::Held;
-use muster_policy::{
-    Completion, Config, Device, EngineConfig, Finish, GenerationRequest, Image, KernelSet, Policy,
-    Sampling, generate,
-};
-use muster_protocol::message::group::{FinishReason, Rollout};
+use muster_policy::{Config, Device, EngineConfig, Image, KernelSet, Policy, Tokenizer};
+use muster_protocol::id::LeaseId;
+use muster_protocol::message::group::Rollout;
 use muster_protocol::message::lease::Lease;
 
-use crate::answerer::{AnswerError, Answerer};
+use crate::answerer::{AnswerError, AnsweredLease, Answerer};
+use runner::{Command, Runner};
+
+mod runner;
+
+/// Commands and answers on their way between worker and engine: a command is of a lease or a version, and a worker holds
+/// fewer of them.
+const UNDERWAY_MAX: usize = 1_024;
+
+/// Rollouts that wait beyond the rows that decode: one for so many of these.
+const RESERVE: u32 = 4;
+
+/// What a run asks of every answer.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// Longest answer in tokens.
+    pub tokens_max: u32,
+    /// For stop strings.
+    pub tokenizer: Tokenizer,
+}
 
 /// A policy that answers.
 #[derive(Debug)]
@@ -21,19 +44,87 @@ pub struct PolicyAnswerer {
     kernels: KernelSet,
     device: Device,
     engine: EngineConfig,
-    policy: Option<Policy>,
+    task: Task,
+    thread: Option<Thread>,
+    /// Rollouts of the leases that were taken on and not answered.
+    underway: BTreeMap<LeaseId, u32>,
+}
+
+/// The engine's thread, as its worker sees it. It ends when this is dropped, after the step that it is in.
+#[derive(Debug)]
+struct Thread {
+    commands: mpsc::Sender<Command>,
+    answers: mpsc::Receiver<Result<Vec<AnsweredLease>, AnswerError>>,
+    /// Rows that it can carry.
+    rows: u32,
 }
 
 impl PolicyAnswerer {
-    /// An answerer for models of this shape, without weights yet.
-    pub fn new(config: Config, kernels: KernelSet, device: Device, engine: EngineConfig) -> Self {
+    /// An answerer for models of this shape, without weights yet. `engine.slots` bounds the rows that it takes.
+    pub fn new(
+        config: Config,
+        kernels: KernelSet,
+        device: Device,
+        engine: EngineConfig,
+        task: Task,
+    ) -> Self {
         Self {
             config,
             kernels,
             device,
             engine,
-            policy: None,
+            task,
+            thread: None,
+            underway: BTreeMap::new(),
         }
+    }
+
+    /// Answers leases and takes nothing else on meanwhile.
+    ///
+    /// # Errors
+    /// As [`Answerer::take`] and [`Answerer::answered`].
+    pub async fn answer(&mut self, leases: &[Lease]) -> Result<Vec<Vec<Rollout>>, AnswerError> {
+        self.take(leases.to_vec()).await?;
+        let mut answers = BTreeMap::new();
+        while answers.len() < leases.len() {
+            answers.extend(self.answered().await?);
+        }
+        let of_lease = |lease: &Lease| answers.remove(&lease.id).unwrap_or_default();
+        Ok(leases.iter().map(of_lease).collect())
+    }
+
+    async fn send(&mut self, command: Command) -> Result<(), AnswerError> {
+        let no_weights = || failed("no weights were adopted yet");
+        let thread = self.thread.as_ref().ok_or_else(no_weights)?;
+        thread.commands.send(command).await.map_err(|_| ended())
+    }
+
+    async fn start(&mut self, policy: Policy, version: u64) -> Result<(), AnswerError> {
+        let (commands, inbox) = mpsc::channel(UNDERWAY_MAX);
+        let (outbox, answers) = mpsc::channel(UNDERWAY_MAX);
+        let (started, measured) = oneshot::channel();
+        let (engine, task) = (self.engine.clone(), self.task.clone());
+        let run = move || {
+            let (runner, told) = match Runner::start(policy, version, &engine, task) {
+                Ok((runner, rows)) => (Some(runner), Ok(rows)),
+                Err(error) => (None, Err(error)),
+            };
+            // Whoever does not listen any more has dropped the answerer: the inbox is closed then, too.
+            if started.send(told).is_ok()
+                && let Some(runner) = runner
+            {
+                runner.run(inbox, &outbox);
+            }
+        };
+        let thread = std::thread::Builder::new().name("engine".to_owned());
+        thread.spawn(run).map_err(failed)?;
+        let rows = measured.await.map_err(|_| ended())??;
+        self.thread = Some(Thread {
+            commands,
+            answers,
+            rows,
+        });
+        Ok(())
     }
 }
 
@@ -41,72 +132,60 @@ fn failed(error: impl std::fmt::Display) -> AnswerError {
     AnswerError(error.to_string())
 }
 
+fn ended() -> AnswerError {
+    failed("the engine has ended; start the worker again")
+}
+
 #[async_trait]
 impl Answerer for PolicyAnswerer {
-    async fn adopt(&mut self, held: &Held) -> Result<(), AnswerError> {
+    async fn adopt(&mut self, held: &Arc<Held>) -> Result<(), AnswerError> {
         let (config, kernels) = (self.config.clone(), self.kernels);
         let (device, image) = (self.device.clone(), held.image.clone());
         let built = tokio::task::spawn_blocking(move || {
             let image = Image::parse(&config, &image).map_err(failed)?;
             Policy::from_image(&config, &image, kernels, &device).map_err(failed)
         });
-        self.policy = Some(built.await.map_err(failed)??);
-        Ok(())
+        let policy = built.await.map_err(failed)??;
+        let version = held.version.body.version.0;
+        match &self.thread {
+            None => self.start(policy, version).await,
+            Some(_) => self.send(Command::Adopt(policy, version)).await,
+        }
     }
 
-    async fn answer(&mut self, leases: &[Lease]) -> Result<Vec<Vec<Rollout>>, AnswerError> {
-        let policy = self
-            .policy
-            .clone()
-            .ok_or_else(|| failed("no weights were adopted yet"))?;
-        let engine = self.engine.clone();
-        let requests: Vec<GenerationRequest> = leases.iter().flat_map(requests_of).collect();
-        let generated = tokio::task::spawn_blocking(move || generate(&policy, &engine, requests));
-        let mut completions = generated
-            .await
-            .map_err(failed)?
-            .map_err(failed)?
-            .into_iter();
-        let groups = leases.iter().map(|lease| {
-            let count = lease.rollouts.count as usize;
-            completions
-                .by_ref()
-                .take(count)
-                .map(|completion| rollout_of(lease, completion))
-                .collect()
-        });
-        Ok(groups.collect())
+    fn adopts(&self) -> bool {
+        true // answers underway go on or end as their leases say
     }
-}
 
-fn requests_of(lease: &Lease) -> Vec<GenerationRequest> {
-    let ticket = &lease.ticket;
-    let prompt: Arc<[u32]> = ticket.prompt.as_slice().into();
-    let stop_ids: Arc<[u32]> = ticket.sampling.stop_ids.as_slice().into();
-    let numbers = lease.rollouts.first..lease.rollouts.first + lease.rollouts.count;
-    let request = |rollout| {
-        let sampling = Sampling::Prescribed {
-            seed: lease.seed,
-            rollout,
-            temperature: ticket.sampling.temperature,
+    fn room(&self) -> u32 {
+        let Some(Thread { rows, .. }) = self.thread else {
+            return self.engine.slots.get() as u32;
         };
-        let max_tokens = ticket.sampling.tokens_max as usize;
-        GenerationRequest::new(prompt.clone(), max_tokens, stop_ids.clone(), sampling)
-    };
-    numbers.map(request).collect()
-}
+        let underway: u32 = self.underway.values().sum();
+        let room = (rows + rows.div_ceil(RESERVE)).saturating_sub(underway);
+        // Asked for one by one, leases would cost more than answers: only when the reserve is used up are more taken.
+        if room < rows.div_ceil(RESERVE) {
+            0
+        } else {
+            room
+        }
+    }
 
-fn rollout_of(lease: &Lease, completion: Completion) -> Rollout {
-    let finish = match completion.finish {
-        Finish::Stop(_) | Finish::StopString(_) => FinishReason::Stop,
-        Finish::Length => FinishReason::Length,
-    };
-    let (prompt, version) = (lease.ticket.prompt.clone(), lease.version.version);
-    Rollout::single_turn(
-        prompt,
-        completion.tokens,
-        version,
-        completion.logprobs,
-        finish,
-    )
+    async fn take(&mut self, leases: Vec<Lease>) -> Result<(), AnswerError> {
+        for lease in &leases {
+            self.underway.insert(lease.id, lease.rollouts.count);
+        }
+        self.send(Command::Take(leases)).await
+    }
+
+    async fn answered(&mut self) -> Result<Vec<AnsweredLease>, AnswerError> {
+        let Some(thread) = &mut self.thread else {
+            return std::future::pending().await;
+        };
+        let answered = thread.answers.recv().await.ok_or_else(ended)??;
+        for (lease, _) in &answered {
+            self.underway.remove(lease);
+        }
+        Ok(answered)
+    }
 }

@@ -1,12 +1,17 @@
-//! The worker's loop: adopt, lease, answer, submit.
+//! The worker's loop: adopt, lease, answer, submit, all at once.
 //!
-//! Weights change between groups only: a group has exactly one version. A group that was answered is submitted until
-//! dispatch has said what became of it or its lease ran out; nothing else is kept, so a worker may be killed at any
-//! instant.
+//! Leases are taken as soon as the model has room for them, answers are submitted as they are complete, and new weights
+//! are adopted meanwhile: what they change for answers underway is the lease's rule. A group that was answered is
+//! submitted until dispatch has said what became of it or its lease ran out; nothing else is kept, so a worker may be
+//! killed at any instant.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,14 +22,14 @@ use muster_protocol::bus::{BusError, Subscription};
 use muster_protocol::clock::SharedClock;
 use muster_protocol::desk::{Desk, DeskError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{DescriptorHash, PeerId};
+use muster_protocol::id::{DescriptorHash, LeaseId, PeerId};
 use muster_protocol::message::ask::{Answer, Ask, WaitReason};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{Group, Rollout};
 use muster_protocol::message::lease::{Lease, NumericClass};
 
-use crate::answerer::{AnswerError, Answerer};
+use crate::answerer::{AnswerError, AnsweredLease, Answerer};
 
 /// How long an answer that has begun may take once the worker is told to stop.
 const GRACE: Duration = Duration::from_secs(3);
@@ -78,8 +83,6 @@ pub struct WorkerParts {
     pub follower: Follower,
     /// The arithmetic of its model.
     pub class: NumericClass,
-    /// Most rollouts at once.
-    pub rollouts_max: u32,
 }
 
 /// A worker, connected.
@@ -90,17 +93,27 @@ pub struct Worker {
     adopted: Option<Arc<Held>>,
     notes: Subscription,
     credit: Credit,
+    /// Leases that are being answered.
+    underway: BTreeMap<LeaseId, Signed<Lease>>,
+    /// At most one ask, and a submission for every lease that was answered.
+    errands: FuturesUnordered<BoxFuture<'static, Errand>>,
+    asking: bool,
+    pause: Option<Pause>,
     /// Pause after the next ask that nobody answers.
     ask_retry_ms: u64,
 }
 
-enum Next {
-    Answer(Vec<Signed<Lease>>),
-    /// Until there is a lease for it, perhaps.
-    Wait(Duration),
-    /// Until newer weights are here, at most.
-    WaitForWeights(Duration),
-    Finished,
+/// What came of talking to dispatch.
+enum Errand {
+    Asked(Result<Answer, DeskError>),
+    Submitted(Result<u64, WorkerError>),
+}
+
+/// No ask before its end, or before new weights come.
+#[derive(Debug, Clone, Copy)]
+struct Pause {
+    end: Instant,
+    wake: Wake,
 }
 
 /// What ends a pause early.
@@ -108,6 +121,16 @@ enum Next {
 enum Wake {
     AtNewWeights,
     AtItsEnd,
+}
+
+/// Something happened.
+enum Event {
+    Shutdown,
+    Errand(Errand),
+    Answered(Vec<AnsweredLease>),
+    Note(bytes::Bytes),
+    NewWeights,
+    PauseOver,
 }
 
 impl Worker {
@@ -125,94 +148,86 @@ impl Worker {
             adopted: None,
             notes,
             credit: Credit::default(),
+            underway: BTreeMap::new(),
+            errands: FuturesUnordered::new(),
+            asking: false,
+            pause: None,
             ask_retry_ms: ASK_RETRY_MS.0,
             parts,
         })
     }
 
-    /// Works until the run is over or `shutdown`.
+    /// Works until the run is over or `shutdown`, after which what is nearly answered is still submitted.
     ///
     /// # Errors
     /// When the model fails, the bus is gone for good, or dispatch refuses this worker.
     pub async fn run(mut self, shutdown: CancellationToken) -> Result<Credit, WorkerError> {
         info!("waiting for the first weights");
         loop {
-            let next = tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return Ok(self.credit),
-                next = self.next() => next?,
-            };
-            match next {
-                Next::Finished => {
-                    info!(credit = ?self.credit, "the run is over");
-                    return Ok(self.credit);
-                }
-                Next::Answer(leases) => {
-                    let overdue = async {
-                        shutdown.cancelled().await;
-                        tokio::time::sleep(GRACE).await;
-                    };
-                    tokio::select! {
-                        biased; // what was answered is submitted first, if dispatch is there to take it
-                        answered = self.answer(&leases) => answered?,
-                        () = overdue => return Ok(self.credit),
+            self.adopt_newest().await?;
+            self.ask_if_there_is_room();
+            match self.event(&shutdown).await? {
+                Event::Shutdown => return self.finish_what_is_underway().await,
+                Event::Errand(errand) => {
+                    if self.on_errand(errand).await? {
+                        info!(credit = ?self.credit, "the run is over");
+                        return Ok(self.credit);
                     }
                 }
-                Next::Wait(pause) if pause > CROWD_WAIT => {
-                    self.pause(pause, Wake::AtItsEnd, &shutdown).await;
-                }
-                Next::Wait(pause) | Next::WaitForWeights(pause) => {
-                    self.pause(pause, Wake::AtNewWeights, &shutdown).await;
-                }
+                Event::Answered(answers) => self.submit_all(answers)?,
+                Event::Note(bytes) => self.on_note(bytes),
+                Event::NewWeights | Event::PauseOver => {}
             }
         }
     }
 
-    /// Adopts the newest weights and asks for leases.
+    /// Waits for whatever is next.
     ///
     /// # Cancel safety
     /// A lease whose answer is lost is given to somebody else after its time.
-    async fn next(&mut self) -> Result<Next, WorkerError> {
-        self.adopt_newest().await?;
-        let Some(held) = &self.adopted else {
-            return Ok(Next::WaitForWeights(Duration::from_millis(ASK_RETRY_MS.1)));
+    async fn event(&mut self, shutdown: &CancellationToken) -> Result<Event, WorkerError> {
+        let pause_over = match self.pause {
+            Some(pause) => tokio::time::sleep_until(pause.end).left_future(),
+            None => std::future::pending().right_future(),
         };
-        let ask = Ask::Lease {
-            held: held.version.body.reference(),
-            class: self.parts.class,
-            rollouts_max: self.parts.rollouts_max,
-        };
-        let asked = self.parts.desk.ask(ask).await;
-        self.ask_retry_ms = match &asked {
-            Err(_) => (self.ask_retry_ms * 2).min(ASK_RETRY_MS.1),
-            Ok(_) => ASK_RETRY_MS.0,
-        };
-        match asked {
-            Ok(Answer::Leases(leases)) => Ok(Next::Answer(self.open_leases(leases))),
-            Ok(Answer::Wait { retry_ms, reason }) => {
-                if reason == WaitReason::CoolDown {
-                    warn!(
-                        retry_ms,
-                        "dispatch pauses this worker: it dropped leases or failed audits"
-                    );
-                }
-                let pause = Duration::from_millis(retry_ms);
-                Ok(match reason {
-                    WaitReason::VersionTooOld => Next::WaitForWeights(pause),
-                    _ => Next::Wait(pause),
-                })
+        Ok(tokio::select! {
+            biased; // what was answered goes out before anything new comes in
+            () = shutdown.cancelled() => Event::Shutdown,
+            Some(errand) = self.errands.next() => Event::Errand(errand),
+            answers = self.parts.answerer.answered() => Event::Answered(answers?),
+            () = self.parts.follower.changed() => Event::NewWeights,
+            () = pause_over => {
+                self.pause = None;
+                Event::PauseOver
             }
-            Ok(Answer::Finished) => Ok(Next::Finished),
-            Ok(_) => Err(DeskError::Unexpected.into()),
-            Err(error) if error.is_transient() => {
-                debug!(%error, "no lease");
-                Ok(Next::Wait(Duration::from_millis(self.ask_retry_ms)))
-            }
-            Err(error) => Err(error.into()),
-        }
+            Some(note) = self.notes.next() => Event::Note(note.payload),
+        })
     }
 
+    /// Submits what is answered within a moment, and nothing new.
+    async fn finish_what_is_underway(mut self) -> Result<Credit, WorkerError> {
+        let overdue = CancellationToken::new();
+        let end = Instant::now() + GRACE;
+        while !self.underway.is_empty() || !self.errands.is_empty() {
+            let next = tokio::time::timeout_at(end, self.event(&overdue));
+            match next.await {
+                Err(_) => break,
+                Ok(Ok(Event::Errand(Errand::Submitted(submitted)))) => {
+                    self.on_submitted(submitted)?
+                }
+                Ok(Ok(Event::Answered(answers))) => self.submit_all(answers)?,
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(error),
+            }
+        }
+        Ok(self.credit)
+    }
+
+    /// Adopts the newest weights, unless the model wants nothing new now, or leases under those held are on their way.
     async fn adopt_newest(&mut self) -> Result<(), WorkerError> {
+        if self.asking || !self.parts.answerer.adopts() {
+            return Ok(());
+        }
         let Some(newest) = self.parts.follower.latest() else {
             return Ok(());
         };
@@ -224,7 +239,110 @@ impl Worker {
             self.parts.answerer.adopt(&newest).await?;
             debug!(version = %newest.version.body.version, "adopted");
             self.adopted = Some(newest);
+            if self
+                .pause
+                .is_some_and(|pause| pause.wake == Wake::AtNewWeights)
+            {
+                self.pause = None;
+            }
         }
+        Ok(())
+    }
+
+    fn ask_if_there_is_room(&mut self) {
+        let (room, paused) = (self.parts.answerer.room(), self.pause.is_some());
+        let Some(held) = self.adopted.as_ref().filter(|_| room > 0 && !paused) else {
+            return;
+        };
+        if self.asking {
+            return;
+        }
+        let ask = Ask::Lease {
+            held: held.version.body.reference(),
+            class: self.parts.class,
+            rollouts_max: room,
+        };
+        let desk = self.parts.desk.clone();
+        self.asking = true;
+        let asked = async move { Errand::Asked(desk.ask(ask).await) };
+        self.errands.push(asked.boxed());
+    }
+
+    /// True when the run is over.
+    async fn on_errand(&mut self, errand: Errand) -> Result<bool, WorkerError> {
+        let asked = match errand {
+            Errand::Submitted(submitted) => return self.on_submitted(submitted).map(|()| false),
+            Errand::Asked(asked) => asked,
+        };
+        self.asking = false;
+        self.ask_retry_ms = match &asked {
+            Err(_) => (self.ask_retry_ms * 2).min(ASK_RETRY_MS.1),
+            Ok(_) => ASK_RETRY_MS.0,
+        };
+        match asked {
+            Ok(Answer::Leases(leases)) => self.take(leases).await?,
+            Ok(Answer::Wait { retry_ms, reason }) => self.wait(retry_ms, reason),
+            Ok(Answer::Finished) => return Ok(true),
+            Ok(_) => return Err(DeskError::Unexpected.into()),
+            Err(error) if error.is_transient() => {
+                debug!(%error, "no lease");
+                self.pause(self.ask_retry_ms, Wake::AtNewWeights);
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(false)
+    }
+
+    fn wait(&mut self, retry_ms: u64, reason: WaitReason) {
+        if reason == WaitReason::CoolDown {
+            warn!(
+                retry_ms,
+                "dispatch pauses this worker: it dropped leases or failed audits"
+            );
+        }
+        let crowded =
+            reason != WaitReason::VersionTooOld && Duration::from_millis(retry_ms) > CROWD_WAIT;
+        let wake = if crowded {
+            Wake::AtItsEnd
+        } else {
+            Wake::AtNewWeights
+        };
+        self.pause(retry_ms, wake);
+    }
+
+    fn pause(&mut self, pause_ms: u64, wake: Wake) {
+        let end = Instant::now() + Duration::from_millis(pause_ms);
+        self.pause = Some(Pause { end, wake });
+    }
+
+    async fn take(&mut self, leases: Vec<ByteBuf>) -> Result<(), WorkerError> {
+        let leases = self.open_leases(leases);
+        if leases.is_empty() {
+            return Ok(());
+        }
+        let bodies = leases.iter().map(|lease| lease.body.clone()).collect();
+        self.parts.answerer.take(bodies).await?;
+        let by_id = leases.into_iter().map(|lease| (lease.body.id, lease));
+        self.underway.extend(by_id);
+        Ok(())
+    }
+
+    fn submit_all(&mut self, answers: Vec<AnsweredLease>) -> Result<(), WorkerError> {
+        debug!(leases = answers.len(), "answered");
+        for (lease, rollouts) in answers {
+            if let Some(lease) = self.underway.remove(&lease) {
+                let submission = Submission::new(&self.parts, lease, rollouts)?;
+                let submitted = async move { Errand::Submitted(submission.submit().await) };
+                self.errands.push(submitted.boxed());
+            }
+        }
+        Ok(())
+    }
+
+    fn on_submitted(&mut self, submitted: Result<u64, WorkerError>) -> Result<(), WorkerError> {
+        let tokens = submitted?;
+        self.credit.submitted += u64::from(tokens > 0);
+        self.credit.tokens += tokens;
         Ok(())
     }
 
@@ -232,12 +350,15 @@ impl Worker {
     fn open_leases(&self, leases: Vec<ByteBuf>) -> Vec<Signed<Lease>> {
         let run = self.parts.desk.run();
         let me = self.parts.desk.identity().peer_id();
+        let adopted = self.adopted.as_ref();
+        let adopted = adopted.map(|held| held.version.body.reference());
         let opened = leases.into_iter().filter_map(|bytes| {
             let lease = open::<Lease>(bytes.into_vec().into(), run)
                 .inspect_err(|error| warn!(%error, "a lease cannot be used"))
                 .ok()?;
             let mine = lease.author == self.dispatch
                 && lease.body.worker == me
+                && Some(lease.body.version) == adopted
                 && lease.body.ticket.descriptor == self.descriptor
                 && lease.body.seed_is_prescribed(run);
             if !mine {
@@ -246,83 +367,6 @@ impl Worker {
             mine.then_some(lease)
         });
         opened.collect()
-    }
-
-    async fn answer(&mut self, leases: &[Signed<Lease>]) -> Result<(), WorkerError> {
-        if leases.is_empty() {
-            return Ok(());
-        }
-        let bodies: Vec<Lease> = leases.iter().map(|lease| lease.body.clone()).collect();
-        let groups = self.parts.answerer.answer(&bodies).await?;
-        debug!(leases = leases.len(), "answered");
-        let submissions = leases
-            .iter()
-            .zip(groups)
-            .map(|(lease, rollouts)| self.submit(lease, rollouts));
-        for submitted in futures_util::future::join_all(submissions).await {
-            let tokens = submitted?;
-            self.credit.submitted += u64::from(tokens > 0);
-            self.credit.tokens += tokens;
-        }
-        Ok(())
-    }
-
-    /// Submits until dispatch has answered or the lease has run out. Returns the tokens that were taken.
-    async fn submit(
-        &self,
-        signed_lease: &Signed<Lease>,
-        rollouts: Vec<Rollout>,
-    ) -> Result<u64, WorkerError> {
-        let lease = &signed_lease.body;
-        let tokens = rollouts
-            .iter()
-            .map(|rollout| rollout.drawn().0.len() as u64)
-            .sum();
-        let group = Group {
-            lease: lease.id,
-            ticket: lease.ticket.id,
-            version: lease.version,
-            class: lease.class,
-            rollouts,
-            commitments: Vec::new(),
-        };
-        let signed = self.parts.desk.sign(group)?;
-        let mut pause_ms = SUBMIT_RETRY_MS.0;
-        while self.parts.clock.now() < lease.deadline {
-            let ask = Ask::Submit {
-                lease: ByteBuf::from(signed_lease.bytes.to_vec()),
-                group: ByteBuf::from(signed.bytes.to_vec()),
-            };
-            match self.parts.desk.ask(ask).await {
-                Ok(Answer::Accepted { .. }) => return Ok(tokens),
-                Ok(Answer::Wait { .. }) => {}
-                Ok(_) => return Err(DeskError::Unexpected.into()),
-                Err(DeskError::Refused(reason)) => {
-                    warn!(ticket = %lease.ticket.id, %reason, "a group was refused");
-                    return Ok(0);
-                }
-                Err(error) if error.is_transient() => debug!(%error, "submitting again"),
-                Err(error) => return Err(error.into()),
-            }
-            tokio::time::sleep(Duration::from_millis(pause_ms)).await;
-            pause_ms = (pause_ms * 2).min(SUBMIT_RETRY_MS.1);
-        }
-        warn!(ticket = %lease.ticket.id, "a group was not taken before its lease ran out");
-        Ok(0)
-    }
-
-    /// Waits for the end of the pause, or for new weights if these are what it is about. Reads notes meanwhile.
-    async fn pause(&mut self, pause: Duration, wake: Wake, shutdown: &CancellationToken) {
-        let end = Instant::now() + pause;
-        loop {
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep_until(end) => return,
-                () = self.parts.follower.changed(), if wake == Wake::AtNewWeights => return,
-                Some(note) = self.notes.next() => self.on_note(note.payload),
-            }
-        }
     }
 
     fn on_note(&mut self, bytes: bytes::Bytes) {
@@ -337,5 +381,67 @@ impl Worker {
             }
             fate => debug!(ticket = %record.body.ticket, %fate, "receipt"),
         }
+    }
+}
+
+/// A group on its way to dispatch.
+struct Submission {
+    desk: Desk,
+    clock: SharedClock,
+    lease: Signed<Lease>,
+    group: Signed<Group>,
+    tokens: u64,
+}
+
+impl Submission {
+    fn new(
+        parts: &WorkerParts,
+        lease: Signed<Lease>,
+        rollouts: Vec<Rollout>,
+    ) -> Result<Self, WorkerError> {
+        let drawn = |rollout: &Rollout| rollout.drawn().0.len() as u64;
+        let tokens = rollouts.iter().map(drawn).sum();
+        let group = Group {
+            lease: lease.body.id,
+            ticket: lease.body.ticket.id,
+            version: lease.body.version,
+            class: lease.body.class,
+            rollouts,
+            commitments: Vec::new(),
+        };
+        Ok(Self {
+            desk: parts.desk.clone(),
+            clock: parts.clock.clone(),
+            group: parts.desk.sign(group)?,
+            lease,
+            tokens,
+        })
+    }
+
+    /// Submits until dispatch has answered or the lease has run out. Returns the tokens that were taken.
+    async fn submit(self) -> Result<u64, WorkerError> {
+        let lease = &self.lease.body;
+        let mut pause_ms = SUBMIT_RETRY_MS.0;
+        while self.clock.now() < lease.deadline {
+            let ask = Ask::Submit {
+                lease: ByteBuf::from(self.lease.bytes.to_vec()),
+                group: ByteBuf::from(self.group.bytes.to_vec()),
+            };
+            match self.desk.ask(ask).await {
+                Ok(Answer::Accepted { .. }) => return Ok(self.tokens),
+                Ok(Answer::Wait { .. }) => {}
+                Ok(_) => return Err(DeskError::Unexpected.into()),
+                Err(DeskError::Refused(reason)) => {
+                    warn!(ticket = %lease.ticket.id, %reason, "a group was refused");
+                    return Ok(0);
+                }
+                Err(error) if error.is_transient() => debug!(%error, "submitting again"),
+                Err(error) => return Err(error.into()),
+            }
+            tokio::time::sleep(Duration::from_millis(pause_ms)).await;
+            pause_ms = (pause_ms * 2).min(SUBMIT_RETRY_MS.1);
+        }
+        warn!(ticket = %lease.ticket.id, "a group was not taken before its lease ran out");
+        Ok(0)
     }
 }

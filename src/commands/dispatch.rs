@@ -1,5 +1,6 @@
 //! `muster dispatch`: tickets, leases, intake, verdicts.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use clap::Args;
 use muster_learner::dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
 use muster_policy::ModelFolder;
 use muster_protocol::credentials::Roster;
+use muster_protocol::id::PeerId;
 use muster_protocol::subject::Role;
 use muster_rewards::RewardConfig;
 
@@ -48,6 +50,7 @@ pub async fn run(args: DispatchArgs) -> Result<()> {
         .saturating_sub(tokens_max);
     let prompts = TaskPrompts::new(prepared.task, &model.tokenizer, config.run.seed, room)?;
     let roster = Roster::load(&dir.roster())?;
+    let trusted = trusted(&config, &roster)?;
     let seat = Seat::take(
         &args.member.creds,
         Role::Dispatch,
@@ -72,11 +75,26 @@ pub async fn run(args: DispatchArgs) -> Result<()> {
         () = seat.shutdown.cancelled() => return Ok(()),
     };
     service
+        .trusting(trusted)
         .run(seat.shutdown.clone())
         .await
         .context("dispatch")?;
     seat.leave().await;
     Ok(())
+}
+
+/// The workers whom the configuration lets change weights in mid-answer.
+fn trusted(config: &RunConfig, roster: &Roster) -> Result<BTreeSet<PeerId>> {
+    let peer = |name: &String| {
+        let worker = roster
+            .members
+            .iter()
+            .find(|member| member.role == Role::Worker && member.name == *name);
+        worker.map(|worker| worker.peer).with_context(|| {
+            format!("`dispatch.in_flight` names {name:?}, which is no worker of this run: correct the name or take it out")
+        })
+    };
+    config.dispatch.in_flight.iter().map(peer).collect()
 }
 
 fn settings(config: &RunConfig) -> DispatchSettings {

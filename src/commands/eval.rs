@@ -18,10 +18,10 @@ use muster_protocol::subject::Role;
 use muster_rewards::{RewardConfig, Split, Task};
 
 use crate::config::RunConfig;
-use crate::descriptor::stop_ids;
-use crate::evaluate::{Examination, Outcome};
+use crate::descriptor::sampling_rules;
+use crate::evaluate::{Ends, Examination, Outcome};
 use crate::run_dir::RunDir;
-use crate::seat::{Seat, ending};
+use crate::seat::Seat;
 
 /// How often a follower looks whether the run is over.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -83,8 +83,10 @@ fn folder(args: &EvalArgs, folder: &Path) -> Result<()> {
     let exam = Examination {
         tokenizer: &model.tokenizer,
         reward: &prepared.reward,
-        stop_ids: stop_ids(&config, &model.config, &model.tokenizer)?.into(),
-        tokens_max: config.sampling.tokens_max.get() as usize,
+        ends: Ends::of(
+            &sampling_rules(&config, &model.config, &model.tokenizer)?,
+            &model.tokenizer,
+        ),
     };
     let policy = Policy::from_image(
         &model.config,
@@ -131,9 +133,10 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
     let joined = async {
         let (model, tokenizer, _) = seat.model().await?;
         let descriptor = seat.desk.descriptor().await?;
-        Ok::<_, anyhow::Error>((model, tokenizer, ending(&descriptor.body)))
+        let ends = Ends::of(&descriptor.body.sampling, &tokenizer);
+        Ok::<_, anyhow::Error>((model, tokenizer, ends))
     };
-    let (model, tokenizer, (stop_ids, tokens_max)) = tokio::select! {
+    let (model, tokenizer, ends) = tokio::select! {
         joined = joined => joined?,
         () = seat.shutdown.cancelled() => return Ok(()),
     };
@@ -149,8 +152,7 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
         tokenizer,
         task: prepared.task,
         reward: prepared.reward,
-        stop_ids,
-        tokens_max,
+        ends,
     };
     // The start is read where it lies: who joins a run that has taken a step already is not told of version 0 any more.
     if evaluator.is_due(PolicyVersion(0)) {
@@ -203,8 +205,7 @@ struct Evaluator {
     tokenizer: Tokenizer,
     task: Task,
     reward: muster_rewards::Reward,
-    stop_ids: std::sync::Arc<[u32]>,
-    tokens_max: usize,
+    ends: Ends,
 }
 
 impl Evaluator {
@@ -246,8 +247,7 @@ impl Evaluator {
         let exam = Examination {
             tokenizer: &self.tokenizer,
             reward: &self.reward,
-            stop_ids: self.stop_ids.clone(),
-            tokens_max: self.tokens_max,
+            ends: self.ends.clone(),
         };
         let items = self.task.items(Split::HeldOut);
         let count = if self.samples == 0 {

@@ -1,6 +1,6 @@
 //! `muster rollout`: a worker.
 
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -9,20 +9,25 @@ use muster_broadcaster::follower::Follow;
 use muster_policy::{EngineConfig, KernelSet};
 use muster_protocol::message::lease::NumericClass;
 use muster_protocol::subject::Role;
-use muster_rollout::engine::PolicyAnswerer;
+use muster_rollout::engine::{PolicyAnswerer, Task};
 use muster_rollout::worker::{Worker, WorkerParts};
 
 use super::MemberArgs;
 use crate::seat::Seat;
+
+const MIB: NonZeroU64 = NonZeroU64::MIN.saturating_add((1 << 20) - 1);
 
 /// What `rollout` takes.
 #[derive(Debug, Args)]
 pub struct RolloutArgs {
     #[command(flatten)]
     member: MemberArgs,
-    /// Rollouts leased and decoded together
+    /// Most rollouts decoded together; the worker measures itself and takes no more than pay and end in time
     #[arg(long, default_value = "64")]
     rollouts_max: NonZeroU32,
+    /// Memory for keys and values in MiB; half of what the device has free by default
+    #[arg(long, value_name = "MIB")]
+    kv_mib: Option<NonZeroU64>,
     /// Where to compute: `cpu` or `cuda:N`
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -39,7 +44,12 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
     )
     .await?;
     let joined = async {
-        let (config, _, _) = seat.model().await?;
+        let (config, tokenizer, _) = seat.model().await?;
+        let sampling = seat.desk.descriptor().await?.body.sampling;
+        let task = Task {
+            tokens_max: sampling.tokens_max,
+            tokenizer,
+        };
         let (kernels, class) = match device.is_cpu() {
             true => (KernelSet::Fused, NumericClass::F32Cpu),
             false => (KernelSet::Candle, NumericClass::F32Cuda),
@@ -48,16 +58,16 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
             NonZeroUsize::try_from(args.rollouts_max).context("too many rollouts at once")?;
         let engine = EngineConfig {
             slots,
+            kv_bytes: args.kv_mib.map(|mib| mib.saturating_mul(MIB)),
             ..EngineConfig::default()
         };
-        let answerer = PolicyAnswerer::new(config, kernels, device, engine);
+        let answerer = PolicyAnswerer::new(config, kernels, device, engine, task);
         let worker = Worker::start(WorkerParts {
             desk: seat.desk.clone(),
             clock: seat.clock.clone(),
             answerer: Box::new(answerer),
             follower: seat.follow(Follow::Newest).await?,
             class,
-            rollouts_max: args.rollouts_max.get(),
         });
         worker.await.context("worker")
     };

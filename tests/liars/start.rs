@@ -119,6 +119,7 @@ impl Start {
                 temperature: config.sampling.temperature,
                 tokens_max: config.sampling.tokens_max.get(),
                 stop_ids: config.sampling.stop.iter().map(ids).collect(),
+                stop_strings: config.sampling.stop_strings.clone(),
             },
             group_size: config.sampling.group_size.get(),
             async_level: config.run.async_level,

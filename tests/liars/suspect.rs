@@ -2,6 +2,8 @@
 //! say which groups are bad. Most lies cover their tracks: the log-probs submitted are those that the leased version gives
 //! to the tokens submitted, so that only the draws betray them.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
 use muster_broadcaster::follower::Held;
@@ -10,8 +12,8 @@ use muster_policy::{
 };
 use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::lease::Lease;
-use muster_rollout::answerer::{AnswerError, Answerer};
-use muster_rollout::engine::PolicyAnswerer;
+use muster_rollout::answerer::{AnswerError, Answerer, BatchAnswerer};
+use muster_rollout::engine::{PolicyAnswerer, Task};
 
 use super::ledger::{Ledger, difference};
 
@@ -66,6 +68,7 @@ pub struct Suspect {
     lie: Option<Lie>,
     config: Config,
     engine: EngineConfig,
+    task: Task,
     ledger: Ledger,
     /// Oldest first; a liar's first version stays.
     known: Vec<Known>,
@@ -75,11 +78,18 @@ pub struct Suspect {
 }
 
 impl Suspect {
-    pub fn new(lie: Option<Lie>, config: Config, engine: EngineConfig, ledger: Ledger) -> Self {
+    pub fn new(
+        lie: Option<Lie>,
+        config: Config,
+        engine: EngineConfig,
+        task: Task,
+        ledger: Ledger,
+    ) -> Self {
         Self {
             lie,
             config,
             engine,
+            task,
             ledger,
             known: Vec::new(),
             first_said: None,
@@ -166,7 +176,12 @@ impl Suspect {
             }
             Lie::StaleWeights => {
                 let leases = std::slice::from_ref(lease);
-                self.known[0].answerer.answer(leases).await?.remove(0)
+                let drawn = self.known[0].answerer.answer(leases).await?.remove(0);
+                let claimed = drawn.iter().map(|rollout| {
+                    let (tokens, logprobs) = rollout.drawn();
+                    rollout_with(lease, tokens, logprobs, rollout.finish)
+                });
+                claimed.collect()
             }
             Lie::Replay => match self.first_said.clone() {
                 None => self.first_said.insert(honest).clone(),
@@ -197,14 +212,15 @@ impl Suspect {
 }
 
 #[async_trait]
-impl Answerer for Suspect {
+impl BatchAnswerer for Suspect {
     async fn adopt(&mut self, held: &Held) -> Result<(), AnswerError> {
         let image = Image::parse(&self.config, &held.image).unwrap();
         let policy =
             Policy::from_image(&self.config, &image, KernelSet::Fused, &Device::Cpu).unwrap();
         let (config, engine) = (self.config.clone(), self.engine.clone());
-        let mut answerer = PolicyAnswerer::new(config, KernelSet::Fused, Device::Cpu, engine);
-        answerer.adopt(held).await?;
+        let (kernels, device, task) = (KernelSet::Fused, Device::Cpu, self.task.clone());
+        let mut answerer = PolicyAnswerer::new(config, kernels, device, engine, task);
+        answerer.adopt(&Arc::new(held.clone())).await?;
         self.known.push(Known { policy, answerer });
         if self.known.len() > VERSIONS_KEPT + 1 {
             self.known.remove(1);

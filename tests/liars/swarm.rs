@@ -35,6 +35,8 @@ use muster_protocol::nats_server::{Member as ServerMember, NatsServer, ServerCon
 use muster_protocol::subject::{Log, Queue, Role};
 use muster_rewards::critic::scorer::PolicyScorer;
 use muster_rewards::critic::{Critic, CriticParts};
+use muster_rollout::answerer::InTurn;
+use muster_rollout::engine::Task;
 use muster_rollout::worker::{Worker, WorkerParts};
 
 use super::config::RunConfig;
@@ -383,14 +385,17 @@ impl Running {
             slots,
             ..EngineConfig::default()
         };
-        let suspect = Suspect::new(lie, model, engine, self.ledger.clone());
+        let task = Task {
+            tokens_max: self.plan.config.sampling.tokens_max.get(),
+            tokenizer: self.plan.start.model.tokenizer.clone(),
+        };
+        let suspect = Suspect::new(lie, model, engine, task, self.ledger.clone());
         let parts = WorkerParts {
             desk: self.desk(&name),
             clock: clock(),
-            answerer: Box::new(suspect),
+            answerer: Box::new(InTurn::new(suspect, rollouts_max.get())),
             follower: self.follower(&name, Follow::Newest).await,
             class: NumericClass::F32Cpu,
-            rollouts_max: rollouts_max.get(),
         };
         let stop = self.shutdown.clone();
         self.spawn(&name, || async move {

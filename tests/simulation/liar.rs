@@ -8,7 +8,7 @@ use muster_broadcaster::follower::Held;
 use muster_protocol::id::StateRoot;
 use muster_protocol::message::group::{Rollout, Segment};
 use muster_protocol::message::lease::Lease;
-use muster_rollout::answerer::{AnswerError, Answerer};
+use muster_rollout::answerer::{AnswerError, BatchAnswerer};
 
 use crate::ledger::Ledger;
 use crate::table::{Draw, honest, rollout, think};
@@ -93,7 +93,7 @@ impl LyingAnswerer {
 }
 
 #[async_trait]
-impl Answerer for LyingAnswerer {
+impl BatchAnswerer for LyingAnswerer {
     async fn adopt(&mut self, held: &Held) -> Result<(), AnswerError> {
         self.roots.push(held.version.body.root);
         if self.roots.len() > 2 {

@@ -36,7 +36,7 @@ use muster_protocol::message::ticket::SamplingRules;
 use muster_protocol::subject::{Log, Queue, Role};
 use muster_rewards::RewardConfig;
 use muster_rewards::critic::{Critic, CriticParts};
-use muster_rollout::answerer::Answerer;
+use muster_rollout::answerer::{Answerer, BatchAnswerer, InTurn};
 use muster_rollout::worker::{Worker, WorkerParts};
 
 use crate::cast::{CRITICS, Cast, Player, SPARES, WORKERS_MAX, cast};
@@ -542,14 +542,14 @@ impl Stage {
         let source = self.reach("worker-shelf", player, life);
         let (chance, ledger) = (self.chance("worker", player, life), self.ledger.clone());
         let answerer: Box<dyn Answerer> = match Cast::lie(player.number) {
-            Some(lie) => Box::new(LyingAnswerer {
+            Some(lie) => in_turn(LyingAnswerer {
                 lie,
                 chance,
                 ledger,
                 roots: Vec::new(),
                 earlier: None,
             }),
-            None => Box::new(TableAnswerer { chance, ledger }),
+            None => in_turn(TableAnswerer { chance, ledger }),
         };
         let worked = async {
             let follower = Follower::start(
@@ -565,7 +565,6 @@ impl Stage {
                 answerer,
                 follower: follower.await.map_err(|error| error.to_string())?,
                 class: NumericClass::F32Cpu,
-                rollouts_max: 2 * GROUP_SIZE,
             };
             let worker = Worker::start(parts)
                 .await
@@ -726,6 +725,7 @@ fn descriptor() -> Descriptor {
             temperature: 1.0,
             tokens_max: TOKENS_MAX,
             stop_ids: vec![STOP],
+            stop_strings: Vec::new(),
         },
         group_size: GROUP_SIZE,
         async_level: ASYNC_LEVEL,
@@ -738,4 +738,8 @@ fn descriptor() -> Descriptor {
         from_step: PolicyVersion(0),
         labels: BTreeMap::new(),
     }
+}
+
+fn in_turn(model: impl BatchAnswerer + 'static) -> Box<dyn Answerer> {
+    Box::new(InTurn::new(model, 2 * GROUP_SIZE))
 }

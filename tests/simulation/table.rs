@@ -13,13 +13,13 @@ use rand::{Rng, SeedableRng};
 
 use muster_broadcaster::follower::Held;
 use muster_learner::stepper::{StepError, StepInput, StepOutput, StepStats, Stepper};
-use muster_policy::{Distribution, TokenScore, uniform};
+use muster_policy::{Distribution, StopAt, TokenScore, uniform};
 use muster_protocol::id::{ContentHash, PolicyVersion, StateRoot};
 use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::version::VersionRef;
 use muster_rewards::critic::scorer::{ScoreRequest, Scorer, ScorerError};
-use muster_rollout::answerer::{AnswerError, Answerer};
+use muster_rollout::answerer::{AnswerError, BatchAnswerer};
 
 use crate::ledger::Ledger;
 
@@ -120,7 +120,7 @@ pub async fn think(chance: &mut StdRng) {
 }
 
 #[async_trait]
-impl Answerer for TableAnswerer {
+impl BatchAnswerer for TableAnswerer {
     async fn adopt(&mut self, _held: &Held) -> Result<(), AnswerError> {
         Ok(())
     }
@@ -195,6 +195,10 @@ impl Scorer for TableScorer {
         Ok(letters
             .filter_map(|token| char::from_u32('a' as u32 + token))
             .collect())
+    }
+
+    fn stopped(&mut self, _tokens: &[u32], _strings: &[String]) -> Option<StopAt> {
+        None // the table's answers end with an id
     }
 }
 

@@ -1,9 +1,9 @@
 //! Whether a submitted group answers its lease, as far as can be told without a model: who, which lease, which version,
 //! which prompt, how long, how ended. What passes goes to the critics.
 
-use muster_protocol::id::PeerId;
+use muster_protocol::id::{PeerId, PolicyVersion};
 use muster_protocol::message::group::{FinishReason, Group, Rollout, Segment};
-use muster_protocol::message::lease::Lease;
+use muster_protocol::message::lease::{Lease, WeightsRule};
 use muster_protocol::message::ticket::SamplingRules;
 
 /// Why a group does not answer its lease.
@@ -83,33 +83,55 @@ pub fn check(
 }
 
 fn check_rollout(rollout: &Rollout, lease: &Lease, vocabulary: u32) -> Result<(), String> {
-    let [
-        Segment::Prompt { tokens: prompt },
-        Segment::Policy {
-            tokens, version, ..
-        },
-    ] = rollout.segments.as_slice()
-    else {
+    let [Segment::Prompt { tokens: prompt }, answer @ ..] = rollout.segments.as_slice() else {
         return Err("is not one prompt and one answer".to_owned());
     };
+    let tokens = check_segments(answer, lease)?;
     if *prompt != lease.ticket.prompt {
         return Err("does not begin with the ticket's prompt".to_owned());
-    }
-    if *version != lease.version.version {
-        return Err(format!(
-            "was drawn under version {version}, not {}",
-            lease.version.version
-        ));
     }
     if let Some(token) = tokens.iter().find(|token| **token >= vocabulary) {
         return Err(format!(
             "holds token {token}, outside the vocabulary of {vocabulary}"
         ));
     }
-    check_ending(tokens, rollout.finish, &lease.ticket.sampling)
+    check_ending(&tokens, rollout.finish, &lease.ticket.sampling)
 }
 
-/// An answer ends at its first stop id, or at the longest length.
+/// An answer is one segment of the lease's version or, where the lease lets weights change in flight, several whose
+/// versions rise from there. Returns its tokens.
+fn check_segments(answer: &[Segment], lease: &Lease) -> Result<Vec<u32>, String> {
+    let leased = lease.version.version;
+    let (mut drawn, mut newest) = (Vec::new(), None::<PolicyVersion>);
+    for segment in answer {
+        let Segment::Policy {
+            tokens, version, ..
+        } = segment
+        else {
+            return Err("is not one prompt and one answer".to_owned());
+        };
+        if lease.weights == WeightsRule::Drain && *version != leased {
+            return Err(format!("was drawn under version {version}, not {leased}"));
+        }
+        if tokens.is_empty() || *version < leased || newest.is_some_and(|newest| *version <= newest)
+        {
+            return Err(format!(
+                "has {} tokens of version {version} after version {}, where versions must rise",
+                tokens.len(),
+                newest.unwrap_or(leased)
+            ));
+        }
+        newest = Some(*version);
+        drawn.extend_from_slice(tokens);
+    }
+    match newest {
+        Some(_) => Ok(drawn),
+        None => Err("is not one prompt and one answer".to_owned()),
+    }
+}
+
+/// An answer ends at its first stop id, with the token that completes a stop string, or at the longest length. Where
+/// strings are complete only a critic can tell, who knows the tokens' texts.
 fn check_ending(tokens: &[u32], finish: FinishReason, rules: &SamplingRules) -> Result<(), String> {
     let length_max = rules.tokens_max as usize;
     if tokens.len() > length_max {
@@ -124,6 +146,18 @@ fn check_ending(tokens: &[u32], finish: FinishReason, rules: &SamplingRules) -> 
     match (first_stop, finish) {
         (Some(at), FinishReason::Stop) if at + 1 == tokens.len() => Ok(()),
         (None, FinishReason::Length) if tokens.len() == length_max => Ok(()),
+        (None, FinishReason::StopString(string))
+            if usize::from(string) < rules.stop_strings.len() =>
+        {
+            Ok(())
+        }
+        (None, FinishReason::StopString(string)) => Err(format!(
+            "claims stop string {string}, the lease has {}",
+            rules.stop_strings.len()
+        )),
+        (Some(at), FinishReason::StopString(_)) => Err(format!(
+            "claims a stop string but holds a stop id at token {at}"
+        )),
         (Some(at), FinishReason::Stop) => Err(format!("goes on after its stop id at token {at}")),
         (None, FinishReason::Stop) => Err("claims a stop id that it does not end with".to_owned()),
         (Some(_), FinishReason::Length) => {
@@ -154,6 +188,7 @@ mod tests {
             temperature: 1.0,
             tokens_max: 3,
             stop_ids: vec![STOP],
+            stop_strings: Vec::new(),
         };
         let ticket = Ticket {
             id: TicketId(7),
@@ -173,6 +208,7 @@ mod tests {
                 version: PolicyVersion(3),
                 root: StateRoot([3; 32]),
             },
+            weights: WeightsRule::Drain,
             class: NumericClass::F32Cpu,
             rollouts: RolloutRange { first: 0, count: 1 },
             epoch: 0,
@@ -250,6 +286,64 @@ mod tests {
         let stranger = PeerId([8; 32]);
         let refused = check(&honest, &stranger, &lease(), 32);
         assert!(matches!(refused, Err(Mismatch::NotTheLessee { .. })));
+    }
+
+    #[test]
+    fn an_answer_may_go_on_under_newer_weights_only_where_its_lease_says_so() {
+        let of_versions = |spans: &[(u64, usize)]| {
+            let spans: Vec<(PolicyVersion, usize)> = spans
+                .iter()
+                .map(|(version, count)| (PolicyVersion(*version), *count))
+                .collect();
+            let mut group = group(&[1, 2, 4], FinishReason::Length);
+            group.rollouts = vec![Rollout::of_versions(
+                vec![4, 5],
+                &[1, 2, 4],
+                &[-1.0; 3],
+                &spans,
+                FinishReason::Length,
+            )];
+            group
+        };
+        let in_flight = Lease {
+            weights: WeightsRule::InFlight,
+            ..lease()
+        };
+        let verdict_in_flight = |group: &Group| check(group, &WORKER, &in_flight, 32);
+        for honest in [
+            &[(3, 3)][..],
+            &[(3, 1), (4, 2)],
+            &[(4, 3)],
+            &[(3, 1), (4, 1), (6, 1)],
+        ] {
+            assert_eq!(verdict_in_flight(&of_versions(honest)), Ok(()));
+        }
+        assert!(verdict(&of_versions(&[(3, 1), (4, 2)])).is_err());
+        for dishonest in [
+            &[(4, 1), (3, 2)][..],
+            &[(3, 1), (3, 2)],
+            &[(2, 3)],
+            &[(3, 3), (4, 0)],
+            &[],
+        ] {
+            assert!(
+                verdict_in_flight(&of_versions(dishonest)).is_err(),
+                "{dishonest:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_stop_string_that_the_lease_lacks_is_refused() {
+        let mut with_string = lease();
+        with_string.ticket.sampling.stop_strings = vec!["ab".to_owned()];
+        let verdict = |tokens, string| {
+            let group = group(tokens, FinishReason::StopString(string));
+            check(&group, &WORKER, &with_string, 32)
+        };
+        assert_eq!(verdict(&[1, 2], 0), Ok(()));
+        assert!(verdict(&[1, 2], 1).is_err());
+        assert!(verdict(&[1, STOP], 0).is_err());
     }
 
     #[test]

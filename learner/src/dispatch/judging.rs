@@ -42,8 +42,8 @@ pub struct Case {
     pub group: GroupHash,
     /// Who answered.
     pub author: PeerId,
-    /// Under which weights.
-    pub version: VersionRef,
+    /// Under which weights, oldest first; one unless they changed in flight.
+    pub versions: Vec<VersionRef>,
     /// The prompt's place in the training split.
     pub item: u64,
     /// Whether a forward pass is to check it.
@@ -61,7 +61,7 @@ impl Case {
     pub fn new(
         group: GroupHash,
         author: PeerId,
-        version: VersionRef,
+        versions: Vec<VersionRef>,
         item: u64,
         audit: bool,
         envelopes: (Bytes, Bytes),
@@ -71,7 +71,7 @@ impl Case {
         Self {
             group,
             author,
-            version,
+            versions,
             item,
             audit,
             lease,
@@ -213,7 +213,7 @@ impl Court {
                 && !case.judged_by(&critic)
                 && !asked_now
                 && pending < missing(case, &config)
-                && (!case.audit || held.contains(&case.version))
+                && (!case.audit || case.versions.iter().all(|version| held.contains(version)))
         };
         let ticket = self
             .cases
@@ -257,7 +257,7 @@ impl Court {
         let versions = self
             .cases
             .iter()
-            .map(|(ticket, case)| (*ticket, case.version.version));
+            .filter_map(|(ticket, case)| Some((*ticket, case.versions.first()?.version)));
         versions.filter(|(_, version)| *version < oldest).collect()
     }
 
@@ -340,7 +340,14 @@ mod tests {
         let group = GroupHash([1; 32]);
         court.open(
             TICKET,
-            Case::new(group, critic(9).peer_id(), version(), 0, audit, envelopes),
+            Case::new(
+                group,
+                critic(9).peer_id(),
+                vec![version()],
+                0,
+                audit,
+                envelopes,
+            ),
         );
         court
     }

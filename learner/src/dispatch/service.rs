@@ -312,6 +312,13 @@ impl DispatchService {
         Ok(())
     }
 
+    /// Lets these workers change weights in mid-answer: see [`Dispatch::trust`].
+    #[must_use]
+    pub fn trusting(mut self, workers: BTreeSet<PeerId>) -> Self {
+        self.core.trust(workers);
+        self
+    }
+
     /// Serves until `shutdown`, or until a later dispatch takes over.
     ///
     /// # Errors

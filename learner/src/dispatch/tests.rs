@@ -1,8 +1,7 @@
-use bytes::Bytes;
-
 use muster_protocol::envelope::seal;
 use muster_protocol::id::{DescriptorHash, StateRoot};
 use muster_protocol::identity::{Identity, MachineSeed};
+use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::ticket::SamplingRules;
 
 use super::*;
@@ -14,6 +13,83 @@ fn version(number: u64) -> VersionRef {
     VersionRef {
         version: PolicyVersion(number),
         root: StateRoot([number as u8; 32]),
+    }
+}
+
+fn group_of(lease: &Lease) -> Group {
+    let rollout = Rollout::single_turn(
+        lease.ticket.prompt.clone(),
+        vec![0],
+        lease.version.version,
+        vec![-1.0],
+        FinishReason::Stop,
+    );
+    Group {
+        lease: lease.id,
+        ticket: lease.ticket.id,
+        version: lease.version,
+        class: lease.class,
+        rollouts: vec![rollout; lease.rollouts.count as usize],
+        commitments: Vec::new(),
+    }
+}
+
+#[test]
+fn a_group_of_several_versions_is_audited_and_only_by_who_holds_them_all() {
+    let mut dispatch = with_a_group_to_judge();
+    dispatch.version_made(version(1));
+    let worker = PeerId([1; 32]);
+    dispatch.trust([worker].into());
+    let sampling = SamplingRules {
+        temperature: 1.0,
+        tokens_max: 2,
+        stop_ids: vec![0],
+        stop_strings: Vec::new(),
+    };
+    dispatch.ticket_issued(Ticket {
+        id: TicketId(2),
+        descriptor: DescriptorHash([0; 32]),
+        item: 1,
+        prompt: vec![1],
+        group_size: 1,
+        sampling,
+        oldest_version: PolicyVersion(0),
+        deadline: DEADLINE,
+    });
+    let class = NumericClass::F32Cpu;
+    let leased = dispatch.lease(worker, version(0), class, UnixMillis(0), [4; 32]);
+    let leased = leased.unwrap();
+    assert_eq!(leased.weights, WeightsRule::InFlight);
+    let spans = [(PolicyVersion(0), 1), (PolicyVersion(1), 1)];
+    let finish = FinishReason::Length;
+    let mixed = Rollout::of_versions(vec![1], &[2, 3], &[-1.0; 2], &spans, finish);
+    let mut body = group_of(&leased);
+    body.rollouts = vec![mixed];
+    let identity = Identity::from_seed(&MachineSeed::from_bytes([9; 32]));
+    let run: RunId = "r".parse().unwrap();
+    let lease = seal(&identity, &run, 1, leased.clone()).unwrap();
+    let mut group = seal(&identity, &run, 2, body).unwrap();
+    group.author = worker;
+    assert_eq!(
+        dispatch.admit(&leased, &group),
+        Admission::Admit { audit: true }
+    );
+    dispatch.end_case_of_the_first(&lease, &group);
+    let critic = PeerId([2; 32]);
+    let held = |versions: &[u64]| versions.iter().map(|v| version(*v)).collect::<Vec<_>>();
+    assert!(dispatch.assign(critic, &held(&[0]), UnixMillis(1)).is_err());
+    assert!(
+        dispatch
+            .assign(critic, &held(&[0, 1]), UnixMillis(1))
+            .is_ok()
+    );
+}
+
+impl Dispatch {
+    /// Leaves the given group as the only one with the critics.
+    fn end_case_of_the_first(&mut self, lease: &Signed<Lease>, group: &Signed<Group>) {
+        self.court.close(TicketId(1));
+        self.admitted(lease, group, true);
     }
 }
 
@@ -46,6 +122,7 @@ fn with_a_group_to_judge() -> Dispatch {
             temperature: 1.0,
             tokens_max: 4,
             stop_ids: vec![0],
+            stop_strings: Vec::new(),
         },
         oldest_version: PolicyVersion(0),
         deadline: DEADLINE,
@@ -55,7 +132,8 @@ fn with_a_group_to_judge() -> Dispatch {
     let leased = dispatch.lease(worker, version(0), class, UnixMillis(0), [3; 32]);
     let identity = Identity::from_seed(&MachineSeed::from_bytes([9; 32]));
     let lease = seal(&identity, &run, 1, leased.unwrap()).unwrap();
-    dispatch.admitted(&lease, &Bytes::from_static(b"group"), true);
+    let group = seal(&identity, &run, 2, group_of(&lease.body)).unwrap();
+    dispatch.admitted(&lease, &group, true);
     dispatch
 }
 

@@ -259,6 +259,7 @@ mod tests {
                 temperature: 1.0,
                 tokens_max: 8,
                 stop_ids: vec![0],
+                stop_strings: Vec::new(),
             },
             oldest_version: PolicyVersion(0),
             deadline: UnixMillis(1_000),

@@ -28,7 +28,8 @@ pub struct ConductConfig {
 impl Default for ConductConfig {
     fn default() -> Self {
         Self {
-            leases_max: 8,
+            // Rows of a group of eight each, and the reserve of a worker that decodes 64.
+            leases_max: 16,
             dropped_max: 3,
             pause_ms: 10_000,
             failures_max: 3,

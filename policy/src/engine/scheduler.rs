@@ -208,6 +208,11 @@ impl Scheduler {
             .any(|request| request.epoch == epoch)
     }
 
+    /// Blocks of the memory, held or free.
+    pub(crate) fn blocks(&self) -> usize {
+        self.blocks.count()
+    }
+
     /// Requests without a slot.
     pub(crate) fn queued(&self) -> usize {
         self.queue.len()

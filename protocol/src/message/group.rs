@@ -3,6 +3,8 @@
 //! A rollout is a list of segments; only policy segments were sampled, so only they are checked and trained, and
 //! multi-turn answers and tools need no new message.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::lease::NumericClass;
@@ -58,6 +60,15 @@ pub enum FinishReason {
     Stop,
     /// The longest length was reached.
     Length,
+    /// The last token completed the lease's stop string of this number, from 0.
+    StopString(u8),
+}
+
+impl FinishReason {
+    /// Whether the answer came to an end of its own.
+    pub fn is_stop(self) -> bool {
+        self != Self::Length
+    }
 }
 
 /// One completion.
@@ -86,6 +97,30 @@ impl Rollout {
                 rollout_logprobs,
             },
         ];
+        Self { segments, finish }
+    }
+
+    /// A rollout of one turn whose tokens several versions drew, one after another.
+    ///
+    /// * `spans` — which version drew how many tokens, in order
+    pub fn of_versions(
+        prompt: Vec<u32>,
+        tokens: &[u32],
+        rollout_logprobs: &[f32],
+        spans: &[(PolicyVersion, usize)],
+        finish: FinishReason,
+    ) -> Self {
+        let mut segments = vec![Segment::Prompt { tokens: prompt }];
+        let mut at = 0;
+        for &(version, count) in spans {
+            let part = at..(at + count).min(tokens.len()).min(rollout_logprobs.len());
+            at = part.end;
+            segments.push(Segment::Policy {
+                tokens: tokens[part.clone()].to_vec(),
+                version,
+                rollout_logprobs: rollout_logprobs[part].to_vec(),
+            });
+        }
         Self { segments, finish }
     }
 
@@ -198,6 +233,16 @@ pub struct Group {
 }
 
 impl Group {
+    /// The versions that drew tokens of the group, oldest first, each once.
+    pub fn versions(&self) -> BTreeSet<PolicyVersion> {
+        let segments = self.rollouts.iter().flat_map(|rollout| &rollout.segments);
+        let drawn = segments.filter_map(|segment| match segment {
+            Segment::Policy { version, .. } => Some(*version),
+            Segment::Prompt { .. } | Segment::Environment { .. } => None,
+        });
+        drawn.collect()
+    }
+
     /// The oldest version that drew a token of the group.
     pub fn oldest_version(&self) -> PolicyVersion {
         let oldest = self
@@ -267,6 +312,21 @@ mod tests {
     fn mismatched_lengths_are_refused_with_both() {
         let error = group(vec![5, 6], vec![-0.5]).validate().unwrap_err();
         assert_eq!(error.to_string(), "rollout_logprobs are 1 for 2 tokens");
+    }
+
+    #[test]
+    fn spans_of_versions_become_segments_that_hold_every_token_once() {
+        let (old, new) = (PolicyVersion(3), PolicyVersion(5));
+        let spans = [(old, 1), (new, 2)];
+        let logprobs = [-1.0, -2.0, -3.0];
+        let finish = FinishReason::StopString(0);
+        let rollout = Rollout::of_versions(vec![9], &[5, 6, 7], &logprobs, &spans, finish);
+        assert_eq!(rollout.segments.len(), 3);
+        assert_eq!(rollout.drawn(), (vec![5, 6, 7], logprobs.to_vec()));
+        assert_eq!(rollout.oldest_version(), Some(old));
+        let mut group = group(vec![1], vec![0.0]);
+        group.rollouts = vec![rollout];
+        assert_eq!(group.versions(), [old, new].into());
     }
 
     #[test]

@@ -20,6 +20,18 @@ pub enum NumericClass {
     Bf16Cuda,
 }
 
+/// What a worker does with an answer that is not finished when new weights come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightsRule {
+    /// Ends it under the lease's version: a group has exactly one.
+    #[default]
+    Drain,
+    /// May go on under newer versions, in segments that name them: for workers whom the lab trusts, because whoever
+    /// chooses the moment of the swap chooses among answers.
+    InFlight,
+}
+
 /// Rollouts `first .. first + count` of a ticket's group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RolloutRange {
@@ -38,8 +50,10 @@ pub struct Lease {
     pub ticket: Ticket,
     /// Who may answer.
     pub worker: PeerId,
-    /// With exactly which weights.
+    /// With which weights; exactly these, unless `weights` says otherwise.
     pub version: VersionRef,
+    /// Whether it may go on under newer ones.
+    pub weights: WeightsRule,
     /// In which arithmetic.
     pub class: NumericClass,
     /// Which of the group's rollouts.

@@ -5,7 +5,10 @@ use serde::{Deserialize, Serialize};
 use super::{at_most, finite, some_of};
 use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{DescriptorHash, PolicyVersion, TicketId, UnixMillis};
-use crate::limits::{GROUP_SIZE_MAX, ROLLOUT_TOKENS_MAX, STATEMENT_BYTES_MAX, STOP_IDS_MAX};
+use crate::limits::{
+    GROUP_SIZE_MAX, ROLLOUT_TOKENS_MAX, STATEMENT_BYTES_MAX, STOP_IDS_MAX, STOP_STRING_BYTES_MAX,
+    STOP_STRINGS_MAX,
+};
 
 /// How tokens are drawn. Temperature only: top-k and top-p masks make honest tokens impossible under another machine's
 /// rounding, so that a check of them would reject the honest (`research/verification-incentives.md` §1.2).
@@ -17,6 +20,8 @@ pub struct SamplingRules {
     pub tokens_max: u32,
     /// Ids that end an answer.
     pub stop_ids: Vec<u32>,
+    /// Texts that end an answer with the token that completes one of them, wherever tokens begin and end.
+    pub stop_strings: Vec<String>,
 }
 
 impl SamplingRules {
@@ -36,7 +41,18 @@ impl SamplingRules {
             let problem = format!("is {}, outside 1..={ROLLOUT_TOKENS_MAX}", self.tokens_max);
             return Err(Invalid::new("tokens_max", problem));
         }
-        some_of("stop_ids", self.stop_ids.len(), STOP_IDS_MAX)
+        at_most("stop_strings", self.stop_strings.len(), STOP_STRINGS_MAX)?;
+        for string in &self.stop_strings {
+            some_of("stop_strings", string.len(), STOP_STRING_BYTES_MAX)?;
+        }
+        at_most("stop_ids", self.stop_ids.len(), STOP_IDS_MAX)?;
+        if self.stop_ids.is_empty() && self.stop_strings.is_empty() {
+            return Err(Invalid::new(
+                "stop_ids",
+                "are empty, and so are stop_strings",
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -86,5 +102,33 @@ impl Statement for Ticket {
 
     fn validate(&self) -> Result<(), Invalid> {
         self.check()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_without_an_end_and_endless_stop_strings_are_refused() {
+        let rules = SamplingRules {
+            temperature: 1.0,
+            tokens_max: 4,
+            stop_ids: Vec::new(),
+            stop_strings: vec!["###".to_owned()],
+        };
+        assert_eq!(rules.validate(), Ok(()));
+        for stop_strings in [
+            Vec::new(),
+            vec![String::new()],
+            vec!["a".repeat(STOP_STRING_BYTES_MAX + 1)],
+            vec!["a".to_owned(); STOP_STRINGS_MAX + 1],
+        ] {
+            let broken = SamplingRules {
+                stop_strings,
+                ..rules.clone()
+            };
+            assert!(broken.validate().is_err(), "{broken:?}");
+        }
     }
 }

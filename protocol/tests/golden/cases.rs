@@ -16,7 +16,7 @@ use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
 use muster_protocol::message::descriptor::{Descriptor, Thresholds};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{FinishReason, Group, Rollout, Segment};
-use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange};
+use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange, WeightsRule};
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::ticket::{SamplingRules, Ticket};
 use muster_protocol::message::verdict::{Decision, Finding, RolloutReward, Verdict};
@@ -194,6 +194,7 @@ fn sampling() -> SamplingRules {
         temperature: 0.75,
         tokens_max: 12,
         stop_ids: vec![3, 14],
+        stop_strings: vec!["\n\n".to_owned()],
     }
 }
 
@@ -226,6 +227,7 @@ pub fn lease() -> Lease {
         ticket: ticket(),
         worker,
         version: held(),
+        weights: WeightsRule::InFlight,
         class: NumericClass::F32Cpu,
         rollouts: RolloutRange { first: 0, count: 8 },
         epoch: 2,
@@ -236,7 +238,7 @@ pub fn lease() -> Lease {
     }
 }
 
-/// Two rollouts: one of a turn, and one whose turns a tool stands between.
+/// Three rollouts: one of a turn, one whose turns a tool stands between, and one that two versions drew.
 pub fn group() -> Group {
     let single = Rollout::single_turn(
         vec![9, 130, 7],
@@ -261,12 +263,19 @@ pub fn group() -> Group {
         ],
         finish: FinishReason::Length,
     };
+    let in_flight = Rollout::of_versions(
+        vec![9, 130, 7],
+        &[4, 6, 8],
+        &[-0.5, -1.0, -2.0],
+        &[(PolicyVersion(5), 2), (PolicyVersion(6), 1)],
+        FinishReason::StopString(0),
+    );
     Group {
         lease: lease_id(),
         ticket: TicketId(71),
         version: held(),
         class: NumericClass::F32Cpu,
-        rollouts: vec![single, with_tool],
+        rollouts: vec![single, with_tool, in_flight],
         commitments: Vec::new(),
     }
 }

@@ -5,9 +5,9 @@
 //! [F(k−1), F(k)); the error is the distance of u(g, t) from that interval (`research/verification-incentives.md` §1.9).
 //! This one check catches another temperature, other weights, edited tokens, and choosing among several answers.
 
-use muster_policy::{TokenScore, uniform};
+use muster_policy::{StopAt, TokenScore, uniform};
 use muster_protocol::message::descriptor::Thresholds;
-use muster_protocol::message::group::{Group, Rollout};
+use muster_protocol::message::group::{FinishReason, Group, Rollout};
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::verdict::{Decision, Finding};
 
@@ -112,6 +112,42 @@ fn worse(one: Decision, other: Decision) -> Decision {
     }
 }
 
+/// Compares where answers end with the lease's stop strings, which only a critic can who knows the tokens' texts.
+///
+/// * `stopped` — for each rollout, where the first stop string is complete in its drawn tokens, and which
+pub fn audit_endings(lease: &Lease, group: &Group, stopped: &[Option<StopAt>]) -> Vec<Finding> {
+    let stop_ids = &lease.ticket.sampling.stop_ids;
+    let mut findings = Vec::new();
+    for (number, (rollout, stopped)) in group.rollouts.iter().zip(stopped).enumerate() {
+        let (tokens, _) = rollout.drawn();
+        // A stop id that completes a string as well ends the answer by its id.
+        let by_id = tokens.last().is_some_and(|last| stop_ids.contains(last));
+        let prescribed = stopped.filter(|at| !(by_id && at.token + 1 == tokens.len()));
+        let problem = match (rollout.finish, prescribed) {
+            (FinishReason::StopString(named), Some(at))
+                if at.token + 1 == tokens.len() && at.string == usize::from(named) =>
+            {
+                continue;
+            }
+            (FinishReason::Stop | FinishReason::Length, None) => continue,
+            (_, Some(StopAt { token, string })) => format!(
+                "ends after {} tokens as {:?}, but stop string {string} is complete at token {token}",
+                tokens.len(),
+                rollout.finish
+            ),
+            (FinishReason::StopString(named), None) => {
+                format!(
+                    "claims stop string {named}, which none of its {} tokens completes",
+                    tokens.len()
+                )
+            }
+        };
+        let rollout = number as u32;
+        findings.push(Finding::Termination { rollout, problem });
+    }
+    findings
+}
+
 /// Where a recorded log-prob is furthest from the one computed, and how far, in nats.
 fn largest_logprob_error(rollout: &Rollout, scored: &[TokenScore]) -> (usize, f64) {
     let (tokens, recorded) = rollout.drawn();
@@ -162,8 +198,7 @@ mod tests {
     use muster_protocol::id::{
         DescriptorHash, LeaseId, PeerId, PolicyVersion, StateRoot, TicketId, UnixMillis,
     };
-    use muster_protocol::message::group::FinishReason;
-    use muster_protocol::message::lease::{NumericClass, RolloutRange};
+    use muster_protocol::message::lease::{NumericClass, RolloutRange, WeightsRule};
     use muster_protocol::message::ticket::{SamplingRules, Ticket};
     use muster_protocol::message::version::VersionRef;
 
@@ -175,6 +210,7 @@ mod tests {
             temperature: 1.0,
             tokens_max: 4,
             stop_ids: vec![9],
+            stop_strings: Vec::new(),
         };
         let ticket = Ticket {
             id: TicketId(1),
@@ -194,6 +230,7 @@ mod tests {
                 version: PolicyVersion(0),
                 root: StateRoot([0; 32]),
             },
+            weights: WeightsRule::Drain,
             class: NumericClass::F32Cpu,
             rollouts: RolloutRange { first: 0, count: 2 },
             epoch: 0,
@@ -327,6 +364,39 @@ mod tests {
             Decision::Reject,
             "a number of scores that does not fit"
         );
+    }
+
+    fn endings(finish: FinishReason, stopped: Option<(usize, usize)>) -> Vec<Finding> {
+        let mut group = honest();
+        group.rollouts.truncate(1);
+        group.rollouts[0].finish = finish;
+        let stopped = stopped.map(|(token, string)| StopAt { token, string });
+        audit_endings(&lease(), &group, &[stopped])
+    }
+
+    #[test]
+    fn an_answer_that_ends_with_the_token_that_completes_its_stop_string_is_honest() {
+        let named = FinishReason::StopString(1);
+        assert_eq!(endings(named, Some((3, 1))), []);
+        assert_eq!(endings(FinishReason::Length, None), []);
+    }
+
+    #[test]
+    fn one_token_later_or_earlier_and_another_string_are_found() {
+        let named = FinishReason::StopString(1);
+        for (finish, stopped) in [
+            (named, Some((2, 1))),
+            (named, None),
+            (named, Some((3, 0))),
+            (FinishReason::Length, Some((3, 1))),
+            (FinishReason::Stop, Some((1, 0))),
+        ] {
+            let found = endings(finish, stopped);
+            assert!(
+                matches!(found[..], [Finding::Termination { rollout: 0, .. }]),
+                "{finish:?} {stopped:?}"
+            );
+        }
     }
 
     #[test]

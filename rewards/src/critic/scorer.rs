@@ -1,12 +1,14 @@
 //! What a critic needs of a model: scores of finished answers under any version that it holds, and the answers as text.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
 use muster_broadcaster::follower::Held;
 use muster_policy::{
-    Config, Device, Image, KernelSet, Policy, ScoreRow, TokenScore, Tokenizer, score,
+    Config, Device, Image, KernelSet, Policy, ScoreRow, StopAt, StopStrings, TokenBytes,
+    TokenScore, Tokenizer, score,
 };
 use muster_protocol::message::version::VersionRef;
 
@@ -48,6 +50,9 @@ pub trait Scorer: Send {
     /// # Errors
     /// When a token is not of the vocabulary.
     fn text(&self, tokens: &[u32]) -> Result<String, ScorerError>;
+
+    /// Where the first of the stop strings is complete in an answer's drawn tokens.
+    fn stopped(&mut self, tokens: &[u32], strings: &[String]) -> Option<StopAt>;
 }
 
 /// The policy as a scorer.
@@ -56,6 +61,8 @@ pub struct PolicyScorer {
     kernels: KernelSet,
     device: Device,
     tokenizer: Tokenizer,
+    /// Made when a stop string is first looked for.
+    bytes: Option<Arc<TokenBytes>>,
     versions_kept: usize,
     policies: BTreeMap<u64, (VersionRef, Policy)>,
 }
@@ -74,6 +81,7 @@ impl PolicyScorer {
             kernels,
             device,
             tokenizer,
+            bytes: None,
             versions_kept,
             policies: BTreeMap::new(),
         }
@@ -120,6 +128,15 @@ impl Scorer for PolicyScorer {
 
     fn text(&self, tokens: &[u32]) -> Result<String, ScorerError> {
         self.tokenizer.decode(tokens).map_err(failed)
+    }
+
+    fn stopped(&mut self, tokens: &[u32], strings: &[String]) -> Option<StopAt> {
+        if strings.is_empty() {
+            return None;
+        }
+        let made = || Arc::new(TokenBytes::new(&self.tokenizer));
+        let bytes = Arc::clone(self.bytes.get_or_insert_with(made));
+        StopStrings::new(strings, bytes).first(tokens)
     }
 }
 

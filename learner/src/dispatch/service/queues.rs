@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use tracing::debug;
 
 use muster_protocol::bus::{BusError, Delivery};
@@ -10,6 +9,7 @@ use muster_protocol::envelope::open;
 use muster_protocol::id::{GroupHash, TicketId};
 use muster_protocol::message::critique::Admitted;
 use muster_protocol::message::fate::Fate;
+use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::ticket::Ticket;
 use muster_protocol::subject::Queue;
@@ -100,9 +100,9 @@ impl DispatchService {
     fn on_intake(&mut self, delivery: Delivery, spent: &mut Spent) -> Result<(), DispatchError> {
         let admitted = open::<Admitted>(delivery.payload.clone(), &self.run)?.body;
         let lease = open::<Lease>(admitted.lease.into(), &self.run)?;
-        let group = Bytes::from(admitted.group);
+        let group = open::<Group>(admitted.group.into(), &self.run)?;
         let ticket = lease.body.ticket.id;
-        let hash = GroupHash::of(&group);
+        let hash = GroupHash::of(&group.bytes);
         if self.fated.contains(&ticket) {
             spent.deliveries.push(delivery);
             return Ok(());
