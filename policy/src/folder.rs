@@ -46,7 +46,8 @@ pub struct ModelFolder {
     pub tokenizer: Tokenizer,
 }
 
-/// What is read of `generation_config.json`.
+/// What is read of `generation_config.json`. Its temperature, top-k and top-p are what transformers' `generate` would take
+/// by default; here they come from the run or the command alone.
 #[derive(Deserialize)]
 struct Generation {
     eos_token_id: Option<TokenIds>,

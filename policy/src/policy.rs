@@ -13,7 +13,7 @@ use crate::kernels::KernelSet;
 use crate::kernels::candle::CandleWeights;
 use crate::kernels::fused::{FusedWeights, Threads};
 use crate::layout::Layout;
-use crate::weights::{Image, WeightsError};
+use crate::weights::{Image, Shards, WeightsError};
 
 /// Largest `config.json` read: the longest in use have a few KiB.
 pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -179,7 +179,7 @@ pub(crate) enum Prepared {
 }
 
 impl Policy {
-    /// Loads `config.json` and `model.safetensors` of a Hugging Face folder.
+    /// Loads `config.json` and the weights of a Hugging Face folder.
     ///
     /// # Errors
     /// When a file is missing, damaged or describes what does not run here.
@@ -330,13 +330,13 @@ pub(crate) fn check_temperature(temperature: f32) -> Result<(), PolicyError> {
     }
 }
 
-/// Reads `config.json` and `model.safetensors` of a folder.
+/// Reads `config.json` and the weights of a folder. The files are mapped, and every byte is copied once: into the image.
 pub(crate) fn read_model(folder: &Path) -> Result<(Config, Image), PolicyError> {
     let hint = "a model folder holds config.json, model.safetensors and tokenizer.json";
     let text = read_file(&folder.join("config.json"), CONFIG_BYTES_MAX, hint)?;
     let config = Config::parse(&String::from_utf8_lossy(&text))?;
-    let bytes = read_file(&folder.join("model.safetensors"), WEIGHTS_BYTES_MAX, hint)?;
-    let image = Image::parse(&config, &bytes)?;
+    let shards = Shards::open(folder)?;
+    let image = Image::gather(&config, &shards.bytes())?;
     Ok((config, image))
 }
 

@@ -120,7 +120,7 @@ impl Tokenizer {
             };
         let settings = optional("tokenizer_config.json", TOKENIZER_BYTES_MAX)?;
         let chat = optional(CHAT_FILE, TEMPLATE_BYTES_MAX)?;
-        Self::assemble(&String::from_utf8_lossy(&json), settings.as_deref(), chat)
+        Self::with_chat(&String::from_utf8_lossy(&json), settings.as_deref(), chat)
     }
 
     /// Reads the text of a `tokenizer.json` and of a `tokenizer_config.json`.
@@ -128,10 +128,14 @@ impl Tokenizer {
     /// # Errors
     /// When one of them is not what it should be.
     pub fn parse(json: &str, settings: Option<&str>) -> Result<Self, TokenizerError> {
-        Self::assemble(json, settings, None)
+        Self::with_chat(json, settings, None)
     }
 
-    fn assemble(
+    /// The same with the text of a `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::parse`]; a template is looked at when it is asked for.
+    pub fn with_chat(
         json: &str,
         settings: Option<&str>,
         chat: Option<String>,

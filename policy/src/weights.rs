@@ -8,15 +8,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError};
 
 use crate::config::Config;
 use crate::layout::{Layout, Parameter};
 
 pub(crate) use header::{HeaderTensor, header};
+pub(crate) use shards::Shards;
+pub use shards::shard_names;
 
 mod header;
 mod published;
+mod shards;
 
 /// How a parameter is stored; it is computed with in float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -140,6 +143,27 @@ pub enum WeightsError {
         /// First bad element.
         element: usize,
     },
+    /// The list of files does not parse.
+    #[error("model.safetensors.index.json cannot be read: {0}; fetch it again")]
+    Index(String),
+    /// A file name that is not one of the folder's own.
+    #[error(
+        "model.safetensors.index.json names the file `{file}`, which is no plain name of a safetensors file; fetch it again"
+    )]
+    ShardName {
+        /// What stands there.
+        file: String,
+    },
+    /// A tensor that is not where the index says, or is where it does not.
+    #[error(
+        "tensor `{tensor}` is in {file} or in its place of the index, but not in both; fetch the files again"
+    )]
+    Misplaced {
+        /// Its name.
+        tensor: String,
+        /// The file.
+        file: String,
+    },
     /// A flat vector of the wrong length was to be published.
     #[error("{found} values were given for {expected} parameters")]
     Length {
@@ -169,9 +193,19 @@ pub struct TensorEntry {
 /// every tensor is aligned to its element), the header padded with spaces to a multiple of eight, `format` = `pt`.
 #[derive(Debug, Clone)]
 pub struct Image {
-    bytes: Arc<[u8]>,
+    bytes: ImageBytes,
     /// In the order of the parameter table.
     tensors: Arc<[TensorEntry]>,
+}
+
+/// The file that an image is, shared. Not a slice behind a count of its own: making one would copy all weights once more.
+#[derive(Debug, Clone)]
+pub struct ImageBytes(Arc<Vec<u8>>);
+
+impl AsRef<[u8]> for ImageBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 impl Image {
@@ -181,31 +215,31 @@ impl Image {
     /// # Errors
     /// Names the first tensor that is missing, unexpected, truncated, of a wrong shape or type, or not finite.
     pub fn parse(config: &Config, bytes: &[u8]) -> Result<Self, WeightsError> {
+        Self::gather(config, &[bytes])
+    }
+
+    /// The same of several files.
+    pub(crate) fn gather(config: &Config, files: &[&[u8]]) -> Result<Self, WeightsError> {
         let layout = Layout::new(config);
-        let (header_bytes, metadata) =
-            SafeTensors::read_metadata(bytes).map_err(|error| explained(error, bytes))?;
-        let data_start = header_bytes + 8;
-        let mut infos = published::tensors(config, &metadata, &bytes[data_start..])?;
+        let mut stored = published::tensors(config, files)?;
         let mut sources = Vec::with_capacity(layout.parameters().len());
         for parameter in layout.parameters() {
-            let info = infos
+            let tensor = stored
                 .remove(&parameter.name)
                 .ok_or_else(|| WeightsError::Missing {
                     tensor: parameter.name.clone(),
                 })?;
-            if info.shape != parameter.shape {
+            if tensor.shape != parameter.shape {
                 return Err(WeightsError::Shape {
                     tensor: parameter.name.clone(),
                     expected: parameter.shape.clone(),
-                    found: info.shape.clone(),
+                    found: tensor.shape,
                 });
             }
-            let (start, end) = info.data_offsets;
-            let data = &bytes[data_start + start..data_start + end];
-            refuse_not_finite(parameter, info.dtype, data)?;
-            sources.push((info.dtype, data));
+            refuse_not_finite(parameter, tensor.dtype, tensor.data)?;
+            sources.push((tensor.dtype, tensor.data));
         }
-        if let Some(tensor) = infos.into_keys().min() {
+        if let Some(tensor) = stored.into_keys().min() {
             return Err(WeightsError::Unexpected { tensor });
         }
         let storages: Vec<Storage> = sources
@@ -319,19 +353,19 @@ impl Image {
             entry.bytes = entry.bytes.start + header.len()..entry.bytes.end + header.len();
         }
         Self {
-            bytes: bytes.into(),
+            bytes: ImageBytes(Arc::new(bytes)),
             tensors: tensors.into(),
         }
     }
 
     /// The file.
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        self.bytes.as_ref()
     }
 
     /// The file, shared.
-    pub fn shared_bytes(&self) -> Arc<[u8]> {
-        Arc::clone(&self.bytes)
+    pub fn shared_bytes(&self) -> ImageBytes {
+        self.bytes.clone()
     }
 
     /// Every tensor, in the order of the parameter table.
@@ -356,7 +390,7 @@ impl Image {
             .map(|entry| entry.bytes.len() / entry.storage.width());
         let mut values = Vec::with_capacity(elements.sum());
         for entry in self.tensors.iter() {
-            let data = &self.bytes[entry.bytes.clone()];
+            let data = &self.bytes()[entry.bytes.clone()];
             match entry.storage {
                 Storage::Bf16 => values.extend(
                     data.as_chunks()

@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{SafeTensors, TensorView};
 
 use super::*;
 use crate::optimizer::Master;
