@@ -16,6 +16,7 @@ mod device;
 mod disk;
 mod engine;
 mod folder;
+mod gguf;
 mod gradient;
 mod kernels;
 mod layout;
@@ -44,6 +45,7 @@ pub use engine::{
     Span, StopAt, StopStrings, WeightsRule, generate,
 };
 pub use folder::{FolderError, ModelFolder};
+pub use gguf::{GgufError, GgufImport, import_gguf};
 pub use gradient::{Coefficients, Gradients, Pass, TrainRow, gradients};
 pub use kernels::KernelSet;
 pub use kernels::fused::Threads;

@@ -19,6 +19,7 @@ from pathlib import Path
 import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import generate_merges
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 TESTDATA = Path(__file__).resolve().parents[2] / "policy" / "testdata"
@@ -128,11 +129,15 @@ def byte_level(pre_tokenizer, specials: list[str], normalizer=None, ignore_merge
     return tokenizer
 
 
+# Pieces that are taken out of a text before anything else.
+USER_DEFINED = ["\n\n", "▁▁", "<b>"]
+
+
 def gemma() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     trainer = trainers.BpeTrainer(
         vocab_size=520,
         special_tokens=specials + [f"<0x{byte:02X}>" for byte in range(256)],
@@ -141,9 +146,16 @@ def gemma() -> Tokenizer:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     text = json.loads(tokenizer.to_str())
+    model, size = text["model"], len(text["model"]["vocab"])
+    model["vocab"] |= {piece: size + place for place, piece in enumerate(USER_DEFINED)}
+    # As the conversion of SentencePiece's files does: every pair that makes up a piece, by the piece's score.
+    scores = {piece: -float(id) for piece, id in model["vocab"].items()} | dict.fromkeys(USER_DEFINED, 0.0)
+    ordered = sorted(model["vocab"], key=model["vocab"].get)
+    model["merges"] = generate_merges(model["vocab"], {piece: scores[piece] for piece in ordered})
     # Bytes are ordinary entries of the vocabulary: as added tokens they would be read from text.
     text["added_tokens"] = [token for token in text["added_tokens"] if token["content"] in specials]
     tokenizer = Tokenizer.from_str(json.dumps(text))
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in USER_DEFINED])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     bos = tokenizer.token_to_id("<bos>")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -185,6 +197,9 @@ def tokenizers() -> dict[str, tuple[Tokenizer, dict, dict]]:
 
 def token_cases(tokenizer: Tokenizer, settings: dict, config: dict) -> dict:
     """Ids that transformers gives the awkward texts, from a folder as a model would be loaded."""
+    # As in published folders; without it, transformers takes every added token for one without text.
+    added = {str(token.pop("id")): token for token in json.loads(tokenizer.to_str())["added_tokens"]}
+    settings = {**settings, "added_tokens_decoder": added}
     with tempfile.TemporaryDirectory() as folder:
         for name, text in [
             ("tokenizer.json", tokenizer.to_str()),
@@ -207,6 +222,7 @@ def token_cases(tokenizer: Tokenizer, settings: dict, config: dict) -> dict:
         }
         for text in AWKWARD
     ]
+    settings = {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
     return {"settings": settings, "cases": cases}
 
 
