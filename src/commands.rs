@@ -10,6 +10,7 @@ mod generate;
 mod learner;
 mod local;
 mod logprobs;
+mod model;
 mod rewards;
 mod rollout;
 mod seed;
@@ -63,6 +64,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Log-probabilities that a model folder gives to tokens
     Logprobs(logprobs::LogprobsArgs),
+    /// Bring a model from elsewhere: import a GGUF file
+    Model(model::ModelArgs),
     /// One screenful about a run, from its directory
     Status(status::StatusArgs),
     /// Pause, resume or stop a run
@@ -130,6 +133,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Rewards(args) => rewards::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Logprobs(args) => logprobs::run(&args),
+        Command::Model(args) => model::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Ctl(args) => in_process(ctl::run(args)),
         Command::Doctor(args) => doctor::run(&args),

@@ -86,6 +86,10 @@ impl Default for RunSection {
 pub struct ModelSection {
     /// A Hugging Face folder to start from; without one, `[warmup]` makes the starting policy.
     pub path: Option<PathBuf>,
+    /// Whether a prompt is put to the model as a user's message, in the words of its chat template. A matter of the model
+    /// and not of the task: the same task is asked of a base model as it is, and of one tuned for conversation in its
+    /// own format. Dates that a template would write are those written in it, so that prompts do not change overnight.
+    pub chat: bool,
     /// Storage of the published weights.
     pub storage: Storage,
     /// Kernels of workers, critics and trainer.
@@ -99,6 +103,7 @@ impl Default for ModelSection {
         let (storage, kernels) = (Storage::Bf16, KernelSet::Fused);
         Self {
             path: None,
+            chat: false,
             storage,
             kernels,
             device: "cpu".to_owned(),
@@ -489,6 +494,12 @@ impl RunConfig {
                     .to_owned(),
             );
         }
+        if self.model.chat && self.model.path.is_none() {
+            return Err(
+                "`model.chat` is set, but a policy from a warm-up has no chat template: name a model in `model.path`"
+                    .to_owned(),
+            );
+        }
         if self.run.async_level > 16 {
             let found = self.run.async_level;
             return Err(format!(
@@ -617,6 +628,22 @@ mod tests {
     fn top_p_is_refused_with_the_reason() {
         let found = error(&format!("[sampling]\ntop_p = 0.9\n{LEAST}"));
         assert!(found.contains("critics would reject the honest"), "{found}");
+    }
+
+    #[test]
+    fn chat_prompts_need_a_model_with_a_template() {
+        let found = error(&format!("[model]\nchat = true\n{LEAST}"));
+        assert!(
+            found.contains("`model.chat`") && found.contains("`model.path`"),
+            "{found}"
+        );
+        let text = format!("[model]\nchat = true\npath = \"m\"\n{LEAST}");
+        assert!(
+            RunConfig::parse(&text, Path::new("x.toml"))
+                .unwrap()
+                .model
+                .chat
+        );
     }
 
     #[test]

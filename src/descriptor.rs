@@ -18,8 +18,12 @@ use muster_rewards::{RewardConfig, Task};
 
 use crate::config::RunConfig;
 
+/// The words in which a model is spoken to.
+pub const CHAT_FILE: &str = "chat_template.jinja";
+
 /// Files that make a checkpoint a folder that other libraries load; those that the starting policy has are taken along.
-const OPTIONAL_FILES: [&str; 3] = [
+const OPTIONAL_FILES: [&str; 4] = [
+    CHAT_FILE,
     "tokenizer_config.json",
     "generation_config.json",
     "special_tokens_map.json",
@@ -137,7 +141,8 @@ pub fn describe(
     Ok(Descriptor {
         architecture: hash("config.json")?,
         tokenizer: hash("tokenizer.json")?,
-        chat_template: None,
+        // A template that no prompt is written with binds nobody.
+        chat_template: config.model.chat.then(|| hash(CHAT_FILE)).transpose()?,
         task: ContentHash(task.digest()),
         rewards: rewards.canonical_json()?,
         sampling: sampling_rules(config, &model.config, &model.tokenizer)?,

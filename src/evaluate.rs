@@ -13,6 +13,8 @@ use muster_policy::{
 use muster_protocol::message::ticket::SamplingRules;
 use muster_rewards::{Answer, Item, Reward};
 
+use crate::prompts::PromptForm;
+
 /// Rows that an evaluation decodes together.
 const SLOTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(255);
 
@@ -24,6 +26,8 @@ const RIGHT_WITHIN: f64 = 1e-9;
 pub struct Examination<'a> {
     /// Text to tokens and back.
     pub tokenizer: &'a Tokenizer,
+    /// How prompts are put.
+    pub form: PromptForm,
     /// What an answer is worth.
     pub reward: &'a Reward,
     /// Where answers end.
@@ -82,7 +86,7 @@ impl Examination<'_> {
         let start = Instant::now();
         let mut requests = Vec::with_capacity(items.len() * samples);
         for (number, item) in items.iter().enumerate() {
-            let prompt: Arc<[u32]> = self.tokenizer.encode_prompt(&item.prompt)?.into();
+            let prompt: Arc<[u32]> = self.form.encode(self.tokenizer, &item.prompt)?.into();
             for sample in 0..samples {
                 requests.push(self.request(&prompt, number as u64, sample as u32, samples, seed));
             }

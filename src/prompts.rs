@@ -3,9 +3,42 @@
 use anyhow::{Context, Result, bail};
 
 use muster_learner::dispatch::prompts::{Prompt, PromptSource, Reference};
-use muster_policy::Tokenizer;
+use muster_policy::{Message, Rendering, Tokenizer, TokenizerError};
 use muster_protocol::id::TicketId;
 use muster_rewards::{Split, Task};
+
+use crate::config::RunConfig;
+
+/// How a task's prompt is put to the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptForm {
+    /// As it is.
+    Plain,
+    /// As a user's message.
+    Chat,
+}
+
+impl PromptForm {
+    /// The form that a configuration asks for.
+    pub fn of(config: &RunConfig) -> Self {
+        if config.model.chat {
+            Self::Chat
+        } else {
+            Self::Plain
+        }
+    }
+
+    /// Tokens of a prompt in this form.
+    ///
+    /// # Errors
+    /// When a character has no token, or the model has no chat template.
+    pub fn encode(self, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
+        match self {
+            Self::Plain => tokenizer.encode_prompt(prompt),
+            Self::Chat => tokenizer.encode_chat(&[Message::user(prompt)], Rendering::PROMPT),
+        }
+    }
+}
 
 /// The training split of a task, tokenised.
 pub struct TaskPrompts {
@@ -19,10 +52,16 @@ impl TaskPrompts {
     ///
     /// # Errors
     /// When a prompt has no tokens in this vocabulary, or leaves no room for an answer.
-    pub fn new(task: Task, tokenizer: &Tokenizer, seed: u64, prompt_max: usize) -> Result<Self> {
+    pub fn new(
+        task: Task,
+        tokenizer: &Tokenizer,
+        form: PromptForm,
+        seed: u64,
+        prompt_max: usize,
+    ) -> Result<Self> {
         let mut tokens = Vec::with_capacity(task.len(Split::Train));
         for item in task.items(Split::Train) {
-            let encoded = tokenizer.encode_prompt(&item.prompt).with_context(|| {
+            let encoded = form.encode(tokenizer, &item.prompt).with_context(|| {
                 format!("the task's prompt {:?} cannot be used", shown(&item.prompt))
             })?;
             if encoded.is_empty() || encoded.len() > prompt_max {
@@ -99,11 +138,24 @@ mod tests {
     use std::path::Path;
 
     #[test]
+    fn a_chat_prompt_is_what_the_template_makes_of_the_task_s() {
+        let json = muster_policy::character_tokenizer("12=?").unwrap();
+        let template = "?{{ messages[0].content }}?{{ messages | length }}".to_owned();
+        let tokenizer = Tokenizer::with_chat(&json, None, Some(template)).unwrap();
+        let encoded = |form: PromptForm| form.encode(&tokenizer, "2=").unwrap();
+        assert_eq!(encoded(PromptForm::Plain), tokenizer.encode("2=").unwrap());
+        assert_eq!(
+            encoded(PromptForm::Chat),
+            tokenizer.encode("?2=?1").unwrap()
+        );
+    }
+
+    #[test]
     fn every_item_is_asked_once_per_epoch_and_epochs_differ() {
         let task = Task::open(&TaskConfig::default(), Path::new(".")).unwrap();
         let alphabet: String = task.alphabet().collect();
         let tokenizer = Tokenizer::characters(&alphabet).unwrap();
-        let prompts = TaskPrompts::new(task, &tokenizer, 7, 100).unwrap();
+        let prompts = TaskPrompts::new(task, &tokenizer, PromptForm::Plain, 7, 100).unwrap();
         let count = prompts.tokens.len() as u64;
         let first: Vec<u64> = (0..count).map(|n| prompts.item(n)).collect();
         let second: Vec<u64> = (count..2 * count).map(|n| prompts.item(n)).collect();

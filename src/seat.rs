@@ -137,7 +137,15 @@ impl Seat {
         let settings = self.file(&opened, "tokenizer_config.json").await.ok();
         check_hash("config.json", &config, descriptor.body.architecture)?;
         check_hash("tokenizer.json", &tokenizer, descriptor.body.tokenizer)?;
-        let tokenizer = Tokenizer::parse(&tokenizer, settings.as_deref())?;
+        let chat = match descriptor.body.chat_template {
+            None => None,
+            Some(expected) => {
+                let chat = self.file(&opened, crate::descriptor::CHAT_FILE).await?;
+                check_hash(crate::descriptor::CHAT_FILE, &chat, expected)?;
+                Some(chat)
+            }
+        };
+        let tokenizer = Tokenizer::with_chat(&tokenizer, settings.as_deref(), chat)?;
         Ok((Config::parse(&config)?, tokenizer, opened))
     }
 

@@ -18,6 +18,7 @@ use muster_rewards::{Item, Reward, RewardConfig, Split, Task};
 
 use crate::config::{RunConfig, WarmupSection};
 use crate::evaluate::{Ends, Examination};
+use crate::prompts::PromptForm;
 
 /// Development prompts that a check answers: enough to tell 50 % from 55 %.
 const CHECK_ITEMS: usize = 500;
@@ -84,6 +85,7 @@ pub fn warm_up(
     };
     let exam = Examination {
         tokenizer: &tokenizer,
+        form: PromptForm::Plain,
         reward,
         ends: Ends::of(
             &crate::descriptor::sampling_rules(config, &model, &tokenizer)?,
@@ -248,6 +250,10 @@ pub fn prepare(
     };
     let model = ModelFolder::read(&from)
         .with_context(|| format!("the starting policy in {} cannot be used", from.display()))?;
+    if config.model.chat {
+        // Now, and not with the first prompt.
+        model.tokenizer.chat_template()?;
+    }
     model.write(folder)?;
     Ok(model)
 }

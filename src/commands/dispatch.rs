@@ -16,7 +16,7 @@ use muster_rewards::RewardConfig;
 
 use super::MemberArgs;
 use crate::config::RunConfig;
-use crate::prompts::TaskPrompts;
+use crate::prompts::{PromptForm, TaskPrompts};
 use crate::run_dir::RunDir;
 use crate::seat::Seat;
 
@@ -48,7 +48,13 @@ pub async fn run(args: DispatchArgs) -> Result<()> {
         .config
         .max_position_embeddings
         .saturating_sub(tokens_max);
-    let prompts = TaskPrompts::new(prepared.task, &model.tokenizer, config.run.seed, room)?;
+    let prompts = TaskPrompts::new(
+        prepared.task,
+        &model.tokenizer,
+        PromptForm::of(&config),
+        config.run.seed,
+        room,
+    )?;
     let roster = Roster::load(&dir.roster())?;
     let trusted = trusted(&config, &roster)?;
     let seat = Seat::take(

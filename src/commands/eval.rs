@@ -20,6 +20,7 @@ use muster_rewards::{RewardConfig, Split, Task};
 use crate::config::RunConfig;
 use crate::descriptor::sampling_rules;
 use crate::evaluate::{Ends, Examination, Outcome};
+use crate::prompts::PromptForm;
 use crate::run_dir::RunDir;
 use crate::seat::Seat;
 
@@ -82,6 +83,7 @@ fn folder(args: &EvalArgs, folder: &Path) -> Result<()> {
     let model = ModelFolder::read(folder)?;
     let exam = Examination {
         tokenizer: &model.tokenizer,
+        form: PromptForm::of(&config),
         reward: &prepared.reward,
         ends: Ends::of(
             &sampling_rules(&config, &model.config, &model.tokenizer)?,
@@ -150,6 +152,7 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
         lines,
         model,
         tokenizer,
+        form: PromptForm::of(&config),
         task: prepared.task,
         reward: prepared.reward,
         ends,
@@ -203,6 +206,7 @@ struct Evaluator {
     lines: JsonLines<EvalLine>,
     model: Config,
     tokenizer: Tokenizer,
+    form: PromptForm,
     task: Task,
     reward: muster_rewards::Reward,
     ends: Ends,
@@ -246,6 +250,7 @@ impl Evaluator {
         let policy = Policy::from_image(&self.model, &image, KernelSet::Fused, &Device::Cpu)?;
         let exam = Examination {
             tokenizer: &self.tokenizer,
+            form: self.form,
             reward: &self.reward,
             ends: self.ends.clone(),
         };

@@ -2,14 +2,15 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::Serialize;
 
 use muster_policy::{
-    Device, EngineConfig, Finish, GenerationRequest, KernelSet, ModelFolder, Policy, Sampling,
-    Threads, generate,
+    Device, EngineConfig, Finish, GenerationRequest, KernelSet, Message, ModelFolder, Policy,
+    Rendering, Sampling, Threads, Tokenizer, generate,
 };
 use muster_protocol::message::group::FinishReason;
 
@@ -24,6 +25,9 @@ pub struct GenerateArgs {
     /// What to answer
     #[arg(long, value_name = "TEXT")]
     prompt: String,
+    /// Put the prompt as a user's message, in the words of the model's chat template
+    #[arg(long)]
+    chat: bool,
     /// Longest answer in tokens; what the prompt leaves of the model's context by default
     #[arg(long, value_name = "N")]
     max_tokens: Option<NonZeroUsize>,
@@ -63,7 +67,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let policy = Policy::from_image(&model.config, &model.image, kernels, &Device::Cpu)?;
     let threads = args.threads.map_or_else(Threads::all, Threads::new);
     let policy = policy.with_threads(&threads);
-    let prompt = model.tokenizer.encode_prompt(&args.prompt)?;
+    let prompt = prompt(args, &model.tokenizer)?;
     if prompt.is_empty() {
         bail!("the prompt has no token: give --prompt a text");
     }
@@ -94,6 +98,20 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         return say(&serde_json::to_string(&answer)?);
     }
     say(&answer.text)
+}
+
+/// Tokens of the prompt. In a conversation the template may ask for today, as it may in transformers.
+fn prompt(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    if !args.chat {
+        return Ok(tokenizer.encode_prompt(&args.prompt)?);
+    }
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    let seconds = since.map_or(0, |since| since.as_secs());
+    let rendering = Rendering {
+        unix_seconds: i64::try_from(seconds).ok(),
+        ..Rendering::PROMPT
+    };
+    Ok(tokenizer.encode_chat(&[Message::user(&args.prompt)], rendering)?)
 }
 
 fn sampling(args: &GenerateArgs) -> Sampling {
