@@ -64,7 +64,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Log-probabilities that a model folder gives to tokens
     Logprobs(logprobs::LogprobsArgs),
-    /// Bring a model from elsewhere: import a GGUF file
+    /// Bring a model from elsewhere: import a GGUF file, pull from a hub
     Model(model::ModelArgs),
     /// One screenful about a run, from its directory
     Status(status::StatusArgs),

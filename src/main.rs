@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod descriptor;
 mod evaluate;
+mod hub;
 mod machine;
 mod output;
 mod prompts;

@@ -1,6 +1,7 @@
 //! `muster model`: model folders from elsewhere, as Hugging Face folders that runs start from.
 
 mod import;
+mod pull;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -16,12 +17,15 @@ pub struct ModelArgs {
 enum What {
     /// A GGUF file as a Hugging Face folder
     Import(import::ImportArgs),
+    /// A model of a hub, by its id
+    Pull(pull::PullArgs),
 }
 
 /// Does it.
 pub fn run(args: &ModelArgs) -> Result<()> {
     match &args.what {
         What::Import(args) => import::run(args),
+        What::Pull(args) => pull::run(args),
     }
 }
 

@@ -1,0 +1,386 @@
+//! Models from a hub that speaks Hugging Face's protocol: by id and revision, into the cache that their own tools share,
+//! and from there into a folder.
+//!
+//! The layout of the cache and of addresses is the `hf-hub` crate's. Its transfers are not used: they append what a server
+//! sends without looking at sizes or hashes, and end the process on headers that they do not expect. Invariant: a file in
+//! the cache has the size that the hub announced and, where the hub names one, the SHA-256.
+
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::{Cache, Repo, RepoType};
+
+use muster_policy::{Config, ConfigError, WeightsError, shard_names};
+
+use self::client::Client;
+
+mod cached;
+mod client;
+
+/// Where models are when nobody says otherwise.
+pub const ENDPOINT: &str = "https://huggingface.co";
+
+/// The one weight file of a model that is not split, and the list of files of one that is.
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Files that a model cannot do without, besides its weights.
+const NEEDED: [&str; 2] = ["config.json", "tokenizer.json"];
+
+/// Files that are taken along when they are there.
+const OPTIONAL: [&str; 4] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+/// Largest file that is not weights: the longest tokenizers have about 35 MB.
+const TEXT_BYTES_MAX: u64 = 256 << 20;
+
+/// Largest weight file, 1 TiB: a bound on what a server may announce, not a limit on models.
+const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
+
+/// Longest id or revision: what the hub allows, and some more.
+const NAME_BYTES_MAX: usize = 200;
+
+/// Why a model was not pulled.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// Not an id or a revision.
+    #[error("{what} `{found}` is none of a hub: {expected}")]
+    Name {
+        /// `the id` or `the revision`.
+        what: &'static str,
+        /// What was given.
+        found: String,
+        /// What would be accepted.
+        expected: &'static str,
+    },
+    /// Not an address.
+    #[error("the endpoint `{found}` is no address: give one that begins with https:// or http://")]
+    Endpoint {
+        /// What was given.
+        found: String,
+    },
+    /// The cache has no place.
+    #[error("there is no home folder to keep the cache in: name one with --cache")]
+    NoCache,
+    /// The hub does not know the repository.
+    #[error(
+        "{endpoint} has no model `{id}` that you may see: correct the id, or set HF_TOKEN if the model is private"
+    )]
+    NoModel {
+        /// Who was asked.
+        endpoint: String,
+        /// What for.
+        id: String,
+    },
+    /// The hub does not know the revision.
+    #[error("model `{id}` has no revision `{revision}`: name a branch, a tag or a commit")]
+    NoRevision {
+        /// Of which model.
+        id: String,
+        /// What was asked for.
+        revision: String,
+    },
+    /// A file that the model needs is not there.
+    #[error(
+        "model `{id}` has no {file}: take one that is published as safetensors with a tokenizer.json"
+    )]
+    NoFile {
+        /// Of which model.
+        id: String,
+        /// Which.
+        file: String,
+    },
+    /// The hub wants to know who asks.
+    #[error(
+        "{endpoint} refuses {file} (status {status}): set HF_TOKEN to a token that may read the model"
+    )]
+    Denied {
+        /// Who was asked.
+        endpoint: String,
+        /// What for.
+        file: String,
+        /// 401 or 403.
+        status: u16,
+    },
+    /// Any other refusal.
+    #[error("{endpoint} answers {status} for {file}: try again later")]
+    Status {
+        /// Who was asked.
+        endpoint: String,
+        /// What for.
+        file: String,
+        /// As it came.
+        status: u16,
+    },
+    /// The hub was not reached, or broke off.
+    #[error(
+        "{file} was not received: {reason}; what has come is kept, so run the same command again"
+    )]
+    Broken {
+        /// What was asked for.
+        file: String,
+        /// What the connection said.
+        reason: String,
+    },
+    /// An answer that is not the hub's.
+    #[error("{endpoint} does not speak the hub's protocol: {problem}; correct the endpoint")]
+    Protocol {
+        /// Who was asked.
+        endpoint: String,
+        /// What was wrong.
+        problem: String,
+    },
+    /// Bytes that are not those announced.
+    #[error(
+        "{file} came with the SHA-256 {found}, announced was {expected}: it was dropped, run the same command again"
+    )]
+    Hash {
+        /// Which.
+        file: String,
+        /// Of what came.
+        found: String,
+        /// What the hub said.
+        expected: String,
+    },
+    /// Someone else is fetching the same file.
+    #[error(
+        "{file} is being fetched by another process: wait for it, then run the same command again"
+    )]
+    Busy {
+        /// Which.
+        file: String,
+    },
+    /// The model does not run here.
+    #[error("model `{id}` does not run here: {reason}")]
+    Config {
+        /// Which.
+        id: String,
+        /// Why.
+        reason: ConfigError,
+    },
+    /// The list of weight files is none.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The `hf-hub` crate could not be set up.
+    #[error("the hub's client cannot be set up: {0}")]
+    Client(#[from] ApiError),
+    /// The disk refused.
+    #[error("{} cannot be written or read: {source}; check its permissions and the free space", path.display())]
+    Disk {
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// What is to be pulled, and from where.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// `OWNER/NAME`
+    pub id: String,
+    /// A branch, a tag or a commit.
+    pub revision: String,
+    /// Where the hub is.
+    pub endpoint: String,
+    /// Where files are kept; the place of Hugging Face's own tools by default.
+    pub cache: Option<PathBuf>,
+    /// Whether the hub is asked even if the cache has the model.
+    pub ask: Ask,
+}
+
+/// When the hub is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    /// Not if the cache has everything.
+    IfNeeded,
+    /// In any case: a branch may have moved.
+    Always,
+}
+
+/// A model in the cache.
+#[derive(Debug, Clone)]
+pub struct Pulled {
+    /// Names and where their bytes are; weights last.
+    pub files: Vec<(String, PathBuf)>,
+    /// The commit that they belong to.
+    pub commit: String,
+    /// Bytes that came from the hub this time.
+    pub received: u64,
+}
+
+/// Brings a model into the cache; `tell` hears of each file's progress: name, bytes there, bytes in all.
+///
+/// # Errors
+/// In one sentence: what the hub, the connection or the disk refused, and the way out.
+pub fn pull(wanted: &Wanted, tell: &mut dyn FnMut(&str, u64, u64)) -> Result<Pulled, HubError> {
+    check_name("the id", &wanted.id)?;
+    check_name("the revision", &wanted.revision)?;
+    let is_address = |scheme: &str| {
+        wanted
+            .endpoint
+            .strip_prefix(scheme)
+            .is_some_and(|rest| !rest.is_empty())
+    };
+    if !(is_address("https://") || is_address("http://")) {
+        return Err(HubError::Endpoint {
+            found: wanted.endpoint.clone(),
+        });
+    }
+    let cache = cache(wanted.cache.clone())?;
+    let repo = Repo::with_revision(wanted.id.clone(), RepoType::Model, wanted.revision.clone());
+    if wanted.ask == Ask::IfNeeded
+        && let Some(pulled) = cached::whole(&cache, &repo)?
+    {
+        return Ok(pulled);
+    }
+    let api = ApiBuilder::from_cache(cache.clone())
+        .with_endpoint(wanted.endpoint.trim_end_matches('/').to_owned())
+        .with_progress(false)
+        .build()?;
+    let mut client = Client::new(wanted, cache, api, repo);
+    let mut files = Vec::new();
+    // First of all, and read at once: nobody wants to wait for weights that do not run.
+    let config = client.file("config.json", TEXT_BYTES_MAX, tell)?;
+    let config = config.ok_or_else(|| client.no_file("config.json"))?;
+    let text = read(&config)?;
+    Config::parse(&String::from_utf8_lossy(&text)).map_err(|reason| HubError::Config {
+        id: wanted.id.clone(),
+        reason,
+    })?;
+    files.push(("config.json".to_owned(), config));
+    for name in NEEDED.into_iter().skip(1) {
+        let path = client.file(name, TEXT_BYTES_MAX, tell)?;
+        files.push((name.to_owned(), path.ok_or_else(|| client.no_file(name))?));
+    }
+    for name in OPTIONAL {
+        if let Some(path) = client.file(name, TEXT_BYTES_MAX, tell)? {
+            files.push((name.to_owned(), path));
+        }
+    }
+    files.extend(weights(&mut client, tell)?);
+    client.keep_revision()?;
+    Ok(Pulled {
+        files,
+        commit: client.commit().to_owned(),
+        received: client.received,
+    })
+}
+
+/// The weight files: the single one, else those of the index.
+fn weights(
+    client: &mut Client,
+    tell: &mut dyn FnMut(&str, u64, u64),
+) -> Result<Vec<(String, PathBuf)>, HubError> {
+    if let Some(path) = client.file(SINGLE, WEIGHTS_BYTES_MAX, tell)? {
+        return Ok(vec![(SINGLE.to_owned(), path)]);
+    }
+    let index = client.file(INDEX, TEXT_BYTES_MAX, tell)?;
+    let index = index.ok_or_else(|| client.no_file(SINGLE))?;
+    let mut files = Vec::new();
+    for name in shard_names(&read(&index)?)? {
+        let path = client.file(&name, WEIGHTS_BYTES_MAX, tell)?;
+        let path = path.ok_or_else(|| client.no_file(&name))?;
+        files.push((name, path));
+    }
+    files.push((INDEX.to_owned(), index));
+    Ok(files)
+}
+
+/// Puts a pulled model into a folder. Weights are linked where the disk allows it, so that they lie there once.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn place(pulled: &Pulled, folder: &Path) -> Result<(), HubError> {
+    let refused = |path: &Path| {
+        let path = path.to_owned();
+        move |source| HubError::Disk { path, source }
+    };
+    std::fs::create_dir_all(folder).map_err(refused(folder))?;
+    for (name, from) in &pulled.files {
+        let from = std::fs::canonicalize(from).map_err(refused(from))?;
+        let (to, partial) = (folder.join(name), folder.join(format!(".{name}.partial")));
+        let linked = name.ends_with(".safetensors") && std::fs::hard_link(&from, &partial).is_ok();
+        if !linked {
+            std::fs::copy(&from, &partial).map_err(refused(&partial))?;
+        }
+        std::fs::rename(&partial, &to).map_err(refused(&to))?;
+    }
+    Ok(())
+}
+
+fn cache(named: Option<PathBuf>) -> Result<Cache, HubError> {
+    let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    match named {
+        Some(path) => Ok(Cache::new(path)),
+        // The crate ends the process when it finds no home.
+        None if is_set("HF_HOME") || is_set("HOME") => Ok(Cache::from_env()),
+        None => Err(HubError::NoCache),
+    }
+}
+
+/// Names become parts of addresses and of paths.
+fn check_name(what: &'static str, name: &str) -> Result<(), HubError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let part = |part: &str| {
+        !part.is_empty()
+            && part.chars().all(allowed)
+            && !part.starts_with(['.', '-'])
+            && !part.contains("..")
+    };
+    let parts = name.split('/').count();
+    let parts_max = if what == "the id" { 2 } else { 4 };
+    if name.len() <= NAME_BYTES_MAX && parts <= parts_max && name.split('/').all(part) {
+        return Ok(());
+    }
+    Err(HubError::Name {
+        what,
+        found: name.chars().take(80).collect(),
+        expected: "letters, digits, `-`, `_` and `.`, with a `/` after the owner",
+    })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, HubError> {
+    std::fs::read(path).map_err(|source| HubError::Disk {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_leave_its_place_in_an_address_or_in_the_cache() {
+        for good in ["gpt2", "Qwen/Qwen2.5-0.5B", "a_b/c-d.e"] {
+            check_name("the id", good).unwrap();
+        }
+        check_name("the revision", "refs/pr/1").unwrap();
+        let long = "a".repeat(201);
+        for bad in [
+            "", "/", "a//b", "../a", "a/..", "a/b/c", ".a", "-a", "a b", "a?b", "a%2Fb", "é",
+            "a\\b", &long,
+        ] {
+            assert!(check_name("the id", bad).is_err(), "{bad}");
+        }
+        assert!(check_name("the revision", "refs/../main").is_err());
+    }
+
+    #[test]
+    fn an_endpoint_without_a_scheme_is_refused() {
+        let wanted = Wanted {
+            id: "a/b".to_owned(),
+            revision: "main".to_owned(),
+            endpoint: "localhost:80".to_owned(),
+            cache: Some("nowhere".into()),
+            ask: Ask::Always,
+        };
+        let error = pull(&wanted, &mut |_, _, _| ()).unwrap_err();
+        assert!(matches!(error, HubError::Endpoint { .. }));
+    }
+}
