@@ -1,5 +1,6 @@
 //! `muster bench`: what is measured, one file each.
 
+mod codec;
 mod figures;
 mod policy;
 mod quickstart;
@@ -21,12 +22,15 @@ enum What {
     Quickstart(quickstart::QuickstartArgs),
     /// The policy alone: tokens per second that it decodes, reads, scores and trains on this machine
     Policy(policy::PolicyArgs),
+    /// Deltas between versions: sizes and speeds, beside PULSE's patch, XOR planes and memcpy
+    Codec(codec::CodecArgs),
 }
 
 /// Measures.
 pub async fn run(args: BenchArgs) -> Result<()> {
     match args.what {
         What::Quickstart(args) => quickstart::run(args).await,
+        What::Codec(args) => tokio::task::spawn_blocking(move || codec::run(&args)).await?,
         What::Policy(args) => tokio::task::spawn_blocking(move || policy::run(&args)).await?,
     }
 }

@@ -82,8 +82,36 @@ pub fn packed_flat(parent: &[u8], child: &[u8]) -> Option<Vec<u8>> {
         values.extend_from_slice(child);
         last = i;
     }
-    gaps.extend(values);
-    zstd::bulk::compress(&gaps, 1).ok()
+    let mut bytes = u32::try_from(gaps.len()).ok()?.to_le_bytes().to_vec();
+    bytes.extend(gaps);
+    bytes.extend(values);
+    zstd::bulk::compress(&bytes, 1).ok()
+}
+
+/// Writes to `child` the one that a flat patch was packed from. `None` when it was not packed for a parent of this length.
+pub fn apply_flat(packed: &[u8], parent: &[u8], child: &mut [u8]) -> Option<()> {
+    // Of every weight a gap of at most five bytes and a value.
+    let unpacked = zstd::bulk::decompress(packed, 4 + parent.len() / 2 * 7).ok()?;
+    let (length, rest) = unpacked.split_first_chunk()?;
+    let (gaps, values) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+    let (mut values, _) = values.as_chunks::<2>();
+    if child.len() != parent.len() {
+        return None;
+    }
+    child.copy_from_slice(parent);
+    let (weights, _) = child.as_chunks_mut::<2>();
+    let (mut at, mut gap, mut shift) = (0usize, 0usize, 0);
+    for byte in gaps {
+        gap |= usize::from(byte & 0x7f) << shift;
+        shift = (shift + 7).min(56);
+        if byte & 0x80 == 0 {
+            at = at.checked_add(gap)?;
+            let (value, after) = values.split_first()?;
+            *weights.get_mut(at)? = *value;
+            (values, gap, shift) = (after, 0, 0);
+        }
+    }
+    Some(())
 }
 
 #[cfg(test)]
@@ -122,11 +150,15 @@ mod tests {
         assert_eq!(found.col_delta, vector.col_delta);
         assert_eq!(found.values, vector.values);
         assert!(packed(&found).unwrap().len() > 2 * vector.values.len());
-        assert!(packed_flat(&parent, &child).unwrap().len() > 2 * vector.values.len());
+        let flat = packed_flat(&parent, &child).unwrap();
+        let mut applied = vec![0; parent.len()];
+        assert_eq!(apply_flat(&flat, &parent, &mut applied), Some(()));
+        assert_eq!(applied, child);
+        assert_eq!(apply_flat(&flat, &parent[..8], &mut applied[..8]), None);
 
         let patch = encode(&parent, &child, Float::Bf16).unwrap();
         assert_eq!(patch.changed, vector.values.len() as u64);
-        let mut applied = vec![0; parent.len()];
+        applied.fill(0);
         apply(&patch.bytes, &parent, &mut applied, Float::Bf16).unwrap();
         assert_eq!(applied, child);
     }
