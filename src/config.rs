@@ -13,6 +13,7 @@ use muster_learner::dispatch::audit::AuditConfig;
 use muster_learner::dispatch::judging::CritiqueConfig;
 use muster_learner::dispatch::workers::ConductConfig;
 use muster_learner::policy_stepper::TrainConfig;
+use muster_learner::trainer::objects::BroadcastConfig;
 use muster_policy::{KernelSet, Storage};
 use muster_protocol::id::RunId;
 use muster_protocol::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
@@ -213,6 +214,8 @@ pub struct LearnerSection {
     pub advantage: AdvantageConfig,
     /// Objective, schedule, optimizer, updates and shards.
     pub train: TrainConfig,
+    /// Anchors and deltas.
+    pub broadcast: BroadcastConfig,
 }
 
 impl Default for LearnerSection {
@@ -222,6 +225,7 @@ impl Default for LearnerSection {
             checkpoint_every: NonZeroU64::MIN.saturating_add(19),
             advantage: AdvantageConfig::default(),
             train: TrainConfig::default(),
+            broadcast: BroadcastConfig::default(),
         }
     }
 }
@@ -499,6 +503,9 @@ impl RunConfig {
                 "`model.chat` is set, but a policy from a warm-up has no chat template: name a model in `model.path`"
                     .to_owned(),
             );
+        }
+        if let Err(error) = self.learner.broadcast.validate() {
+            return Err(format!("`learner.broadcast`: {error}"));
         }
         if self.run.async_level > 16 {
             let found = self.run.async_level;

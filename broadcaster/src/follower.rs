@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -14,14 +13,17 @@ use tracing::{debug, warn};
 
 use muster_protocol::bus::{BusError, Subscription};
 use muster_protocol::desk::{Desk, DeskError};
-use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{ContentHash, PolicyVersion};
+use muster_protocol::envelope::Signed;
+use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::ask::{Answer, Ask};
-use muster_protocol::message::version::{Announcement, Content, Object, Version};
+use muster_protocol::message::version::{Announcement, Content, Object};
 use muster_protocol::subject::Log;
 
-use crate::state::verify_state;
-use crate::swarm::{FetchError, Source};
+use crate::swarm::Source;
+
+pub use crate::adopt::{
+    FollowError, Held, Opened, fetch, fetch_file, off_loop_if_large, open_announcement,
+};
 
 /// News may be missed, so the newest version is also asked for: when nothing was heard for several times as long as it
 /// usually takes, and ever more rarely while there is none. Shortest and longest of these times.
@@ -32,8 +34,8 @@ const PATIENCE_GAPS: u32 = 4;
 const RETRY: Duration = Duration::from_millis(500);
 /// Versions that a follower of every version may be behind before it skips the oldest.
 const BACKLOG_MAX: usize = 16;
-/// Bytes that are hashed where they are: below this a thread costs more than the work, which takes some 50 µs.
-const IN_PLACE_BYTES_MAX: usize = 64 << 10;
+/// Deltas remembered from earlier announcements: whoever is a few versions behind may need those of each.
+const DELTAS_KNOWN_MAX: usize = 32;
 
 /// Which versions a member needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,170 +44,6 @@ pub enum Follow {
     Newest,
     /// Each, in order: critics judge groups of any recent version.
     Every,
-}
-
-/// A version whose bytes are here and were checked against the signed root.
-#[derive(Debug, Clone)]
-pub struct Held {
-    /// What the learner signed.
-    pub version: Signed<Version>,
-    /// The object that the bytes came as.
-    pub anchor: Signed<Object>,
-    /// The files beside the weights that the version names, as descriptions.
-    pub files: Vec<Signed<Object>>,
-    /// The weights: a safetensors file in canonical layout.
-    pub image: Bytes,
-}
-
-/// Why a version could not be taken over.
-#[derive(Debug, thiserror::Error)]
-pub enum FollowError {
-    /// The announcement is not one.
-    #[error("an announcement cannot be used: {0}")]
-    Envelope(#[from] EnvelopeError),
-    /// Somebody else's version.
-    #[error("version {0} is not signed by the run's learner")]
-    NotTheLearner(PolicyVersion),
-    /// No object leads to it.
-    #[error("version {0} was announced without an anchor")]
-    NoAnchor(PolicyVersion),
-    /// The version names no file of this name, or it was announced without a description.
-    #[error("version {version} has no file {name}")]
-    NoFile {
-        /// Which version.
-        version: PolicyVersion,
-        /// Which file.
-        name: String,
-    },
-    /// The bytes did not come.
-    #[error(transparent)]
-    Fetch(#[from] FetchError),
-    /// The bytes are not what was signed.
-    #[error("the bytes of version {version} are not what the learner signed: {problem}")]
-    Bytes {
-        /// Which version.
-        version: PolicyVersion,
-        /// Where they differ.
-        problem: String,
-    },
-    /// Dispatch cannot be asked.
-    #[error(transparent)]
-    Desk(#[from] DeskError),
-}
-
-/// An announcement whose signatures and authors were checked.
-#[derive(Debug, Clone)]
-pub struct Opened {
-    /// What the learner signed.
-    pub version: Signed<Version>,
-    /// The anchor's description.
-    pub anchor: Signed<Object>,
-    /// Descriptions of the files beside the weights.
-    pub files: Vec<Signed<Object>>,
-}
-
-/// Opens an announcement, believing only `desk`'s learner about the version. Objects may be described by anybody: their
-/// bytes are checked against what the learner signed.
-///
-/// # Errors
-/// When it is not the learner's, or no anchor of the version is in it.
-pub fn open_announcement(desk: &Desk, announcement: &Announcement) -> Result<Opened, FollowError> {
-    let version = open::<Version>(announcement.version.clone().into(), desk.run())?;
-    let number = version.body.version;
-    if version.author != desk.learner() {
-        return Err(FollowError::NotTheLearner(number));
-    }
-    let mut anchor = None;
-    let mut files = Vec::new();
-    for bytes in &announcement.objects {
-        let object = open::<Object>(bytes.to_vec().into(), desk.run())?;
-        match object.body.content {
-            Content::Anchor { root } if root == version.body.root => anchor = Some(object),
-            Content::File { .. } => files.push(object),
-            Content::Anchor { .. } | Content::Delta { .. } => {}
-        }
-    }
-    let anchor = anchor.ok_or(FollowError::NoAnchor(number))?;
-    Ok(Opened {
-        version,
-        anchor,
-        files,
-    })
-}
-
-/// Fetches a version's bytes and checks them against its root.
-///
-/// # Errors
-/// When they do not come or are not what was signed.
-pub async fn fetch(source: &dyn Source, opened: Opened) -> Result<Held, FollowError> {
-    let Opened {
-        version,
-        anchor,
-        files,
-    } = opened;
-    let image = source.fetch(&anchor.body).await?;
-    let (signed, object, bytes) = (version.body.clone(), anchor.body.clone(), image.clone());
-    let number = version.body.version;
-    let bad = |problem: String| FollowError::Bytes {
-        version: number,
-        problem,
-    };
-    let verify = move || verify_state(&bytes, &signed, Some(&object));
-    off_loop_if_large(image.len(), verify)
-        .await
-        .map_err(|error| bad(error.to_string()))?
-        .map_err(|error| bad(error.to_string()))?;
-    Ok(Held {
-        version,
-        anchor,
-        files,
-        image,
-    })
-}
-
-/// Does `work` over so many bytes: here when they are few, on a thread that may block otherwise.
-///
-/// # Errors
-/// When the work panicked on its thread.
-pub async fn off_loop_if_large<T: Send + 'static>(
-    bytes: usize,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, tokio::task::JoinError> {
-    if bytes <= IN_PLACE_BYTES_MAX {
-        return Ok(work());
-    }
-    tokio::task::spawn_blocking(work).await
-}
-
-/// Fetches one of the files that a version names.
-///
-/// # Errors
-/// When the version has no such file, or its bytes do not come.
-pub async fn fetch_file(
-    source: &dyn Source,
-    opened: &Opened,
-    name: &str,
-) -> Result<Bytes, FollowError> {
-    let version = opened.version.body.version;
-    let missing = || FollowError::NoFile {
-        version,
-        name: name.to_owned(),
-    };
-    let mut entries = opened.version.body.files.iter();
-    let entry = entries
-        .find(|entry| entry.name == name)
-        .ok_or_else(missing)?;
-    let content = Content::File { hash: entry.hash };
-    let mut files = opened.files.iter();
-    let object = files
-        .find(|object| object.body.content == content)
-        .ok_or_else(missing)?;
-    let bytes = source.fetch(&object.body).await?;
-    if ContentHash::of(&bytes) != entry.hash {
-        let problem = format!("{name} has another hash");
-        return Err(FollowError::Bytes { version, problem });
-    }
-    Ok(bytes)
 }
 
 /// Asks for the newest version until there is one.
@@ -258,6 +96,7 @@ impl Follower {
             newest_sender,
             each_sender,
             backlog: VecDeque::new(),
+            deltas: VecDeque::new(),
             newest: None,
             patience: PATIENCE.0,
             usual_gap: Duration::ZERO,
@@ -302,6 +141,8 @@ struct Task {
     newest_sender: watch::Sender<Option<Arc<Held>>>,
     each_sender: mpsc::Sender<Arc<Held>>,
     backlog: VecDeque<Opened>,
+    /// Deltas of the last announcements.
+    deltas: VecDeque<Signed<Object>>,
     /// Version and generation of the newest announcement that was taken in.
     newest: Option<(PolicyVersion, u64)>,
     /// How long to hear nothing before asking.
@@ -399,7 +240,28 @@ impl Task {
         }
     }
 
+    /// Adds the deltas of earlier announcements to this one's, and remembers this one's.
+    fn with_known_deltas(&mut self, mut opened: Opened) -> Opened {
+        let is_in = |object: &Signed<Object>, known: &[Signed<Object>]| {
+            known.iter().any(|known| known.body == object.body)
+        };
+        let is_delta =
+            |object: &&Signed<Object>| matches!(object.body.content, Content::Delta { .. });
+        let announced: Vec<_> = opened.objects.iter().filter(is_delta).cloned().collect();
+        let earlier = self.deltas.iter().filter(|delta| !is_in(delta, &announced));
+        opened.objects.extend(earlier.cloned());
+        for delta in announced {
+            if !is_in(&delta, self.deltas.make_contiguous()) {
+                self.deltas.push_back(delta);
+            }
+        }
+        let excess = self.deltas.len().saturating_sub(DELTAS_KNOWN_MAX);
+        self.deltas.drain(..excess);
+        opened
+    }
+
     fn queue(&mut self, opened: Opened) {
+        let opened = self.with_known_deltas(opened);
         self.backlog.push_back(opened);
         if self.backlog.len() > BACKLOG_MAX {
             self.backlog.pop_front();
@@ -411,15 +273,20 @@ impl Task {
     async fn take_over(&mut self, opened: Opened) -> Duration {
         let number = opened.version.body.version;
         let source = self.source.clone();
-        let anchor = opened.anchor.body.clone();
-        let mut fetched = std::pin::pin!(fetch(source.as_ref(), opened.clone()));
+        let parent = self.newest_sender.borrow().clone();
+        let root = parent.as_ref().map(|parent| parent.version.body.root);
+        let route: Vec<Object> = opened
+            .route(root)
+            .map(|route| route.into_iter().cloned().collect())
+            .unwrap_or_default();
+        let mut fetched = std::pin::pin!(fetch(source.as_ref(), opened.clone(), parent.as_deref()));
         let fetched = loop {
             tokio::select! {
                 biased;
                 fetched = &mut fetched => break fetched,
                 () = tokio::time::sleep(RETRY) => {}
             }
-            if !source.is_forsaken(&anchor) {
+            if !route.iter().any(|object| source.is_forsaken(object)) {
                 continue;
             }
             while let Ok(Some(heard)) = tokio::time::timeout(Duration::ZERO, self.news.next()).await

@@ -4,13 +4,15 @@
 //! * [`codec`] makes and applies lossless deltas between versions; pure.
 //! * [`plan`] and [`uploads`] decide who asks whom for what, and who is sent what; both are pure. [`rate`] caps uploads.
 //! * [`wire`] and [`connection`] are what peers say, and how they prove who they are.
-//! * [`follower`] follows a run's versions: hear, check, fetch, check, hand over.
+//! * [`route`] decides by which objects a state is reached with the fewest bytes; pure.
+//! * [`adopt`] takes over one version: open, fetch, apply, check. [`follower`] follows a run, version after version.
 //! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts.
 //! * [`snapshot`] writes and verifies a Hugging Face folder.
 //!
 //! Moves bytes, never tensors: what a tensor means is not known here.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod adopt;
 pub mod bitmap;
 pub mod codec;
 pub mod connection;
@@ -24,6 +26,7 @@ pub mod object;
 pub mod plan;
 pub mod presence;
 pub mod rate;
+pub mod route;
 mod server;
 pub mod snapshot;
 pub mod state;

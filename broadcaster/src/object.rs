@@ -95,7 +95,10 @@ pub fn describe_object(
         content,
         version,
         bytes: bytes.len() as u64,
-        codec: Codec::Raw,
+        codec: match content {
+            Content::Delta { .. } => Codec::Delta,
+            Content::Anchor { .. } | Content::File { .. } => Codec::Raw,
+        },
         shard_bytes,
         shards,
     })

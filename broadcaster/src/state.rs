@@ -19,7 +19,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use crate::object::{ObjectError, verify_object};
 
 /// Largest header read: 16,384 tensors of under 512 bytes each.
-const HEADER_BYTES_MAX: u64 = 8 << 20;
+pub const HEADER_BYTES_MAX: u64 = 8 << 20;
 /// Most entries of a header's own metadata: `format` and a few notes.
 const METADATA_ENTRIES_MAX: usize = 256;
 /// Bytes of the header's length at the start of a file.

@@ -289,6 +289,14 @@ impl Store {
         Some(whole)
     }
 
+    /// Says that `version` needs an object, which is then kept as long as that version is. False when it is not held.
+    pub fn keep_for(&self, id: &ObjectId, version: PolicyVersion) -> bool {
+        self.entries.get_mut(id).is_some_and(|mut entry| {
+            entry.version = entry.version.max(version);
+            true
+        })
+    }
+
     /// Keeps an object until it is unpinned as often. False when it is not held.
     pub fn pin(&self, id: &ObjectId) -> bool {
         self.entries.get_mut(id).is_some_and(|mut entry| {

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use muster_protocol::clock::SharedClock;
 use muster_protocol::envelope::{Invalid, Statement};
-use muster_protocol::id::{ObjectId, PeerId};
+use muster_protocol::id::{ObjectId, PeerId, PolicyVersion};
 use muster_protocol::identity::Identity;
 use muster_protocol::limits::PEERS_MAX;
 use muster_protocol::message::peer::PeerRecord;
@@ -100,6 +100,20 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When it cannot be had; what arrived is kept for the next attempt.
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError>;
+
+    /// Offers a whole object that was put together here, so that others can have it of this peer too.
+    ///
+    /// # Errors
+    /// When it cannot be held.
+    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), StoreError> {
+        tracing::trace!(object = %object.id().short(), bytes = bytes.len(), "not passed on");
+        Ok(())
+    }
+
+    /// Says that a version needs an object, which is then kept as long as that version is, if it is held.
+    fn keep_for(&self, object: &Object, version: PolicyVersion) {
+        tracing::trace!(object = %object.id().short(), %version, "needed");
+    }
 
     /// Whether the object is being fetched and nobody within reach holds what is missing of it.
     fn is_forsaken(&self, object: &Object) -> bool {
@@ -240,6 +254,11 @@ impl Swarm {
         self.node.store.whole(object)
     }
 
+    /// Says that `version` needs an object, which is then kept as long as that version is. False when it is not here.
+    pub fn keep_for(&self, object: &ObjectId, version: PolicyVersion) -> bool {
+        self.node.store.keep_for(object, version)
+    }
+
     /// Keeps an object whatever comes, until [`Self::unpin`]. False when it is not here.
     pub fn pin(&self, object: &ObjectId) -> bool {
         self.node.store.pin(object)
@@ -267,6 +286,14 @@ impl Swarm {
 impl Source for Swarm {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         Swarm::fetch(self, object).await
+    }
+
+    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), StoreError> {
+        Swarm::offer(self, object, bytes).await.map(drop)
+    }
+
+    fn keep_for(&self, object: &Object, version: PolicyVersion) {
+        Swarm::keep_for(self, &object.id(), version);
     }
 
     fn is_forsaken(&self, object: &Object) -> bool {

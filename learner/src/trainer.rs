@@ -10,6 +10,7 @@
 pub mod announce;
 pub mod archive;
 mod intake;
+pub mod objects;
 pub mod record;
 mod replay;
 
@@ -48,6 +49,7 @@ use crate::stepper::{StepError, StepInput, StepOutput, Stepper, TrainRollout};
 use announce::{Announced, Announcer, Outlet, RunFile};
 use archive::{Archive, ArchiveError};
 use intake::Opener;
+use objects::BroadcastConfig;
 use record::{RunRecord, batch_metrics};
 use replay::{open_run, restore_state};
 
@@ -116,6 +118,8 @@ pub struct TrainerSettings {
     pub checkpoint_every: u64,
     /// How rewards become advantages.
     pub advantage: AdvantageConfig,
+    /// How versions are offered.
+    pub broadcast: BroadcastConfig,
 }
 
 /// What the trainer needs to start.
@@ -198,8 +202,15 @@ impl Trainer {
         let saved = restore_state(stepper.as_mut(), &archive, descriptor.body.async_level).await?;
         let version = saved.unwrap_or_default();
         let hash = descriptor_hash(&descriptor.bytes);
-        let announcer =
-            Announcer::new(desk.clone(), outlet.clone(), hash, generation, &files).await?;
+        let announcer = Announcer::new(
+            desk.clone(),
+            outlet.clone(),
+            hash,
+            generation,
+            &files,
+            settings.broadcast,
+        )
+        .await?;
         let config = ResolveConfig {
             batch_groups: settings.batch_groups,
             async_level: descriptor.body.async_level,
@@ -322,7 +333,7 @@ impl Trainer {
             time_broadcast: announcing.elapsed().as_secs_f64(),
             rollout_tokens_per_second: self.drawn_tokens as f64 / whole.max(1e-9),
             learner_tokens_per_second: output.stats.tokens as f64 / trained.as_secs_f64().max(1e-9),
-            broadcast_bytes: announced.anchor.body.bytes,
+            broadcast_bytes: announced.bytes,
             ..self.metrics_of(step, &batch, &output)
         };
         self.step_ended = Instant::now();
@@ -585,7 +596,10 @@ impl Trainer {
             .dir
             .join("checkpoints")
             .join(version.body.version.to_string());
-        let anchor = announced.anchor.clone();
+        let anchor = match &announced.anchor {
+            Some(anchor) => anchor.clone(),
+            None => self.announcer.anchor(version.body.version, &image).await?,
+        };
         let files = self
             .files
             .iter()

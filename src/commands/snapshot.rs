@@ -13,11 +13,13 @@ use serde::Serialize;
 use muster_broadcaster::SwarmConfig;
 use muster_broadcaster::disk::{Existing, write_folder};
 use muster_broadcaster::follower::{Opened, fetch, fetch_file, open_announcement};
+use muster_broadcaster::object::describe_object;
 use muster_broadcaster::snapshot::{Contents, MANIFEST_FILE, Report, run_named, verify, write};
 use muster_learner::metrics::{EvalLine, Line as _, read_all};
 use muster_protocol::desk::{Desk, DeskError};
 use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
 use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::message::version::Content;
 use muster_protocol::subject::Role;
 
 use crate::output::say;
@@ -315,7 +317,7 @@ async fn announced(desk: &Desk) -> Result<Vec<Announced>> {
     let told = versions.iter().rev().map(|opened| Announced {
         policy_version: opened.version.body.version,
         root: opened.version.body.root,
-        bytes: opened.anchor.body.bytes,
+        bytes: opened.version.body.parameter_bytes(),
     });
     Ok(told.collect())
 }
@@ -375,11 +377,21 @@ async fn fetch_version(seat: &Seat, args: &PullArgs) -> Result<()> {
         let bytes = fetch_file(source.as_ref(), &opened, &entry.name).await?;
         files.insert(entry.name.clone(), bytes);
     }
-    let held = fetch(source.as_ref(), opened).await?;
+    let held = fetch(source.as_ref(), opened, None).await?;
+    let anchor = match held.anchor {
+        Some(anchor) => anchor,
+        None => {
+            // It came as an older anchor and deltas. The whole is described here, so that the folder can be verified shard by shard.
+            let body = &held.version.body;
+            let content = Content::Anchor { root: body.root };
+            seat.desk
+                .sign(describe_object(content, body.version, &held.image)?)?
+        }
+    };
     let contents = Contents {
         run: &seat.credentials.run,
         version: &held.version,
-        anchor: &held.anchor,
+        anchor: &anchor,
         weights: &held.image,
         files: &files,
     };

@@ -80,6 +80,7 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
             steps,
             checkpoint_every: config.learner.checkpoint_every.get(),
             advantage: config.learner.advantage,
+            broadcast: config.learner.broadcast,
         },
     });
     let trainer = tokio::select! {

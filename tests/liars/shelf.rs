@@ -50,6 +50,13 @@ impl Outlet for Shelf {
         }
     }
 
+    fn keep_for(&self, object: &Object, version: PolicyVersion) {
+        match &self.swarm {
+            Some(swarm) => Outlet::keep_for(swarm, object, version),
+            None => assert!(self.objects.lock().unwrap().contains_key(&object.id())),
+        }
+    }
+
     fn uploaded(&self) -> u64 {
         self.swarm.as_ref().map_or(0, Outlet::uploaded)
     }

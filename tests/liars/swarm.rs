@@ -327,6 +327,7 @@ impl Running {
                 steps,
                 checkpoint_every: config.learner.checkpoint_every.get(),
                 advantage: config.learner.advantage,
+                broadcast: config.learner.broadcast,
             },
         };
         let dispatch = self.seat("dispatch");

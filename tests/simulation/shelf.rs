@@ -12,7 +12,7 @@ use rand::rngs::StdRng;
 
 use muster_broadcaster::{FetchError, Source};
 use muster_learner::trainer::announce::Outlet;
-use muster_protocol::id::ObjectId;
+use muster_protocol::id::{ObjectId, PolicyVersion};
 use muster_protocol::message::version::Object;
 
 /// Share of fetches that fail.
@@ -28,6 +28,11 @@ impl Outlet for Shelf {
     async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String> {
         self.objects.lock().unwrap().insert(object.id(), bytes);
         Ok(())
+    }
+
+    fn keep_for(&self, object: &Object, _version: PolicyVersion) {
+        // A shelf lets nothing go.
+        assert!(self.objects.lock().unwrap().contains_key(&object.id()));
     }
 
     fn uploaded(&self) -> u64 {

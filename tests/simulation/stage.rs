@@ -21,6 +21,7 @@ use muster_learner::dispatch::service::{
     DispatchError, DispatchParts, DispatchService, DispatchSettings,
 };
 use muster_learner::dispatch::workers::ConductConfig;
+use muster_learner::trainer::objects::BroadcastConfig;
 use muster_learner::trainer::{Trainer, TrainerError, TrainerParts, TrainerSettings};
 use muster_protocol::bus::memory::{MemoryBus, MemoryConfig, MemoryCounters, Weather};
 use muster_protocol::bus::{QueueBounds, SharedBus};
@@ -492,6 +493,7 @@ impl Stage {
                 steps: self.play.steps,
                 checkpoint_every: 20,
                 advantage: AdvantageConfig::default(),
+                broadcast: BroadcastConfig::default(),
             },
         };
         let trainer = Trainer::start(parts).await?;

@@ -439,9 +439,19 @@ impl DispatchService {
         }
         let reference = version.body.reference();
         self.core.version_made(reference);
-        self.announcements
-            .retain(|(known, _)| known.version < reference.version);
-        self.announcements.push_back((reference, announcement));
+        let place = self
+            .announcements
+            .partition_point(|(known, _)| known.version < reference.version);
+        match self.announcements.get(place) {
+            // The same weights, offered anew by a learner that has started again: what came after them still holds.
+            Some((known, _)) if *known == reference => {
+                self.announcements[place] = (reference, announcement);
+            }
+            _ => {
+                self.announcements.truncate(place);
+                self.announcements.push_back((reference, announcement));
+            }
+        }
         if self.announcements.len() > ANNOUNCEMENTS_KEPT {
             self.announcements.pop_front();
         }

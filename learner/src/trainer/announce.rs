@@ -1,5 +1,8 @@
 //! Making a version known: describe its weights, sign, append to the versions log, tell everybody. The bytes themselves
 //! travel from peer to peer; NATS carries only what is signed here.
+//!
+//! A version is described as a delta from the one before it, as an anchor, or as both ([`super::objects`]). Invariant: what is
+//! announced with a version leads to it from nothing, and all of it was offered by this process.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -7,7 +10,6 @@ use serde_bytes::ByteBuf;
 
 use muster_broadcaster::follower::off_loop_if_large;
 use muster_broadcaster::object::describe_object;
-use muster_broadcaster::state::describe_state;
 use muster_broadcaster::swarm::Swarm;
 use muster_protocol::desk::Desk;
 use muster_protocol::envelope::Signed;
@@ -18,6 +20,7 @@ use muster_protocol::message::version::{
 use muster_protocol::subject::Log;
 
 use super::TrainerError;
+use super::objects::{BroadcastConfig, Described, describe_weights};
 
 /// Where a version's bytes are handed to the swarm.
 #[async_trait]
@@ -27,6 +30,9 @@ pub trait Outlet: Send + Sync {
     /// # Errors
     /// When it cannot be held.
     async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String>;
+
+    /// Says that a version needs an object, which is then kept as long as that version is.
+    fn keep_for(&self, object: &Object, version: PolicyVersion);
 
     /// Bytes uploaded to peers so far.
     fn uploaded(&self) -> u64;
@@ -39,6 +45,10 @@ impl Outlet for Swarm {
             .await
             .map(drop)
             .map_err(|error| error.to_string())
+    }
+
+    fn keep_for(&self, object: &Object, version: PolicyVersion) {
+        Swarm::keep_for(self, &object.id(), version);
     }
 
     fn uploaded(&self) -> u64 {
@@ -60,8 +70,12 @@ pub struct RunFile {
 pub struct Announced {
     /// The signed version.
     pub version: Signed<Version>,
-    /// The signed description of its anchor.
-    pub anchor: Signed<Object>,
+    /// The signed description of its anchor, when it has one.
+    pub anchor: Option<Signed<Object>>,
+    /// Everything that leads to it, as signed.
+    pub objects: Vec<Signed<Object>>,
+    /// Bytes that take a holder of the parent here.
+    pub bytes: u64,
 }
 
 /// Makes versions known.
@@ -72,7 +86,11 @@ pub struct Announcer {
     generation: Generation,
     files: Vec<FileEntry>,
     file_objects: Vec<Signed<Object>>,
-    parent: Option<StateRoot>,
+    config: BroadcastConfig,
+    /// The newest version that was described: its root, and its weights where the next may be a delta from them.
+    parent: Option<(StateRoot, Bytes)>,
+    /// The last anchor and the deltas since, which lead to the newest version.
+    trail: Vec<Signed<Object>>,
 }
 
 fn failed(error: impl std::fmt::Display) -> TrainerError {
@@ -90,6 +108,7 @@ impl Announcer {
         descriptor: DescriptorHash,
         generation: Generation,
         files: &[RunFile],
+        config: BroadcastConfig,
     ) -> Result<Self, TrainerError> {
         let mut entries = Vec::new();
         let mut file_objects = Vec::new();
@@ -112,13 +131,21 @@ impl Announcer {
             generation,
             files: entries,
             file_objects,
+            config,
             parent: None,
+            trail: Vec::new(),
         })
     }
 
     /// The root of the newest version that was described.
     pub fn parent(&self) -> Option<StateRoot> {
-        self.parent
+        self.parent.as_ref().map(|(root, _)| *root)
+    }
+
+    /// Whether weights of this size may be announced by deltas. A record of theirs in the log names objects of the process
+    /// that wrote it, so whoever comes after it announces the version anew.
+    pub fn makes_deltas(&self, image: &Bytes) -> bool {
+        image.len() as u64 >= self.config.delta_image_bytes_min
     }
 
     /// Describes and offers a version's weights, without telling anybody. Hashes on a thread that may block.
@@ -130,33 +157,87 @@ impl Announcer {
         version: PolicyVersion,
         image: Bytes,
     ) -> Result<Announced, TrainerError> {
-        let hashed = image.clone();
-        let (state, object) = off_loop_if_large(image.len(), move || {
-            let (parameters, part) = describe_state(&hashed).map_err(failed)?;
-            let root = state_root(&[part]);
-            let object =
-                describe_object(Content::Anchor { root }, version, &hashed).map_err(failed)?;
-            Ok::<_, TrainerError>(((parameters, part, root), object))
-        })
-        .await
-        .map_err(failed)??;
-        let (parameters, part, root) = state;
-        self.outlet.offer(&object, image).await.map_err(failed)?;
+        let (weights, config) = (image.clone(), self.config);
+        let parent = self.parent.clone();
+        let since_anchor = self.trail.len() as u64;
+        let described = off_loop_if_large(image.len(), move || {
+            describe_weights(version, &weights, parent, since_anchor, config)
+        });
+        let described = described.await.map_err(failed)??;
+        let Described {
+            parameters,
+            part,
+            anchor,
+            delta,
+        } = described;
+        let root = state_root(&[part]);
+        let anchor = self.offer(anchor).await?;
+        let delta = self.offer(delta).await?;
+        let step = delta.clone().or_else(|| anchor.clone());
+        let bytes = step.map_or(image.len() as u64, |object| object.body.bytes);
+        if let Some(anchor) = &anchor {
+            self.trail = vec![anchor.clone()];
+        } else {
+            self.trail.extend(delta.clone());
+        }
+        for object in &self.trail {
+            self.outlet.keep_for(&object.body, version);
+        }
+        let mut objects = self.trail.clone();
+        objects.extend(delta.filter(|_| anchor.is_some()));
         let body = Version {
             descriptor: self.descriptor,
             generation: self.generation,
             version,
-            parent: self.parent,
+            parent: self.parent(),
             parameters,
             parts: vec![part],
             root,
             files: self.files.clone(),
         };
-        self.parent = Some(root);
+        let kept = if self.makes_deltas(&image) {
+            image
+        } else {
+            Bytes::new()
+        };
+        self.parent = Some((root, kept));
         Ok(Announced {
             version: self.desk.sign(body)?,
-            anchor: self.desk.sign(object)?,
+            anchor,
+            objects,
+            bytes,
         })
+    }
+
+    /// Describes weights as a whole, for whoever writes them down; nothing is offered.
+    ///
+    /// # Errors
+    /// When the image cannot be described.
+    pub async fn anchor(
+        &self,
+        version: PolicyVersion,
+        image: &Bytes,
+    ) -> Result<Signed<Object>, TrainerError> {
+        let root = self
+            .parent()
+            .ok_or_else(|| failed("no version was described yet"))?;
+        let hashed = image.clone();
+        let object = off_loop_if_large(image.len(), move || {
+            describe_object(Content::Anchor { root }, version, &hashed)
+        });
+        let object = object.await.map_err(failed)?.map_err(failed)?;
+        Ok(self.desk.sign(object)?)
+    }
+
+    async fn offer(
+        &self,
+        made: Option<(Object, Bytes)>,
+    ) -> Result<Option<Signed<Object>>, TrainerError> {
+        let Some((object, bytes)) = made else {
+            return Ok(None);
+        };
+        self.outlet.offer(&object, bytes).await.map_err(failed)?;
+        Ok(Some(self.desk.sign(object)?))
     }
 
     /// Appends a version to the log and tells everybody.
@@ -164,7 +245,7 @@ impl Announcer {
     /// # Errors
     /// When the bus refuses.
     pub async fn announce(&self, announced: &Announced) -> Result<(), TrainerError> {
-        let objects = std::iter::once(&announced.anchor).chain(&self.file_objects);
+        let objects = announced.objects.iter().chain(&self.file_objects);
         let announcement = Announcement {
             version: announced.version.bytes.to_vec(),
             objects: objects

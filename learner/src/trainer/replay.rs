@@ -34,7 +34,8 @@ impl Trainer {
         self.archive.put_image(version, &image)?;
         let described = self.announcer.describe(version, image.clone()).await?;
         self.root = described.version.body.root;
-        if announced.get(&version) != Some(&self.root) {
+        // What was announced names deltas of the process before, which nobody may offer any more.
+        if announced.get(&version) != Some(&self.root) || self.announcer.makes_deltas(&image) {
             self.announcer.announce(&described).await?;
         }
         if saved.is_none() {
@@ -140,15 +141,15 @@ impl Trainer {
         let (output, _) = self.step(step, &batch, Intake::Closed).await?;
         let described = self.announcer.describe(step, output.image.clone()).await?;
         self.root = described.version.body.root;
-        if announced != Some(&self.root) {
-            if announced.is_some() {
+        if announced != Some(&self.root) || self.announcer.makes_deltas(&output.image) {
+            if announced.is_some_and(|announced| *announced != self.root) {
                 warn!(%step, "the replayed step made other bits: the new generation supersedes");
             }
             self.announcer.announce(&described).await?;
         }
         let line = StepMetrics {
             time_step: began.elapsed().as_secs_f64(),
-            broadcast_bytes: described.anchor.body.bytes,
+            broadcast_bytes: described.bytes,
             ..self.metrics_of(step, &batch, &output)
         };
         self.record.forget_counts();

@@ -116,6 +116,20 @@ pub struct VersionRef {
 }
 
 impl Version {
+    /// Bytes of all its parameters, as they are stored.
+    pub fn parameter_bytes(&self) -> u64 {
+        let bytes = |parameter: &Parameter| {
+            let elements = parameter
+                .shape
+                .iter()
+                .fold(1, |n: u64, d| n.saturating_mul(*d));
+            elements.saturating_mul(parameter.dtype.bytes())
+        };
+        self.parameters.iter().fold(0, |sum: u64, parameter| {
+            sum.saturating_add(bytes(parameter))
+        })
+    }
+
     /// Its short name.
     pub fn reference(&self) -> VersionRef {
         VersionRef {
@@ -218,6 +232,8 @@ pub enum Content {
 pub enum Codec {
     /// As they are: a file, or a safetensors file in canonical layout.
     Raw,
+    /// What turns one safetensors file into another, slice by slice, each by the method that takes the fewest bytes.
+    Delta,
 }
 
 /// A transferable object, described by whoever made it.
@@ -246,6 +262,7 @@ impl Object {
         hasher.update(&self.bytes.to_le_bytes());
         hasher.update(&[match self.codec {
             Codec::Raw => 0,
+            Codec::Delta => 1,
         }]);
         hasher.update(&self.shard_bytes.to_le_bytes());
         for shard in &self.shards {
@@ -261,6 +278,11 @@ impl Statement for Object {
 
     fn validate(&self) -> Result<(), Invalid> {
         some_of("shards", self.shards.len(), SHARDS_MAX)?;
+        let is_delta = matches!(self.content, Content::Delta { .. });
+        if is_delta != (self.codec == Codec::Delta) {
+            let problem = format!("is {:?}, which {:?} cannot be in", self.codec, self.content);
+            return Err(Invalid::new("codec", problem));
+        }
         if !(SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&self.shard_bytes) {
             let problem = format!(
                 "is {}, outside {SHARD_BYTES_MIN}..={SHARD_BYTES_MAX}",

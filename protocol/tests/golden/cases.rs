@@ -497,7 +497,10 @@ pub fn objects() -> Vec<(&'static str, Object)> {
         content,
         version: PolicyVersion(6),
         bytes: 5_000,
-        codec: Codec::Raw,
+        codec: match content {
+            Content::Delta { .. } => Codec::Delta,
+            Content::Anchor { .. } | Content::File { .. } => Codec::Raw,
+        },
         shard_bytes: 4_096,
         shards: vec![
             ContentHash(bytes_of("shard 0")),

@@ -1,0 +1,297 @@
+//! Taking over one version: open what was announced, fetch its bytes by the cheapest objects, check them against the root that
+//! the learner signed. Weights that are held are left as they are: deltas are applied to a copy, which is checked before
+//! anybody sees it.
+
+use std::num::NonZeroUsize;
+
+use bytes::Bytes;
+use tracing::{debug, warn};
+
+use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::envelope::{EnvelopeError, Signed, open};
+use muster_protocol::id::{ContentHash, PolicyVersion, StateRoot};
+use muster_protocol::message::version::{Announcement, Content, Object, Version};
+
+use crate::codec::delta::apply;
+use crate::route::cheapest;
+use crate::state::{HEADER_BYTES_MAX, verify_state};
+use crate::swarm::{FetchError, Source};
+
+/// Most threads that apply a delta: the machine has other work, and eight keep up with any network.
+const APPLY_THREADS_MAX: usize = 8;
+/// Bytes that are hashed where they are: below this a thread costs more than the work, which takes some 50 µs.
+const IN_PLACE_BYTES_MAX: usize = 64 << 10;
+
+/// A version whose bytes are here and were checked against the signed root.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// What the learner signed.
+    pub version: Signed<Version>,
+    /// The description of the bytes as a whole, when one was announced.
+    pub anchor: Option<Signed<Object>>,
+    /// The files beside the weights that the version names, as descriptions.
+    pub files: Vec<Signed<Object>>,
+    /// The weights: a safetensors file in canonical layout.
+    pub image: Bytes,
+}
+
+/// Why a version could not be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum FollowError {
+    /// The announcement is not one.
+    #[error("an announcement cannot be used: {0}")]
+    Envelope(#[from] EnvelopeError),
+    /// Somebody else's version.
+    #[error("version {0} is not signed by the run's learner")]
+    NotTheLearner(PolicyVersion),
+    /// No object leads to it.
+    #[error("version {0} was announced without objects that lead to it from nothing")]
+    NoRoute(PolicyVersion),
+    /// The version names no file of this name, or it was announced without a description.
+    #[error("version {version} has no file {name}")]
+    NoFile {
+        /// Which version.
+        version: PolicyVersion,
+        /// Which file.
+        name: String,
+    },
+    /// The bytes did not come.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// The bytes are not what was signed.
+    #[error("the bytes of version {version} are not what the learner signed: {problem}")]
+    Bytes {
+        /// Which version.
+        version: PolicyVersion,
+        /// Where they differ.
+        problem: String,
+    },
+    /// Dispatch cannot be asked.
+    #[error(transparent)]
+    Desk(#[from] DeskError),
+}
+
+/// An announcement whose signatures and authors were checked.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// What the learner signed.
+    pub version: Signed<Version>,
+    /// Descriptions of anchors and deltas, by which the weights are reached.
+    pub objects: Vec<Signed<Object>>,
+    /// Descriptions of the files beside the weights.
+    pub files: Vec<Signed<Object>>,
+}
+
+impl Opened {
+    /// The description of the weights as a whole, when one was announced.
+    pub fn anchor(&self) -> Option<&Signed<Object>> {
+        let content = Content::Anchor {
+            root: self.version.body.root,
+        };
+        self.objects
+            .iter()
+            .find(|object| object.body.content == content)
+    }
+
+    /// The objects that lead here with the fewest bytes, from nothing or from a state that is held.
+    pub(crate) fn route(&self, held: Option<StateRoot>) -> Option<Vec<&Object>> {
+        let objects: Vec<&Object> = self.objects.iter().map(|object| &object.body).collect();
+        cheapest(&objects, held, self.version.body.root)
+    }
+}
+
+/// Opens an announcement, believing only `desk`'s learner about the version. Objects may be described by anybody: their
+/// bytes are checked against what the learner signed.
+///
+/// # Errors
+/// When it is not the learner's, or a newcomer could not reach the version by what is in it.
+pub fn open_announcement(desk: &Desk, announcement: &Announcement) -> Result<Opened, FollowError> {
+    let version = open::<Version>(announcement.version.clone().into(), desk.run())?;
+    let number = version.body.version;
+    if version.author != desk.learner() {
+        return Err(FollowError::NotTheLearner(number));
+    }
+    // Objects are described by anybody: what is larger than the weights and a header leads nowhere faster.
+    let whole = version
+        .body
+        .parameter_bytes()
+        .saturating_add(HEADER_BYTES_MAX);
+    let mut opened = Opened {
+        version,
+        objects: Vec::new(),
+        files: Vec::new(),
+    };
+    for bytes in &announcement.objects {
+        let object = open::<Object>(bytes.to_vec().into(), desk.run())?;
+        match object.body.content {
+            Content::File { .. } => opened.files.push(object),
+            Content::Anchor { .. } | Content::Delta { .. } if object.body.bytes <= whole => {
+                opened.objects.push(object);
+            }
+            Content::Anchor { .. } | Content::Delta { .. } => {
+                warn!(author = %object.author, bytes = object.body.bytes, "an object larger than the weights is ignored");
+            }
+        }
+    }
+    if opened.route(None).is_none() {
+        return Err(FollowError::NoRoute(number));
+    }
+    Ok(opened)
+}
+
+/// Fetches a version's bytes and checks them against its root, by the objects that take the fewest bytes: from nothing, or
+/// from the weights of `parent`, which are left as they are. Where deltas do not come or lead elsewhere than they say, it is
+/// tried without them.
+///
+/// # Errors
+/// When the bytes do not come or are not what was signed.
+pub async fn fetch(
+    source: &dyn Source,
+    mut opened: Opened,
+    parent: Option<&Held>,
+) -> Result<Held, FollowError> {
+    let number = opened.version.body.version;
+    let anchor = opened.anchor().cloned();
+    let held = parent.map(|parent| (parent.version.body.root, parent.image.clone()));
+    loop {
+        let root = held.as_ref().map(|(root, _)| *root);
+        let route = opened.route(root).ok_or(FollowError::NoRoute(number))?;
+        let route: Vec<Object> = route.into_iter().cloned().collect();
+        let error = match travel(source, &opened.version.body, &route, held.as_ref()).await {
+            Ok(image) => {
+                let is_whole = matches!(
+                    &route[..],
+                    [Object {
+                        content: Content::Anchor { .. },
+                        ..
+                    }]
+                );
+                if let Some(anchor) = anchor.as_ref().filter(|_| !is_whole) {
+                    pass_on(source, &anchor.body, &image).await;
+                }
+                for object in &opened.objects {
+                    source.keep_for(&object.body, number);
+                }
+                return Ok(Held {
+                    anchor,
+                    version: opened.version,
+                    files: opened.files,
+                    image,
+                });
+            }
+            Err(error) => error,
+        };
+        let is_delta = |object: &Object| matches!(object.content, Content::Delta { .. });
+        if !route.iter().any(is_delta) {
+            return Err(error);
+        }
+        warn!(version = %number, %error, "a delta did not lead to the weights: going on without it");
+        opened
+            .objects
+            .retain(|object| !(is_delta(&object.body) && route.contains(&object.body)));
+        if opened.route(root).is_none() {
+            return Err(error);
+        }
+    }
+}
+
+/// Goes by the objects of a route, and checks where it led.
+async fn travel(
+    source: &dyn Source,
+    version: &Version,
+    route: &[Object],
+    held: Option<&(StateRoot, Bytes)>,
+) -> Result<Bytes, FollowError> {
+    let number = version.version;
+    let bad = |problem: String| FollowError::Bytes {
+        version: number,
+        problem,
+    };
+    let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
+    for object in route {
+        let bytes = source.fetch(object).await?;
+        image = match object.content {
+            Content::Delta { .. } => {
+                let parent = image.clone();
+                let applied = off_loop_if_large(parent.len(), move || {
+                    apply(&parent, &bytes, apply_threads()).map(Bytes::from)
+                });
+                let applied = applied.await.map_err(|error| bad(error.to_string()))?;
+                applied.map_err(|error| bad(error.to_string()))?
+            }
+            Content::Anchor { .. } | Content::File { .. } => bytes,
+        };
+    }
+    // Shard hashes say where a whole file is wrong. What a delta made has only its root.
+    let object = match route {
+        [only] if matches!(only.content, Content::Anchor { .. }) => Some(only.clone()),
+        _ => None,
+    };
+    let (signed, bytes) = (version.clone(), image.clone());
+    let verify = move || verify_state(&bytes, &signed, object.as_ref());
+    off_loop_if_large(image.len(), verify)
+        .await
+        .map_err(|error| bad(error.to_string()))?
+        .map_err(|error| bad(error.to_string()))?;
+    Ok(image)
+}
+
+fn apply_threads() -> NonZeroUsize {
+    let most = NonZeroUsize::MIN.saturating_add(APPLY_THREADS_MAX - 1);
+    std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |threads| threads.min(most))
+}
+
+/// Whoever got a version by deltas can serve it as a whole, where it was described so.
+async fn pass_on(source: &dyn Source, anchor: &Object, image: &Bytes) {
+    if let Err(error) = source.offer(anchor, image.clone()).await {
+        debug!(%error, "the weights are not passed on as a whole");
+    }
+}
+
+/// Does `work` over so many bytes: here when they are few, on a thread that may block otherwise.
+///
+/// # Errors
+/// When the work panicked on its thread.
+pub async fn off_loop_if_large<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, tokio::task::JoinError> {
+    if bytes <= IN_PLACE_BYTES_MAX {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await
+}
+
+/// Fetches one of the files that a version names.
+///
+/// # Errors
+/// When the version has no such file, or its bytes do not come.
+pub async fn fetch_file(
+    source: &dyn Source,
+    opened: &Opened,
+    name: &str,
+) -> Result<Bytes, FollowError> {
+    let version = opened.version.body.version;
+    let missing = || FollowError::NoFile {
+        version,
+        name: name.to_owned(),
+    };
+    let mut entries = opened.version.body.files.iter();
+    let entry = entries
+        .find(|entry| entry.name == name)
+        .ok_or_else(missing)?;
+    let content = Content::File { hash: entry.hash };
+    let mut files = opened.files.iter();
+    let object = files
+        .find(|object| object.body.content == content)
+        .ok_or_else(missing)?;
+    let bytes = source.fetch(&object.body).await?;
+    if ContentHash::of(&bytes) != entry.hash {
+        let problem = format!("{name} has another hash");
+        return Err(FollowError::Bytes { version, problem });
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;

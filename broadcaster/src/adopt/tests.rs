@@ -1,0 +1,198 @@
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use muster_protocol::envelope::seal;
+use muster_protocol::id::{DescriptorHash, Generation, ObjectId, RunId};
+use muster_protocol::identity::Identity;
+use muster_protocol::message::version::state_root;
+
+use super::*;
+use crate::codec::delta::encode;
+use crate::object::describe_object;
+use crate::state::describe_state;
+use crate::store::StoreError;
+
+/// A run of versions whose objects lie on a shelf, and what was taken from it.
+#[derive(Debug, Default)]
+struct Shelf {
+    objects: BTreeMap<ObjectId, Bytes>,
+    taken: Mutex<Vec<u64>>,
+    offered: Mutex<Vec<ObjectId>>,
+}
+
+#[async_trait]
+impl Source for Shelf {
+    async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
+        self.taken.lock().unwrap().push(object.bytes);
+        let found = self.objects.get(&object.id()).cloned();
+        found.ok_or(FetchError::Stopped)
+    }
+
+    async fn offer(&self, object: &Object, _bytes: Bytes) -> Result<(), StoreError> {
+        self.offered.lock().unwrap().push(object.id());
+        Ok(())
+    }
+}
+
+/// Weights of 4,096 bf16 numbers, of which each version moves forty more.
+fn weights(version: u64) -> Vec<u8> {
+    let header = br#"{"w":{"dtype":"BF16","shape":[4096],"data_offsets":[0,8192]}}"#;
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header);
+    let weight = |i: u64| 0x3c00 + (i * 31 % 700) as u16 + u16::from(i < 40 * version);
+    file.extend((0..4_096).flat_map(|i| weight(i).to_le_bytes()));
+    file
+}
+
+fn root_of(version: u64) -> StateRoot {
+    let (_, part) = describe_state(&weights(version)).unwrap();
+    state_root(&[part])
+}
+
+/// The run's learner, who also describes the objects.
+struct Author {
+    identity: Identity,
+    run: RunId,
+    shelf: Shelf,
+}
+
+impl Author {
+    fn new() -> Self {
+        Self {
+            identity: Identity::generate(),
+            run: "test".parse().unwrap(),
+            shelf: Shelf::default(),
+        }
+    }
+
+    fn object(&mut self, content: Content, version: u64, bytes: Vec<u8>) -> Signed<Object> {
+        let object = describe_object(content, PolicyVersion(version), &bytes).unwrap();
+        self.shelf.objects.insert(object.id(), bytes.into());
+        seal(&self.identity, &self.run, 1, object).unwrap()
+    }
+
+    fn anchor(&mut self, version: u64) -> Signed<Object> {
+        let root = root_of(version);
+        self.object(Content::Anchor { root }, version, weights(version))
+    }
+
+    fn delta(&mut self, from: u64, to: u64) -> Signed<Object> {
+        let delta = encode(&weights(from), &weights(to), NonZeroUsize::MIN).unwrap();
+        self.named(from, to, delta.bytes)
+    }
+
+    /// A delta that says where it leads.
+    fn named(&mut self, from: u64, to: u64, bytes: Vec<u8>) -> Signed<Object> {
+        let content = Content::Delta {
+            from: root_of(from),
+            to: root_of(to),
+        };
+        self.object(content, to, bytes)
+    }
+
+    fn opened(&self, version: u64, objects: &[&Signed<Object>]) -> Opened {
+        let (parameters, part) = describe_state(&weights(version)).unwrap();
+        let body = Version {
+            descriptor: DescriptorHash([0; 32]),
+            generation: Generation(1),
+            version: PolicyVersion(version),
+            parent: None,
+            parameters,
+            parts: vec![part],
+            root: state_root(&[part]),
+            files: Vec::new(),
+        };
+        Opened {
+            version: seal(&self.identity, &self.run, 2, body).unwrap(),
+            objects: objects.iter().map(|object| (*object).clone()).collect(),
+            files: Vec::new(),
+        }
+    }
+
+    fn held(&self, version: u64) -> Held {
+        Held {
+            version: self.opened(version, &[]).version,
+            anchor: None,
+            files: Vec::new(),
+            image: weights(version).into(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn whoever_holds_the_parent_fetches_the_delta_and_can_serve_the_anchor() {
+    let mut author = Author::new();
+    let (delta, anchor) = (author.delta(1, 2), author.anchor(2));
+    let opened = author.opened(2, &[&anchor, &delta]);
+    let parent = author.held(1);
+    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    assert_eq!(held.image, weights(2));
+    assert_eq!(parent.image, weights(1), "the parent stays as it is");
+    assert_eq!(*author.shelf.taken.lock().unwrap(), [delta.body.bytes]);
+    assert_eq!(*author.shelf.offered.lock().unwrap(), [anchor.body.id()]);
+}
+
+#[tokio::test]
+async fn a_newcomer_goes_by_the_last_anchor_and_the_deltas_since() {
+    let mut author = Author::new();
+    let objects = [author.anchor(1), author.delta(1, 2), author.delta(2, 3)];
+    let opened = author.opened(3, &objects.each_ref());
+    let held = fetch(&author.shelf, opened, None).await.unwrap();
+    assert_eq!(held.image, weights(3));
+    assert!(held.anchor.is_none());
+    assert_eq!(author.shelf.taken.lock().unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn a_late_peer_takes_the_squashed_delta() {
+    let mut author = Author::new();
+    let mut objects: Vec<_> = (1..5).map(|v| author.delta(v, v + 1)).collect();
+    objects.push(author.delta(1, 5));
+    objects.push(author.anchor(5));
+    let objects: Vec<&Signed<Object>> = objects.iter().collect();
+    let opened = author.opened(5, &objects);
+    let parent = author.held(1);
+    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    assert_eq!(held.image, weights(5));
+    assert_eq!(*author.shelf.taken.lock().unwrap(), [objects[4].body.bytes]);
+}
+
+#[tokio::test]
+async fn a_delta_that_leads_elsewhere_than_it_says_is_refused_and_the_anchor_taken() {
+    let mut author = Author::new();
+    let elsewhere = encode(&weights(1), &weights(9), NonZeroUsize::MIN).unwrap();
+    let lie = author.named(1, 2, elsewhere.bytes);
+    let garbage = author.named(1, 2, vec![7; 300]);
+    let anchor = author.anchor(2);
+    let opened = author.opened(2, &[&lie, &garbage, &anchor]);
+    let parent = author.held(1);
+    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    assert_eq!(held.image, weights(2));
+    let taken = author.shelf.taken.lock().unwrap().clone();
+    assert_eq!(taken, [lie.body.bytes, 300, anchor.body.bytes]);
+}
+
+#[tokio::test]
+async fn without_an_anchor_a_lying_delta_is_an_error_and_no_weights() {
+    let mut author = Author::new();
+    let elsewhere = encode(&weights(1), &weights(9), NonZeroUsize::MIN).unwrap();
+    let lie = author.named(1, 2, elsewhere.bytes);
+    let opened = author.opened(2, &[&lie]);
+    let parent = author.held(1);
+    let refused = fetch(&author.shelf, opened, Some(&parent))
+        .await
+        .unwrap_err();
+    assert!(matches!(refused, FollowError::Bytes { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn a_version_that_is_held_is_not_fetched_again() {
+    let mut author = Author::new();
+    let anchor = author.anchor(2);
+    let opened = author.opened(2, &[&anchor]);
+    let parent = author.held(2);
+    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    assert_eq!(held.image, weights(2));
+    assert!(author.shelf.taken.lock().unwrap().is_empty());
+}
