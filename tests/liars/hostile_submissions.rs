@@ -196,12 +196,10 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on
         Answer::UpgradeRequired { served } => assert_eq!(served, PROTOCOL_VERSIONS),
         answer => panic!("an unknown protocol version was answered {answer:?}"),
     }
+    let garbage = [&question[..1], b"garbage"].concat(); // the version of the question stands first
     for (payload, words) in [
         (flipped(&question), "does not verify"),
-        (
-            Bytes::from_static(b"\x01garbage"),
-            "message cannot be decoded",
-        ),
+        (garbage.into(), "message cannot be decoded"),
         (Bytes::new(), "message cannot be decoded"),
         (
             other.sign(ask(&signed)).unwrap().bytes,
