@@ -51,10 +51,15 @@ impl Outcome {
     }
 }
 
+/// Parent and child in, the patch out; nothing where there is no patch.
+type Encode = fn(&[u8], &[u8]) -> Option<Vec<u8>>;
+/// Patch and parent in, the child into the last; nothing where the patch is no good.
+type Apply = fn(&[u8], &[u8], &mut [u8]) -> Option<()>;
+
 /// How a contender codes a tensor of 16-bit weights, and applies what it coded.
 struct Contender {
-    encode: fn(&[u8], &[u8]) -> Option<Vec<u8>>,
-    apply: fn(&[u8], &[u8], &mut [u8]) -> Option<()>,
+    encode: Encode,
+    apply: Apply,
 }
 
 const PULSE: Contender = Contender {
