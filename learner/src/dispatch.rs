@@ -27,7 +27,7 @@ use muster_protocol::message::version::VersionRef;
 use muster_protocol::seed::{SeedBinding, lease_seed};
 
 use admission::Mismatch;
-use audit::{AuditConfig, is_drawn};
+use audit::{AuditConfig, Draws, is_drawn};
 use judging::{Case, Court, CritiqueConfig, Outcome};
 use tickets::{Budget, Stage, TicketTable};
 use waiting::{Crowd, RETRY_MS_MAX, Wait};
@@ -87,6 +87,7 @@ pub struct Dispatch {
     tickets: TicketTable,
     conduct: Conduct,
     court: Court,
+    draws: Draws,
     waiting_workers: Crowd,
     waiting_critics: Crowd,
 }
@@ -101,6 +102,7 @@ impl Dispatch {
             tickets: TicketTable::new(config.budget),
             conduct: Conduct::new(config.conduct),
             court: Court::new(config.critique),
+            draws: Draws::default(),
             config,
             epoch,
             secret,
@@ -277,7 +279,7 @@ impl Dispatch {
     }
 
     /// Decides about a group that `author` submitted for a lease signed by dispatch.
-    pub fn admit(&self, lease: &Lease, group: &Signed<Group>) -> Admission {
+    pub fn admit(&mut self, lease: &Lease, group: &Signed<Group>) -> Admission {
         let hash = GroupHash::of(&group.bytes);
         if let Err(mismatch) =
             admission::check(&group.body, &group.author, lease, self.config.vocabulary)
@@ -313,10 +315,9 @@ impl Dispatch {
             return Admission::TooLate(fate_of(lease, Some(hash), Fate::Duplicate, reason));
         }
         let several = group.body.versions().len() > 1;
-        Admission::Admit {
-            // The trainer recomputes log-probs under one version, so that others are confirmed by a critic always.
-            audit: several || self.is_audited(&lease.worker, &hash),
-        }
+        // The trainer recomputes log-probs under one version, so that others are confirmed by a critic always.
+        let audit = several || self.is_audited(lease, &hash);
+        Admission::Admit { audit }
     }
 
     /// The versions that drew a group. A number that dispatch does not know, which only a trusted worker can name, is left
@@ -338,9 +339,11 @@ impl Dispatch {
         )
     }
 
-    fn is_audited(&self, worker: &PeerId, group: &GroupHash) -> bool {
-        let record = self.conduct.audit_record(worker);
-        is_drawn(&self.secret, group, self.config.audit.share(&record))
+    fn is_audited(&mut self, lease: &Lease, group: &GroupHash) -> bool {
+        let record = self.conduct.audit_record(&lease.worker);
+        let share = self.config.audit.share(&record);
+        let draw = || is_drawn(&self.secret, group, share);
+        self.draws.once(lease.ticket.id, lease.id, draw)
     }
 
     /// A group was stored in the intake queue (or found there at the start): the critics may have it.
@@ -350,6 +353,7 @@ impl Dispatch {
         } = &lease.body;
         let versions = self.versions_of(&lease.body, &group.body);
         self.tickets.restore_judging(ticket);
+        self.draws.forget(ticket.id);
         self.conduct.lease_answered(*worker, *id);
         let envelopes = (lease.bytes.clone(), group.bytes.clone());
         let hash = GroupHash::of(&group.bytes);
@@ -445,6 +449,7 @@ impl Dispatch {
             return;
         }
         self.court.close(record.ticket);
+        self.draws.forget(record.ticket);
         self.tickets.end(record.ticket, record.fate);
     }
 

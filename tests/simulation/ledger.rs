@@ -227,6 +227,12 @@ impl Book {
             audit: admitted.audit,
         };
         let hash = GroupHash::of(&group.bytes);
-        self.admitted.entry(hash).or_insert(admission); // a later attempt finds the first one stored
+        // A later attempt may find the first one stored, so that both must say the same.
+        let first = self.admitted.entry(hash).or_insert(admission);
+        if first.audit != admission.audit {
+            let ticket = admission.ticket;
+            self.violations
+                .push(format!("audit: ticket {ticket} was drawn anew"));
+        }
     }
 }

@@ -1,9 +1,11 @@
 //! Which groups a forward pass re-checks: drawn after the group was signed, from a secret of dispatch, at a rate that
 //! falls with a worker's record and returns to one after a failure (`research/verification-incentives.md` §3.2).
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use muster_protocol::id::GroupHash;
+use muster_protocol::id::{GroupHash, LeaseId, TicketId};
 
 /// How often groups are audited.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -76,6 +78,26 @@ pub fn is_drawn(secret: &[u8; 32], group: &GroupHash, share: f64) -> bool {
     first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
     let draw = (u64::from_le_bytes(first) >> 11) as f64 / (1u64 << 53) as f64;
     draw < share
+}
+
+/// What was drawn for groups that are not stored yet, by ticket and lease. A group whose way to the queue failed is
+/// submitted again, and its author's record may have grown since: the first draw holds, whatever is submitted then.
+#[derive(Debug, Default)]
+pub struct Draws {
+    drawn: BTreeMap<TicketId, BTreeMap<LeaseId, bool>>,
+}
+
+impl Draws {
+    /// The draw of a lease: the one made before, else `draw`.
+    pub fn once(&mut self, ticket: TicketId, lease: LeaseId, draw: impl FnOnce() -> bool) -> bool {
+        let drawn = self.drawn.entry(ticket).or_default();
+        *drawn.entry(lease).or_insert_with(draw)
+    }
+
+    /// Forgets a ticket that has its group, or has ended.
+    pub fn forget(&mut self, ticket: TicketId) {
+        self.drawn.remove(&ticket);
+    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-use muster_protocol::envelope::seal;
+use muster_protocol::envelope::{open, seal};
 use muster_protocol::id::{DescriptorHash, StateRoot};
 use muster_protocol::identity::{Identity, MachineSeed};
 use muster_protocol::message::group::{FinishReason, Rollout};
@@ -174,4 +174,38 @@ fn a_ticket_whose_fate_is_on_its_way_to_the_log_is_nobodys_any_more() {
             .assign(critic, &[version(0)], UnixMillis(1))
             .is_err()
     );
+}
+
+/// The way to the queue may fail, and the author's record may change before the group is submitted again.
+#[test]
+fn the_first_draw_of_a_lease_holds_when_its_group_is_submitted_again() {
+    let mut dispatch = with_a_group_to_judge();
+    let lease = dispatch.court.case_of(TicketId(1)).unwrap().lease.clone();
+    let run: RunId = "r".parse().unwrap();
+    let lease = open::<Lease>(lease, &run).unwrap();
+    let author = lease.body.worker;
+    dispatch.court.close(TicketId(1));
+    let leased = Stage::Leased {
+        lease: lease.body.id,
+        worker: author,
+        deadline: DEADLINE,
+    };
+    dispatch.tickets.advance(TicketId(1), leased);
+    let identity = Identity::from_seed(&MachineSeed::from_bytes([9; 32]));
+    let mut group = seal(&identity, &run, 2, group_of(&lease.body)).unwrap();
+    group.author = author;
+    let drawn = Admission::Admit { audit: true };
+    assert_eq!(dispatch.admit(&lease.body, &group), drawn, "a newcomer's");
+    let config = AuditConfig::default();
+    for _ in 0..10_000 {
+        dispatch.conduct.worker(author).audits.record(true, &config);
+    }
+    assert_eq!(
+        dispatch.admit(&lease.body, &group),
+        drawn,
+        "submitted again"
+    );
+    dispatch.draws.forget(TicketId(1));
+    let anew = Admission::Admit { audit: false };
+    assert_eq!(dispatch.admit(&lease.body, &group), anew, "a veteran's");
 }
