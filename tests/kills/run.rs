@@ -15,13 +15,16 @@ use nix::unistd::Pid;
 use super::processes::{Process, children_of};
 
 /// Steps of a run.
-pub const STEPS: u64 = 30;
+pub const STEPS: u64 = 80;
 /// B.
 pub const BATCH_GROUPS: u64 = 8;
 /// η.
 pub const ASYNC_LEVEL: u64 = 2;
-/// Steps that a run has taken before anybody is hit, and steps that are left then: so that there is a run to go on with.
-const MARGIN: u64 = 3;
+/// Steps of which one is the last before somebody is hit. Many more are left then, since a step may take 20 ms: whoever is
+/// hit is still at work.
+const HIT_AFTER: std::ops::Range<u64> = 3..30;
+/// A step of these runs takes about as long: the moment falls anywhere in it.
+const STEP_MS: u64 = 50;
 /// How long anything may take on a busy machine before the run counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// How often files are looked at.
@@ -33,7 +36,7 @@ const STARVED: Duration = Duration::from_secs(2);
 const CONFIG: &str = r#"
 [run]
 name = "kills"
-steps = 30
+steps = 80
 async_level = 2
 
 [warmup]
@@ -51,7 +54,7 @@ stop = ["."]
 
 [learner]
 batch_groups = 8
-checkpoint_every = 10
+checkpoint_every = 20
 
 [learner.train]
 updates_per_step = 1
@@ -140,8 +143,8 @@ impl Run {
     pub fn start(name: &str) -> Self {
         let seed: u64 = std::env::var("MUSTER_KILL_SEED").map_or(1, |seed| seed.parse().unwrap());
         let drawn = muster_protocol::id::ContentHash::of(format!("{seed} {name}").as_bytes()).0;
-        let step = MARGIN + u64::from(drawn[0]) % (STEPS - 2 * MARGIN);
-        let after = Duration::from_millis(u64::from(drawn[1]));
+        let step = HIT_AFTER.start + u64::from(drawn[0]) % (HIT_AFTER.end - HIT_AFTER.start);
+        let after = Duration::from_millis(u64::from(drawn[1]) % STEP_MS);
         eprintln!("{name} is hit {after:?} after step {step} (MUSTER_KILL_SEED={seed})");
         let folder = tempfile::tempdir().unwrap();
         let parent = launch(folder.path());
