@@ -61,6 +61,9 @@ pub struct Book {
     pub decided: BTreeMap<TicketId, BTreeSet<Fate>>,
     pub answers: BTreeMap<LeaseId, Quality>,
     pub admitted: BTreeMap<GroupHash, Admission>,
+    /// What each life of dispatch drew for a group it tried to store.
+    draws: BTreeMap<(u64, GroupHash), bool>,
+    lives: u64,
     /// Groups that the critics accepted, and whether a forward pass was made.
     pub accepted: BTreeMap<GroupHash, bool>,
     pub lessees: Vec<PeerId>,
@@ -86,6 +89,8 @@ impl Ledger {
             decided: BTreeMap::new(),
             answers: BTreeMap::new(),
             admitted: BTreeMap::new(),
+            draws: BTreeMap::new(),
+            lives: 0,
             accepted: BTreeMap::new(),
             lessees: Vec::new(),
             freed: BTreeSet::new(),
@@ -121,13 +126,29 @@ impl Ledger {
         }
     }
 
-    /// What dispatch is about to store in a queue.
-    pub fn enqueued(&self, queue: Queue, payload: Bytes) {
+    /// A number that no other life has.
+    pub fn life_begins(&self) -> u64 {
+        let mut book = self.book();
+        book.lives += 1;
+        book.lives
+    }
+
+    /// What came out of a queue: it was stored.
+    pub fn taken(&self, queue: Queue, payload: Bytes) {
+        if queue == Queue::Intake {
+            let mut book = self.book();
+            let run = book.run.clone();
+            book.admitted(&open::<Admitted>(payload, &run).unwrap().body);
+        }
+    }
+
+    /// What dispatch is about to store in a queue, in one of its lives.
+    pub fn enqueued(&self, queue: Queue, life: u64, payload: Bytes) {
         let mut book = self.book();
         let run = book.run.clone();
         match queue {
             Queue::Tickets => book.issued(open::<Ticket>(payload, &run).unwrap().body.id),
-            Queue::Intake => book.admitted(&open::<Admitted>(payload, &run).unwrap().body),
+            Queue::Intake => book.drawn(life, &open::<Admitted>(payload, &run).unwrap().body),
             Queue::Ready => {
                 let joined = open::<Joined>(payload, &run).unwrap().body;
                 book.accepted
@@ -227,12 +248,17 @@ impl Book {
             audit: admitted.audit,
         };
         let hash = GroupHash::of(&group.bytes);
-        // A later attempt may find the first one stored, so that both must say the same.
-        let first = self.admitted.entry(hash).or_insert(admission);
-        if first.audit != admission.audit {
-            let ticket = admission.ticket;
+        self.admitted.insert(hash, admission);
+    }
+
+    /// Within one life of dispatch, a group that is submitted again gets the draw that it had.
+    fn drawn(&mut self, life: u64, admitted: &Admitted) {
+        let group = open::<Group>(admitted.group.clone().into(), &self.run).unwrap();
+        let draw = (life, GroupHash::of(&group.bytes));
+        if *self.draws.entry(draw).or_insert(admitted.audit) != admitted.audit {
+            let lease = group.body.lease;
             self.violations
-                .push(format!("audit: ticket {ticket} was drawn anew"));
+                .push(format!("audit: the group of lease {lease} was drawn anew"));
         }
     }
 }

@@ -399,10 +399,7 @@ impl Stage {
     fn desk(&self, player: &Player, role: Role) -> Desk {
         let mut bus = self.bus.connect(&player.user, role);
         if role.is_lab() {
-            bus = Arc::new(Watched {
-                inner: bus,
-                ledger: self.ledger.clone(),
-            });
+            bus = Arc::new(Watched::new(bus, self.ledger.clone()));
         }
         let learner = cast().trainer.identity.peer_id();
         Desk::new(bus, player.identity.clone(), self.run.clone(), learner)

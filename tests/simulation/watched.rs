@@ -14,8 +14,21 @@ use crate::ledger::Ledger;
 
 #[derive(Debug)]
 pub struct Watched {
-    pub inner: SharedBus,
-    pub ledger: Ledger,
+    inner: SharedBus,
+    ledger: Ledger,
+    /// Tells one connection, which a part keeps for a life, from another.
+    life: u64,
+}
+
+impl Watched {
+    pub fn new(inner: SharedBus, ledger: Ledger) -> Self {
+        let life = ledger.life_begins();
+        Self {
+            inner,
+            ledger,
+            life,
+        }
+    }
 }
 
 #[async_trait]
@@ -50,7 +63,7 @@ impl Bus for Watched {
     }
 
     async fn enqueue(&self, queue: Queue, key: &str, payload: Bytes) -> Result<Enqueued, BusError> {
-        self.ledger.enqueued(queue, payload.clone());
+        self.ledger.enqueued(queue, self.life, payload.clone());
         self.inner.enqueue(queue, key, payload).await
     }
 
@@ -60,7 +73,11 @@ impl Bus for Watched {
         max: usize,
         wait: Duration,
     ) -> Result<Vec<Delivery>, BusError> {
-        self.inner.take(queue, max, wait).await
+        let taken = self.inner.take(queue, max, wait).await?;
+        for delivery in &taken {
+            self.ledger.taken(queue, delivery.payload.clone());
+        }
+        Ok(taken)
     }
 
     async fn reclaim(&self, queue: Queue) -> Result<(), BusError> {
