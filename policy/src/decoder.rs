@@ -1,6 +1,6 @@
 //! The decoder, once: layers in order over the operations of a kernel set. Generation, scoring and training run this.
 //!
-//! Knows no sampling and no loss. Invariant: the hidden state at a position depends only on the tokens of its own row up
+//! Knows no sampling and no loss. Invariant: the hidden state at a position depends only on the tokens of its own text up
 //! to that position.
 
 use std::ops::Range;

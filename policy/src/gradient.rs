@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crate::decoder;
 use crate::kernels::candle::Candle;
 use crate::kernels::fused::Fused;
-use crate::kernels::{Batch, KernelSet, Kernels};
+use crate::kernels::{Batch, KernelSet, Kernels, Text};
 use crate::layout::{Block, Layout, Parameter};
 use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
 
@@ -32,14 +32,15 @@ impl TrainRow {
         self.targets.iter().map(Range::len).sum()
     }
 
-    /// Tokens that the decoder must read: all before the last target.
-    fn input_len(&self) -> usize {
-        self.targets
-            .iter()
-            .filter(|range| !range.is_empty())
-            .map(|range| range.end - 1)
-            .max()
-            .unwrap_or(0)
+    /// What the decoder must read: all before the last target, shareable up to what the first is predicted from.
+    fn text(&self) -> Text<'_> {
+        let mut targets = self.targets.iter().filter(|range| !range.is_empty());
+        let first = targets.clone().next().map_or(1, |range| range.start);
+        let end = targets.next_back().map_or(1, |range| range.end);
+        Text {
+            tokens: &self.tokens[..end - 1],
+            shareable: first - 1,
+        }
     }
 }
 
@@ -52,7 +53,7 @@ pub struct Pass {
     pub logprobs: Vec<Vec<f32>>,
     /// For each row, the entropy of the distribution that each target was taken from, in nats.
     pub entropies: Vec<Vec<f32>>,
-    /// Tokens that the decoder read.
+    /// Tokens of the texts up to their last targets, of which the decoder reads once what neighbours share.
     pub tokens: usize,
 }
 
@@ -61,8 +62,9 @@ pub type Coefficients<'a> = dyn Fn(usize, &[f32]) -> Vec<f32> + Sync + 'a;
 
 /// Forward over all rows at once, `coefficients` for each row that has targets, backward.
 ///
-/// Rows are dealt to exactly `shards` threads, the longest first, each to the one with the fewest tokens so far; their
-/// gradients are added in the order of the shards.
+/// Neighbours that begin with the same tokens, as the rollouts of a group do with their prompt, are read as one tree: what
+/// they share is computed once, forward and backward. Such families are dealt to exactly `shards` threads, the longest
+/// first, each to the one with the fewest tokens so far; their gradients are added in the order of the shards.
 ///
 /// # Errors
 /// When a row is not one that the decoder can read, no row has a target, or `coefficients` returns a wrong number of
@@ -155,15 +157,19 @@ fn check_train_row(policy: &Policy, row: usize, train: &TrainRow) -> Result<(), 
 
 /// Rows of each shard, in rising order. Rows without targets are in none.
 fn deal(rows: &[TrainRow], shards: NonZeroUsize) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..rows.len())
+    let trained: Vec<usize> = (0..rows.len())
         .filter(|&row| rows[row].target_count() > 0)
         .collect();
-    order.sort_by_key(|&row| std::cmp::Reverse(rows[row].input_len()));
+    let mut families: Vec<(usize, &[usize])> = trained
+        .chunk_by(|&one, &next| rows[one].text().shares_with(rows[next].text()))
+        .map(|family| (tokens_read(rows, family), family))
+        .collect();
+    families.sort_by_key(|(tokens, _)| std::cmp::Reverse(*tokens));
     let mut dealt = vec![(0, Vec::new()); shards.get()];
-    for row in order {
+    for (read, family) in families {
         if let Some((tokens, members)) = dealt.iter_mut().min_by_key(|(tokens, _)| *tokens) {
-            *tokens += rows[row].input_len();
-            members.push(row);
+            *tokens += read;
+            members.extend_from_slice(family);
         }
     }
     let sorted = |(_, mut members): (usize, Vec<usize>)| {
@@ -171,6 +177,13 @@ fn deal(rows: &[TrainRow], shards: NonZeroUsize) -> Vec<Vec<usize>> {
         members
     };
     dealt.into_iter().map(sorted).collect()
+}
+
+/// Tokens that the decoder reads of rows that share their first ones.
+fn tokens_read(rows: &[TrainRow], family: &[usize]) -> usize {
+    let texts = family.iter().map(|&row| rows[row].text());
+    let shared = texts.clone().next().map_or(0, |text| text.shareable);
+    shared + texts.map(|text| text.tokens.len() - shared).sum::<usize>()
 }
 
 /// The share of one thread.
@@ -197,11 +210,11 @@ impl Shard<'_> {
             });
         }
         let members = self.members.iter().map(|&row| &self.rows[row]);
-        let batch = Batch::packed(members.clone().map(|row| &row.tokens[..row.input_len()]));
+        let (batch, ends) = Batch::packed(members.clone().map(TrainRow::text));
         let (mut wanted, mut targets) = (Vec::new(), Vec::new());
-        for (row, packed) in members.clone().zip(batch.rows.iter()) {
+        for (row, end) in members.clone().zip(&ends) {
             for target in row.targets.iter().cloned().flatten() {
-                wanted.push(packed.start + target - 1);
+                wanted.push(end.place(target - 1));
                 targets.push(row.tokens[target]);
             }
         }
@@ -226,7 +239,7 @@ impl Shard<'_> {
             gradients,
             logprobs,
             entropies,
-            tokens: batch.tokens.len(),
+            tokens: members.map(|row| row.text().tokens.len()).sum(),
         })
     }
 

@@ -4,6 +4,7 @@
 //! that no padding is computed. Operations know no model, layer order or sampling. Invariant: every kernel set computes
 //! the same function and the same derivative, up to rounding.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
@@ -36,10 +37,32 @@ pub(crate) struct Row {
     pub(crate) start: usize,
     /// Tokens of this row in the batch.
     pub(crate) len: usize,
-    /// Position of its first token in its text: how many tokens the cache already holds.
+    /// Position of its first token in its text: how many earlier tokens the cache holds, or the packed batch.
     pub(crate) position: usize,
+    /// Where in the packed batch those earlier tokens start; of no meaning with a cache.
+    pub(crate) earlier: usize,
     /// Its place among the tables of the cache; of no meaning without a cache.
     pub(crate) slot: usize,
+}
+
+impl Row {
+    /// Its earlier tokens in the packed batch, without a cache.
+    pub(crate) fn earlier(&self) -> Range<usize> {
+        self.earlier..self.earlier + self.position
+    }
+
+    /// Its own tokens in the packed batch.
+    pub(crate) fn own(&self) -> Range<usize> {
+        self.start..self.start + self.len
+    }
+
+    /// Where a position of its text lies in the packed batch, without a cache.
+    pub(crate) fn place(&self, position: usize) -> usize {
+        match position.checked_sub(self.position) {
+            Some(own) => self.start + own,
+            None => self.earlier + position,
+        }
+    }
 }
 
 /// Positions of one block of a cache: enough that a vector's worth of keys lies side by side, few enough that the last
@@ -61,23 +84,67 @@ pub(crate) struct Batch {
     pub(crate) rows: Rc<[Row]>,
 }
 
-impl Batch {
-    /// Packs whole texts, each from its first position.
-    pub(crate) fn packed<'a>(texts: impl Iterator<Item = &'a [u32]>) -> Self {
-        let (mut tokens, mut rows) = (Vec::new(), Vec::new());
-        for (slot, text) in texts.enumerate() {
-            rows.push(Row {
-                start: tokens.len(),
-                len: text.len(),
-                position: 0,
-                slot,
-            });
-            tokens.extend_from_slice(text);
-        }
+/// A text without a cache, and how many of its first tokens it may share with its neighbours.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Text<'a> {
+    pub(crate) tokens: &'a [u32],
+    /// Below the number of tokens: no result is asked for at a shared position.
+    pub(crate) shareable: usize,
+}
+
+impl<'a> Text<'a> {
+    /// A text that shares nothing.
+    #[cfg(test)]
+    pub(crate) fn whole(tokens: &'a [u32]) -> Self {
         Self {
             tokens,
-            rows: rows.into(),
+            shareable: 0,
         }
+    }
+
+    /// The tokens that it may share.
+    fn prefix(self) -> &'a [u32] {
+        &self.tokens[..self.shareable]
+    }
+
+    /// Whether the two share their prefixes.
+    pub(crate) fn shares_with(self, other: Self) -> bool {
+        self.shareable > 0 && self.prefix() == other.prefix()
+    }
+}
+
+impl Batch {
+    /// Packs texts; what neighbours share is packed once, before them. The rollouts of a group share their prompt, which is
+    /// often longer than the answers.
+    ///
+    /// Returns the batch and the row that ends each text.
+    pub(crate) fn packed<'a>(texts: impl IntoIterator<Item = Text<'a>>) -> (Self, Vec<Row>) {
+        let texts: Vec<Text<'a>> = texts.into_iter().collect();
+        let (mut tokens, mut rows) = (Vec::new(), Vec::<Row>::new());
+        let mut ends = Vec::with_capacity(texts.len());
+        let mut row = |part: &[u32], position: usize, earlier: usize| {
+            let row = Row {
+                start: tokens.len(),
+                len: part.len(),
+                position,
+                earlier,
+                slot: rows.len(),
+            };
+            tokens.extend_from_slice(part);
+            rows.push(row);
+            row
+        };
+        for neighbours in texts.chunk_by(|one, next| one.shares_with(*next)) {
+            let (shared, earlier) = match neighbours {
+                [first, _, ..] => (first.shareable, row(first.prefix(), 0, 0).start),
+                _ => (0, 0),
+            };
+            for text in neighbours {
+                ends.push(row(&text.tokens[shared..], shared, earlier));
+            }
+        }
+        let rows = rows.into();
+        (Self { tokens, rows }, ends)
     }
 }
 

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use crate::decoder;
 use crate::kernels::candle::Candle;
 use crate::kernels::fused::{Fused, Threads};
-use crate::kernels::{Batch, Kernels};
+use crate::kernels::{Batch, Kernels, Text};
 use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
 use crate::sampling::Distribution;
 
@@ -106,16 +106,17 @@ fn score_part<K: Kernels>(
     scores: &mut Vec<Vec<TokenScore>>,
 ) -> Result<(), PolicyError> {
     // The last token predicts nothing that is asked for; but a row of one token needs it, since no kernel takes none.
-    let inputs = rows
-        .iter()
-        .map(|row| &row.tokens[..(row.tokens.len() - 1).max(1)]);
-    let batch = Batch::packed(inputs);
+    let texts = rows.iter().map(|row| Text {
+        tokens: &row.tokens[..(row.tokens.len() - 1).max(1)],
+        shareable: (row.first - 1).min(row.tokens.len().saturating_sub(2)),
+    });
+    let (batch, ends) = Batch::packed(texts);
     let mut positions = Vec::new();
     let mut targets = Vec::new();
-    for (index, (row, packed)) in rows.iter().zip(batch.rows.iter()).enumerate() {
+    for (index, (row, end)) in rows.iter().zip(&ends).enumerate() {
         scores.push(Vec::with_capacity(row.tokens.len() - row.first));
         for (offset, &token) in row.tokens[row.first..].iter().enumerate() {
-            positions.push(packed.start + row.first - 1 + offset);
+            positions.push(end.place(row.first - 1 + offset));
             targets.push((index, token));
         }
     }

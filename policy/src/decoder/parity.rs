@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use super::*;
 use crate::config::{Architecture, Config};
-use crate::kernels::KernelSet;
 use crate::kernels::candle::Candle;
 use crate::kernels::fused::Fused;
+use crate::kernels::{KernelSet, Text};
 use crate::policy::{Policy, Prepared};
 use crate::testing::BOTH;
 use crate::weights::{Image, Storage};
@@ -87,7 +87,7 @@ fn image(config: &Config) -> Image {
 }
 
 fn run<K: Kernels>(mut kernels: K, layout: &Layout, case: &Case) -> Vec<f32> {
-    let batch = Batch::packed([&case.tokens[..]].into_iter());
+    let (batch, _) = Batch::packed([Text::whole(&case.tokens)]);
     let hidden = hidden(&mut kernels, layout, &batch, &case.positions, None).unwrap();
     let (rows, mut logits) = (0..case.positions.len(), Vec::new());
     kernels

@@ -4,6 +4,7 @@ use candle_core::{DType, Device};
 
 use super::*;
 use crate::config::Config;
+use crate::kernels::Text;
 use crate::kernels::candle::{Candle, CandleWeights};
 use crate::kernels::fused::{Fused, FusedWeights};
 use crate::testing::{families, image, texts};
@@ -54,7 +55,7 @@ fn layers_run_in_two_ranges_give_what_they_give_in_one() {
     for config in families() {
         let (fused, candle, layout) = both(&config);
         let texts = texts(&config, 8, &[11, 3, 20]);
-        let batch = Batch::packed(texts.iter().map(|text| &text[..]));
+        let (batch, _) = Batch::packed(texts.iter().map(|text| Text::whole(text)));
         let every: Rc<[usize]> = (0..batch.tokens.len()).collect();
         let some: Rc<[usize]> = [0, 10, 12, 13, 33].into();
         for wanted in [every, some] {

@@ -144,6 +144,7 @@ fn pack(feeds: &[Feed], tables: &mut Vec<Vec<u32>>) -> Batch {
             start: tokens.len(),
             len: feed.tokens.len(),
             position: feed.position,
+            earlier: 0,
             slot,
         });
         tokens.extend_from_slice(&feed.tokens);

@@ -13,22 +13,32 @@ use crate::testing::{BOTH, families, gemma3, image, policy, texts, tiny};
 
 const TEMPERATURE: f32 = 0.8;
 
+/// Rows of their own, then a family: three that begin with the same six tokens and are trained from the seventh on.
 fn rows(config: &Config) -> Vec<TrainRow> {
-    let texts = texts(config, 5, &[9, 3, 17, 2, 12, 1]);
-    let targets: [Vec<Range<usize>>; 6] = [
+    let texts = texts(config, 5, &[9, 3, 17, 2, 12, 1, 8, 12, 10]);
+    let targets: [Vec<Range<usize>>; 9] = [
         vec![4..9],
         vec![1..3],
         vec![2..5, 9..12, 16..17],
         vec![1..2],
         vec![6..6, 7..11],
         vec![],
+        vec![6..8],
+        vec![6..8, 10..12],
+        vec![6..10],
     ];
     let rows = texts.iter().zip(targets);
-    rows.map(|(text, targets)| TrainRow {
-        tokens: text.to_vec(),
-        targets,
-    })
-    .collect()
+    let mut rows: Vec<TrainRow> = rows
+        .map(|(text, targets)| TrainRow {
+            tokens: text.to_vec(),
+            targets,
+        })
+        .collect();
+    let prompt = rows[6].tokens[..6].to_vec();
+    for row in &mut rows[7..] {
+        row.tokens[..6].copy_from_slice(&prompt);
+    }
+    rows
 }
 
 fn slope(row: usize, target: usize) -> f32 {
@@ -90,11 +100,15 @@ impl Reference {
     /// `Σ slopes · logprobs`, and the pass it came from.
     fn loss(&self) -> (f64, Candle, Vec<f32>) {
         let mut kernels = Candle::training(&self.weights);
-        let batch = Batch::packed(self.rows.iter().map(|row| &row.tokens[..]));
+        let texts = self.rows.iter().map(|row| Text {
+            tokens: &row.tokens,
+            ..row.text()
+        });
+        let (batch, ends) = Batch::packed(texts);
         let (mut wanted, mut targets, mut coefficients) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, (row, packed)) in self.rows.iter().zip(batch.rows.iter()).enumerate() {
+        for (index, (row, end)) in self.rows.iter().zip(&ends).enumerate() {
             for (place, target) in row.targets.iter().cloned().flatten().enumerate() {
-                wanted.push(packed.start + target - 1);
+                wanted.push(end.place(target - 1));
                 targets.push(row.tokens[target]);
                 coefficients.push(slope(index, place));
             }
@@ -215,7 +229,7 @@ fn logprobs_and_entropies_are_those_of_the_distribution() {
     for (a, b) in pairs {
         assert_eq!(
             a.iter().map(Vec::len).collect::<Vec<_>>(),
-            [5, 2, 7, 1, 4, 0]
+            [5, 2, 7, 1, 4, 0, 2, 4, 4]
         );
         for (a, b) in a.iter().flatten().zip(b.iter().flatten()) {
             assert!((a - b).abs() < 2e-5, "{a} {b}");
@@ -266,17 +280,52 @@ fn shards_are_balanced_by_tokens_and_hold_every_row_with_targets_once() {
     let dealt = deal(&rows, NonZeroUsize::new(2).unwrap());
     let mut members = dealt.concat();
     members.sort_unstable();
-    assert_eq!(members, [0, 1, 2, 3, 4]);
+    assert_eq!(members, [0, 1, 2, 3, 4, 6, 7, 8]);
+    let family = |members: &&Vec<usize>| members.ends_with(&[6, 7, 8]);
+    assert_eq!(dealt.iter().filter(family).count(), 1, "{dealt:?}");
     let tokens = |members: &Vec<usize>| {
-        members
-            .iter()
-            .map(|&row| rows[row].input_len())
-            .sum::<usize>()
+        let shared = if family(&members) { 2 * 5 } else { 0 };
+        let texts = members.iter().map(|&row| rows[row].text().tokens.len());
+        texts.sum::<usize>() - shared
     };
     assert!(
         tokens(&dealt[0]).abs_diff(tokens(&dealt[1])) <= 4,
         "{dealt:?}"
     );
+}
+
+/// What a family shares is computed once; every rollout's log-probs and the sum of the gradients stay what they are alone.
+#[test]
+fn rows_that_share_a_prompt_train_as_they_would_alone() {
+    for config in forms() {
+        let rows = rows(&config);
+        for kernels in BOTH {
+            let policy = policy(&config, 1, kernels);
+            let together = pass(&policy, &rows, 1);
+            let mut sum = Gradients::zeros(policy.layout());
+            for (index, row) in rows
+                .iter()
+                .enumerate()
+                .filter(|(_, row)| row.target_count() > 0)
+            {
+                let slopes = |_: usize, logprobs: &[f32]| slopes(index, logprobs);
+                let row = std::slice::from_ref(row);
+                let alone = gradients(&policy, row, TEMPERATURE, NonZeroUsize::MIN, &slopes);
+                let alone = alone.unwrap();
+                for (a, b) in alone.logprobs[0].iter().zip(&together.logprobs[index]) {
+                    assert!((a - b).abs() < 1e-5, "{kernels:?} row {index}: {a} {b}");
+                }
+                sum.add(&alone.gradients);
+            }
+            let scale = largest(sum.values());
+            for (a, b) in sum.values().iter().zip(together.gradients.values()) {
+                assert!(
+                    f64::from((a - b).abs()) <= 1e-5 * scale,
+                    "{kernels:?}: {a} {b}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -211,7 +211,10 @@ impl Padding {
         let key_index = rows.iter().flat_map(|row| {
             (0..keys).map(move |i| {
                 let i = if i < row.position + row.len { i } else { 0 };
-                tables.map_or(row.start + i, |tables| cached_at(&tables[row.slot], i))
+                match tables {
+                    None => row.place(i),
+                    Some(tables) => cached_at(&tables[row.slot], i),
+                }
             })
         });
         let back_index = rows

@@ -2,12 +2,14 @@
 //!
 //! Scores exist for one query at a time. The derivative computes them again from the logarithm of their sum
 //! (FlashAttention, arXiv:2205.14135), so memory grows with the tokens and not with their square. Keys are read
-//! transposed, `[D, positions]`, so that a query's scores are a sum of rows.
+//! transposed, `[D, positions]`, so that a query's scores are a sum of rows. A row whose earlier tokens are shared with
+//! others is laid beside a copy of them, so that its sums run as they do over a text that lies in one piece.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use super::cache::{CacheLayer, CachedHead};
+use super::elementwise;
 use super::rotary::{Angles, Rotary};
 use super::team::Threads;
 use super::vector::{
@@ -164,26 +166,56 @@ pub(crate) fn forward(
 /// Keys and values that queries look at.
 enum Earlier<'a> {
     Cached(&'a CacheLayer, &'a [Vec<u32>]),
-    /// Keys of every row and head transposed, `[KV, D, stride]`, and where each row's start and their stride.
-    Packed(Vec<f32>, Vec<(usize, usize)>),
+    Packed(Packed),
+}
+
+/// Keys and values of rows without a cache.
+struct Packed {
+    /// Keys of every row and head transposed, `[KV, D, stride]`.
+    keys: Vec<f32>,
+    /// Texts of rows whose earlier tokens lie elsewhere, in one piece.
+    joined: Vec<f32>,
+    places: Vec<Place>,
+}
+
+/// Where one row's keys and values lie.
+struct Place {
+    keys: usize,
+    stride: usize,
+    /// In the joined texts, if not in the batch itself.
+    joined: Option<usize>,
 }
 
 impl Earlier<'_> {
     fn packed(qkv: &[f32], heads: Heads, rows: &[Row]) -> Self {
-        let (mut keys, mut starts) = (Vec::new(), Vec::with_capacity(rows.len()));
+        let mut packed = Packed {
+            keys: Vec::new(),
+            joined: Vec::new(),
+            places: Vec::with_capacity(rows.len()),
+        };
         for row in rows {
-            let tokens = &qkv[row.start * heads.width()..][..row.len * heads.width()];
-            let start = keys.len();
-            let mut stride = 0;
+            let (mut stride, keys) = (0, packed.keys.len());
+            let joined = (row.position > 0).then_some(packed.joined.len());
+            let text = match joined {
+                None => &qkv[columns(row.own(), heads.width())],
+                Some(start) => {
+                    join(&mut packed.joined, qkv, row, heads.width());
+                    &packed.joined[start..]
+                }
+            };
             for j in 0..heads.key {
-                stride = transpose(&mut keys, tokens, heads, heads.key_offset(j));
+                stride = transpose(&mut packed.keys, text, heads, heads.key_offset(j));
             }
-            starts.push((start, stride));
+            packed.places.push(Place {
+                keys,
+                stride,
+                joined,
+            });
         }
-        Self::Packed(keys, starts)
+        Self::Packed(packed)
     }
 
-    /// Head `j` of the row of index `index`, whose tokens are `tokens`.
+    /// Head `j` of the row of index `index`, whose own tokens are `tokens`.
     fn keys<'b>(
         &'b self,
         heads: Heads,
@@ -193,13 +225,17 @@ impl Earlier<'_> {
     ) -> Keys<'b> {
         match self {
             Self::Cached(layer, tables) => Keys::Cached(layer.head(j, &tables[row.slot])),
-            Self::Packed(keys, starts) => {
-                let (start, stride) = starts[index];
-                let len = heads.dim * stride;
+            Self::Packed(packed) => {
+                let place = &packed.places[index];
+                let len = heads.dim * place.stride;
+                let text = match place.joined {
+                    None => tokens,
+                    Some(start) => &packed.joined[start..],
+                };
                 Keys::Packed {
-                    transposed: &keys[start + j * len..][..len],
-                    stride,
-                    values: &tokens[heads.value_offset(j)..],
+                    transposed: &packed.keys[place.keys + j * len..][..len],
+                    stride: place.stride,
+                    values: &text[heads.value_offset(j)..],
                     value_stride: heads.width(),
                 }
             }
@@ -251,6 +287,17 @@ fn attend_tokens(
             }
         });
     }
+}
+
+/// Elements of consecutive tokens, each `width` wide.
+fn columns(tokens: Range<usize>, width: usize) -> Range<usize> {
+    tokens.start * width..tokens.end * width
+}
+
+/// Appends the whole text of a row, `[position + len, width]`.
+fn join(to: &mut Vec<f32>, from: &[f32], row: &Row, width: usize) {
+    to.extend_from_slice(&from[columns(row.earlier(), width)]);
+    to.extend_from_slice(&from[columns(row.own(), width)]);
 }
 
 /// Appends one head of every token of a row as `[D, positions]`, padded; returns the padded number of positions.
@@ -356,7 +403,8 @@ pub(crate) struct Attended<'a> {
     pub(crate) log_sums: &'a [f32],
 }
 
-/// Derivative by the rotated q, k and v, into `dqkv` `[N, (H + 2 KV)·D]` which must hold zeros; `dout` `[N, H·D]`.
+/// Derivative by the rotated q, k and v, into `dqkv` `[N, (H + 2 KV)·D]` which must hold zeros; `dout` `[N, H·D]`. What
+/// several rows saw of shared tokens adds up there.
 pub(crate) fn backward(
     dqkv: &mut [f32],
     dout: &[f32],
@@ -365,33 +413,48 @@ pub(crate) fn backward(
     rows: &[Row],
 ) {
     let (width, out_width) = (heads.width(), heads.query * heads.dim);
-    let (mut keys, mut values, mut room) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut text, mut dtext) = (Vec::new(), Vec::new());
     for row in rows {
-        let all = row.start * width..(row.start + row.len) * width;
-        let outs = row.start * out_width..(row.start + row.len) * out_width;
-        let tokens = &attended.qkv[all.clone()];
-        let sums = &attended.log_sums[row.start * heads.query..][..row.len * heads.query];
-        for j in 0..heads.key {
-            keys.clear();
-            values.clear();
-            let stride = transpose(&mut keys, tokens, heads, heads.key_offset(j));
-            transpose(&mut values, tokens, heads, heads.value_offset(j));
-            room.resize(2 * stride, 0.0);
-            for h in j * heads.group()..(j + 1) * heads.group() {
-                attend_backward(
-                    &mut dqkv[all.clone()],
-                    &dout[outs.clone()],
-                    Attended {
-                        qkv: tokens,
-                        out: &attended.out[outs.clone()],
-                        log_sums: sums,
-                    },
-                    (&keys, &values),
-                    &mut room,
-                    (heads, attention),
-                    h,
-                );
-            }
+        let (own, outs) = (columns(row.own(), width), columns(row.own(), out_width));
+        let of_row = |qkv| Attended {
+            qkv,
+            out: &attended.out[outs.clone()],
+            log_sums: &attended.log_sums[columns(row.own(), heads.query)],
+        };
+        let dout = &dout[outs.clone()];
+        if row.position == 0 {
+            let tokens = of_row(&attended.qkv[own.clone()]);
+            row_backward(&mut dqkv[own], dout, tokens, (heads, attention));
+            continue;
+        }
+        text.clear();
+        join(&mut text, attended.qkv, row, width);
+        dtext.clear();
+        dtext.resize(text.len(), 0.0);
+        row_backward(&mut dtext, dout, of_row(&text), (heads, attention));
+        let (earlier, late) = dtext.split_at(row.position * width);
+        elementwise::add(&mut dqkv[columns(row.earlier(), width)], earlier);
+        elementwise::add(&mut dqkv[own], late);
+    }
+}
+
+/// The derivative of one text, `attended.qkv` and `dqkv` `[positions, (H + 2 KV)·D]`; the queries are its last tokens.
+fn row_backward(
+    dqkv: &mut [f32],
+    dout: &[f32],
+    attended: Attended<'_>,
+    shape: (Heads, &Attention),
+) {
+    let heads = shape.0;
+    let (mut keys, mut values, mut room) = (Vec::new(), Vec::new(), Vec::new());
+    for j in 0..heads.key {
+        keys.clear();
+        values.clear();
+        let stride = transpose(&mut keys, attended.qkv, heads, heads.key_offset(j));
+        transpose(&mut values, attended.qkv, heads, heads.value_offset(j));
+        room.resize(2 * stride, 0.0);
+        for h in j * heads.group()..(j + 1) * heads.group() {
+            attend_backward(dqkv, dout, attended, (&keys, &values), &mut room, shape, h);
         }
     }
 }
@@ -413,15 +476,17 @@ fn attend_backward(
     let (key, value) = (heads.key_offset(h / heads.group()), heads.value_offset(h / heads.group()));
     let stride = room.len() / 2;
     let (weights, slopes) = room.split_at_mut(stride);
-    for (i, token) in attended.qkv.chunks_exact(width).enumerate() {
+    let earlier = attended.qkv.len() / width - attended.log_sums.len() / heads.query;
+    for (i, token) in attended.qkv.chunks_exact(width).enumerate().skip(earlier) {
         let seen = Seen::new(attention, i);
         let query = &token[h * dim..(h + 1) * dim];
-        let at = (i * heads.query + h) * dim;
+        let place = (i - earlier) * heads.query + h;
+        let at = place * dim;
         let (dout, out) = (&dout[at..at + dim], &attended.out[at..at + dim]);
         let (weights, slopes) = (&mut weights[seen.padded()], &mut slopes[seen.padded()]);
         row_product(weights, query, &transposed.0[seen.start..], stride);
         row_product(slopes, dout, &transposed.1[seen.start..], stride);
-        let (shared, log_sum) = (dot(dout, out), attended.log_sums[i * heads.query + h]);
+        let (shared, log_sum) = (dot(dout, out), attended.log_sums[place]);
         let left = bend(weights, attention);
         let bent = attention.softcap.map_or(0.0, |cap| (1.0 / (cap * cap)) as f32);
         for (weight, slope) in weights.iter_mut().zip(slopes.iter_mut()) {
