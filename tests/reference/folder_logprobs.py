@@ -5,7 +5,12 @@ usage: folder_logprobs.py continue FOLDER OUT.jsonl                    20 prompt
        folder_logprobs.py compare FOLDER TEXTS.jsonl LOGPROBS.jsonl    what `muster logprobs --tokens TEXTS.jsonl` printed
 
 Both load the folder as it is, in float32. Compared is every token but the first of each text; the largest difference
-allowed is 1e-3 nats.
+allowed is 1e-3 nats. On a published model, from its GGUF file:
+
+  muster model import gemma3-270m-Q4_K_M.gguf --out gemma --dtype f32
+  folder_logprobs.py continue gemma texts.jsonl
+  muster logprobs --model gemma --tokens texts.jsonl > logprobs.jsonl
+  folder_logprobs.py compare gemma texts.jsonl logprobs.jsonl
 """
 
 import json
@@ -80,6 +85,7 @@ def main() -> int:
         "texts": len(texts),
         "tokens": differences.numel(),
         "difference_mean": differences.mean().item(),
+        "difference_median": differences.median().item(),
         "difference_max": differences.max().item(),
         "limit": LIMIT,
     }))
