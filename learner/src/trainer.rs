@@ -9,6 +9,8 @@
 
 pub mod announce;
 pub mod archive;
+mod batch;
+mod checkpoint;
 mod intake;
 pub mod objects;
 pub mod record;
@@ -17,37 +19,33 @@ mod replay;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use muster_broadcaster::disk::Existing;
-use muster_broadcaster::follower::off_loop_if_large;
-use muster_broadcaster::snapshot::{self, Contents};
+use muster_broadcaster::snapshot;
 use muster_protocol::bus::{BusError, Delivery};
 use muster_protocol::credentials::Roster;
 use muster_protocol::desk::Desk;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{Generation, GroupHash, PolicyVersion, StateRoot, TicketId};
-use muster_protocol::message::batch::{Batch, BatchEntry};
 use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
-use muster_protocol::message::group::{Group, Segment};
+use muster_protocol::message::group::Group;
 use muster_protocol::subject::{Log, Role};
 
 use crate::advantage::AdvantageConfig;
 use crate::metrics::{JsonLinesError, StepMetrics};
 use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
-use crate::stepper::{StepError, StepInput, StepOutput, Stepper, TrainRollout};
+use crate::stepper::{StepError, StepOutput, Stepper};
 
 use announce::{Announced, Announcer, Outlet, RunFile};
 use archive::{Archive, ArchiveError};
+use batch::Intake;
 use intake::Opener;
 use objects::BroadcastConfig;
 use record::{RunRecord, batch_metrics};
@@ -57,8 +55,6 @@ use replay::{open_run, restore_state};
 const CHUNK: usize = 64;
 /// How long to wait for a group before looking at the logs again.
 const TAKE_WAIT: Duration = Duration::from_millis(500);
-/// The same while a step runs, which is not to wait for groups when it is done.
-const MEANWHILE_WAIT: Duration = Duration::from_millis(5);
 /// How long a turn that has begun may take once the trainer is told to stop.
 const GRACE: Duration = Duration::from_secs(3);
 /// Pause after the bus did not answer.
@@ -343,148 +339,6 @@ impl Trainer {
         self.checkpoint(step, &announced).await
     }
 
-    async fn commit(
-        &mut self,
-        step: PolicyVersion,
-        batch: &[Selected<Group>],
-    ) -> Result<(), TrainerError> {
-        let entry = |selected: &Selected<Group>| BatchEntry {
-            ticket: selected.candidate.ticket,
-            group: selected.candidate.group,
-            worker: selected.candidate.worker,
-            version: selected.candidate.version,
-            audited: selected.candidate.audited,
-            rewards: selected.candidate.rewards.clone(),
-        };
-        let manifest = self.desk.sign(Batch {
-            descriptor: descriptor_hash(&self.descriptor.bytes),
-            generation: self.generation,
-            step,
-            parent: self.root,
-            groups: batch.iter().map(entry).collect(),
-        })?;
-        let key = format!("b-{}-{step}", self.generation);
-        loop {
-            let expected = Some(self.batches_read);
-            match self
-                .desk
-                .bus()
-                .append(Log::Batches, &key, expected, manifest.bytes.clone())
-                .await
-            {
-                Ok(stored) => {
-                    self.batches_read = stored.sequence();
-                    break;
-                }
-                Err(BusError::Fenced { .. }) => match self.manifest_is_stored(&manifest).await {
-                    Ok(true) => break,
-                    Ok(false) => return Err(TrainerError::Replaced),
-                    Err(TrainerError::Bus(error)) if error.is_transient() => {
-                        warn!(%error, "the newest manifest is not known: trying again");
-                        tokio::time::sleep(RETRY).await;
-                    }
-                    Err(error) => return Err(error),
-                },
-                Err(error) if error.is_transient() => {
-                    warn!(%error, "the batch manifest is not confirmed: trying again");
-                    tokio::time::sleep(RETRY).await;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.trained.extend(
-            batch
-                .iter()
-                .map(|s| (s.candidate.ticket, s.candidate.group)),
-        );
-        Ok(())
-    }
-
-    /// Whether the newest manifest is this one: its confirmation was lost on the way.
-    async fn manifest_is_stored(&mut self, manifest: &Signed<Batch>) -> Result<bool, TrainerError> {
-        let last = self.desk.bus().last(Log::Batches).await?;
-        let Some(record) = last.filter(|record| record.payload == manifest.bytes) else {
-            return Ok(false);
-        };
-        self.batches_read = record.sequence;
-        Ok(true)
-    }
-
-    /// Acknowledges a batch's groups and writes their fates. Both may be repeated.
-    async fn settle(
-        &mut self,
-        step: PolicyVersion,
-        batch: &[Selected<Group>],
-    ) -> Result<(), TrainerError> {
-        let reason = |s: &Selected<Group>| {
-            format!(
-                "trained in step {step} with mean reward {:.3}",
-                mean(&s.candidate.rewards)
-            )
-        };
-        let fates = batch
-            .iter()
-            .map(|s| self.append_fate(fate_of(&s.candidate, Fate::Trained, reason(s), Some(step))));
-        try_join_all(fates).await?;
-        let tickets = batch.iter().map(|s| s.candidate.ticket);
-        let held: Vec<Delivery> = tickets
-            .filter_map(|ticket| self.held.remove(&ticket))
-            .collect();
-        futures_util::future::join_all(held.iter().map(acknowledge)).await;
-        Ok(())
-    }
-
-    /// Takes the step and makes its image durable; meanwhile settles the batch and, with the intake open, takes in groups
-    /// of the next one. Returns what the step made and how long it took.
-    async fn step(
-        &mut self,
-        step: PolicyVersion,
-        batch: &[Selected<Group>],
-        intake: Intake,
-    ) -> Result<(StepOutput, Duration), TrainerError> {
-        let input = StepInput {
-            step,
-            groups: batch.iter().map(train_rollouts).collect(),
-            temperature: self.descriptor.body.sampling.temperature,
-        };
-        let began = Instant::now();
-        let mut stepper = self.stepper.take().ok_or_else(|| lost(step))?;
-        let running = AtomicBool::new(intake == Intake::Open);
-        let stepping = async {
-            let output = stepper.step(input).await;
-            running.store(false, Ordering::Relaxed);
-            (output, began.elapsed())
-        };
-        let ((output, took), met) = tokio::join!(stepping, self.meanwhile(step, batch, &running));
-        self.stepper = Some(stepper);
-        met?;
-        let output = output.map_err(|source| TrainerError::Step { step, source })?;
-        let (archive, image) = (self.archive.clone(), output.image.clone());
-        off_loop_if_large(image.len(), move || archive.put_image(step, &image))
-            .await
-            .map_err(|error| TrainerError::Announce(error.to_string()))??;
-        Ok((output, took))
-    }
-
-    async fn meanwhile(
-        &mut self,
-        step: PolicyVersion,
-        batch: &[Selected<Group>],
-        running: &AtomicBool,
-    ) -> Result<(), TrainerError> {
-        self.settle(step, batch).await?;
-        while running.load(Ordering::Relaxed) {
-            match self.take_groups(MEANWHILE_WAIT).await {
-                Err(TrainerError::Bus(error)) if error.is_transient() => {
-                    warn!(%error, "groups are taken in after the step");
-                    return Ok(());
-                }
-                taken => taken?,
-            };
-        }
-        Ok(())
-    }
-
     async fn publish(
         &mut self,
         version: PolicyVersion,
@@ -555,71 +409,8 @@ impl Trainer {
         Ok(())
     }
 
-    async fn checkpoint(
-        &mut self,
-        step: PolicyVersion,
-        announced: &Announced,
-    ) -> Result<(), TrainerError> {
-        let last = step.0 == self.settings.steps;
-        if !last && !step.0.is_multiple_of(self.settings.checkpoint_every.max(1)) {
-            return Ok(());
-        }
-        self.save().await?;
-        let image = self.stepper(step)?.image();
-        self.write_folder(announced, image).await
-    }
-
-    async fn save(&mut self) -> Result<(), TrainerError> {
-        let version = self.resolver.version();
-        if version == self.saved {
-            return Ok(());
-        }
-        let path = self.archive.state_path(version);
-        let saved = self.stepper(version)?.save(&path).await;
-        saved.map_err(|source| TrainerError::Step {
-            step: version,
-            source,
-        })?;
-        self.saved = version;
-        self.archive
-            .prune(version, self.descriptor.body.async_level)?;
-        Ok(())
-    }
-
     fn stepper(&mut self, step: PolicyVersion) -> Result<&mut Box<dyn Stepper>, TrainerError> {
         self.stepper.as_mut().ok_or_else(|| lost(step))
-    }
-
-    async fn write_folder(&self, announced: &Announced, image: Bytes) -> Result<(), TrainerError> {
-        let version = announced.version.clone();
-        let folder = self
-            .dir
-            .join("checkpoints")
-            .join(version.body.version.to_string());
-        let anchor = match &announced.anchor {
-            Some(anchor) => anchor.clone(),
-            None => self.announcer.anchor(version.body.version, &image).await?,
-        };
-        let files = self
-            .files
-            .iter()
-            .map(|file| (file.name.clone(), file.bytes.clone()))
-            .collect();
-        let run = self.desk.run().clone();
-        let written = off_loop_if_large(image.len(), move || {
-            let contents = Contents {
-                run: &run,
-                version: &version,
-                anchor: &anchor,
-                weights: &image,
-                files: &files,
-            };
-            snapshot::write(&folder, &contents, Existing::Replace)
-        });
-        written
-            .await
-            .map_err(|error| TrainerError::Announce(error.to_string()))??;
-        Ok(())
     }
 
     async fn finish(&mut self) -> Result<(), TrainerError> {
@@ -667,14 +458,6 @@ impl Trainer {
     }
 }
 
-/// Whether groups are taken in while a step runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Intake {
-    Open,
-    /// What is in the ready queue is not looked at before the replay is over.
-    Closed,
-}
-
 /// A step that was given up half way has the model.
 fn lost(step: PolicyVersion) -> TrainerError {
     let source = StepError("an earlier step did not end: restart the trainer".to_owned());
@@ -705,38 +488,4 @@ fn fate_of(
         audited: candidate.audited,
         step,
     }
-}
-
-/// The rollouts of a group as the stepper wants them.
-fn train_rollouts(selected: &Selected<Group>) -> Vec<TrainRollout> {
-    let Selected {
-        candidate,
-        advantages,
-    } = selected;
-    let rollouts = candidate.carried.rollouts.iter().zip(advantages);
-    rollouts
-        .map(|(rollout, advantage)| {
-            let mut targets = Vec::new();
-            let mut at = 0;
-            for segment in &rollout.segments {
-                let end = at + segment.tokens().len();
-                if matches!(segment, Segment::Policy { .. }) {
-                    targets.push(at..end);
-                }
-                at = end;
-            }
-            TrainRollout {
-                tokens: rollout.tokens(),
-                targets,
-                rollout_logprobs: rollout.drawn().1,
-                advantage: *advantage,
-                version: candidate.version,
-                audited: candidate.audited,
-            }
-        })
-        .collect()
-}
-
-fn mean(values: &[f32]) -> f32 {
-    values.iter().sum::<f32>() / values.len().max(1) as f32
 }

@@ -17,7 +17,8 @@ use muster_protocol::message::version::{Announcement, Version};
 use muster_protocol::subject::{Log, Queue};
 
 use super::archive::Archive;
-use super::{CHUNK, Intake, Trainer, TrainerError};
+use super::batch::Intake;
+use super::{CHUNK, Trainer, TrainerError};
 use crate::metrics::StepMetrics;
 use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
 use crate::stepper::Stepper;

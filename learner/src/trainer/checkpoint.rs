@@ -1,0 +1,80 @@
+//! What a version leaves in the run directory: the full state to go on from, and a checkpoint folder.
+
+use bytes::Bytes;
+
+use muster_broadcaster::disk::Existing;
+use muster_broadcaster::follower::off_loop_if_large;
+use muster_broadcaster::snapshot::{self, Contents};
+use muster_protocol::id::PolicyVersion;
+
+use super::announce::Announced;
+use super::{Trainer, TrainerError};
+
+impl Trainer {
+    pub(super) async fn checkpoint(
+        &mut self,
+        step: PolicyVersion,
+        announced: &Announced,
+    ) -> Result<(), TrainerError> {
+        let last = step.0 == self.settings.steps;
+        if !last && !step.0.is_multiple_of(self.settings.checkpoint_every.max(1)) {
+            return Ok(());
+        }
+        self.save().await?;
+        let image = self.stepper(step)?.image();
+        self.write_folder(announced, image).await
+    }
+
+    pub(super) async fn save(&mut self) -> Result<(), TrainerError> {
+        let version = self.resolver.version();
+        if version == self.saved {
+            return Ok(());
+        }
+        let path = self.archive.state_path(version);
+        let saved = self.stepper(version)?.save(&path).await;
+        saved.map_err(|source| TrainerError::Step {
+            step: version,
+            source,
+        })?;
+        self.saved = version;
+        self.archive
+            .prune(version, self.descriptor.body.async_level)?;
+        Ok(())
+    }
+
+    pub(super) async fn write_folder(
+        &self,
+        announced: &Announced,
+        image: Bytes,
+    ) -> Result<(), TrainerError> {
+        let version = announced.version.clone();
+        let folder = self
+            .dir
+            .join("checkpoints")
+            .join(version.body.version.to_string());
+        let anchor = match &announced.anchor {
+            Some(anchor) => anchor.clone(),
+            None => self.announcer.anchor(version.body.version, &image).await?,
+        };
+        let files = self
+            .files
+            .iter()
+            .map(|file| (file.name.clone(), file.bytes.clone()))
+            .collect();
+        let run = self.desk.run().clone();
+        let written = off_loop_if_large(image.len(), move || {
+            let contents = Contents {
+                run: &run,
+                version: &version,
+                anchor: &anchor,
+                weights: &image,
+                files: &files,
+            };
+            snapshot::write(&folder, &contents, Existing::Replace)
+        });
+        written
+            .await
+            .map_err(|error| TrainerError::Announce(error.to_string()))??;
+        Ok(())
+    }
+}
