@@ -137,6 +137,12 @@ impl Screen {
         Ok(())
     }
 
+    /// The newest step that was read.
+    pub(crate) fn newest_step(&self) -> u64 {
+        let steps = &self.reader.record().steps;
+        steps.last().map_or(0, |line| line.step)
+    }
+
     /// Says something once, above the display.
     pub(crate) fn note(&self, line: &str) {
         match self.mode {

@@ -75,6 +75,8 @@ async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Scr
         let arguments = words.iter().map(|word| (*word).to_owned()).collect();
         children.push(Supervised::start(name, arguments, dir.log(name)).await?);
     }
+    let steps_total = config.run.steps.get();
+    let mut told = false;
     let outcome = loop {
         tokio::select! {
             () = shutdown.cancelled() => break Ok(()),
@@ -88,7 +90,6 @@ async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Scr
             break Err(error).context("the learner cannot go on");
         }
         let processes = children.iter().map(Supervised::shown).collect();
-        let steps_total = config.run.steps.get();
         screen.tick(
             Instant::now(),
             &Status {
@@ -97,6 +98,10 @@ async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Scr
                 processes,
             },
         )?;
+        if !told && screen.newest_step() >= steps_total {
+            screen.note("the run is finished; members can still take its last version until you stop this (Ctrl-C)");
+            told = true;
+        }
     };
     stop(&children).await;
     screen.finish();
