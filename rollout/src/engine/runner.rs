@@ -20,8 +20,9 @@ use super::{Task, failed};
 use crate::answerer::{AnswerError, AnsweredLease};
 use crate::capacity::{Bounds, Timing, rows};
 
-/// A measurement that took so long is the last: larger batches of so slow a machine are not tried.
-const MEASURE: Duration = Duration::from_millis(500);
+/// A measurement that took so long is the last: larger batches of so slow a machine are not tried. Long enough for a model
+/// of some hundred million parameters on a laptop that does other things besides: it gains most from larger batches.
+const MEASURE: Duration = Duration::from_secs(3);
 
 /// Steps timed for each number of rows.
 const MEASURED_STEPS: u32 = 4;
@@ -188,9 +189,11 @@ fn measure(
     let mut timings = Vec::new();
     let mut count = 1;
     loop {
-        let start = Instant::now();
-        timings.push(time(policy, config, count)?);
-        if count == rows_max || start.elapsed() > MEASURE {
+        let timing = time(policy, config, count)?;
+        timings.push(timing);
+        // The steps alone: what is prepared once takes seconds in a large model, and says nothing about its rows.
+        let took = timing.step_seconds * f64::from(MEASURED_STEPS);
+        if count == rows_max || took > MEASURE.as_secs_f64() {
             break;
         }
         count = count.saturating_mul(4).min(rows_max);
