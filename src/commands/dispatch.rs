@@ -37,20 +37,22 @@ pub struct DispatchArgs {
 pub async fn run(args: DispatchArgs) -> Result<()> {
     let dir = RunDir::at(&args.run);
     let config = dir.load_config()?;
-    let model = ModelFolder::read(&dir.model())?;
+    // The weights go at once: prompts are all that dispatch needs of a model.
+    let ModelFolder {
+        config: shape,
+        tokenizer,
+        ..
+    } = ModelFolder::read(&dir.model())?;
     let rewards = RewardConfig {
         task: config.task.clone(),
         reward: config.reward.clone(),
     };
     let prepared = rewards.prepare(dir.root())?;
     let tokens_max = config.sampling.tokens_max.get() as usize;
-    let room = model
-        .config
-        .max_position_embeddings
-        .saturating_sub(tokens_max);
+    let room = shape.max_position_embeddings.saturating_sub(tokens_max);
     let prompts = TaskPrompts::new(
         prepared.task,
-        &model.tokenizer,
+        &tokenizer,
         PromptForm::of(&config),
         config.run.seed,
         room,

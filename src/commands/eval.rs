@@ -10,7 +10,7 @@ use clap::Args;
 use muster_broadcaster::follower::Follow;
 use muster_learner::metrics::{EvalLine, JsonLines};
 use muster_policy::{
-    Config, Device, Image, KernelSet, Master, ModelFolder, Policy, Storage, Tokenizer,
+    Config, Device, Image, KernelSet, Layout, ModelFolder, Policy, Storage, Tokenizer,
 };
 use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::control::Phase;
@@ -186,7 +186,8 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
 /// The weights of version 0, as the trainer publishes them.
 fn starting_image(dir: &RunDir, storage: Storage) -> Result<Bytes> {
     let model = ModelFolder::read(&dir.model())?;
-    let image = Master::from_image(&model.config, &model.image)?.image(storage)?;
+    let layout = Layout::new(&model.config);
+    let image = Image::from_values(&layout, &model.image.values(), storage)?;
     Ok(Bytes::from_owner(image.shared_bytes()))
 }
 

@@ -60,6 +60,7 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
     swarm.sharing = Sharing::FirstCopies;
     let history = (HISTORY_BYTES / model.image.bytes().len().max(1)).min(HISTORY_MAX);
     swarm.store.versions_kept = history.max(async_level as usize + 2);
+    drop(model); // the stepper has the weights, and a second copy would last as long as the run
     let seat = Seat::take(
         &args.member.creds,
         Role::Trainer,
