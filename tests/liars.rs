@@ -34,6 +34,8 @@ mod loops;
 mod lying_critics;
 #[path = "liars/lying_workers.rs"]
 mod lying_workers;
+#[path = "liars/published.rs"]
+mod published;
 #[path = "liars/quickstart.rs"]
 mod quickstart;
 #[path = "liars/uploads.rs"]

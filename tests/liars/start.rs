@@ -108,7 +108,14 @@ impl Start {
             task: config.task.clone(),
             reward: config.reward.clone(),
         };
-        let ids = |text: &String| self.model.tokenizer.id(text).unwrap();
+        let named = config.sampling.stop.iter();
+        let named: Vec<u32> = named
+            .map(|text| self.model.tokenizer.id(text).unwrap())
+            .collect();
+        let stop_ids = match named.is_empty() {
+            true => self.model.config.eos_token_ids.clone(),
+            false => named,
+        };
         Descriptor {
             architecture: ContentHash::of(&files[0].bytes),
             tokenizer: ContentHash::of(&files[1].bytes),
@@ -118,7 +125,7 @@ impl Start {
             sampling: SamplingRules {
                 temperature: config.sampling.temperature,
                 tokens_max: config.sampling.tokens_max.get(),
-                stop_ids: config.sampling.stop.iter().map(ids).collect(),
+                stop_ids,
                 stop_strings: config.sampling.stop_strings.clone(),
             },
             group_size: config.sampling.group_size.get(),
