@@ -10,11 +10,12 @@ use tracing::{debug, warn};
 use muster_protocol::desk::{Desk, DeskError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{ContentHash, PolicyVersion, StateRoot};
-use muster_protocol::message::version::{Announcement, Content, Object, Version};
+use muster_protocol::message::version::{Announcement, Content, FileEntry, Object, Version};
 
 use crate::codec::delta::apply;
 use crate::route::cheapest;
 use crate::state::{HEADER_BYTES_MAX, verify_state};
+use crate::survey::Holdings;
 use crate::swarm::{FetchError, Source};
 
 /// Most threads that apply a delta: the machine has other work, and eight keep up with any network.
@@ -91,6 +92,19 @@ impl Opened {
         self.objects
             .iter()
             .find(|object| object.body.content == content)
+    }
+
+    /// Leaves out the objects that no peer holds whole. Whether the version can be had from the rest: by some route to its
+    /// weights, with the files beside them.
+    pub fn keep_held(&mut self, holdings: &Holdings) -> bool {
+        let is_held = |object: &Signed<Object>| holdings.are_whole(&object.body.id());
+        self.objects.retain(is_held);
+        self.files.retain(is_held);
+        let has_file = |entry: &FileEntry| {
+            let content = Content::File { hash: entry.hash };
+            self.files.iter().any(|file| file.body.content == content)
+        };
+        self.version.body.files.iter().all(has_file) && self.route(None).is_some()
     }
 
     /// The objects that lead here with the fewest bytes, from nothing or from a state that is held.

@@ -181,13 +181,24 @@ pub fn read_file(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, DiskErr
     Ok(Some(bytes))
 }
 
-/// A name in a folder, and whether it is a plain file (not a folder, link or device).
+/// What a name in a folder stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum EntryKind {
+    /// A file, or a link to one: caches of models are folders of links.
+    File,
+    /// A folder itself, no link to one.
+    Folder,
+    /// A device, a link to a folder or to nothing.
+    Other,
+}
+
+/// A name in a folder, and what it stands for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FolderEntry {
     /// Its name; what is not UTF-8 is written with replacements.
     pub name: String,
-    /// Whether it is a plain file.
-    pub is_file: bool,
+    /// What it stands for.
+    pub kind: EntryKind,
     /// Its size.
     pub bytes: u64,
 }
@@ -201,13 +212,18 @@ pub fn list_folder(path: &Path, entries_max: usize) -> Result<Vec<FolderEntry>, 
     let mut entries = Vec::new();
     for entry in fs::read_dir(path).map_err(failed)?.take(entries_max) {
         let entry = entry.map_err(failed)?;
-        // Of the entry itself: a link is not followed.
         let metadata = entry.metadata().map_err(failed)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
+        let behind = fs::metadata(entry.path()).ok();
+        let file = behind.filter(std::fs::Metadata::is_file);
+        let kind = match &file {
+            Some(_) => EntryKind::File,
+            None if metadata.is_dir() => EntryKind::Folder,
+            None => EntryKind::Other,
+        };
         entries.push(FolderEntry {
-            name,
-            is_file: metadata.is_file(),
-            bytes: metadata.len(),
+            name: entry.file_name().to_string_lossy().into_owned(),
+            kind,
+            bytes: file.map_or(0, |file| file.len()),
         });
     }
     entries.sort();
@@ -324,7 +340,7 @@ mod tests {
         write_folder(&path, &[("a", b"3")], Existing::Replace).unwrap();
         let expected = FolderEntry {
             name: "a".to_owned(),
-            is_file: true,
+            kind: EntryKind::File,
             bytes: 1,
         };
         assert_eq!(list_folder(&path, 10).unwrap(), [expected]);

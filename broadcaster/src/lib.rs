@@ -6,7 +6,7 @@
 //! * [`wire`] and [`connection`] are what peers say, and how they prove who they are.
 //! * [`route`] decides by which objects a state is reached with the fewest bytes; pure.
 //! * [`adopt`] takes over one version: open, fetch, apply, check. [`follower`] follows a run, version after version.
-//! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts.
+//! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts. [`survey`] asks who holds what.
 //! * [`snapshot`] writes and verifies a Hugging Face folder.
 //!
 //! Moves bytes, never tensors: what a tensor means is not known here.
@@ -31,6 +31,7 @@ mod server;
 pub mod snapshot;
 pub mod state;
 pub mod store;
+pub mod survey;
 pub mod swarm;
 pub mod uploads;
 pub mod wire;

@@ -19,19 +19,21 @@ use muster_protocol::message::version::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{self, DiskError, Existing, FolderEntry};
+use crate::disk::{self, DiskError, EntryKind, Existing, FolderEntry};
 use crate::state::{StateError, verify_state};
 
 /// The weights, under the name that Hugging Face libraries look for.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// The proof.
 pub const MANIFEST_FILE: &str = "manifest.json";
+/// Where `huggingface_hub` keeps its notes in a folder that it downloaded. No library reads weights from there.
+const DOWNLOADER_FOLDER: &str = ".cache";
 /// What a manifest calls itself; another layout gets another name.
 const FORMAT: &str = "muster-snapshot-v1";
 /// Largest manifest read: two envelopes of at most 1 MiB in hexadecimal, and a parameter table of 16,384 rows.
 const MANIFEST_BYTES_MAX: u64 = 32 << 20;
 /// Most names listed of a folder: one more than can be right shows that something is wrong.
-const ENTRIES_MAX: usize = FILES_MAX + 3;
+const ENTRIES_MAX: usize = FILES_MAX + 4;
 
 /// Why a folder is not a snapshot, or cannot become one.
 #[derive(Debug, thiserror::Error)]
@@ -114,11 +116,13 @@ pub struct Contents<'a> {
     pub files: &'a BTreeMap<String, Bytes>,
 }
 
-/// What a verified snapshot is.
+/// What a snapshot is: as signed, or as verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// Which version.
     pub version: VersionRef,
+    /// Hash of the statement that the learner signed: it names this version's content and no other.
+    pub statement: ContentHash,
     /// Of which start of the learner.
     pub generation: Generation,
     /// Who signed the version.
@@ -207,12 +211,46 @@ pub fn write(
     Ok(disk::write_folder(folder, &files, existing)?)
 }
 
+/// What a folder's manifest says, after its signatures were checked. The other files are not looked at: their bytes are for
+/// [`verify`].
+///
+/// # Errors
+/// When the manifest does not hold, or the version is somebody else's.
+pub fn signed_contents(
+    folder: &Path,
+    learner: &PeerId,
+    run: &RunId,
+) -> Result<Report, SnapshotError> {
+    let (version, anchor) = read_statements(folder, learner, run)?;
+    Ok(report(&version, &anchor))
+}
+
 /// Checks a folder against the learner's key: signatures, root, and every byte of every file.
 ///
 /// # Errors
 /// Names the first file that is wrong and, where that is known, its bytes.
 pub fn verify(folder: &Path, learner: &PeerId, run: &RunId) -> Result<Report, SnapshotError> {
     let found = disk::list_folder(folder, ENTRIES_MAX)?;
+    let (version, anchor) = read_statements(folder, learner, run)?;
+    let report = report(&version, &anchor);
+    check_listing(&found, &report.files)?;
+    for entry in &version.body.files {
+        check_file(entry, &read(folder, &entry.name, entry.bytes)?)?;
+    }
+    check_weights(
+        &read(folder, WEIGHTS_FILE, anchor.body.bytes)?,
+        &version,
+        &anchor,
+    )?;
+    Ok(report)
+}
+
+/// The statements of a folder's manifest, every byte of which was checked.
+fn read_statements(
+    folder: &Path,
+    learner: &PeerId,
+    run: &RunId,
+) -> Result<(Signed<Version>, Signed<Object>), SnapshotError> {
     let manifest = read(folder, MANIFEST_FILE, MANIFEST_BYTES_MAX)?;
     let (version, anchor) = open_manifest(&manifest, run)?;
     if version.author != *learner {
@@ -231,29 +269,22 @@ pub fn verify(folder: &Path, learner: &PeerId, run: &RunId) -> Result<Report, Sn
             place: String::new(),
         });
     }
-    let mut files: BTreeMap<String, u64> = version
-        .body
-        .files
-        .iter()
-        .map(|file| (file.name.clone(), file.bytes))
-        .collect();
+    Ok((version, anchor))
+}
+
+fn report(version: &Signed<Version>, anchor: &Signed<Object>) -> Report {
+    let named = version.body.files.iter();
+    let mut files: BTreeMap<String, u64> =
+        named.map(|file| (file.name.clone(), file.bytes)).collect();
     files.insert(WEIGHTS_FILE.to_owned(), anchor.body.bytes);
-    check_listing(&found, &files)?;
-    for entry in &version.body.files {
-        check_file(entry, &read(folder, &entry.name, entry.bytes)?)?;
-    }
-    check_weights(
-        &read(folder, WEIGHTS_FILE, anchor.body.bytes)?,
-        &version,
-        &anchor,
-    )?;
-    Ok(Report {
+    Report {
         version: version.body.reference(),
+        statement: version.hash(),
         generation: version.body.generation,
         learner: version.author,
         described_by: anchor.author,
         files,
-    })
+    }
 }
 
 /// The run that a folder says it belongs to: no more than a claim until [`verify`] has been asked about that run.
@@ -351,8 +382,11 @@ fn check_listing(
     expected: &BTreeMap<String, u64>,
 ) -> Result<(), SnapshotError> {
     for entry in found {
+        if entry.kind == EntryKind::Folder && entry.name == DOWNLOADER_FOLDER {
+            continue;
+        }
         let is_expected = entry.name == MANIFEST_FILE || expected.contains_key(&entry.name);
-        if !is_expected || !entry.is_file {
+        if !is_expected || entry.kind != EntryKind::File {
             return Err(SnapshotError::Unexpected {
                 file: entry.name.clone(),
             });

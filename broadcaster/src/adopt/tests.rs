@@ -8,8 +8,9 @@ use muster_protocol::identity::Identity;
 use muster_protocol::message::version::state_root;
 
 use super::*;
+use crate::bitmap::Bitmap;
 use crate::codec::delta::encode;
-use crate::object::describe_object;
+use crate::object::{describe_object, shard_count};
 use crate::state::describe_state;
 use crate::store::StoreError;
 
@@ -118,6 +119,30 @@ impl Author {
             image: weights(version).into(),
         }
     }
+}
+
+#[test]
+fn a_version_can_be_had_while_peers_hold_some_route_to_it_whole() {
+    let mut author = Author::new();
+    let (old, delta, anchor) = (author.anchor(1), author.delta(1, 2), author.anchor(2));
+    let with = |whole: &[&Signed<Object>], part: &[&Signed<Object>]| {
+        let mut holdings = Holdings::default();
+        for object in whole {
+            let shards = shard_count(&object.body);
+            holdings.join(object.body.id(), &Bitmap::full(shards));
+        }
+        for object in part {
+            let shards = shard_count(&object.body);
+            holdings.join(object.body.id(), &Bitmap::empty(shards));
+        }
+        let mut opened = author.opened(2, &[&old, &delta, &anchor]);
+        let can_be_had = opened.keep_held(&holdings);
+        (can_be_had, opened.objects.len())
+    };
+    assert_eq!(with(&[&anchor], &[]), (true, 1));
+    assert_eq!(with(&[&old, &delta], &[&anchor]), (true, 2));
+    assert_eq!(with(&[&delta], &[&old, &anchor]), (false, 1));
+    assert_eq!(with(&[], &[]), (false, 0));
 }
 
 #[tokio::test]

@@ -129,7 +129,7 @@ fn a_flipped_byte_of_the_weights_is_named_by_file_bytes_and_tensor() {
 }
 
 #[test]
-fn missing_extra_truncated_and_linked_files_are_named() {
+fn missing_extra_truncated_and_unreachable_files_are_named() {
     let fixture = Fixture::new();
     let broken = |break_it: &dyn Fn(&Path)| {
         let (_parent, folder) = fixture.written();
@@ -152,7 +152,7 @@ fn missing_extra_truncated_and_linked_files_are_named() {
     );
     let linked = broken(&|folder| {
         std::fs::remove_file(folder.join("config.json")).unwrap();
-        std::os::unix::fs::symlink("tokenizer.json", folder.join("config.json")).unwrap();
+        std::os::unix::fs::symlink("nowhere", folder.join("config.json")).unwrap();
     });
     assert!(
         linked.starts_with("config.json does not belong"),
@@ -163,6 +163,26 @@ fn missing_extra_truncated_and_linked_files_are_named() {
         unsigned.starts_with("file manifest.json is missing"),
         "{unsigned}"
     );
+}
+
+#[test]
+fn a_folder_of_links_as_downloaders_make_it_is_verified_through_them() {
+    let fixture = Fixture::new();
+    let (parent, folder) = fixture.written();
+    let blob = parent.path().join("blob");
+    std::fs::rename(folder.join(WEIGHTS_FILE), &blob).unwrap();
+    std::os::unix::fs::symlink("../blob", folder.join(WEIGHTS_FILE)).unwrap();
+    std::fs::create_dir(folder.join(DOWNLOADER_FOLDER)).unwrap();
+    let report = fixture.verify(&folder).unwrap();
+    assert_eq!(report.statement, fixture.version.hash());
+    let mut bad = fixture.weights.clone();
+    bad[10_500] ^= 1;
+    std::fs::write(&blob, bad).unwrap();
+    let error = fixture.verify(&folder).unwrap_err();
+    assert!(matches!(error, SnapshotError::Differs { .. }), "{error}");
+    std::fs::create_dir(folder.join("more")).unwrap();
+    let error = fixture.verify(&folder).unwrap_err();
+    assert!(matches!(error, SnapshotError::Unexpected { .. }), "{error}");
 }
 
 #[test]
