@@ -14,7 +14,7 @@ mod model;
 mod rewards;
 mod rollout;
 mod seed;
-mod snapshot;
+pub(crate) mod snapshot;
 mod status;
 mod trainer;
 mod warmup;

@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod descriptor;
 mod evaluate;
+mod gateway;
 mod hub;
 mod machine;
 mod output;

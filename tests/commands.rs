@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+#[path = "commands/serve.rs"]
+mod serve;
+
 /// How long a run may take on a busy machine before it counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often files are looked at.
@@ -281,7 +284,8 @@ fn a_live_run_gives_its_versions_to_an_evaluator_and_obeys_the_lab() {
     let words = ["snapshot", "list", "--creds", creds, "--json"];
     let listed = json_lines(&result(&muster(folder, &words)));
     assert!(listed.len() > 1, "{listed:?}");
-
+    let newest = listed.last().unwrap();
+    assert_eq!(newest["held"], true, "{newest}");
     let words = [
         "snapshot", "pull", "--creds", creds, "--out", "pulled", "--json",
     ];

@@ -1,37 +1,27 @@
-//! `muster snapshot`: the versions of a run, one of them as a Hugging Face folder, and whether a folder is what the learner
-//! signed. A live run is asked as any evaluator would ask it; of a run directory its checkpoints are taken.
+//! `muster snapshot`: the versions of a run, one of them as a Hugging Face folder, whether a folder is what the learner
+//! signed, and folders over HTTP. A live run is asked as any evaluator would ask it; of a run directory its checkpoints are taken.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use muster_broadcaster::SwarmConfig;
 use muster_broadcaster::disk::{Existing, write_folder};
-use muster_broadcaster::follower::{Opened, fetch, fetch_file, open_announcement};
-use muster_broadcaster::object::describe_object;
-use muster_broadcaster::snapshot::{Contents, MANIFEST_FILE, Report, run_named, verify, write};
+use muster_broadcaster::follower::Opened;
+use muster_broadcaster::snapshot::{MANIFEST_FILE, Report, run_named, verify};
 use muster_learner::metrics::{EvalLine, Line as _, read_all};
-use muster_protocol::desk::{Desk, DeskError};
 use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
-use muster_protocol::message::ask::{Answer, Ask};
-use muster_protocol::message::version::Content;
-use muster_protocol::subject::Role;
 
+use self::live::LiveRun;
 use crate::output::say;
 use crate::record::newest_checkpoint;
 use crate::run_dir::RunDir;
-use crate::seat::Seat;
 use crate::text::{count, percent, short};
 
-/// How long a live run may take to answer.
-const ANSWER_WAIT: Duration = Duration::from_secs(20);
-/// Most versions asked for one by one: more than dispatch remembers.
-const VERSIONS_ASKED_MAX: u64 = 128;
+pub(crate) mod live;
+mod serve;
 
 /// What `snapshot` takes.
 #[derive(Debug, Args)]
@@ -48,6 +38,8 @@ enum What {
     Pull(PullArgs),
     /// Whether every byte of a folder is what the learner signed
     Verify(VerifyArgs),
+    /// Versions over HTTP, under the addresses of a model hub
+    Serve(serve::ServeArgs),
 }
 
 /// Which run.
@@ -137,9 +129,23 @@ struct Announced {
     policy_version: PolicyVersion,
     root: StateRoot,
     bytes: u64,
+    /// Whether peers hold what it takes to pull it.
+    held: bool,
 }
 
-/// Lists, pulls or verifies.
+impl Announced {
+    fn of((opened, held): (&Opened, bool)) -> Self {
+        let body = &opened.version.body;
+        Self {
+            policy_version: body.version,
+            root: body.root,
+            bytes: body.parameter_bytes(),
+            held,
+        }
+    }
+}
+
+/// Lists, pulls, verifies or serves.
 pub async fn run(args: SnapshotArgs) -> Result<()> {
     match args.what {
         What::List(args) => match &args.from.creds {
@@ -153,6 +159,7 @@ pub async fn run(args: SnapshotArgs) -> Result<()> {
             };
             tell(&report, &args.out, args.json)
         }
+        What::Serve(args) => serve::run(args).await,
         What::Verify(args) => {
             let (learner, run) = match args.learner {
                 Some(learner) => (learner, run_named(&args.folder)),
@@ -225,7 +232,7 @@ fn list_checkpoints(args: &ListArgs) -> Result<()> {
 }
 
 /// Versions that have a checkpoint, in order.
-fn versions_on_disk(dir: &RunDir) -> Result<Vec<u64>> {
+pub(crate) fn versions_on_disk(dir: &RunDir) -> Result<Vec<u64>> {
     let folder = dir.root().join("checkpoints");
     let mut versions = Vec::new();
     for entry in folder
@@ -281,19 +288,21 @@ fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
 }
 
 async fn list_live(args: &ListArgs, creds: &Path) -> Result<()> {
-    let seat = take_seat(&args.from, creds).await?;
+    let mut run = LiveRun::join(creds, args.from.nats.as_deref()).await?;
+    let shutdown = run.seat.shutdown.clone();
     let listed = tokio::select! {
-        listed = announced(&seat.desk) => listed,
-        () = seat.shutdown.cancelled() => bail!("stopped before the run had answered"),
+        listed = announced(&mut run) => listed,
+        () = shutdown.cancelled() => Err(anyhow::anyhow!("stopped before the run had answered")),
     };
-    seat.leave().await;
+    run.seat.leave().await;
     for version in listed? {
         if args.json {
             say(&serde_json::to_string(&version)?)?;
         } else {
             let (number, size) = (version.policy_version, short(version.bytes as f64));
+            let held = if version.held { "held" } else { "gone" };
             say(&format!(
-                "version {number:<8} {size:>6} B  {}",
+                "version {number:<8} {held}  {size:>6} B  {}",
                 version.root
             ))?;
         }
@@ -301,99 +310,35 @@ async fn list_live(args: &ListArgs, creds: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The versions that dispatch tells of, in order: from the newest back to the first that it has forgotten.
-async fn announced(desk: &Desk) -> Result<Vec<Announced>> {
-    let Some(newest) = answered(ask_for(desk, None)).await? else {
-        return Ok(Vec::new());
-    };
-    let last = newest.version.body.version.0;
-    let mut versions = vec![newest];
-    for number in (last.saturating_sub(VERSIONS_ASKED_MAX)..last).rev() {
-        match answered(ask_for(desk, Some(PolicyVersion(number)))).await? {
-            Some(opened) => versions.push(opened),
-            None => break,
-        }
-    }
-    let told = versions.iter().rev().map(|opened| Announced {
-        policy_version: opened.version.body.version,
-        root: opened.version.body.root,
-        bytes: opened.version.body.parameter_bytes(),
-    });
-    Ok(told.collect())
-}
-
-async fn take_seat(from: &From, creds: &Path) -> Result<Seat> {
-    let nats = from.nats.as_deref();
-    Seat::take(creds, Role::Evaluator, nats, SwarmConfig::default()).await
-}
-
-/// What a live run says in time.
-async fn answered<T>(answer: impl Future<Output = Result<T>>) -> Result<T> {
-    let seconds = ANSWER_WAIT.as_secs();
-    tokio::time::timeout(ANSWER_WAIT, answer)
-        .await
-        .with_context(|| {
-            format!(
-                "dispatch did not answer within {seconds} s: start the run, or wait until it is up"
-            )
-        })?
-}
-
-async fn ask_for(desk: &Desk, version: Option<PolicyVersion>) -> Result<Option<Opened>> {
-    // From here on only the dispatch that the learner named is believed.
-    desk.descriptor().await?;
-    match desk.ask_until_answered(Ask::Latest { version }).await? {
-        Answer::Version(Some(announcement)) => Ok(Some(open_announcement(desk, &announcement)?)),
-        Answer::Version(None) => Ok(None),
-        _ => Err(DeskError::Unexpected.into()),
-    }
+async fn announced(run: &mut LiveRun) -> Result<Vec<Announced>> {
+    run.refresh().await?;
+    let judged = run.held().await?;
+    Ok(judged.into_iter().map(Announced::of).collect())
 }
 
 async fn pull_live(args: &PullArgs, creds: &Path) -> Result<Report> {
-    let seat = take_seat(&args.from, creds).await?;
+    let mut run = LiveRun::join(creds, args.from.nats.as_deref()).await?;
+    let shutdown = run.seat.shutdown.clone();
     let pulled = tokio::select! {
-        pulled = fetch_version(&seat, args) => pulled,
-        () = seat.shutdown.cancelled() => {
+        pulled = pull_wanted(&mut run, args) => pulled,
+        () = shutdown.cancelled() => {
             Err(anyhow::anyhow!("stopped before the version was whole: {} was not made", args.out.display()))
         }
     };
-    let (learner, run): (PeerId, RunId) = (seat.credentials.learner, seat.credentials.run.clone());
-    seat.leave().await;
+    let (learner, name): (PeerId, RunId) = (
+        run.seat.credentials.learner,
+        run.seat.credentials.run.clone(),
+    );
+    run.seat.leave().await;
     pulled?;
-    verify(&args.out, &learner, &run).with_context(|| args.out.display().to_string())
+    verify(&args.out, &learner, &name).with_context(|| args.out.display().to_string())
 }
 
-async fn fetch_version(seat: &Seat, args: &PullArgs) -> Result<()> {
+async fn pull_wanted(run: &mut LiveRun, args: &PullArgs) -> Result<()> {
     let version = match args.version {
         Wanted::Latest => None,
         Wanted::Number(number) => Some(PolicyVersion(number)),
     };
-    let opened = answered(ask_for(&seat.desk, version)).await?.with_context(|| {
-        "the run has no such version to give: see `muster snapshot list --creds FILE` for those it has"
-    })?;
-    let source = seat.source();
-    let mut files = BTreeMap::new();
-    for entry in &opened.version.body.files {
-        let bytes = fetch_file(source.as_ref(), &opened, &entry.name).await?;
-        files.insert(entry.name.clone(), bytes);
-    }
-    let held = fetch(source.as_ref(), opened, None).await?;
-    let anchor = match held.anchor {
-        Some(anchor) => anchor,
-        None => {
-            // It came as an older anchor and deltas. The whole is described here, so that the folder can be verified shard by shard.
-            let body = &held.version.body;
-            let content = Content::Anchor { root: body.root };
-            seat.desk
-                .sign(describe_object(content, body.version, &held.image)?)?
-        }
-    };
-    let contents = Contents {
-        run: &seat.credentials.run,
-        version: &held.version,
-        anchor: &anchor,
-        weights: &held.image,
-        files: &files,
-    };
-    Ok(write(&args.out, &contents, Existing::Refuse)?)
+    let version = run.hear_of(version).await?;
+    run.pull(version, &args.out).await
 }

@@ -1,0 +1,181 @@
+//! A live run as an evaluator sees it: which versions it tells of, and one of them as a folder.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use muster_broadcaster::SwarmConfig;
+use muster_broadcaster::disk::Existing;
+use muster_broadcaster::follower::{Opened, fetch, fetch_file, open_announcement};
+use muster_broadcaster::object::describe_object;
+use muster_broadcaster::snapshot::{Contents, write};
+use muster_broadcaster::survey::{Holdings, survey};
+use muster_protocol::desk::DeskError;
+use muster_protocol::envelope::open;
+use muster_protocol::id::PolicyVersion;
+use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::message::peer::PeerRecord;
+use muster_protocol::message::version::{Content, Object};
+use muster_protocol::subject::Role;
+
+use crate::seat::Seat;
+
+/// How long a live run may take to answer.
+const ANSWER_WAIT: Duration = Duration::from_secs(20);
+/// Most versions asked for one by one: more than dispatch remembers.
+const VERSIONS_ASKED_MAX: u64 = 128;
+
+/// A live run.
+pub(crate) struct LiveRun {
+    /// The evaluator's place in it.
+    pub(crate) seat: Seat,
+    /// What was heard of.
+    heard: BTreeMap<PolicyVersion, Opened>,
+}
+
+impl LiveRun {
+    /// Joins under an evaluator's credentials. `nats` overrides where the bus is.
+    pub(crate) async fn join(creds: &Path, nats: Option<&str>) -> Result<Self> {
+        let swarm = SwarmConfig::default();
+        let seat = Seat::take(creds, Role::Evaluator, nats, swarm).await?;
+        // From here on only the dispatch that the learner named is believed.
+        answered(async { Ok(seat.desk.descriptor().await?) }).await?;
+        let heard = BTreeMap::new();
+        Ok(Self { seat, heard })
+    }
+
+    /// The versions that were heard of, in order.
+    pub(crate) fn heard(&self) -> impl Iterator<Item = &Opened> {
+        self.heard.values()
+    }
+
+    /// Hears of the versions that dispatch tells of: from the newest back to the first that it has forgotten.
+    pub(crate) async fn refresh(&mut self) -> Result<()> {
+        if let Some(newest) = self.ask(None).await? {
+            let (last, generation) = (newest.version.body.version, newest.version.body.generation);
+            // A learner that started again may announce the same numbers anew.
+            let is_current = |opened: &Opened| opened.version.body.generation == generation;
+            self.heard.retain(|_, opened| is_current(opened));
+            self.heard.insert(last, newest);
+            let first = last.0.saturating_sub(VERSIONS_ASKED_MAX);
+            for number in (first..last.0).rev().map(PolicyVersion) {
+                if self.heard.contains_key(&number) {
+                    break;
+                }
+                match self.ask(Some(number)).await? {
+                    Some(opened) => self.heard.insert(number, opened),
+                    None => break,
+                };
+            }
+            self.heard = self.heard.split_off(&PolicyVersion(first));
+        }
+        Ok(())
+    }
+
+    /// Asks for one version, or for the newest, and returns its number.
+    pub(crate) async fn hear_of(
+        &mut self,
+        version: Option<PolicyVersion>,
+    ) -> Result<PolicyVersion> {
+        let opened = self.ask(version).await?.with_context(|| {
+            "the run has no such version to give: see `muster snapshot list --creds FILE` for those it has"
+        })?;
+        let number = opened.version.body.version;
+        self.heard.insert(number, opened);
+        Ok(number)
+    }
+
+    /// Fetches a version that was heard of from the peers and writes it as a folder, all of it or nothing.
+    pub(crate) async fn pull(&self, version: PolicyVersion, out: &Path) -> Result<()> {
+        let opened = self.heard.get(&version).cloned();
+        let mut opened =
+            opened.with_context(|| format!("nothing was heard of version {version}"))?;
+        let holdings = self.survey([&opened].into_iter()).await?;
+        if !opened.keep_held(&holdings) {
+            bail!(
+                "no peer within reach holds version {version} any more: choose one that `muster snapshot list --creds FILE` shows as held"
+            );
+        }
+        let source = self.seat.source();
+        let mut files = BTreeMap::new();
+        for entry in &opened.version.body.files {
+            let bytes = fetch_file(source.as_ref(), &opened, &entry.name).await?;
+            files.insert(entry.name.clone(), bytes);
+        }
+        let held = Box::pin(fetch(source.as_ref(), opened, None)).await?;
+        let run = self.seat.credentials.run.clone();
+        let anchor = match held.anchor {
+            Some(anchor) => anchor,
+            None => {
+                // It came as an older anchor and deltas. The whole is described here, so that the folder can be verified shard by shard.
+                let body = &held.version.body;
+                let content = Content::Anchor { root: body.root };
+                self.seat
+                    .desk
+                    .sign(describe_object(content, body.version, &held.image)?)?
+            }
+        };
+        let (out, version, image) = (out.to_owned(), held.version, held.image);
+        let written = tokio::task::spawn_blocking(move || {
+            let contents = Contents {
+                run: &run,
+                version: &version,
+                anchor: &anchor,
+                weights: &image,
+                files: &files,
+            };
+            write(&out, &contents, Existing::Refuse)
+        });
+        Ok(written.await.context("the folder was not written")??)
+    }
+
+    /// The versions that were heard of, in order, and whether peers hold what it takes to have each.
+    pub(crate) async fn held(&self) -> Result<Vec<(&Opened, bool)>> {
+        let holdings = self.survey(self.heard.values()).await?;
+        let judged = self
+            .heard
+            .values()
+            .map(|opened| (opened, opened.clone().keep_held(&holdings)));
+        Ok(judged.collect())
+    }
+
+    /// Asks the peers that dispatch names what they hold of these versions.
+    async fn survey(&self, versions: impl Iterator<Item = &Opened>) -> Result<Holdings> {
+        let mut peers = Vec::new();
+        for bytes in answered(async { Ok(self.seat.desk.peers(None).await?) }).await? {
+            match open::<PeerRecord>(bytes, self.seat.desk.run()) {
+                Ok(record) => peers.push(record.body),
+                Err(error) => tracing::debug!(%error, "a peer's record cannot be used"),
+            }
+        }
+        let objects = versions.flat_map(|opened| opened.objects.iter().chain(&opened.files));
+        let objects: Vec<Object> = objects.map(|object| object.body.clone()).collect();
+        Ok(survey(&self.seat.identity, peers, &objects).await)
+    }
+
+    async fn ask(&self, version: Option<PolicyVersion>) -> Result<Option<Opened>> {
+        let desk = &self.seat.desk;
+        answered(async {
+            match desk.ask_until_answered(Ask::Latest { version }).await? {
+                Answer::Version(Some(told)) => Ok(Some(open_announcement(desk, &told)?)),
+                Answer::Version(None) => Ok(None),
+                _ => Err(DeskError::Unexpected.into()),
+            }
+        })
+        .await
+    }
+}
+
+/// What a live run says in time.
+async fn answered<T>(answer: impl Future<Output = Result<T>>) -> Result<T> {
+    let seconds = ANSWER_WAIT.as_secs();
+    tokio::time::timeout(ANSWER_WAIT, answer)
+        .await
+        .with_context(|| {
+            format!(
+                "dispatch did not answer within {seconds} s: start the run, or wait until it is up"
+            )
+        })?
+}
