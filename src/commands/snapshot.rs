@@ -21,6 +21,7 @@ use crate::run_dir::RunDir;
 use crate::text::{count, percent, short};
 
 pub(crate) mod live;
+mod progress;
 mod serve;
 
 /// What `snapshot` takes.

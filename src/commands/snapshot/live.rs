@@ -5,11 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bytes::Bytes;
 
 use muster_broadcaster::SwarmConfig;
 use muster_broadcaster::disk::Existing;
-use muster_broadcaster::follower::{Opened, fetch, fetch_file, open_announcement};
+use muster_broadcaster::follower::{Held, Opened, fetch, fetch_file, open_announcement};
 use muster_broadcaster::object::describe_object;
+use muster_broadcaster::route::cheapest;
 use muster_broadcaster::snapshot::{Contents, write};
 use muster_broadcaster::survey::{Holdings, survey};
 use muster_protocol::desk::DeskError;
@@ -20,6 +22,7 @@ use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::{Content, Object};
 use muster_protocol::subject::Role;
 
+use super::progress::watch;
 use crate::seat::Seat;
 
 /// How long a live run may take to answer.
@@ -98,13 +101,18 @@ impl LiveRun {
                 "no peer within reach holds version {version} any more: choose one that `muster snapshot list --creds FILE` shows as held"
             );
         }
-        let source = self.seat.source();
-        let mut files = BTreeMap::new();
-        for entry in &opened.version.body.files {
-            let bytes = fetch_file(source.as_ref(), &opened, &entry.name).await?;
-            files.insert(entry.name.clone(), bytes);
-        }
-        let held = Box::pin(fetch(source.as_ref(), opened, None)).await?;
+        let before = self.seat.swarm.stats().total.bytes_down;
+        let received = || {
+            self.seat
+                .swarm
+                .stats()
+                .total
+                .bytes_down
+                .saturating_sub(before)
+        };
+        let (what, total) = (format!("version {version}"), bytes_to_fetch(&opened));
+        let fetched = Box::pin(self.fetch(opened));
+        let (files, held) = watch(&what, total, received, fetched).await?;
         let run = self.seat.credentials.run.clone();
         let anchor = match held.anchor {
             Some(anchor) => anchor,
@@ -155,6 +163,17 @@ impl LiveRun {
         Ok(survey(&self.seat.identity, peers, &objects).await)
     }
 
+    /// The weights and the files beside them.
+    async fn fetch(&self, opened: Opened) -> Result<(BTreeMap<String, Bytes>, Held)> {
+        let source = self.seat.source();
+        let mut files = BTreeMap::new();
+        for entry in &opened.version.body.files {
+            let bytes = fetch_file(source.as_ref(), &opened, &entry.name).await?;
+            files.insert(entry.name.clone(), bytes);
+        }
+        Ok((files, fetch(source.as_ref(), opened, None).await?))
+    }
+
     async fn ask(&self, version: Option<PolicyVersion>) -> Result<Option<Opened>> {
         let desk = &self.seat.desk;
         answered(async {
@@ -166,6 +185,14 @@ impl LiveRun {
         })
         .await
     }
+}
+
+/// Bytes of what leads to a version from nothing, and of the files beside it.
+fn bytes_to_fetch(opened: &Opened) -> u64 {
+    let objects: Vec<&Object> = opened.objects.iter().map(|object| &object.body).collect();
+    let route = cheapest(&objects, None, opened.version.body.root).unwrap_or_default();
+    let files = opened.version.body.files.iter().map(|file| file.bytes);
+    files.chain(route.iter().map(|object| object.bytes)).sum()
 }
 
 /// What a live run says in time.
