@@ -12,8 +12,9 @@ use crate::kernels::{Batch, Kernels, Text};
 use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
 use crate::sampling::Distribution;
 
-/// Tokens of one forward pass; more rows are scored in several, so that memory does not grow with a submission.
-const TOKENS_MAX: usize = 1 << 13;
+/// Tokens of one forward pass; more rows are scored in several, over the same memory. Enough that reading the weights costs
+/// little, few enough that what is computed of them stays near the processor.
+const TOKENS_MAX: usize = 1 << 10;
 
 /// Elements of logits held at once. Fewer rows together would be bound by reading the head's weights.
 const LOGITS_MAX: usize = 1 << 22;
@@ -64,24 +65,31 @@ pub fn score(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<TokenScor
         policy.check_row(row, tokens, tokens.len())?;
         check_temperature(temperature)?;
     }
-    let mut scores = Vec::with_capacity(rows.len());
+    match policy.prepared() {
+        Prepared::Fused(weights) => score_parts(Fused::inference(weights), policy, rows),
+        Prepared::Candle(weights) => score_parts(Candle::inference(weights), policy, rows),
+    }
+}
+
+fn score_parts<K: Kernels>(
+    mut kernels: K,
+    policy: &Policy,
+    rows: &[ScoreRow<'_>],
+) -> Result<Vec<Vec<TokenScore>>, PolicyError> {
+    let (mut scores, mut logits) = (Vec::with_capacity(rows.len()), Vec::new());
     while scores.len() < rows.len() {
         let first = scores.len();
         let rest = &rows[first..];
-        let mut tokens = 0;
-        let fitting = rest.iter().take_while(|row| {
-            tokens += row.tokens.len();
+        let (mut tokens, mut before) = (0, None);
+        let fitting = rest.iter().map(text).take_while(|text| {
+            let shared = before.is_some_and(|before| text.shares_with(before));
+            tokens += text.tokens.len() - if shared { text.shareable } else { 0 };
+            before = Some(*text);
             tokens <= TOKENS_MAX
         });
         let part = &rest[..fitting.count().max(1)];
-        match policy.prepared() {
-            Prepared::Fused(weights) => {
-                score_part(Fused::inference(weights), policy, part, first, &mut scores)?;
-            }
-            Prepared::Candle(weights) => {
-                score_part(Candle::inference(weights), policy, part, first, &mut scores)?;
-            }
-        }
+        let room = (&mut kernels, &mut logits);
+        score_part(room, policy, part, first, &mut scores)?;
     }
     Ok(scores)
 }
@@ -98,19 +106,23 @@ pub fn logprobs(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<f32>>,
         .collect())
 }
 
+/// What is computed of a row. Its last token predicts nothing that is asked for; but a row of one token needs it, since no
+/// kernel takes none.
+fn text<'a>(row: &ScoreRow<'a>) -> Text<'a> {
+    Text {
+        tokens: &row.tokens[..(row.tokens.len() - 1).max(1)],
+        shareable: (row.first - 1).min(row.tokens.len().saturating_sub(2)),
+    }
+}
+
 fn score_part<K: Kernels>(
-    mut kernels: K,
+    (kernels, logits): (&mut K, &mut Vec<f32>),
     policy: &Policy,
     rows: &[ScoreRow<'_>],
     first_row: usize,
     scores: &mut Vec<Vec<TokenScore>>,
 ) -> Result<(), PolicyError> {
-    // The last token predicts nothing that is asked for; but a row of one token needs it, since no kernel takes none.
-    let texts = rows.iter().map(|row| Text {
-        tokens: &row.tokens[..(row.tokens.len() - 1).max(1)],
-        shareable: (row.first - 1).min(row.tokens.len().saturating_sub(2)),
-    });
-    let (batch, ends) = Batch::packed(texts);
+    let (batch, ends) = Batch::packed(rows.iter().map(text));
     let mut positions = Vec::new();
     let mut targets = Vec::new();
     for (index, (row, end)) in rows.iter().zip(&ends).enumerate() {
@@ -125,16 +137,15 @@ fn score_part<K: Kernels>(
     }
     let layout = policy.layout();
     let wanted: Rc<[usize]> = positions.into();
-    let hidden = decoder::hidden(&mut kernels, layout, &batch, &wanted, None)?;
+    let hidden = decoder::hidden(kernels, layout, &batch, &wanted, None)?;
     let vocab = layout.head.rows;
     let rows_at_once = (LOGITS_MAX / vocab).max(1);
-    let mut logits = Vec::new();
     for (chunk, targets) in targets.chunks(rows_at_once).enumerate() {
         let start = chunk * rows_at_once;
         let range = start..start + targets.len();
-        kernels.logits(&hidden, &layout.head, range, &mut logits)?;
+        kernels.logits(&hidden, &layout.head, range, logits)?;
         let temperature = |index: usize| rows[index].temperature;
-        let found = token_scores(policy.threads(), &logits, targets, temperature);
+        let found = token_scores(policy.threads(), logits, targets, temperature);
         for (score, &(index, _)) in found.into_iter().zip(targets) {
             let row = first_row + index;
             scores[row].push(score.ok_or(PolicyError::NotFinite { row })?);

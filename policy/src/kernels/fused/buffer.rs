@@ -4,13 +4,19 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+/// How many times longer than it has to be a vector is lent. If short arrays took long vectors, the next long array would
+/// need a new one, until all of them are long.
+const WASTE_MAX: usize = 4;
+
 /// Vectors waiting for their next use.
 pub(crate) type Pool = Rc<RefCell<Vec<Vec<f32>>>>;
 
 /// A vector on loan from a pool.
 #[derive(Debug)]
 pub(crate) struct Buffer {
+    /// At least `len`: a vector keeps its length, since to grow again it would be filled.
     values: Vec<f32>,
+    len: usize,
     pool: Pool,
 }
 
@@ -18,22 +24,18 @@ impl Buffer {
     /// A vector of `len` elements of unspecified finite or stale value: the caller overwrites all of them.
     pub(crate) fn stale(pool: &Pool, len: usize) -> Self {
         let mut waiting = pool.borrow_mut();
-        // The smallest that is large enough, else the largest, which then grows.
-        let best = (0..waiting.len()).min_by_key(|&index| {
-            let capacity = waiting[index].capacity();
-            if capacity >= len {
-                (0, capacity)
-            } else {
-                (1, usize::MAX - capacity)
-            }
-        });
-        let mut values = best
-            .map(|index| waiting.swap_remove(index))
-            .unwrap_or_default();
+        // A power of two, so that a step of a few tokens more finds what one of a few less left.
+        let class = len.next_power_of_two();
+        let fitting = class..=class.saturating_mul(WASTE_MAX);
+        let best = (0..waiting.len())
+            .filter(|&index| fitting.contains(&waiting[index].len()))
+            .min_by_key(|&index| waiting[index].len());
+        let found = best.map(|index| waiting.swap_remove(index));
         drop(waiting);
-        values.resize(len, 0.0);
+        let values = found.unwrap_or_else(|| vec![0.0; class]);
         Self {
             values,
+            len,
             pool: Rc::clone(pool),
         }
     }
@@ -57,13 +59,13 @@ impl std::ops::Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.values
+        &self.values[..self.len]
     }
 }
 
 impl std::ops::DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values
+        &mut self.values[..self.len]
     }
 }
 
@@ -72,5 +74,29 @@ impl Drop for Buffer {
         self.pool
             .borrow_mut()
             .push(std::mem::take(&mut self.values));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vector_that_returns_is_lent_again_at_any_length_it_has_room_for() {
+        let pool = Pool::default();
+        let mut long = Buffer::zeros(&pool, 100);
+        long[99] = 1.0;
+        let place = long.as_ptr();
+        drop(long);
+        let short = Buffer::stale(&pool, 30);
+        assert_eq!((short.len(), short.as_ptr()), (30, place));
+        drop(short);
+        let shorter = Buffer::stale(&pool, 3);
+        assert_ne!(shorter.as_ptr(), place, "too long for so few");
+        let long = Buffer::stale(&pool, 100);
+        assert_eq!((long.len(), long.as_ptr(), long[99]), (100, place, 1.0));
+        assert_eq!(*Buffer::copied(&pool, &[1.0, 2.0]), [1.0, 2.0]);
+        drop(long);
+        assert_eq!(Buffer::stale(&pool, 129).len(), 129);
     }
 }

@@ -7,7 +7,7 @@ use super::attention::Heads;
 use super::vector::row_product;
 use crate::kernels::BLOCK;
 
-/// Keys `[blocks, KV, D, BLOCK]` and values `[blocks, KV, BLOCK, D]`.
+/// Keys `[blocks, KV, D, BLOCK]` and values `[blocks, KV, BLOCK, D]`, of as many blocks as were reached so far.
 #[derive(Debug)]
 pub(crate) struct CacheLayer {
     keys: Vec<f32>,
@@ -25,14 +25,24 @@ pub(super) struct CachedHead<'a> {
 }
 
 impl CacheLayer {
-    /// Zeros, which the system lends without memory behind them until they are written.
+    /// Room for so many blocks, which the system lends without memory behind it until it is written.
     pub(super) fn new(heads: Heads, blocks: usize) -> Self {
         let len = blocks * heads.key * heads.dim * BLOCK;
         Self {
-            keys: vec![0.0; len],
-            values: vec![0.0; len],
+            keys: Vec::with_capacity(len),
+            values: Vec::with_capacity(len),
             heads: heads.key,
             dim: heads.dim,
+        }
+    }
+
+    /// Fills all up to a block with zeros before the first write to it. The lowest free block is handed out first, so what is
+    /// written for the first time lies behind what was written before.
+    fn reach(&mut self, block: u32) {
+        let end = self.base(block + 1, 0);
+        if self.keys.len() < end {
+            self.keys.resize(end, 0.0);
+            self.values.resize(end, 0.0);
         }
     }
 
@@ -51,6 +61,8 @@ impl CacheLayer {
         table: &[u32],
     ) {
         let dim = self.dim;
+        let newest = table.iter().max();
+        newest.into_iter().for_each(|block| self.reach(*block));
         for (token, position) in qkv.chunks_exact(heads.width()).zip(position..) {
             let (base, at) = (self.base(table[position / BLOCK], j), position % BLOCK);
             let key = &token[heads.key_offset(j)..][..dim];
@@ -71,6 +83,7 @@ impl CacheLayer {
     }
 
     pub(super) fn copy_block(&mut self, from: u32, to: u32) {
+        self.reach(from.max(to));
         let (from, to) = (self.base(from, 0), self.base(to, 0));
         let len = self.heads * self.dim * BLOCK;
         self.keys.copy_within(from..from + len, to);
