@@ -12,9 +12,11 @@ use std::sync::Arc;
 use crate::config::Config;
 use crate::device::free_bytes;
 use crate::kernels::BLOCK;
+use crate::kernels::fused::Threads;
 use crate::policy::{Policy, PolicyError, check_temperature};
-use crate::sampling::{Distribution, Sampling, uniform};
+use crate::sampling::{Sampling, uniform};
 
+use draws::{Draw, Drawn};
 use machine::{Machine, machine};
 pub use scheduler::ScheduleStats;
 use scheduler::{Epoch, Feed, Limits, Scheduler, Sequence};
@@ -22,6 +24,7 @@ use stops::StopWatch;
 pub use stops::{StopAt, StopStrings};
 
 mod blocks;
+mod draws;
 mod machine;
 mod scheduler;
 mod stops;
@@ -222,7 +225,8 @@ pub struct Engine {
     submitted: Sequence,
     groups_made: u64,
     finished: Vec<Answered>,
-    distribution: Distribution,
+    /// Tokens are drawn on them.
+    threads: Threads,
     budget_bytes: u64,
 }
 
@@ -264,6 +268,7 @@ impl Engine {
         };
         let mut machine = machine(&policy, blocks)?;
         machine.adopt(0, &policy);
+        let threads = policy.threads().clone();
         Ok(Self {
             scheduler: Scheduler::new(limits),
             machine,
@@ -273,7 +278,7 @@ impl Engine {
             submitted: 0,
             groups_made: 0,
             finished: Vec::new(),
-            distribution: Distribution::default(),
+            threads,
             budget_bytes: blocks as u64 * block_bytes,
         })
     }
@@ -432,17 +437,22 @@ impl Engine {
         let Self {
             machine,
             underway,
-            distribution,
+            threads,
             live,
             ..
         } = self;
         let mut drawn: Vec<(Sequence, u32, bool)> = Vec::with_capacity(plan.feeds.len());
-        machine.run(&plan, &mut |feed: &Feed, logits: &[f32]| {
-            let version = live.get(&feed.epoch).map_or(0, |live| live.version);
-            for sequence in &feed.draws {
+        machine.run(&plan, &mut |feeds: &[&Feed], logits: &[f32]| {
+            let epoch = feeds.first().map_or(0, |feed| feed.epoch); // of all that are computed together
+            let version = live.get(&epoch).map_or(0, |live| live.version);
+            let draws: Vec<Draw> = draws_of(feeds, underway).collect();
+            let vocab = logits.len() / feeds.len().max(1);
+            let tokens = draws::draw(threads, (logits, vocab), &draws);
+            for (Draw { sequence, .. }, token) in draws.iter().zip(tokens) {
                 if let Some(underway) = underway.get_mut(sequence) {
-                    let (token, done) = underway.draw(distribution, logits, version)?;
-                    drawn.push((*sequence, token, done));
+                    let row = underway.place;
+                    let token = token.ok_or(PolicyError::NotFinite { row })?;
+                    drawn.push((*sequence, token.token, underway.take(token, version)));
                 }
             }
             Ok(())
@@ -485,30 +495,41 @@ impl Engine {
     }
 }
 
+/// What the requests of some feeds draw, each feed from the row of logits of its place.
+fn draws_of<'a>(
+    feeds: &'a [&Feed],
+    underway: &'a BTreeMap<Sequence, Underway>,
+) -> impl Iterator<Item = Draw> + 'a {
+    let all = feeds.iter().enumerate();
+    let all = all.flat_map(|(row, feed)| feed.draws.iter().map(move |sequence| (row, *sequence)));
+    all.filter_map(|(row, sequence)| Some(underway.get(&sequence)?.draw(row, sequence)))
+}
+
 impl Underway {
-    /// Chooses a token; true when the answer is complete with it.
-    fn draw(
-        &mut self,
-        distribution: &mut Distribution,
-        logits: &[f32],
-        version: u64,
-    ) -> Result<(u32, bool), PolicyError> {
-        let (request, completion) = (&self.request, &mut self.completion);
-        let temperature = match request.sampling {
-            Sampling::Greedy => 1.0,
-            Sampling::Prescribed { temperature, .. } => temperature,
+    /// The next token, to be drawn from a row of the logits.
+    fn draw(&self, row: usize, sequence: Sequence) -> Draw {
+        let place = self.completion.tokens.len() as u64;
+        let (temperature, uniform) = match self.request.sampling {
+            Sampling::Greedy => (1.0, None),
+            Sampling::Prescribed {
+                seed,
+                rollout,
+                temperature,
+            } => (temperature, Some(uniform(&seed, rollout, place))),
         };
-        if !distribution.load(logits, temperature) {
-            return Err(PolicyError::NotFinite { row: self.place });
+        Draw {
+            sequence,
+            row,
+            temperature,
+            uniform,
         }
-        let token = match request.sampling {
-            Sampling::Greedy => distribution.likeliest(),
-            Sampling::Prescribed { seed, rollout, .. } => {
-                distribution.draw(uniform(&seed, rollout, completion.tokens.len() as u64))
-            }
-        };
+    }
+
+    /// Appends a token; true when the answer is complete with it.
+    fn take(&mut self, Drawn { token, logprob }: Drawn, version: u64) -> bool {
+        let (request, completion) = (&self.request, &mut self.completion);
         completion.tokens.push(token);
-        completion.logprobs.push(distribution.logprob(token));
+        completion.logprobs.push(logprob);
         match completion.spans.last_mut() {
             Some(span) if span.version == version => span.tokens += 1,
             _ => completion.spans.push(Span { version, tokens: 1 }),
@@ -524,7 +545,7 @@ impl Underway {
             None => None,
         };
         completion.finish = finish.unwrap_or(Finish::Length);
-        Ok((token, finish.is_some()))
+        finish.is_some()
     }
 }
 

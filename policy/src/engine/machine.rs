@@ -17,8 +17,8 @@ use crate::policy::{Policy, PolicyError, Prepared};
 /// Elements of logits held at once; a step over more rows asks the head several times.
 const LOGITS_MAX: usize = 1 << 22;
 
-/// Takes the logits `[V]` that a feed's draws are made from.
-pub(super) type OnLogits<'a> = dyn FnMut(&Feed, &[f32]) -> Result<(), PolicyError> + 'a;
+/// Takes the logits `[feeds, V]` that the draws of some feeds are made from.
+pub(super) type OnLogits<'a> = dyn FnMut(&[&Feed], &[f32]) -> Result<(), PolicyError> + 'a;
 
 /// Runs plans, whatever the kernels.
 pub(super) trait Machine {
@@ -128,9 +128,8 @@ fn run_epoch<K: Kernels>(
     for first in (0..drawing.len()).step_by(rows_at_once) {
         let range = first..(first + rows_at_once).min(drawing.len());
         kernels.logits(&hidden, &layout.head, range.clone(), logits)?;
-        for (logits, &index) in logits.chunks_exact(vocab).zip(&drawing[range]) {
-            on_logits(&feeds[index], logits)?;
-        }
+        let drawing: Vec<&Feed> = drawing[range].iter().map(|index| &feeds[*index]).collect();
+        on_logits(&drawing, logits)?;
     }
     Ok(())
 }
