@@ -66,7 +66,7 @@ const UNSAFE_FILES: [(&str, &str); 7] = [
     ),
     (
         "policy/src/kernels/fused/panels.rs",
-        "threads write columns of one matrix, each its own, which no slice can say",
+        "threads write columns of one matrix, each its own, which no slice can say; and fill memory that the system cleared",
     ),
     (
         "policy/src/kernels/fused/team.rs",

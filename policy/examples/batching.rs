@@ -1,18 +1,21 @@
 //! What the engine makes of its slots and its memory: the share of slots that are busy on answers of very different
-//! lengths, what sharing a group's prompt saves, and whether memory grows over ten thousand groups.
+//! lengths, what sharing a group's prompt saves, what memory it takes beside weights, keys and values, and whether that grows
+//! over ten thousand groups.
 //!
-//! Run with `cargo run --release -p muster-policy --example batching`. It fails where slots or prompts
-//! miss their bound; memory is printed.
+//! Run with `cargo run --release -p muster-policy --example batching`. It fails where slots, prompts or memory miss their bound.
+//! Memory is measured in a process of its own, all of it: what is private and what is mapped.
 #![allow(clippy::print_stdout)]
 
 use std::error::Error;
 use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
 use muster_policy::{
     Config, Device, Engine, EngineConfig, GenerationRequest, KernelSet, Master, Policy, Sampling,
-    Storage,
+    Storage, Threads, write_atomically,
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -29,14 +32,73 @@ const SHAPE: &str = r#"{"architectures":["Qwen2ForCausalLM"],"model_type":"qwen2
 "intermediate_size":352,"num_hidden_layers":4,"num_attention_heads":4,"num_key_value_heads":2,"hidden_act":"silu",
 "max_position_embeddings":2048,"rope_theta":10000.0,"rms_norm_eps":1e-6,"tie_word_embeddings":true}"#;
 
+/// One of 37 million.
+const LARGE: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","vocab_size":16384,"hidden_size":512,
+"intermediate_size":1408,"num_hidden_layers":10,"num_attention_heads":8,"num_key_value_heads":2,"head_dim":64,
+"hidden_act":"silu","max_position_embeddings":2048,"rope_theta":10000.0,"rms_norm_eps":1e-6,"tie_word_embeddings":true}"#;
+
+/// Memory for its keys and values.
+const LARGE_KV: u64 = 192 << 20;
+
 fn main() -> Result<(), Box<dyn Error>> {
+    if let Some(folder) = std::env::args().nth(1) {
+        return peak(folder.as_ref());
+    }
     let config = Config::parse(SHAPE)?;
     let image = Master::init(&config, 1)?.image(Storage::F32)?;
     let policy = Policy::from_image(&config, &image, KernelSet::Fused, &Device::Cpu)?;
     println!("{} parameters", policy.layout().len());
     slots_busy(&policy)?;
     prompts_shared(&policy)?;
-    memory(&policy)
+    memory(&policy)?;
+    let folder = tempfile::tempdir()?;
+    let image = Master::init(&Config::parse(LARGE)?, 1)?.image(Storage::Bf16)?;
+    let files = [
+        ("config.json", LARGE.as_bytes()),
+        ("model.safetensors", image.bytes()),
+    ];
+    for (name, bytes) in files {
+        write_atomically(&folder.path().join(name), |file| file.write_all(bytes))?;
+    }
+    let mut alone = Command::new(std::env::current_exe()?);
+    let status = alone.arg(folder.path()).status()?;
+    bounded(
+        status.success(),
+        "a process of its own keeps its bound of memory",
+    )
+}
+
+/// Most memory that answers of a model take from its load on.
+fn peak(folder: &Path) -> Result<(), Box<dyn Error>> {
+    let bytes = std::fs::metadata(folder.join("model.safetensors"))?.len();
+    let threads = Threads::one();
+    let policy = Policy::load(folder, KernelSet::Fused, &Device::Cpu, &threads)?;
+    let loaded = memory_of("VmHWM:")?;
+    let mut engine = engine(&policy, Some(LARGE_KV))?;
+    for number in 0..80 {
+        let prompt = prompt(number, 250);
+        let group = (0..GROUP).map(|at| request(&prompt, 12, number * GROUP + at));
+        engine.submit(group.collect())?;
+    }
+    run(&mut engine)?;
+    let budget = engine.kv_bytes();
+    let (private, most) = (memory_of("RssAnon:")?, memory_of("VmHWM:")?);
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let share = most as f64 / (bytes + budget) as f64 - 1.0;
+    println!(
+        "memory of {:.1} MiB of weights: {:.1} MiB at most while they are read, {:.1} MiB while rows decode ({:.1} MiB private) \
+         with a budget of {:.1} MiB for keys and values, {:.1} % above both",
+        mib(bytes),
+        mib(loaded),
+        mib(most),
+        mib(private),
+        mib(budget),
+        share * 100.0
+    );
+    bounded(
+        share <= 0.15,
+        "memory is at most 15 % above weights and budget",
+    )
 }
 
 fn bounded(bound: bool, what: &str) -> Result<(), Box<dyn Error>> {

@@ -4,12 +4,15 @@
 
 use std::path::Path;
 
+use candle_core::Device;
 use serde::Deserialize;
 use serde_json::json;
 
 use crate::config::{Config, ConfigError, TokenIds};
 use crate::disk::{DiskError, create_folder, read_file, write_atomically};
-use crate::policy::{CONFIG_BYTES_MAX, PolicyError, read_model};
+use crate::kernels::KernelSet;
+use crate::kernels::fused::Threads;
+use crate::policy::{CONFIG_BYTES_MAX, Policy, PolicyError, read_config, read_model};
 use crate::tokenizer::{CHAT_FILE, Tokenizer, TokenizerError};
 use crate::weights::Image;
 
@@ -54,6 +57,33 @@ struct Generation {
     pad_token_id: Option<u32>,
 }
 
+/// A model that answers: its weights as inference wants them, and nowhere else.
+#[derive(Debug)]
+pub struct RunningModel {
+    /// Shape, special tokens and weights.
+    pub policy: Policy,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+}
+
+impl RunningModel {
+    /// Reads a folder as [`ModelFolder::read`] does, its weights by [`Policy::load`].
+    ///
+    /// # Errors
+    /// Names the first file that is missing, damaged or does not fit the others.
+    pub fn read(
+        folder: &Path,
+        kernels: KernelSet,
+        device: &Device,
+        threads: &Threads,
+    ) -> Result<Self, FolderError> {
+        let mut config = read_config(folder)?;
+        let tokenizer = read_tokens(folder, &mut config)?;
+        let policy = Policy::load_as(&config, folder, kernels, device, threads)?;
+        Ok(Self { policy, tokenizer })
+    }
+}
+
 impl ModelFolder {
     /// Reads a folder. The tokens that end an answer are those of `generation_config.json`, else of `config.json`, else
     /// the tokenizer's.
@@ -62,25 +92,7 @@ impl ModelFolder {
     /// Names the first file that is missing, damaged or does not fit the others.
     pub fn read(folder: &Path) -> Result<Self, FolderError> {
         let (mut config, image) = read_model(folder)?;
-        let tokenizer = Tokenizer::load(folder)?;
-        tokenizer.check(&config)?;
-        match read_file(&folder.join("generation_config.json"), CONFIG_BYTES_MAX, "") {
-            // Optional: older folders keep these ids in config.json.
-            Err(DiskError::Missing { .. }) => {}
-            Err(error) => return Err(error.into()),
-            Ok(text) => {
-                let generation: Generation = serde_json::from_slice(&text)
-                    .map_err(|error| FolderError::Generation(error.to_string()))?;
-                if let Some(ids) = generation.eos_token_id {
-                    config.eos_token_ids = ids.into_vec();
-                }
-                config.pad_token_id = generation.pad_token_id.or(config.pad_token_id);
-                config.validate().map_err(FolderError::StopTokens)?;
-            }
-        }
-        if config.eos_token_ids.is_empty() {
-            config.eos_token_ids.extend(tokenizer.eos());
-        }
+        let tokenizer = read_tokens(folder, &mut config)?;
         Ok(Self {
             config,
             image,
@@ -123,13 +135,33 @@ impl ModelFolder {
     }
 }
 
+/// Reads the tokenizer, and into `config` which tokens end an answer.
+fn read_tokens(folder: &Path, config: &mut Config) -> Result<Tokenizer, FolderError> {
+    let tokenizer = Tokenizer::load(folder)?;
+    tokenizer.check(config)?;
+    match read_file(&folder.join("generation_config.json"), CONFIG_BYTES_MAX, "") {
+        // Optional: older folders keep these ids in config.json.
+        Err(DiskError::Missing { .. }) => {}
+        Err(error) => return Err(error.into()),
+        Ok(text) => {
+            let generation: Generation = serde_json::from_slice(&text)
+                .map_err(|error| FolderError::Generation(error.to_string()))?;
+            if let Some(ids) = generation.eos_token_id {
+                config.eos_token_ids = ids.into_vec();
+            }
+            config.pad_token_id = generation.pad_token_id.or(config.pad_token_id);
+            config.validate().map_err(FolderError::StopTokens)?;
+        }
+    }
+    if config.eos_token_ids.is_empty() {
+        config.eos_token_ids.extend(tokenizer.eos());
+    }
+    Ok(tokenizer)
+}
+
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
-    use crate::kernels::KernelSet;
-    use crate::policy::Policy;
     use crate::testing::{image, tiny, untied};
 
     fn model(config: Config) -> ModelFolder {
@@ -154,7 +186,9 @@ mod tests {
                 read.tokenizer.encode("1+2=").unwrap(),
                 written.tokenizer.encode("1+2=").unwrap()
             );
-            Policy::load(&path, KernelSet::Fused, &Device::Cpu).unwrap();
+            let running =
+                RunningModel::read(&path, KernelSet::Fused, &Device::Cpu, &Threads::one()).unwrap();
+            assert_eq!(running.policy.config(), &written.config);
         }
     }
 

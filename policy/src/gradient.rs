@@ -79,6 +79,11 @@ pub fn gradients(
     if policy.kernels() == KernelSet::Int8 {
         return Err(PolicyError::Int8Trains);
     }
+    if let Prepared::Fused(weights) = policy.prepared()
+        && !weights.trains()
+    {
+        return Err(PolicyError::InferenceTrains);
+    }
     check_temperature(temperature)?;
     for (index, row) in rows.iter().enumerate() {
         check_train_row(policy, index, row)?;

@@ -44,7 +44,7 @@ pub use engine::{
     Answered, Completion, Engine, EngineConfig, Finish, GenerationRequest, GroupId, ScheduleStats,
     Span, StopAt, StopStrings, WeightsRule, generate,
 };
-pub use folder::{FolderError, ModelFolder};
+pub use folder::{FolderError, ModelFolder, RunningModel};
 pub use gguf::{GgufError, GgufImport, import_gguf};
 pub use gradient::{Coefficients, Gradients, Pass, TrainRow, gradients};
 pub use kernels::KernelSet;

@@ -8,7 +8,7 @@ use std::io;
 use std::ops::Deref;
 use std::path::Path;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::disk::DiskError;
 
@@ -57,6 +57,17 @@ impl Mapping {
         let map = unsafe { Mmap::map(&file) }.map_err(refused)?;
         Ok(Self(Some(map)))
     }
+
+    /// Gives the memory of what was read back, where the system takes advice: it is read again from the system's own
+    /// cache of the file if it is looked at once more.
+    #[allow(unsafe_code)]
+    pub(crate) fn give_back(&self) {
+        if let Some(map) = &self.0 {
+            // SAFETY: the mapping was never written, so there is nothing in it that the file has not.
+            // Where the system does not take it, the memory stays until the mapping ends.
+            drop(unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) });
+        }
+    }
 }
 
 impl Deref for Mapping {
@@ -76,7 +87,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
         std::fs::write(&path, b"abc").unwrap();
-        assert_eq!(&*Mapping::open(&path, 3, "").unwrap(), b"abc");
+        let mapping = Mapping::open(&path, 3, "").unwrap();
+        assert_eq!(&*mapping, b"abc");
+        mapping.give_back();
+        assert_eq!(&*mapping, b"abc", "it is read again");
         assert!(matches!(
             Mapping::open(&path, 2, ""),
             Err(DiskError::TooLarge { bytes: 3, .. })

@@ -13,7 +13,7 @@ use crate::kernels::KernelSet;
 use crate::kernels::candle::CandleWeights;
 use crate::kernels::fused::{FusedWeights, Threads};
 use crate::layout::Layout;
-use crate::weights::{Image, Shards, WeightsError};
+use crate::weights::{Image, Shards, WeightsError, checked};
 
 /// Largest `config.json` read: the longest in use have a few KiB.
 pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -44,6 +44,9 @@ pub enum PolicyError {
     /// Rounded weights are no place to take a derivative at.
     #[error("kernels `int8` do not train; set kernels to `fused`")]
     Int8Trains,
+    /// The weights are kept as inference wants them, and nothing else of them.
+    #[error("this policy was prepared for inference alone; prepare it from an image to train it")]
+    InferenceTrains,
     /// A row without tokens, or without a token before its first target.
     #[error("row {row} has no token before the one to predict; give it a prompt")]
     Empty {
@@ -179,16 +182,97 @@ pub(crate) enum Prepared {
 }
 
 impl Policy {
-    /// Loads `config.json` and the weights of a Hugging Face folder.
+    /// Prepares the weights of a Hugging Face folder for inference alone, on these threads, which read them together. The
+    /// files are mapped: every byte is copied once, into the form in which it is used, and what was read is given back.
     ///
     /// # Errors
     /// When a file is missing, damaged or describes what does not run here.
-    pub fn load(folder: &Path, kernels: KernelSet, device: &Device) -> Result<Self, PolicyError> {
-        let (config, image) = read_model(folder)?;
-        Self::from_image(&config, &image, kernels, device)
+    pub fn load(
+        folder: &Path,
+        kernels: KernelSet,
+        device: &Device,
+        threads: &Threads,
+    ) -> Result<Self, PolicyError> {
+        let config = read_config(folder)?;
+        Self::load_as(&config, folder, kernels, device, threads)
     }
 
-    /// Prepares published weights.
+    /// The same with a configuration that was read already.
+    pub(crate) fn load_as(
+        config: &Config,
+        folder: &Path,
+        kernels: KernelSet,
+        device: &Device,
+        threads: &Threads,
+    ) -> Result<Self, PolicyError> {
+        let shards = Shards::open(folder)?;
+        let give_back = || shards.give_back();
+        Self::inferring(
+            config,
+            &shards.bytes(),
+            (kernels, device),
+            threads,
+            &give_back,
+        )
+    }
+
+    /// Prepares the bytes of a safetensors file for inference alone, on these threads; nothing of `weights` is held on to.
+    ///
+    /// # Errors
+    /// When they are not the weights of the configuration, or the device refuses.
+    pub fn for_inference(
+        config: &Config,
+        weights: &[u8],
+        kernels: KernelSet,
+        device: &Device,
+        threads: &Threads,
+    ) -> Result<Self, PolicyError> {
+        Self::inferring(config, &[weights], (kernels, device), threads, &|| {})
+    }
+
+    /// * `after_each` — called whenever bytes of `files` are not needed any more, for the time being
+    fn inferring(
+        config: &Config,
+        files: &[&[u8]],
+        (kernels, device): (KernelSet, &Device),
+        threads: &Threads,
+        after_each: &dyn Fn(),
+    ) -> Result<Self, PolicyError> {
+        config.validate()?;
+        let layout = Arc::new(Layout::new(config));
+        let weights = match kernels {
+            KernelSet::Fused | KernelSet::Int8 if !device.is_cpu() => {
+                return Err(PolicyError::FusedNeedsCpu);
+            }
+            KernelSet::Fused | KernelSet::Int8 => {
+                let tensors = checked(config, &layout, files)?;
+                after_each();
+                Prepared::Fused(Arc::new(FusedWeights::for_inference(
+                    config,
+                    Arc::clone(&layout),
+                    &tensors,
+                    kernels == KernelSet::Int8,
+                    (threads, after_each),
+                )))
+            }
+            KernelSet::Candle => {
+                let image = Image::gather(config, files)?;
+                return Self::from_image(config, &image, kernels, device);
+            }
+        };
+        Ok(Self {
+            shared: Arc::new(Shared {
+                config: config.clone(),
+                layout,
+                weights,
+                kernels,
+                threads: threads.clone(),
+                device: device.clone(),
+            }),
+        })
+    }
+
+    /// Prepares published weights for training and inference.
     ///
     /// # Errors
     /// When the image does not belong to the configuration, or the device refuses.
@@ -330,11 +414,16 @@ pub(crate) fn check_temperature(temperature: f32) -> Result<(), PolicyError> {
     }
 }
 
-/// Reads `config.json` and the weights of a folder. The files are mapped, and every byte is copied once: into the image.
-pub(crate) fn read_model(folder: &Path) -> Result<(Config, Image), PolicyError> {
+/// Reads `config.json` of a folder.
+pub(crate) fn read_config(folder: &Path) -> Result<Config, PolicyError> {
     let hint = "a model folder holds config.json, model.safetensors and tokenizer.json";
     let text = read_file(&folder.join("config.json"), CONFIG_BYTES_MAX, hint)?;
-    let config = Config::parse(&String::from_utf8_lossy(&text))?;
+    Ok(Config::parse(&String::from_utf8_lossy(&text))?)
+}
+
+/// Reads `config.json` and the weights of a folder. The files are mapped, and every byte is copied once: into the image.
+pub(crate) fn read_model(folder: &Path) -> Result<(Config, Image), PolicyError> {
+    let config = read_config(folder)?;
     let shards = Shards::open(folder)?;
     let image = Image::gather(&config, &shards.bytes())?;
     Ok((config, image))

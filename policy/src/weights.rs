@@ -57,6 +57,49 @@ impl Storage {
     }
 }
 
+/// How a tensor of a file is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl From<Storage> for Format {
+    fn from(storage: Storage) -> Self {
+        match storage {
+            Storage::Bf16 => Self::Bf16,
+            Storage::F32 => Self::F32,
+        }
+    }
+}
+
+impl Format {
+    /// Bytes of one element.
+    pub(crate) fn width(self) -> usize {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// What holds it without loss.
+    fn storage(self) -> Storage {
+        match self {
+            Self::Bf16 => Storage::Bf16,
+            Self::F16 | Self::F32 => Storage::F32,
+        }
+    }
+}
+
+/// A parameter where it lies, in a file or an image, little-endian.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StoredTensor<'a> {
+    pub(crate) format: Format,
+    /// One row after another.
+    pub(crate) bytes: &'a [u8],
+}
+
 /// Why bytes are not the weights of a configuration.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum WeightsError {
@@ -221,49 +264,19 @@ impl Image {
     /// The same of several files.
     pub(crate) fn gather(config: &Config, files: &[&[u8]]) -> Result<Self, WeightsError> {
         let layout = Layout::new(config);
-        let mut stored = published::tensors(config, files)?;
-        let mut sources = Vec::with_capacity(layout.parameters().len());
-        for parameter in layout.parameters() {
-            let tensor = stored
-                .remove(&parameter.name)
-                .ok_or_else(|| WeightsError::Missing {
-                    tensor: parameter.name.clone(),
-                })?;
-            if tensor.shape != parameter.shape {
-                return Err(WeightsError::Shape {
-                    tensor: parameter.name.clone(),
-                    expected: parameter.shape.clone(),
-                    found: tensor.shape,
-                });
-            }
-            refuse_not_finite(parameter, tensor.dtype, tensor.data)?;
-            sources.push((tensor.dtype, tensor.data));
-        }
-        if let Some(tensor) = stored.into_keys().min() {
-            return Err(WeightsError::Unexpected { tensor });
-        }
-        let storages: Vec<Storage> = sources
-            .iter()
-            .map(|(dtype, _)| {
-                if *dtype == Dtype::BF16 {
-                    Storage::Bf16
-                } else {
-                    Storage::F32
-                }
-            })
-            .collect();
-        Ok(Self::build(
-            &layout,
-            &storages,
-            |index, out| match sources[index] {
-                (Dtype::F16, data) => {
-                    for value in data.as_chunks().0 {
+        let sources = checked(config, &layout, files)?;
+        let storages: Vec<Storage> = sources.iter().map(|s| s.format.storage()).collect();
+        Ok(Self::build(&layout, &storages, |index, out| {
+            let StoredTensor { format, bytes } = sources[index];
+            match format {
+                Format::F16 => {
+                    for value in bytes.as_chunks().0 {
                         out.extend_from_slice(&f16::from_le_bytes(*value).to_f32().to_le_bytes());
                     }
                 }
-                (_, data) => out.extend_from_slice(data),
-            },
-        ))
+                Format::Bf16 | Format::F32 => out.extend_from_slice(bytes),
+            }
+        }))
     }
 
     /// Publishes a flat vector of every parameter, all stored alike.
@@ -373,6 +386,15 @@ impl Image {
         &self.tensors
     }
 
+    /// Every parameter where it lies, in the order of the parameter table.
+    pub(crate) fn stored(&self) -> Vec<StoredTensor<'_>> {
+        let entries = self.tensors.iter().map(|entry| StoredTensor {
+            format: entry.storage.into(),
+            bytes: &self.bytes()[entry.bytes.clone()],
+        });
+        entries.collect()
+    }
+
     /// Storage of the widest tensor: what `config.json` names as the model's type.
     pub fn storage(&self) -> Storage {
         let any_f32 = self
@@ -438,6 +460,41 @@ impl Image {
     }
 }
 
+/// The parameters of `layout`, which is `config`'s, where they lie in the files of a model, in the order of the table; there
+/// are no others in them, and every value is finite.
+pub(crate) fn checked<'a>(
+    config: &Config,
+    layout: &Layout,
+    files: &[&'a [u8]],
+) -> Result<Vec<StoredTensor<'a>>, WeightsError> {
+    let mut stored = published::tensors(config, files)?;
+    let mut sources = Vec::with_capacity(layout.parameters().len());
+    for parameter in layout.parameters() {
+        let tensor = stored
+            .remove(&parameter.name)
+            .ok_or_else(|| WeightsError::Missing {
+                tensor: parameter.name.clone(),
+            })?;
+        if tensor.shape != parameter.shape {
+            return Err(WeightsError::Shape {
+                tensor: parameter.name.clone(),
+                expected: parameter.shape.clone(),
+                found: tensor.shape,
+            });
+        }
+        let source = StoredTensor {
+            format: format_of(parameter, tensor.dtype)?,
+            bytes: tensor.data,
+        };
+        refuse_not_finite(parameter, source)?;
+        sources.push(source);
+    }
+    match stored.into_keys().min() {
+        None => Ok(sources),
+        Some(tensor) => Err(WeightsError::Unexpected { tensor }),
+    }
+}
+
 /// Table indices in the order of the file: wider elements first, the table's order within a width.
 fn file_order(storages: &[Storage]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..storages.len()).collect();
@@ -480,29 +537,24 @@ fn explained(error: SafeTensorError, bytes: &[u8]) -> WeightsError {
     }
 }
 
-fn refuse_not_finite(parameter: &Parameter, dtype: Dtype, data: &[u8]) -> Result<(), WeightsError> {
-    let bad = match dtype {
-        Dtype::F32 => data
-            .as_chunks()
-            .0
-            .iter()
-            .position(|&v| !f32::from_le_bytes(v).is_finite()),
-        Dtype::BF16 => data
-            .as_chunks()
-            .0
-            .iter()
-            .position(|&v| !bf16::from_le_bytes(v).is_finite()),
-        Dtype::F16 => data
-            .as_chunks()
-            .0
-            .iter()
-            .position(|&v| !f16::from_le_bytes(v).is_finite()),
-        other => {
-            return Err(WeightsError::Dtype {
-                tensor: parameter.name.clone(),
-                found: format!("{other:?}"),
-            });
-        }
+fn format_of(parameter: &Parameter, dtype: Dtype) -> Result<Format, WeightsError> {
+    match dtype {
+        Dtype::F32 => Ok(Format::F32),
+        Dtype::F16 => Ok(Format::F16),
+        Dtype::BF16 => Ok(Format::Bf16),
+        other => Err(WeightsError::Dtype {
+            tensor: parameter.name.clone(),
+            found: format!("{other:?}"),
+        }),
+    }
+}
+
+fn refuse_not_finite(parameter: &Parameter, tensor: StoredTensor<'_>) -> Result<(), WeightsError> {
+    // NaN and infinity are what has every bit of the exponent.
+    let bad = match tensor.format {
+        Format::F32 => first_with_bits::<4>(tensor.bytes, [0, 0, 0x80, 0x7F]),
+        Format::Bf16 => first_with_bits::<2>(tensor.bytes, [0x80, 0x7F]),
+        Format::F16 => first_with_bits::<2>(tensor.bytes, [0x00, 0x7C]),
     };
     match bad {
         None => Ok(()),
@@ -511,6 +563,30 @@ fn refuse_not_finite(parameter: &Parameter, dtype: Dtype, data: &[u8]) -> Result
             element,
         }),
     }
+}
+
+/// The first element of which all of `bits` are set. Whole pieces are looked at without stopping within, so that the
+/// compiler looks at many elements at once.
+fn first_with_bits<const N: usize>(bytes: &[u8], bits: [u8; N]) -> Option<usize> {
+    const PIECE: usize = 4096;
+    let word = |element: [u8; N]| {
+        let mut word = [0; 4];
+        word[..N].copy_from_slice(&element);
+        u32::from_le_bytes(word)
+    };
+    let bits = word(bits);
+    let found = |element: &[u8; N]| word(*element) & bits == bits;
+    let elements = bytes.as_chunks::<N>().0;
+    for (piece, elements) in elements.chunks(PIECE).enumerate() {
+        if elements
+            .iter()
+            .fold(false, |any, element| any | found(element))
+        {
+            let at = elements.iter().position(found)?;
+            return Some(piece * PIECE + at);
+        }
+    }
+    None
 }
 
 #[cfg(test)]

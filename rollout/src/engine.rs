@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
 use muster_broadcaster::follower::Held;
-use muster_policy::{Config, Device, EngineConfig, Image, KernelSet, Policy, Tokenizer};
+use muster_policy::{Config, Device, EngineConfig, KernelSet, Policy, Threads, Tokenizer};
 use muster_protocol::id::LeaseId;
 use muster_protocol::message::group::Rollout;
 use muster_protocol::message::lease::Lease;
@@ -141,9 +141,9 @@ impl Answerer for PolicyAnswerer {
     async fn adopt(&mut self, held: &Arc<Held>) -> Result<(), AnswerError> {
         let (config, kernels) = (self.config.clone(), self.kernels);
         let (device, image) = (self.device.clone(), held.image.clone());
+        let threads = Threads::one();
         let built = tokio::task::spawn_blocking(move || {
-            let image = Image::parse(&config, &image).map_err(failed)?;
-            Policy::from_image(&config, &image, kernels, &device).map_err(failed)
+            Policy::for_inference(&config, &image, kernels, &device, &threads).map_err(failed)
         });
         let policy = built.await.map_err(failed)??;
         let version = held.version.body.version.0;

@@ -10,7 +10,8 @@ use clap::Args;
 use muster_broadcaster::follower::Follow;
 use muster_learner::metrics::{EvalLine, JsonLines};
 use muster_policy::{
-    Config, Device, Image, KernelSet, Layout, ModelFolder, Policy, Storage, Tokenizer,
+    Config, Device, Image, KernelSet, Layout, ModelFolder, Policy, RunningModel, Storage, Threads,
+    Tokenizer,
 };
 use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::control::Phase;
@@ -80,24 +81,19 @@ fn folder(args: &EvalArgs, folder: &Path) -> Result<()> {
         reward: config.reward.clone(),
     };
     let prepared = rewards.prepare(base)?;
-    let model = ModelFolder::read(folder)?;
+    let (kernels, threads) = (config.model.kernels, Threads::one());
+    let model = RunningModel::read(folder, kernels, &Device::Cpu, &threads)?;
     let exam = Examination {
         tokenizer: &model.tokenizer,
         form: PromptForm::of(&config),
         reward: &prepared.reward,
         ends: Ends::of(
-            &sampling_rules(&config, &model.config, &model.tokenizer)?,
+            &sampling_rules(&config, model.policy.config(), &model.tokenizer)?,
             &model.tokenizer,
         ),
     };
-    let policy = Policy::from_image(
-        &model.config,
-        &model.image,
-        config.model.kernels,
-        &Device::Cpu,
-    )?;
     let items = prepared.task.items(Split::HeldOut);
-    let outcome = exam.run(&policy, items, args.samples.get(), config.run.seed)?;
+    let outcome = exam.run(&model.policy, items, args.samples.get(), config.run.seed)?;
     print(&outcome, args.json);
     Ok(())
 }
@@ -247,8 +243,9 @@ impl Evaluator {
     }
 
     fn examine(&self, image: &[u8]) -> Result<Outcome> {
-        let image = Image::parse(&self.model, image)?;
-        let policy = Policy::from_image(&self.model, &image, KernelSet::Fused, &Device::Cpu)?;
+        let (config, threads) = (&self.model, Threads::one());
+        let policy =
+            Policy::for_inference(config, image, KernelSet::Fused, &Device::Cpu, &threads)?;
         let exam = Examination {
             tokenizer: &self.tokenizer,
             form: self.form,

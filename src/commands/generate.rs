@@ -9,8 +9,8 @@ use clap::Args;
 use serde::Serialize;
 
 use muster_policy::{
-    Device, EngineConfig, Finish, GenerationRequest, KernelSet, Message, ModelFolder, Policy,
-    Rendering, Sampling, Threads, Tokenizer, generate,
+    Device, EngineConfig, Finish, GenerationRequest, KernelSet, Message, Rendering, RunningModel,
+    Sampling, Threads, Tokenizer, generate,
 };
 use muster_protocol::message::group::FinishReason;
 
@@ -58,20 +58,20 @@ struct Answer {
 
 /// Answers.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    let model = ModelFolder::read(&args.model).with_context(|| args.model.display().to_string())?;
     let kernels = if args.int8 {
         KernelSet::Int8
     } else {
         KernelSet::Fused
     };
-    let policy = Policy::from_image(&model.config, &model.image, kernels, &Device::Cpu)?;
     let threads = args.threads.map_or_else(Threads::all, Threads::new);
-    let policy = policy.with_threads(&threads);
+    let model = RunningModel::read(&args.model, kernels, &Device::Cpu, &threads)
+        .with_context(|| args.model.display().to_string())?;
+    let (policy, config) = (&model.policy, model.policy.config());
     let prompt = prompt(args, &model.tokenizer)?;
     if prompt.is_empty() {
         bail!("the prompt has no token: give --prompt a text");
     }
-    let context = model.config.max_position_embeddings;
+    let context = config.max_position_embeddings;
     let room = context.saturating_sub(prompt.len());
     let max_tokens = args.max_tokens.map_or(room, NonZeroUsize::get);
     if room == 0 || max_tokens > room {
@@ -81,9 +81,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             prompt.len()
         );
     }
-    let stop_ids = model.config.eos_token_ids.as_slice().into();
+    let stop_ids = config.eos_token_ids.as_slice().into();
     let request = GenerationRequest::new(prompt.into(), max_tokens, stop_ids, sampling(args));
-    let answered = generate(&policy, &EngineConfig::default(), vec![request])?;
+    let answered = generate(policy, &EngineConfig::default(), vec![request])?;
     let completion = answered.into_iter().next().context("no answer came")?;
     let answer = Answer {
         text: model.tokenizer.decode(&completion.tokens)?,

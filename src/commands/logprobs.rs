@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use muster_policy::{Config, Device, KernelSet, Policy, ScoreRow, logprobs};
+use muster_policy::{Config, Device, KernelSet, Policy, ScoreRow, Threads, logprobs};
 
 use crate::output::say;
 
@@ -40,7 +40,7 @@ struct Scored {
 
 /// Scores a file, line by line. What stands before a bad line is scored.
 pub fn run(args: &LogprobsArgs) -> Result<()> {
-    let policy = Policy::load(&args.model, KernelSet::Fused, &Device::Cpu)
+    let policy = Policy::load(&args.model, KernelSet::Fused, &Device::Cpu, &Threads::one())
         .with_context(|| args.model.display().to_string())?;
     let name = args.tokens.display().to_string();
     let file = File::open(&args.tokens)

@@ -169,12 +169,7 @@ impl Kernels for Fused {
     fn embed(&mut self, table: &Block, tokens: &[u32]) -> Result<Array, PolicyError> {
         let width = table.columns;
         let mut y = Buffer::stale(&self.pool, tokens.len() * width);
-        // A table is one parameter. It is read as it was published, so that inference needs no copy of it in f32.
-        if let [stored] = self.weights.stored(table)[..] {
-            for (y, &token) in y.chunks_exact_mut(width).zip(tokens) {
-                stored.copy_row(token as usize, y);
-            }
-        }
+        self.weights.embed(&mut y, tokens);
         if let Some(scale) = self.weights.embedding_scale {
             elementwise::scale(&mut y, scale);
         }

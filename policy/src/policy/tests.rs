@@ -6,7 +6,8 @@ use crate::engine::{Completion, EngineConfig, GenerationRequest, generate};
 use crate::gradient::{TrainRow, gradients};
 use crate::sampling::Sampling;
 use crate::score::{ScoreRow, TokenScore, score};
-use crate::testing::{families, policy, texts, tiny};
+use crate::testing::{families, image, policy, texts, tiny};
+use crate::weights::Storage;
 
 fn threads(count: usize) -> Threads {
     Threads::new(NonZeroUsize::new(count).unwrap())
@@ -118,4 +119,54 @@ fn a_token_costs_every_matrix_once_and_fewer_bytes_in_eight_bits() {
     assert_eq!(whole.weight_bytes, 4 * whole.multiply_adds);
     assert_eq!(rounded.multiply_adds, whole.multiply_adds);
     assert!(rounded.weight_bytes < whole.weight_bytes);
+}
+
+#[test]
+fn what_is_prepared_for_inference_alone_answers_with_the_same_bits() {
+    for config in families() {
+        for (storage, kernels) in [
+            (Storage::F32, KernelSet::Fused),
+            (Storage::Bf16, KernelSet::Fused),
+            (Storage::Bf16, KernelSet::Int8),
+            (Storage::Bf16, KernelSet::Candle),
+        ] {
+            let values = image(&config, 1).values();
+            let image = Image::from_values(&Layout::new(&config), &values, storage).unwrap();
+            let cpu = Device::Cpu;
+            let whole = Policy::from_image(&config, &image, kernels, &cpu).unwrap();
+            let alone =
+                Policy::for_inference(&config, image.bytes(), kernels, &cpu, &threads(2)).unwrap();
+            assert_eq!(answers(&alone), answers(&whole));
+            let texts = texts(&config, 4, &[7, 12]);
+            assert_eq!(scores(&alone, &texts), scores(&whole, &texts));
+            assert_eq!(alone.token_cost(), whole.token_cost());
+        }
+    }
+}
+
+#[test]
+fn what_is_prepared_for_inference_alone_does_not_train_and_takes_no_other_weights() {
+    let (config, cpu) = (tiny(), Device::Cpu);
+    let bytes = image(&config, 1).bytes().to_vec();
+    let prepared = |bytes: &[u8]| {
+        Policy::for_inference(&config, bytes, KernelSet::Fused, &cpu, &Threads::one())
+    };
+    let row = TrainRow {
+        tokens: vec![1, 2, 3],
+        targets: std::iter::once(1..3).collect(),
+    };
+    let trained = gradients(
+        &prepared(&bytes).unwrap(),
+        &[row],
+        1.0,
+        NonZeroUsize::MIN,
+        &|_, found| vec![-1.0; found.len()],
+    );
+    assert!(matches!(trained, Err(PolicyError::InferenceTrains)));
+    let mut damaged = bytes.clone();
+    let end = damaged.len();
+    damaged[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    let refused = prepared(&damaged).unwrap_err().to_string();
+    assert!(refused.contains("not finite"), "{refused}");
+    assert!(prepared(&bytes[..end - 1]).is_err());
 }

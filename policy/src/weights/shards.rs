@@ -76,6 +76,11 @@ impl Shards {
         Ok(Self { files })
     }
 
+    /// Gives the memory of what was read back: see [`Mapping::give_back`].
+    pub(crate) fn give_back(&self) {
+        self.files.iter().for_each(Mapping::give_back);
+    }
+
     /// The bytes of each file.
     pub(crate) fn bytes(&self) -> Vec<&[u8]> {
         self.files.iter().map(|file| &**file).collect()
@@ -234,7 +239,13 @@ mod tests {
             let image = image(&config, 1);
             let split = Split::of(&config, &image, 3);
             assert_eq!(split.read().unwrap().bytes(), image.bytes());
-            Policy::load(split.folder.path(), KernelSet::Fused, &crate::Device::Cpu).unwrap();
+            Policy::load(
+                split.folder.path(),
+                KernelSet::Fused,
+                &crate::Device::Cpu,
+                &crate::Threads::one(),
+            )
+            .unwrap();
         }
     }
 

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 
 use muster_broadcaster::follower::Held;
 use muster_policy::{
-    Config, Device, Image, KernelSet, Policy, ScoreRow, StopAt, StopStrings, TokenBytes,
+    Config, Device, KernelSet, Policy, ScoreRow, StopAt, StopStrings, Threads, TokenBytes,
     TokenScore, Tokenizer, score,
 };
 use muster_protocol::message::version::VersionRef;
@@ -98,8 +98,8 @@ impl Scorer for PolicyScorer {
         let (config, kernels) = (self.config.clone(), self.kernels);
         let (device, image) = (self.device.clone(), held.image.clone());
         let built = tokio::task::spawn_blocking(move || {
-            let image = Image::parse(&config, &image).map_err(failed)?;
-            Policy::from_image(&config, &image, kernels, &device).map_err(failed)
+            Policy::for_inference(&config, &image, kernels, &device, &Threads::one())
+                .map_err(failed)
         });
         let policy = built.await.map_err(failed)??;
         let version = held.version.body.reference();

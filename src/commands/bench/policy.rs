@@ -256,13 +256,8 @@ struct Series {
 impl<'a> Bench<'a> {
     fn new(args: &'a PolicyArgs, folder: PathBuf) -> Result<Self> {
         let threads = args.threads.map_or_else(Threads::all, Threads::new);
-        let model = ModelFolder::read(&folder).with_context(|| folder.display().to_string())?;
-        let policy = Policy::from_image(
-            &model.config,
-            &model.image,
-            args.kernels.set(),
-            &Device::Cpu,
-        )?;
+        let policy = Policy::load(&folder, args.kernels.set(), &Device::Cpu, &threads)
+            .with_context(|| folder.display().to_string())?;
         // A model from elsewhere is measured as the larger shape is.
         let lengths = match args.model {
             Some(_) => Shape::Smol135m.lengths(),
@@ -275,7 +270,7 @@ impl<'a> Bench<'a> {
         Ok(Self {
             args,
             folder,
-            policy: policy.with_threads(&threads),
+            policy,
             threads,
             prompt,
             answer,
@@ -435,16 +430,18 @@ impl<'a> Bench<'a> {
                 targets: std::iter::once(self.prompt..self.prompt + self.answer).collect(),
             })
             .collect();
+        // Prepared only now, since an image and values in f32 are nothing that inference has in memory.
+        let (config, image) = {
+            let model = ModelFolder::read(&self.folder)?;
+            (model.config, model.image)
+        };
+        let policy = Policy::from_image(&config, &image, self.args.kernels.set(), &Device::Cpu)?;
         let mut series = Series::new("train", ROWS);
         for _ in 0..self.args.rounds.get() {
             let seconds = seconds(|| {
-                gradients(
-                    &self.policy,
-                    &rows,
-                    1.0,
-                    self.threads.count(),
-                    &|_, found| vec![-1.0; found.len()],
-                )?;
+                gradients(&policy, &rows, 1.0, self.threads.count(), &|_, found| {
+                    vec![-1.0; found.len()]
+                })?;
                 Ok(())
             })?;
             series

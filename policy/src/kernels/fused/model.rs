@@ -1,7 +1,8 @@
 //! A model as the fused kernels take it: weights as they were published, and as each use of them wants them, made when it
 //! first asks.
 //!
-//! Invariant: inference makes panels only and training a flat f32 vector only, so that neither pays for the other's memory.
+//! Invariant: inference makes panels only and training a flat f32 vector only, so that neither pays for the other's memory;
+//! and what is made for inference alone holds every weight once.
 
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
@@ -9,12 +10,12 @@ use std::sync::{Arc, OnceLock};
 use super::attention::Heads;
 use super::elementwise::NormConstants;
 use super::matmul::{Matrix, Onto};
-use super::panels::{Kept, Panels, StoredRows};
+use super::panels::{Kept, Panels};
 use super::rotary::Rotary;
 use super::team::Threads;
 use crate::config::{Config, Family};
 use crate::layout::{Block, Layout};
-use crate::weights::{Image, Storage};
+use crate::weights::{Format, Image, StoredTensor};
 
 /// Bytes of a whole model in f32 up to which weights stored in bf16 are widened for inference: in the cache of a processor
 /// they cost nothing to read, and only the widening counts.
@@ -31,8 +32,13 @@ pub(crate) struct FusedWeights {
 #[derive(Debug)]
 pub(crate) struct Model {
     pub(super) layout: Arc<Layout>,
-    /// Every parameter as it was published.
-    image: Image,
+    /// Every parameter as it was published, of which panels and values are made; none for inference alone, whose panels
+    /// are made at once.
+    image: Option<Image>,
+    /// The embedding as it was published, where there is no image to read it from and no panels of it either.
+    embedding: Vec<u8>,
+    /// How each parameter was published, in the order of the table.
+    formats: Vec<Format>,
     int8: bool,
     /// For training, whose batch is dealt to several threads already.
     pub(super) alone: Threads,
@@ -40,7 +46,7 @@ pub(crate) struct Model {
     vectors: Vec<Vec<f32>>,
     /// Every parameter in f32, in the order of the table; made for the first training pass, and never by inference.
     values: OnceLock<Vec<f32>>,
-    /// One for each block, made when inference first multiplies with it, and never by training.
+    /// One for each matrix that is multiplied with, made when inference first asks, and never by training.
     panels: Vec<OnceLock<Panels>>,
     pub(super) heads: Heads,
     /// One for each of the configuration's rotary embeddings.
@@ -54,41 +60,42 @@ pub(crate) struct Model {
 }
 
 impl FusedWeights {
-    /// `image` must fit `layout`; inference rounds its matrices to eight bits if `int8`.
+    /// For training and inference. `image` must fit `layout`; inference rounds its matrices to eight bits if `int8`.
     pub(crate) fn new(config: &Config, layout: Arc<Layout>, image: Image, int8: bool) -> Self {
-        let heads = Heads {
-            query: config.num_attention_heads,
-            key: config.num_key_value_heads,
-            dim: config.head_dim(),
-        };
-        let positions = config.max_position_embeddings;
-        let ropes = config.ropes().into_iter();
-        let ropes = ropes.map(|rope| Rotary::new(rope, heads.dim, positions));
-        let family = config.architecture.family();
-        let panels = layout.blocks().iter().map(|_| OnceLock::new()).collect();
-        let mut model = Model {
-            layout,
-            image,
-            int8,
-            alone: Threads::one(),
-            vectors: Vec::new(),
-            values: OnceLock::new(),
-            panels,
-            heads,
-            ropes: ropes.collect(),
-            family,
-            norms: NormConstants {
-                eps: config.rms_norm_eps as f32,
-                offset: family.norm_offset,
-            },
-            embedding_scale: config.embedding_scale().map(|scale| scale as f32),
-            logit_cap: config.final_logit_softcapping.map(|cap| cap as f32),
-        };
-        let blocks = model.layout.blocks().iter();
-        model.vectors = blocks.map(|block| model.vector(block)).collect();
+        let mut model = Model::new(config, layout, &image.stored(), int8);
+        model.image = Some(image);
         Self {
             model: Arc::new(model),
             threads: Threads::one(),
+        }
+    }
+
+    /// For inference alone: every weight is kept once, as products want it.
+    ///
+    /// * `tensors` — as many as there are parameters, each of its size
+    /// * `after_each` — called after each matrix, whose bytes are not looked at again
+    pub(crate) fn for_inference(
+        config: &Config,
+        layout: Arc<Layout>,
+        tensors: &[StoredTensor<'_>],
+        int8: bool,
+        (threads, after_each): (&Threads, &dyn Fn()),
+    ) -> Self {
+        let mut model = Model::new(config, layout, tensors, int8);
+        let blocks = Arc::clone(&model.layout);
+        for block in blocks.multiplied() {
+            let parts = &tensors[block.parameters.clone()];
+            let panels = Panels::new(parts, block.columns, model.kept(block), threads);
+            model.panels[block.index] = panels.into();
+            after_each();
+        }
+        if blocks.embedding != blocks.head {
+            let stored = &tensors[blocks.embedding.parameters.clone()];
+            model.embedding = stored.iter().flat_map(|part| part.bytes).copied().collect();
+        }
+        Self {
+            model: Arc::new(model),
+            threads: threads.clone(),
         }
     }
 
@@ -100,13 +107,38 @@ impl FusedWeights {
         }
     }
 
-    /// `out = x Wᵀ` or `out += x Wᵀ`, `x` `[N, in]`, as inference computes it.
-    pub(super) fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
-        let panels = self.panels[block.index].get_or_init(|| {
+    /// Whether values can be had for a derivative.
+    pub(crate) fn trains(&self) -> bool {
+        self.image.is_some() && !self.int8
+    }
+
+    fn panels(&self, block: &Block) -> &Panels {
+        self.panels[block.index].get_or_init(|| {
             let parts = self.stored(block);
             Panels::new(&parts, block.columns, self.kept(block), &self.threads)
+        })
+    }
+
+    /// `out = x Wᵀ` or `out += x Wᵀ`, `x` `[N, in]`, as inference computes it.
+    pub(super) fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
+        self.panels(block).multiply(out, x, onto, &self.threads);
+    }
+
+    /// Rows `tokens` of the embedding into `y` `[N, width]`: of the panels where it is the head as well, unless it lies in
+    /// an image as it is.
+    pub(super) fn embed(&self, y: &mut [f32], tokens: &[u32]) {
+        let (table, head) = (&self.layout.embedding, &self.layout.head);
+        let rows = y.chunks_exact_mut(table.columns).zip(tokens);
+        if table == head && (self.int8 || self.image.is_none()) {
+            let panels = self.panels(table);
+            return rows.for_each(|(y, &token)| panels.copy_row(token as usize, y));
+        }
+        let parts = self.stored(table);
+        let stored = parts.first().copied().unwrap_or(StoredTensor {
+            format: self.formats[table.parameters.start],
+            bytes: &self.embedding,
         });
-        panels.multiply(out, x, onto, &self.threads);
+        rows.for_each(|(y, &token)| stored.copy_row(token as usize, y));
     }
 }
 
@@ -119,12 +151,53 @@ impl Deref for FusedWeights {
 }
 
 impl Model {
+    fn new(config: &Config, layout: Arc<Layout>, tensors: &[StoredTensor<'_>], int8: bool) -> Self {
+        let heads = Heads {
+            query: config.num_attention_heads,
+            key: config.num_key_value_heads,
+            dim: config.head_dim(),
+        };
+        let positions = config.max_position_embeddings;
+        let ropes = config.ropes().into_iter();
+        let ropes = ropes.map(|rope| Rotary::new(rope, heads.dim, positions));
+        let family = config.architecture.family();
+        let panels = layout.blocks().iter().map(|_| OnceLock::new()).collect();
+        let vectors = layout.blocks().iter();
+        let vectors = vectors.map(|block| vector(block, &layout, tensors));
+        Self {
+            vectors: vectors.collect(),
+            layout,
+            image: None,
+            embedding: Vec::new(),
+            formats: tensors.iter().map(|tensor| tensor.format).collect(),
+            int8,
+            alone: Threads::one(),
+            values: OnceLock::new(),
+            panels,
+            heads,
+            ropes: ropes.collect(),
+            family,
+            norms: NormConstants {
+                eps: config.rms_norm_eps as f32,
+                offset: family.norm_offset,
+            },
+            embedding_scale: config.embedding_scale().map(|scale| scale as f32),
+            logit_cap: config.final_logit_softcapping.map(|cap| cap as f32),
+        }
+    }
+
     /// A block in f32.
     pub(super) fn block(&self, block: &Block) -> &[f32] {
         match &self.vectors[block.index][..] {
-            [] => &self.values.get_or_init(|| self.image.values())[block.range()],
+            [] => &self.values()[block.range()],
             vector => vector,
         }
+    }
+
+    /// Every parameter in f32; there are none without an image, which no pass for training is made without.
+    fn values(&self) -> &[f32] {
+        let values = || self.image.as_ref().map(Image::values);
+        self.values.get_or_init(|| values().unwrap_or_default())
     }
 
     /// A block of several rows as the matrix it is, `[out, in]`.
@@ -134,8 +207,8 @@ impl Model {
 
     /// How inference keeps a matrix: as it was published, or widened where that is faster, or rounded where that was asked.
     fn kept(&self, block: &Block) -> Kept {
-        let entries = &self.image.tensors()[block.parameters.clone()];
-        let narrow = entries.iter().all(|entry| entry.storage == Storage::Bf16);
+        let formats = &self.formats[block.parameters.clone()];
+        let narrow = formats.iter().all(|format| *format == Format::Bf16);
         if self.int8 {
             Kept::Int8
         } else if narrow && self.layout.len() * size_of::<f32>() > CACHED_BYTES_MAX {
@@ -152,27 +225,30 @@ impl Model {
         bytes.sum()
     }
 
-    /// The parameters of a block as they were published.
-    pub(super) fn stored(&self, block: &Block) -> Vec<StoredRows<'_>> {
-        let entries = &self.image.tensors()[block.parameters.clone()];
-        let stored = entries.iter().map(|entry| StoredRows {
-            bytes: &self.image.bytes()[entry.bytes.clone()],
-            storage: entry.storage,
+    /// The parameters of a block as they were published, if there is an image.
+    fn stored(&self, block: &Block) -> Vec<StoredTensor<'_>> {
+        let Some(image) = &self.image else {
+            return Vec::new();
+        };
+        let entries = &image.tensors()[block.parameters.clone()];
+        let stored = entries.iter().map(|entry| StoredTensor {
+            bytes: &image.bytes()[entry.bytes.clone()],
+            format: entry.storage.into(),
         });
         stored.collect()
     }
+}
 
-    /// A block of one row in f32, nothing of a matrix.
-    fn vector(&self, block: &Block) -> Vec<f32> {
-        if block.rows > 1 {
-            return Vec::new();
-        }
-        let mut vector = Vec::with_capacity(block.columns);
-        for (stored, parameter) in self.stored(block).iter().zip(block.parameters.clone()) {
-            let mut part = vec![0.0; self.layout.parameters()[parameter].len()];
-            stored.copy_row(0, &mut part);
-            vector.extend(part);
-        }
-        vector
+/// A block of one row in f32, nothing of a matrix.
+fn vector(block: &Block, layout: &Layout, tensors: &[StoredTensor<'_>]) -> Vec<f32> {
+    if block.rows > 1 {
+        return Vec::new();
     }
+    let mut vector = Vec::with_capacity(block.columns);
+    for parameter in block.parameters.clone() {
+        let mut part = vec![0.0; layout.parameters()[parameter].len()];
+        tensors[parameter].copy_row(0, &mut part);
+        vector.extend(part);
+    }
+    vector
 }

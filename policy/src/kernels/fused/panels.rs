@@ -5,6 +5,7 @@
 //! bf16 stay so and are widened in registers: decoding is bound by reading them. Invariant: each element is one sum in the
 //! order of the inputs, so the result depends neither on the other rows nor on the number of threads.
 
+use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -12,8 +13,10 @@ use super::matmul::Onto;
 use super::team::{Split, Threads};
 use super::vector::{Width, multiply_add, vectorised, width};
 
+pub(crate) use lane::Kept;
 use lane::{Full, Half, Lane, Quantised, TOGETHER, widen_narrow, widen_wide};
-pub(crate) use lane::{Kept, StoredRows};
+
+use crate::weights::StoredTensor;
 
 mod lane;
 
@@ -58,7 +61,7 @@ enum Lanes {
 impl Panels {
     /// * `parts` — matrices `[_, inputs]` one below the other
     pub(crate) fn new(
-        parts: &[StoredRows<'_>],
+        parts: &[StoredTensor<'_>],
         inputs: usize,
         kept: Kept,
         threads: &Threads,
@@ -78,6 +81,18 @@ impl Panels {
             lanes,
             inputs,
             outputs,
+        }
+    }
+
+    /// Row `index` of the matrix, `[inputs]`, widened: slower than a row that lies in order, and no copy of it.
+    pub(crate) fn copy_row(&self, index: usize, out: &mut [f32]) {
+        match &self.lanes {
+            Lanes::FullWide(lanes) => copy_row(lanes, index, out),
+            Lanes::FullNarrow(lanes) => copy_row(lanes, index, out),
+            Lanes::HalfWide(lanes) => copy_row(lanes, index, out),
+            Lanes::HalfNarrow(lanes) => copy_row(lanes, index, out),
+            Lanes::QuantisedWide(lanes) => copy_row(lanes, index, out),
+            Lanes::QuantisedNarrow(lanes) => copy_row(lanes, index, out),
         }
     }
 
@@ -107,14 +122,14 @@ impl Panels {
 
 /// Where every row of several parts starts.
 struct Rows<'a> {
-    parts: &'a [StoredRows<'a>],
+    parts: &'a [StoredTensor<'a>],
     inputs: usize,
     /// (part, byte)
     starts: Vec<(usize, usize)>,
 }
 
 impl<'a> Rows<'a> {
-    fn new(parts: &'a [StoredRows<'a>], inputs: usize) -> Self {
+    fn new(parts: &'a [StoredTensor<'a>], inputs: usize) -> Self {
         let starts = parts.iter().enumerate().flat_map(|(index, part)| {
             let step = part.bytes_per_row(inputs);
             (0..part.bytes.len() / step).map(move |row| (index, row * step))
@@ -127,10 +142,32 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Lanes of zeros, which the system clears when they are first written: by the threads that fill them, all at once.
+#[allow(unsafe_code)]
+fn zeroed<L: Lane>(count: usize) -> Vec<L> {
+    let layout = match Layout::array::<L>(count) {
+        Ok(layout) if layout.size() > 0 => layout,
+        _ => return Vec::new(), // more than there are addresses cannot have been stored
+    };
+    // Safety: of a size above zero.
+    let start = unsafe { alloc_zeroed(layout) };
+    if start.is_null() {
+        handle_alloc_error(layout);
+    }
+    // Safety: allocated just now as an array of so many lanes; a lane is numbers only, for which bytes of zero are zero.
+    unsafe { Vec::from_raw_parts(start.cast(), count, count) }
+}
+
+fn copy_row<L: Lane>(lanes: &[L], index: usize, out: &mut [f32]) {
+    let depth = out.len().div_ceil(L::INPUTS);
+    let panel = &lanes[index / L::COLUMNS * depth..][..depth];
+    L::copy_column(panel, index % L::COLUMNS, out);
+}
+
 fn pack<L: Lane>(rows: &Rows<'_>, threads: &Threads) -> Vec<L> {
     let (inputs, outputs) = (rows.inputs, rows.starts.len());
     let (count, depth) = (outputs.div_ceil(L::COLUMNS), inputs.div_ceil(L::INPUTS));
-    let mut lanes = vec![L::ZERO; count * depth];
+    let mut lanes = zeroed(count * depth);
     threads.share_rows(&mut lanes, depth, 4, |first, panels| {
         for (panel, lanes) in (first..).zip(panels.chunks_exact_mut(depth)) {
             let first = panel * L::COLUMNS;

@@ -4,27 +4,20 @@
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{NARROW, WIDE};
 use crate::kernels::fused::vector::vectorised;
-use crate::weights::Storage;
+use crate::weights::{Format, StoredTensor};
 
 /// Inputs transposed together when panels are made, so that what is written stays in the first level of cache, and inputs
 /// that share a scale.
 pub(super) const TOGETHER: usize = 64;
 
-/// Rows of a matrix as they lie in an image, little-endian.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct StoredRows<'a> {
-    /// Bytes of one row after another.
-    pub(crate) bytes: &'a [u8],
-    pub(crate) storage: Storage,
-}
-
-impl<'a> StoredRows<'a> {
+/// Rows of a matrix as they were published.
+impl<'a> StoredTensor<'a> {
     pub(super) fn bytes_per_row(&self, inputs: usize) -> usize {
-        inputs * self.storage.width()
+        inputs * self.format.width()
     }
 
     /// The elements `range` of the row that starts at byte `start`, as f32.
@@ -33,17 +26,18 @@ impl<'a> StoredRows<'a> {
         start: usize,
         range: Range<usize>,
     ) -> impl Iterator<Item = f32> + use<'a> {
-        let width = self.storage.width();
+        let width = self.format.width();
         let bytes = &self.bytes[start + range.start * width..start + range.end * width];
-        let storage = self.storage;
+        let format = self.format;
         bytes
             .chunks_exact(width)
-            .map(move |bytes| match (storage, bytes) {
-                (Storage::Bf16, &[low, high]) => {
+            .map(move |bytes| match (format, bytes) {
+                (Format::Bf16, &[low, high]) => {
                     f32::from_bits(u32::from_le_bytes([0, 0, low, high]))
                 }
+                (Format::F16, &[low, high]) => f16::from_le_bytes([low, high]).to_f32(),
                 (_, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-                // Chunks have the width of their storage.
+                // Chunks have the width of their format.
                 _ => 0.0,
             })
     }
@@ -79,15 +73,17 @@ impl Kept {
     }
 }
 
-/// The weights of one or several inputs for every column of a panel.
+/// The weights of one or several inputs for every column of a panel: numbers, and zeros where all of its bytes are.
 pub(super) trait Lane: Copy + Send + Sync {
     const COLUMNS: usize;
     /// [`TOGETHER`] is a multiple of it.
     const INPUTS: usize;
-    const ZERO: Self;
 
     /// Writes one column of consecutive lanes, for [`TOGETHER`] inputs or the last of a matrix.
     fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>);
+
+    /// One column of a panel, widened: as many inputs as `out` has elements.
+    fn copy_column(panel: &[Self], column: usize, out: &mut [f32]);
 }
 
 /// As they are computed with. Aligned, since a load across two lines of the cache takes twice as long.
@@ -98,11 +94,16 @@ pub(super) struct Full<const C: usize>(pub(super) [f32; C]);
 impl<const C: usize> Lane for Full<C> {
     const COLUMNS: usize = C;
     const INPUTS: usize = 1;
-    const ZERO: Self = Self([0.0; C]);
 
     fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>) {
         for (lane, weight) in lanes.iter_mut().zip(weights) {
             lane.0[column] = weight;
+        }
+    }
+
+    fn copy_column(panel: &[Self], column: usize, out: &mut [f32]) {
+        for (out, lane) in out.iter_mut().zip(panel) {
+            *out = lane.0[column];
         }
     }
 }
@@ -122,16 +123,24 @@ pub(super) struct Half<const H: usize>([u32; H]);
 impl<const H: usize> Lane for Half<H> {
     const COLUMNS: usize = 2 * H;
     const INPUTS: usize = 1;
-    const ZERO: Self = Self([0; H]);
 
     fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>) {
         for (Self(words), weight) in lanes.iter_mut().zip(weights) {
-            let bits = u32::from(bf16::from_f32(weight).to_bits());
+            // Nothing is rounded: a weight that was stored in bf16 has zeros below.
             if column < H {
-                words[column] = words[column] & 0xFFFF_0000 | bits;
+                words[column] = words[column] & 0xFFFF_0000 | weight.to_bits() >> 16;
             } else {
-                words[column - H] = words[column - H] & 0xFFFF | bits << 16;
+                words[column - H] = words[column - H] & 0xFFFF | weight.to_bits() & 0xFFFF_0000;
             }
+        }
+    }
+
+    fn copy_column(panel: &[Self], column: usize, out: &mut [f32]) {
+        for (out, Self(words)) in out.iter_mut().zip(panel) {
+            *out = f32::from_bits(match column < H {
+                true => words[column] << 16,
+                false => words[column - H] & 0xFFFF_0000,
+            });
         }
     }
 }
@@ -160,10 +169,6 @@ pub(super) struct Quantised<const C: usize> {
 impl<const C: usize> Lane for Quantised<C> {
     const COLUMNS: usize = C;
     const INPUTS: usize = TOGETHER;
-    const ZERO: Self = Self {
-        scales: [0.0; C],
-        steps: [[0; C]; TOGETHER],
-    };
 
     fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>) {
         let mut values = [0.0f32; TOGETHER];
@@ -180,6 +185,14 @@ impl<const C: usize> Lane for Quantised<C> {
         for (steps, value) in lane.steps.iter_mut().zip(values) {
             // Saturates where a scale below the normal numbers has lost its precision.
             steps[column] = (value / scale).round() as i8;
+        }
+    }
+
+    fn copy_column(panel: &[Self], column: usize, out: &mut [f32]) {
+        for (out, lane) in out.chunks_mut(TOGETHER).zip(panel) {
+            for (out, steps) in out.iter_mut().zip(&lane.steps) {
+                *out = f32::from(steps[column]) * lane.scales[column];
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::*;
 use crate::kernels::fused::matmul::{Matrix, multiply};
-use crate::weights::Storage;
+use crate::weights::{Storage, StoredTensor};
 
 /// Whole numbers, so that every sum is exact and every order of it gives the same.
 fn whole(len: usize, step: usize, modulus: usize) -> Vec<f32> {
@@ -54,8 +54,8 @@ proptest! {
         let (above, below) = w.split_at(cut.min(outputs) * inputs);
         let (above, below) = (bytes(above, Storage::F32), bytes(below, storage));
         let parts = [
-            StoredRows { bytes: &above, storage: Storage::F32 },
-            StoredRows { bytes: &below, storage },
+            StoredTensor { bytes: &above, format: Storage::F32.into() },
+            StoredTensor { bytes: &below, format: storage.into() },
         ];
         let panels = Panels::new(&parts, inputs, kept(storage), &threads(2));
         let mut out = vec![3.0; rows * outputs];
@@ -80,9 +80,9 @@ fn a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads() {
     let (x, w) = (fractions(rows * inputs), fractions(outputs * inputs));
     for storage in [Storage::F32, Storage::Bf16] {
         let bytes = bytes(&w, storage);
-        let parts = [StoredRows {
+        let parts = [StoredTensor {
             bytes: &bytes,
-            storage,
+            format: storage.into(),
         }];
         let panels = Panels::new(&parts, inputs, kept(storage), &threads(1));
         let mut alone = vec![0.0; rows * outputs];
@@ -101,9 +101,9 @@ fn a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads() {
 fn narrow_panels_give_the_bits_of_full_panels_with_the_same_weights() {
     let (outputs, inputs) = (70, 96);
     let stored = bytes(&fractions(outputs * inputs), Storage::Bf16);
-    let parts = [StoredRows {
+    let parts = [StoredTensor {
         bytes: &stored,
-        storage: Storage::Bf16,
+        format: Storage::Bf16.into(),
     }];
     for rows in [1, 2, 4, 8, 40] {
         let x = fractions(rows * inputs);
@@ -122,9 +122,9 @@ fn both_widths_of_panels_agree() {
     let (rows, outputs, inputs) = (21, 50, 130);
     let (x, w) = (whole(rows * inputs, 7, 11), whole(outputs * inputs, 5, 13));
     let bytes = bytes(&w, Storage::Bf16);
-    let parts = [StoredRows {
+    let parts = [StoredTensor {
         bytes: &bytes,
-        storage: Storage::Bf16,
+        format: Storage::Bf16.into(),
     }];
     let stored = Rows::new(&parts, inputs);
     let one = Threads::one();
@@ -157,9 +157,9 @@ fn eight_bits_are_off_by_half_a_step_of_the_largest_neighbour_at_most() {
     let mut w = fractions(outputs * inputs);
     w[5 * inputs..6 * inputs].fill(0.0);
     let bytes = bytes(&w, Storage::F32);
-    let parts = [StoredRows {
+    let parts = [StoredTensor {
         bytes: &bytes,
-        storage: Storage::F32,
+        format: Storage::F32.into(),
     }];
     let panels = Panels::new(&parts, inputs, Kept::Int8, &threads(2));
     let mut x = vec![0.0; inputs * inputs];
@@ -187,9 +187,9 @@ fn eight_bits_give_a_row_the_same_bits_alone_and_among_others() {
         fractions(rows * inputs),
         bytes(&fractions(outputs * inputs), Storage::Bf16),
     );
-    let parts = [StoredRows {
+    let parts = [StoredTensor {
         bytes: &stored,
-        storage: Storage::Bf16,
+        format: Storage::Bf16.into(),
     }];
     let panels = Panels::new(&parts, inputs, Kept::Int8, &threads(1));
     let (mut alone, mut together) = (vec![0.0; rows * outputs], vec![0.0; rows * outputs]);
