@@ -17,7 +17,7 @@ use crate::policy::{Policy, PolicyError, check_temperature};
 use crate::sampling::{Sampling, uniform};
 
 use draws::{Draw, Drawn};
-use machine::{Machine, machine};
+use machine::{Machine, Outcome, machine};
 pub use scheduler::ScheduleStats;
 use scheduler::{Epoch, Feed, Limits, Scheduler, Sequence};
 use stops::StopWatch;
@@ -441,22 +441,28 @@ impl Engine {
             live,
             ..
         } = self;
-        let mut drawn: Vec<(Sequence, u32, bool)> = Vec::with_capacity(plan.feeds.len());
-        machine.run(&plan, &mut |feeds: &[&Feed], logits: &[f32]| {
+        let outcomes = machine.run(&plan, &|feeds, logits| {
             let epoch = feeds.first().map_or(0, |feed| feed.epoch); // of all that are computed together
             let version = live.get(&epoch).map_or(0, |live| live.version);
             let draws: Vec<Draw> = draws_of(feeds, underway).collect();
             let vocab = logits.len() / feeds.len().max(1);
-            let tokens = draws::draw(threads, (logits, vocab), &draws);
-            for (Draw { sequence, .. }, token) in draws.iter().zip(tokens) {
-                if let Some(underway) = underway.get_mut(sequence) {
-                    let row = underway.place;
-                    let token = token.ok_or(PolicyError::NotFinite { row })?;
-                    drawn.push((*sequence, token.token, underway.take(token, version)));
-                }
-            }
-            Ok(())
+            let drawn = draws::draw(threads, (logits, vocab), &draws);
+            let outcome = |(draw, drawn): (&Draw, _)| Outcome {
+                sequence: draw.sequence,
+                version,
+                drawn,
+            };
+            draws.iter().zip(drawn).map(outcome).collect()
         })?;
+        let mut drawn: Vec<(Sequence, u32, bool)> = Vec::with_capacity(outcomes.len());
+        for outcome in outcomes {
+            if let Some(underway) = underway.get_mut(&outcome.sequence) {
+                let row = underway.place;
+                let token = outcome.drawn.ok_or(PolicyError::NotFinite { row })?;
+                let done = underway.take(token, outcome.version);
+                drawn.push((outcome.sequence, token.token, done));
+            }
+        }
         for (sequence, token, done) in drawn {
             if done {
                 self.finish(sequence);

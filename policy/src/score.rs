@@ -3,6 +3,7 @@
 //! This is how a critic tells whether an answer was sampled as its lease prescribed. Knows no seeds and no thresholds:
 //! tokens in, probabilities out.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use crate::decoder;
@@ -15,6 +16,9 @@ use crate::sampling::Distribution;
 /// Tokens of one forward pass; more rows are scored in several, over the same memory. Enough that reading the weights costs
 /// little, few enough that what is computed of them stays near the processor.
 const TOKENS_MAX: usize = 1 << 10;
+
+/// Tokens that a thread takes at least where each computes rows of its own.
+const TOKENS_MIN: usize = 64;
 
 /// Elements of logits held at once. Fewer rows together would be bound by reading the head's weights.
 const LOGITS_MAX: usize = 1 << 22;
@@ -65,33 +69,68 @@ pub fn score(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<TokenScor
         policy.check_row(row, tokens, tokens.len())?;
         check_temperature(temperature)?;
     }
-    match policy.prepared() {
+    let scored = match policy.prepared() {
+        Prepared::Fused(weights) if weights.is_cached() => {
+            score_dealt(|| Fused::inference(weights), policy, rows)
+        }
         Prepared::Fused(weights) => score_parts(Fused::inference(weights), policy, rows),
         Prepared::Candle(weights) => score_parts(Candle::inference(weights), policy, rows),
-    }
+    }?;
+    Ok(scored.into_iter().flatten().collect())
 }
 
+/// The scores of some rows.
+type Scores = Vec<Vec<TokenScore>>;
+
+/// One part after another, over the same memory; whoever computes shares every operation among its threads.
 fn score_parts<K: Kernels>(
     mut kernels: K,
     policy: &Policy,
     rows: &[ScoreRow<'_>],
-) -> Result<Vec<Vec<TokenScore>>, PolicyError> {
-    let (mut scores, mut logits) = (Vec::with_capacity(rows.len()), Vec::new());
-    while scores.len() < rows.len() {
-        let first = scores.len();
-        let rest = &rows[first..];
+) -> Result<Vec<Scores>, PolicyError> {
+    let mut logits = Vec::new();
+    let parts = parts(rows, TOKENS_MAX).into_iter();
+    let scored = parts.map(|part| score_part((&mut kernels, &mut logits), policy, rows, part));
+    scored.collect()
+}
+
+/// Every part on a thread of its own: to meet after each operation of a small model takes as long as the operation.
+fn score_dealt<K: Kernels>(
+    kernels: impl Fn() -> K + Sync,
+    policy: &Policy,
+    rows: &[ScoreRow<'_>],
+) -> Result<Vec<Scores>, PolicyError> {
+    let threads = policy.threads();
+    let all: usize = rows.iter().map(|row| row.tokens.len()).sum();
+    let each = all.div_ceil(threads.count().get());
+    let parts = parts(rows, each.clamp(TOKENS_MIN, TOKENS_MAX));
+    let mut scored: Vec<_> = parts.iter().map(|_| Ok(Scores::new())).collect();
+    threads.share_rows(&mut scored, 1, 1, |first, scored| {
+        let (mut kernels, mut logits) = (kernels(), Vec::new());
+        for (scored, part) in scored.iter_mut().zip(&parts[first..]) {
+            let memory = (&mut kernels, &mut logits);
+            *scored = score_part(memory, policy, rows, part.clone());
+        }
+    });
+    scored.into_iter().collect()
+}
+
+/// Consecutive rows of at most so many tokens together, what neighbours share counted once; a longer one by itself.
+fn parts(rows: &[ScoreRow<'_>], tokens_max: usize) -> Vec<Range<usize>> {
+    let (mut parts, mut first) = (Vec::new(), 0);
+    while first < rows.len() {
         let (mut tokens, mut before) = (0, None);
-        let fitting = rest.iter().map(text).take_while(|text| {
+        let fitting = rows[first..].iter().map(text).take_while(|text| {
             let shared = before.is_some_and(|before| text.shares_with(before));
             tokens += text.tokens.len() - if shared { text.shareable } else { 0 };
             before = Some(*text);
-            tokens <= TOKENS_MAX
+            tokens <= tokens_max
         });
-        let part = &rest[..fitting.count().max(1)];
-        let room = (&mut kernels, &mut logits);
-        score_part(room, policy, part, first, &mut scores)?;
+        let end = first + fitting.count().max(1);
+        parts.push(first..end);
+        first = end;
     }
-    Ok(scores)
+    parts
 }
 
 /// Log-probabilities of the tokens of every row from its `first` on, in nats.
@@ -118,13 +157,14 @@ fn text<'a>(row: &ScoreRow<'a>) -> Text<'a> {
 fn score_part<K: Kernels>(
     (kernels, logits): (&mut K, &mut Vec<f32>),
     policy: &Policy,
-    rows: &[ScoreRow<'_>],
-    first_row: usize,
-    scores: &mut Vec<Vec<TokenScore>>,
-) -> Result<(), PolicyError> {
+    all: &[ScoreRow<'_>],
+    part: Range<usize>,
+) -> Result<Scores, PolicyError> {
+    let rows = &all[part.clone()];
     let (batch, ends) = Batch::packed(rows.iter().map(text));
     let mut positions = Vec::new();
     let mut targets = Vec::new();
+    let mut scores = Scores::with_capacity(rows.len());
     for (index, (row, end)) in rows.iter().zip(&ends).enumerate() {
         scores.push(Vec::with_capacity(row.tokens.len() - row.first));
         for (offset, &token) in row.tokens[row.first..].iter().enumerate() {
@@ -133,7 +173,7 @@ fn score_part<K: Kernels>(
         }
     }
     if targets.is_empty() {
-        return Ok(());
+        return Ok(scores);
     }
     let layout = policy.layout();
     let wanted: Rc<[usize]> = positions.into();
@@ -147,11 +187,11 @@ fn score_part<K: Kernels>(
         let temperature = |index: usize| rows[index].temperature;
         let found = token_scores(policy.threads(), logits, targets, temperature);
         for (score, &(index, _)) in found.into_iter().zip(targets) {
-            let row = first_row + index;
-            scores[row].push(score.ok_or(PolicyError::NotFinite { row })?);
+            let row = part.start + index;
+            scores[index].push(score.ok_or(PolicyError::NotFinite { row })?);
         }
     }
-    Ok(())
+    Ok(scores)
 }
 
 /// Scores of the targets (row, token), `logits` `[targets, V]`; none where logits are no distribution.

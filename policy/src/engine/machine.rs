@@ -1,24 +1,39 @@
 //! What runs a plan: the kernels of every epoch in use over one memory of blocks.
 //!
-//! Knows no requests and draws nothing. Invariant: one epoch's rows are computed with that epoch's weights alone.
+//! Knows no requests; what is drawn from logits is decided by who asks. Invariant: one epoch's rows are computed with that
+//! epoch's weights alone.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::scheduler::{Epoch, Feed, Plan};
+use super::draws::Drawn;
+use super::scheduler::{Epoch, Feed, Plan, Sequence};
 use crate::decoder;
-use crate::kernels::candle::Candle;
-use crate::kernels::fused::Fused;
+use crate::kernels::candle::{self, Candle};
 use crate::kernels::{Batch, Kernels, Paged, Row};
 use crate::layout::Layout;
 use crate::policy::{Policy, PolicyError, Prepared};
 
+use dealt::Dealt;
+
+mod dealt;
+
 /// Elements of logits held at once; a step over more rows asks the head several times.
 const LOGITS_MAX: usize = 1 << 22;
 
-/// Takes the logits `[feeds, V]` that the draws of some feeds are made from.
-pub(super) type OnLogits<'a> = dyn FnMut(&[&Feed], &[f32]) -> Result<(), PolicyError> + 'a;
+/// What a request drew.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Outcome {
+    pub(super) sequence: Sequence,
+    /// Of the weights that the logits come from.
+    pub(super) version: u64,
+    /// Nothing where the logits are no distribution.
+    pub(super) drawn: Option<Drawn>,
+}
+
+/// Draws from the logits `[feeds, V]` of some feeds, in the order of the feeds.
+pub(super) type Draws<'a> = dyn Fn(&[&Feed], &[f32]) -> Vec<Outcome> + Sync + 'a;
 
 /// Runs plans, whatever the kernels.
 pub(super) trait Machine {
@@ -28,49 +43,35 @@ pub(super) trait Machine {
     /// Lets an epoch's weights go.
     fn forget(&mut self, epoch: Epoch);
 
-    /// One forward pass for every epoch of the plan; hands on the logits of every feed that is drawn from.
-    fn run(&mut self, plan: &Plan, on_logits: &mut OnLogits<'_>) -> Result<(), PolicyError>;
+    /// One forward pass for every epoch of the plan; what was drawn from it, in the order of the feeds.
+    fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError>;
 }
 
 /// A machine for a policy's kernels, with memory of so many blocks.
 pub(super) fn machine(policy: &Policy, blocks: usize) -> Result<Box<dyn Machine>, PolicyError> {
-    let layout = Arc::clone(policy.layout());
     Ok(match policy.prepared() {
-        Prepared::Fused(weights) => Box::new(Over {
-            cache: Fused::inference(weights).cache(blocks)?,
-            kernels: BTreeMap::new(),
-            prepare: |policy: &Policy| match policy.prepared() {
-                Prepared::Fused(weights) => Some(Fused::inference(weights)),
-                Prepared::Candle(_) => None,
-            },
-            layout,
-            logits: Vec::new(),
-        }),
-        Prepared::Candle(weights) => Box::new(Over {
+        Prepared::Fused(weights) => Box::new(Dealt::new(policy, weights, blocks)?),
+        Prepared::Candle(weights) => Box::new(Whole {
             cache: Candle::inference(weights).cache(blocks)?,
             kernels: BTreeMap::new(),
-            prepare: |policy: &Policy| match policy.prepared() {
-                Prepared::Candle(weights) => Some(Candle::inference(weights)),
-                Prepared::Fused(_) => None,
-            },
-            layout,
+            layout: Arc::clone(policy.layout()),
             logits: Vec::new(),
         }),
     })
 }
 
-struct Over<K: Kernels> {
-    cache: Paged<K::Layer>,
-    kernels: BTreeMap<Epoch, K>,
-    prepare: fn(&Policy) -> Option<K>,
+/// Candle's operations over all rows of an epoch at once.
+struct Whole {
+    cache: Paged<candle::CacheLayer>,
+    kernels: BTreeMap<Epoch, Candle>,
     layout: Arc<Layout>,
     logits: Vec<f32>,
 }
 
-impl<K: Kernels> Machine for Over<K> {
+impl Machine for Whole {
     fn adopt(&mut self, epoch: Epoch, policy: &Policy) {
-        if let Some(kernels) = (self.prepare)(policy) {
-            self.kernels.insert(epoch, kernels);
+        if let Prepared::Candle(weights) = policy.prepared() {
+            self.kernels.insert(epoch, Candle::inference(weights));
         }
     }
 
@@ -78,37 +79,37 @@ impl<K: Kernels> Machine for Over<K> {
         self.kernels.remove(&epoch);
     }
 
-    fn run(&mut self, plan: &Plan, on_logits: &mut OnLogits<'_>) -> Result<(), PolicyError> {
-        let Self {
-            cache,
-            kernels,
-            layout,
-            logits,
-            ..
-        } = self;
-        if let Some(any) = kernels.values().next() {
+    fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError> {
+        if let Some(any) = self.kernels.values().next() {
             for &(from, to) in &plan.copies {
-                any.copy_block(cache, from, to)?;
+                any.copy_block(&mut self.cache, from, to)?;
             }
         }
-        for feeds in plan.feeds.chunk_by(|one, other| one.epoch == other.epoch) {
-            let Some(kernels) = feeds.first().and_then(|feed| kernels.get_mut(&feed.epoch)) else {
+        let mut drawn = Vec::new();
+        for feeds in by_epoch(plan) {
+            let Some(kernels) = self.kernels.get_mut(&feeds[0].epoch) else {
                 continue; // no epoch is planned before its weights are adopted
             };
-            run_epoch(kernels, cache, layout, logits, feeds, on_logits)?;
+            let memory = (&mut self.cache, &mut self.logits);
+            drawn.extend(run_rows(kernels, &self.layout, memory, feeds, draws)?);
         }
-        Ok(())
+        Ok(drawn)
     }
 }
 
-fn run_epoch<K: Kernels>(
+/// The feeds of each epoch; none is empty.
+fn by_epoch(plan: &Plan) -> impl Iterator<Item = &[Feed]> {
+    plan.feeds.chunk_by(|one, other| one.epoch == other.epoch)
+}
+
+/// One forward pass over rows of one epoch, and what is drawn from it.
+fn run_rows<K: Kernels>(
     kernels: &mut K,
-    cache: &mut Paged<K::Layer>,
     layout: &Layout,
-    logits: &mut Vec<f32>,
+    (cache, logits): (&mut Paged<K::Layer>, &mut Vec<f32>),
     feeds: &[Feed],
-    on_logits: &mut OnLogits<'_>,
-) -> Result<(), PolicyError> {
+    draws: &Draws<'_>,
+) -> Result<Vec<Outcome>, PolicyError> {
     let batch = pack(feeds, &mut cache.tables);
     let last = |row: &Row| row.start + row.len - 1;
     let drawing: Vec<usize> = (0..feeds.len())
@@ -125,13 +126,14 @@ fn run_epoch<K: Kernels>(
     let hidden = decoder::hidden(kernels, layout, &batch, &wanted, Some(cache))?;
     let vocab = layout.head.rows;
     let rows_at_once = (LOGITS_MAX / vocab).max(1);
+    let mut drawn = Vec::with_capacity(drawing.len());
     for first in (0..drawing.len()).step_by(rows_at_once) {
         let range = first..(first + rows_at_once).min(drawing.len());
         kernels.logits(&hidden, &layout.head, range.clone(), logits)?;
         let drawing: Vec<&Feed> = drawing[range].iter().map(|index| &feeds[*index]).collect();
-        on_logits(&drawing, logits)?;
+        drawn.extend(draws(&drawing, logits));
     }
-    Ok(())
+    Ok(drawn)
 }
 
 /// Feeds as one batch; their tables take the place of those of the step before.

@@ -13,8 +13,9 @@ use crate::layout::{Attention, Block, HeadNorms, Linear};
 use crate::policy::PolicyError;
 
 use attention::Turn;
-use buffer::{Buffer, Pool};
-use cache::CacheLayer;
+use buffer::Buffer;
+pub(crate) use buffer::Pool;
+pub(crate) use cache::CacheLayer;
 use head::Shaping;
 use matmul::{Matrix, Onto, multiply};
 use tape::{Record, Tape};
@@ -28,6 +29,7 @@ mod cache;
 mod elementwise;
 mod head;
 pub(crate) mod matmul;
+mod memory;
 mod model;
 mod panels;
 mod rotary;
@@ -81,6 +83,14 @@ impl Fused {
             tape: None,
             pool: Pool::default(),
             arrays: 0,
+        }
+    }
+
+    /// The same with arrays of a pool that outlives the pass.
+    pub(crate) fn inference_with(weights: &Arc<FusedWeights>, pool: &Pool) -> Self {
+        Self {
+            pool: Rc::clone(pool),
+            ..Self::inference(weights)
         }
     }
 
@@ -143,25 +153,27 @@ impl Fused {
 
 impl Kernels for Fused {
     type Array = Array;
-    type Layer = CacheLayer;
+    type Layer = Arc<CacheLayer>;
 
-    fn cache(&self, blocks: usize) -> Result<Paged<CacheLayer>, PolicyError> {
+    fn cache(&self, blocks: usize) -> Result<Paged<Arc<CacheLayer>>, PolicyError> {
         let heads = self.weights.heads;
         let layers = self.weights.layout.layers.iter();
         Ok(Paged {
-            layers: layers.map(|_| CacheLayer::new(heads, blocks)).collect(),
+            layers: layers
+                .map(|_| Arc::new(CacheLayer::new(heads, blocks)))
+                .collect(),
             tables: Vec::new(),
         })
     }
 
     fn copy_block(
         &self,
-        cache: &mut Paged<CacheLayer>,
+        cache: &mut Paged<Arc<CacheLayer>>,
         from: u32,
         to: u32,
     ) -> Result<(), PolicyError> {
         for layer in &mut cache.layers {
-            layer.copy_block(from, to);
+            CacheLayer::copy_block(layer, from, to);
         }
         Ok(())
     }
@@ -275,7 +287,7 @@ impl Kernels for Fused {
         qkv: Array,
         attention: &Attention,
         rows: &Rc<[Row]>,
-        cache: Option<&mut Paged<CacheLayer>>,
+        cache: Option<&mut Paged<Arc<CacheLayer>>>,
     ) -> Result<Array, PolicyError> {
         let heads = self.weights.heads;
         let (input, tokens) = (qkv.id, qkv.rows());
@@ -289,8 +301,7 @@ impl Kernels for Fused {
         );
         let mut y = Buffer::stale(&self.pool, tokens * heads.query * heads.dim);
         let mut log_sums = Buffer::stale(&self.pool, tokens * heads.query);
-        let cache =
-            cache.map(|cache| (&mut cache.layers[attention.layer], cache.tables.as_slice()));
+        let cache = cache.map(|cache| (&*cache.layers[attention.layer], cache.tables.as_slice()));
         let shape = (heads, attention);
         let threads = self.threads();
         attention::forward(

@@ -134,22 +134,23 @@ impl Keys<'_> {
 
 /// Attention of rotated `qkv` `[N, (H + 2 KV)·D]` into `out` `[N, H·D]`; `log_sums` `[N, H]` receives
 /// `ln Σ exp(scores)`, which the derivative needs. `rows` lie one after another.
+#[allow(unsafe_code)]
 pub(crate) fn forward(
     (out, log_sums): (&mut [f32], &mut [f32]),
     qkv: &[f32],
     shape: (Heads, &Attention),
     rows: &[Row],
-    cache: Option<(&mut CacheLayer, &[Vec<u32>])>,
+    cache: Option<(&CacheLayer, &[Vec<u32>])>,
     threads: &Threads,
 ) {
     let heads = shape.0;
     let earlier = match cache {
         Some((layer, tables)) => {
             for row in rows {
-                let tokens = &qkv[row.start * heads.width()..][..row.len * heads.width()];
-                for j in 0..heads.key {
-                    layer.store(heads, j, tokens, row.position, &tables[row.slot]);
-                }
+                let tokens = &qkv[columns(row.own(), heads.width())];
+                // Safety: rows that are computed on other threads meanwhile use none of the blocks that these rows write
+                // (`Dealt` in `engine/machine.rs` deals them so).
+                unsafe { layer.store(heads, tokens, row.position, &tables[row.slot]) };
             }
             Earlier::Cached(layer, tables)
         }
@@ -270,22 +271,47 @@ fn attend_tokens(
         let out = &mut out[(start - first) * out_width..(end - first) * out_width];
         let log_sums = &mut log_sums[(start - first) * heads.query..(end - first) * heads.query];
         let position = row.position + start - row.start;
+        // Of one token, all heads together: they do not wait for one another. Of several, head by head, whose keys stay near.
+        let together = if end - start == 1 { heads.query } else { 1 };
         SCORES.with_borrow_mut(|scores| {
-            scores.resize((position + end - start).next_multiple_of(PADDING), 0.0);
-            for h in 0..heads.query {
-                let keys = earlier.keys(heads, h / heads.group(), (index, row), all);
+            let padded = (position + end - start).next_multiple_of(PADDING);
+            scores.resize(together * (padded + 1), 0.0);
+            for h in (0..heads.query).step_by(together) {
+                let source = Source {
+                    earlier,
+                    row: (index, row),
+                    tokens: all,
+                };
                 attend(
                     out,
                     log_sums,
                     tokens,
-                    keys,
+                    source,
                     scores,
                     (heads, attention),
-                    h,
+                    h..h + together,
                     position,
                 );
             }
         });
+    }
+}
+
+/// Where the keys and values of a row are found.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    earlier: &'a Earlier<'a>,
+    row: (usize, &'a Row),
+    /// Of the row, in this batch.
+    tokens: &'a [f32],
+}
+
+impl<'a> Source<'a> {
+    /// Those of query head `h`.
+    #[inline(always)]
+    fn keys(self, heads: Heads, h: usize) -> Keys<'a> {
+        let j = h / heads.group();
+        self.earlier.keys(heads, j, self.row, self.tokens)
     }
 }
 
@@ -315,37 +341,46 @@ fn transpose(to: &mut Vec<f32>, tokens: &[f32], heads: Heads, offset: usize) -> 
 }
 
 vectorised! {
-/// One query head of one row: `s = cap(q Kᵀ·scale)`, `p = softmax(s)` over the positions that the query sees, `o = p V`.
+/// Some query heads of one row: `s = cap(q Kᵀ·scale)`, `p = softmax(s)` over the positions that the query sees, `o = p V`.
+///
+/// `scores` has room for the positions of every head and one number more.
 fn attend(
     out: &mut [f32],
     log_sums: &mut [f32],
     tokens: &[f32],
-    keys: Keys<'_>,
+    source: Source<'_>,
     scores: &mut [f32],
     shape: (Heads, &Attention),
-    h: usize,
+    those: Range<usize>,
     position: usize,
 ) {
     let (heads, attention) = shape;
     let dim = heads.dim;
+    let (sums, scores) = scores.split_at_mut(those.len());
     for (i, token) in tokens.chunks_exact(heads.width()).enumerate() {
         let seen = Seen::new(attention, position + i);
-        let query = &token[h * dim..(h + 1) * dim];
-        let scores = &mut scores[seen.padded()];
-        keys.scores(scores, seen.start, query);
-        let scale = bend(scores, attention);
-        // Padding, later positions and those before the window get no weight.
-        scores[seen.end - seen.start..].fill(f32::NEG_INFINITY);
-        scores[..seen.first - seen.start].fill(f32::NEG_INFINITY);
-        let max = largest(scores);
-        let sum = exp_shifted(scores, max, scale);
-        log_sums[i * heads.query + h] = max * scale + sum.ln();
-        let out = &mut out[(i * heads.query + h) * dim..][..dim];
-        let weights = &scores[seen.first - seen.start..seen.end - seen.start];
-        keys.weighted(out, weights, seen.first);
-        let inverse = 1.0 / sum;
-        for value in out.iter_mut() {
-            *value *= inverse;
+        let len = seen.padded().len();
+        for (h, scores) in those.clone().zip(scores.chunks_exact_mut(len)) {
+            let query = &token[h * dim..(h + 1) * dim];
+            source.keys(heads, h).scores(scores, seen.start, query);
+        }
+        for ((h, scores), sum) in those.clone().zip(scores.chunks_exact_mut(len)).zip(&mut *sums) {
+            let scale = bend(scores, attention);
+            // Padding, later positions and those before the window get no weight.
+            scores[seen.end - seen.start..].fill(f32::NEG_INFINITY);
+            scores[..seen.first - seen.start].fill(f32::NEG_INFINITY);
+            let max = largest(scores);
+            *sum = exp_shifted(scores, max, scale);
+            log_sums[i * heads.query + h] = max * scale + sum.ln();
+        }
+        for ((h, scores), sum) in those.clone().zip(scores.chunks_exact(len)).zip(&*sums) {
+            let out = &mut out[(i * heads.query + h) * dim..][..dim];
+            let weights = &scores[seen.first - seen.start..seen.end - seen.start];
+            source.keys(heads, h).weighted(out, weights, seen.first);
+            let inverse = 1.0 / sum;
+            for value in out.iter_mut() {
+                *value *= inverse;
+            }
         }
     }
 }

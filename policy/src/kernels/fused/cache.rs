@@ -3,15 +3,21 @@
 //! Knows no texts: a table of blocks says where a text lies. Invariant: sums run over positions in order, as they do over
 //! keys that were never cached, so that cutting a text into blocks or steps changes no bit of its attention.
 
+use std::sync::Arc;
+
 use super::attention::Heads;
+use super::memory::Memory;
 use super::vector::row_product;
 use crate::kernels::BLOCK;
 
-/// Keys `[blocks, KV, D, BLOCK]` and values `[blocks, KV, BLOCK, D]`, of as many blocks as were reached so far.
+/// Keys `[blocks, KV, D, BLOCK]` and values `[blocks, KV, BLOCK, D]`.
+///
+/// Threads share it while they compute rows of their own: a block that one of them writes in a step is in no table of
+/// another's.
 #[derive(Debug)]
 pub(crate) struct CacheLayer {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Memory,
+    values: Memory,
     heads: usize,
     dim: usize,
 }
@@ -29,48 +35,45 @@ impl CacheLayer {
     pub(super) fn new(heads: Heads, blocks: usize) -> Self {
         let len = blocks * heads.key * heads.dim * BLOCK;
         Self {
-            keys: Vec::with_capacity(len),
-            values: Vec::with_capacity(len),
+            keys: Memory::with_capacity(len),
+            values: Memory::with_capacity(len),
             heads: heads.key,
             dim: heads.dim,
         }
     }
 
-    /// Fills all up to a block with zeros before the first write to it. The lowest free block is handed out first, so what is
-    /// written for the first time lies behind what was written before.
-    fn reach(&mut self, block: u32) {
-        let end = self.base(block + 1, 0);
-        if self.keys.len() < end {
-            self.keys.resize(end, 0.0);
-            self.values.resize(end, 0.0);
-        }
-    }
-
     /// Where key head `j` of a block starts, in keys and in values.
+    #[inline(always)]
     fn base(&self, block: u32, j: usize) -> usize {
         (block as usize * self.heads + j) * self.dim * BLOCK
     }
 
-    /// Writes key head `j` of consecutive tokens `[N, (H + 2 KV)·D]`, the first at `position` of the text.
-    pub(super) fn store(
-        &mut self,
-        heads: Heads,
-        j: usize,
-        qkv: &[f32],
-        position: usize,
-        table: &[u32],
-    ) {
-        let dim = self.dim;
-        let newest = table.iter().max();
-        newest.into_iter().for_each(|block| self.reach(*block));
+    /// Elements of a block, of one key head.
+    fn block(&self) -> usize {
+        self.dim * BLOCK
+    }
+
+    /// Writes all key heads of consecutive tokens `[N, (H + 2 KV)·D]`, the first at `position` of the text.
+    ///
+    /// # Safety
+    /// No other thread may use the blocks of these positions meanwhile.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn store(&self, heads: Heads, qkv: &[f32], position: usize, table: &[u32]) {
         for (token, position) in qkv.chunks_exact(heads.width()).zip(position..) {
-            let (base, at) = (self.base(table[position / BLOCK], j), position % BLOCK);
-            let key = &token[heads.key_offset(j)..][..dim];
-            for (d, &value) in key.iter().enumerate() {
-                self.keys[base + d * BLOCK + at] = value;
+            let (block, at) = (table[position / BLOCK], position % BLOCK);
+            for j in 0..self.heads {
+                let base = self.base(block, j);
+                // Safety: within one block, which is this caller's.
+                let keys = unsafe { self.keys.write(base..base + self.block()) };
+                let key = &token[heads.key_offset(j)..][..self.dim];
+                for (&value, row) in key.iter().zip(keys.chunks_exact_mut(BLOCK)) {
+                    row[at] = value;
+                }
+                let start = base + at * self.dim;
+                // Safety: the same.
+                let values = unsafe { self.values.write(start..start + self.dim) };
+                values.copy_from_slice(&token[heads.value_offset(j)..][..self.dim]);
             }
-            let value = &token[heads.value_offset(j)..][..dim];
-            self.values[base + at * dim..][..dim].copy_from_slice(value);
         }
     }
 
@@ -82,16 +85,56 @@ impl CacheLayer {
         }
     }
 
-    pub(super) fn copy_block(&mut self, from: u32, to: u32) {
-        self.reach(from.max(to));
-        let (from, to) = (self.base(from, 0), self.base(to, 0));
-        let len = self.heads * self.dim * BLOCK;
-        self.keys.copy_within(from..from + len, to);
-        self.values.copy_within(from..from + len, to);
+    /// Makes all blocks up to this one usable, between two steps. The lowest free block is handed out first, so what is
+    /// reached for the first time lies behind what was reached before.
+    pub(crate) fn reach(layer: &mut Arc<Self>, block: u32) {
+        let layer = Self::alone(layer);
+        let end = layer.base(block + 1, 0);
+        layer.keys.reach(end);
+        layer.values.reach(end);
+    }
+
+    /// Copies one block to another, between two steps.
+    #[allow(unsafe_code)]
+    pub(crate) fn copy_block(layer: &mut Arc<Self>, from: u32, to: u32) {
+        Self::reach(layer, from.max(to));
+        if from == to {
+            return;
+        }
+        let layer = Self::alone(layer);
+        let (from, to) = (layer.base(from, 0), layer.base(to, 0));
+        let len = layer.heads * layer.block();
+        for memory in [&layer.keys, &layer.values] {
+            // Safety: two blocks of memory that nobody else has a handle to.
+            let (from, to) = unsafe { (memory.read(from..from + len), memory.write(to..to + len)) };
+            to.copy_from_slice(from);
+        }
+    }
+
+    fn alone(layer: &mut Arc<Self>) -> &mut Self {
+        match Arc::get_mut(layer) {
+            Some(layer) => layer,
+            None => unreachable!("a step's handles end with it"),
+        }
     }
 }
 
-impl CachedHead<'_> {
+impl<'a> CachedHead<'a> {
+    /// Keys and values of one block.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn block(self, index: usize) -> (&'a [f32], &'a [f32]) {
+        let base = self.layer.base(self.table[index], self.j);
+        let range = base..base + self.layer.block();
+        // Safety: a block in a table of this thread's, which nobody else writes; its own writes lie before.
+        unsafe {
+            (
+                self.layer.keys.read(range.clone()),
+                self.layer.values.read(range),
+            )
+        }
+    }
+
     /// `scores = q Kᵀ` at consecutive positions from `start`; those beyond the text's end are of no meaning.
     #[inline(always)]
     pub(super) fn scores(self, scores: &mut [f32], start: usize, query: &[f32]) {
@@ -99,8 +142,8 @@ impl CachedHead<'_> {
         while !rest.is_empty() {
             let at = position % BLOCK;
             let (now, later) = rest.split_at_mut((BLOCK - at).min(rest.len()));
-            let base = self.layer.base(self.table[position / BLOCK], self.j);
-            row_product(now, query, &self.layer.keys[base + at..], BLOCK);
+            let (keys, _) = self.block(position / BLOCK);
+            row_product(now, query, &keys[at..], BLOCK);
             position += now.len();
             rest = later;
         }
@@ -114,8 +157,8 @@ impl CachedHead<'_> {
         while !rest.is_empty() {
             let at = position % BLOCK;
             let (now, later) = rest.split_at((BLOCK - at).min(rest.len()));
-            let base = self.layer.base(self.table[position / BLOCK], self.j);
-            add_row_product(out, now, &self.layer.values[base + at * dim..], dim);
+            let (_, values) = self.block(position / BLOCK);
+            add_row_product(out, now, &values[at * dim..], dim);
             position += now.len();
             rest = later;
         }

@@ -211,11 +211,16 @@ impl Model {
         let narrow = formats.iter().all(|format| *format == Format::Bf16);
         if self.int8 {
             Kept::Int8
-        } else if narrow && self.layout.len() * size_of::<f32>() > CACHED_BYTES_MAX {
+        } else if narrow && !self.is_cached() {
             Kept::Bf16
         } else {
             Kept::F32
         }
+    }
+
+    /// Whether all weights lie in a processor's cache.
+    pub(crate) fn is_cached(&self) -> bool {
+        self.layout.len() * size_of::<f32>() <= CACHED_BYTES_MAX
     }
 
     /// Bytes of all matrices that inference reads for a token, beside the row of the embedding.

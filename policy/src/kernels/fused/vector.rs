@@ -192,9 +192,21 @@ pub(crate) fn largest(values: &[f32]) -> f32 {
             };
         }
     }
-    let largest = |a: f32, b: &f32| if *b > a { *b } else { a };
-    rest.iter()
-        .fold(partial.iter().fold(f32::NEG_INFINITY, largest), largest)
+    for (lane, &value) in partial.iter_mut().zip(rest) {
+        *lane = if value > *lane { value } else { *lane };
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            partial[lane] = if partial[lane + half] > partial[lane] {
+                partial[lane + half]
+            } else {
+                partial[lane]
+            };
+        }
+        half /= 2;
+    }
+    partial[0]
 }
 
 /// Replaces every x by `exp((x − shift)·scale)` and returns the sum.

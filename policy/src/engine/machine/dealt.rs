@@ -1,0 +1,283 @@
+//! Plans on the fused kernels: rows of a small model are dealt to the threads, each computing its own from the embedding to
+//! the tokens drawn; of a large model all threads share every product.
+//!
+//! A step of a small model is some tens of operations of a few microseconds each, and to meet after each of them costs the
+//! threads as much again; its weights lie in every processor's own cache. A large model's weights are read once for all.
+//! Invariant: rows that are dealt to different threads use no block that one of them writes.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Draws, Machine, Outcome, by_epoch, run_rows};
+use crate::engine::scheduler::{Epoch, Feed, Plan};
+use crate::kernels::fused::{CacheLayer, Fused, FusedWeights, Pool, Threads};
+use crate::kernels::{BLOCK, Kernels, Paged};
+use crate::layout::Layout;
+use crate::policy::{Policy, PolicyError, Prepared};
+
+/// Tokens of a part, at least, where every thread has one; fewer would not be worth reading the weights for.
+const TOKENS_MIN: usize = 2;
+
+/// Tokens of a part that are enough: a thread that is done before the others takes another part.
+const TOKENS_ENOUGH: usize = 32;
+
+/// The fused kernels of every epoch.
+pub(super) struct Dealt {
+    layers: Vec<Arc<CacheLayer>>,
+    weights: BTreeMap<Epoch, Arc<FusedWeights>>,
+    layout: Arc<Layout>,
+    threads: Threads,
+    writers: Writers,
+}
+
+/// What a thread keeps from one step to the next.
+#[derive(Default)]
+struct Bench {
+    pool: Pool,
+    tables: Vec<Vec<u32>>,
+    logits: Vec<f32>,
+}
+
+thread_local! {
+    static BENCH: RefCell<Bench> = RefCell::default();
+}
+
+impl Dealt {
+    pub(super) fn new(
+        policy: &Policy,
+        weights: &Arc<FusedWeights>,
+        blocks: usize,
+    ) -> Result<Self, PolicyError> {
+        Ok(Self {
+            layers: Fused::inference(weights).cache(blocks)?.layers,
+            weights: BTreeMap::new(),
+            layout: Arc::clone(policy.layout()),
+            threads: policy.threads().clone(),
+            writers: Writers::default(),
+        })
+    }
+
+    /// Computes some rows on the thread that asks.
+    fn part(
+        &self,
+        weights: &Arc<FusedWeights>,
+        feeds: &[Feed],
+        draws: &Draws<'_>,
+    ) -> Result<Vec<Outcome>, PolicyError> {
+        BENCH.with_borrow_mut(|bench| {
+            let mut cache = Paged {
+                layers: self.layers.clone(),
+                tables: std::mem::take(&mut bench.tables),
+            };
+            let mut kernels = Fused::inference_with(weights, &bench.pool);
+            let memory = (&mut cache, &mut bench.logits);
+            let drawn = run_rows(&mut kernels, &self.layout, memory, feeds, draws);
+            bench.tables = cache.tables;
+            drawn
+        })
+    }
+}
+
+impl Machine for Dealt {
+    fn adopt(&mut self, epoch: Epoch, policy: &Policy) {
+        if let Prepared::Fused(weights) = policy.prepared() {
+            self.weights.insert(epoch, Arc::clone(weights));
+        }
+    }
+
+    fn forget(&mut self, epoch: Epoch) {
+        self.weights.remove(&epoch);
+    }
+
+    fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError> {
+        let written = plan.feeds.iter().flat_map(written);
+        for layer in &mut self.layers {
+            for &(from, to) in &plan.copies {
+                CacheLayer::copy_block(layer, from, to);
+            }
+            if let Some(&newest) = written.clone().max() {
+                CacheLayer::reach(layer, newest);
+            }
+        }
+        let mut drawn = Vec::new();
+        for feeds in by_epoch(plan) {
+            let Some(weights) = self.weights.get(&feeds[0].epoch) else {
+                continue; // no epoch is planned before its weights are adopted
+            };
+            let parts = match weights.is_cached() {
+                true => self.writers.deal(feeds, self.threads.count().get()),
+                false => vec![0..feeds.len()],
+            };
+            let mut outcomes: Vec<_> = parts.iter().map(|_| Ok(Vec::new())).collect();
+            self.threads
+                .share_rows(&mut outcomes, 1, 1, |first, outcomes| {
+                    for (outcome, part) in outcomes.iter_mut().zip(&parts[first..]) {
+                        *outcome = self.part(weights, &feeds[part.clone()], draws);
+                    }
+                });
+            for outcome in outcomes {
+                drawn.extend(outcome?);
+            }
+        }
+        Ok(drawn)
+    }
+}
+
+/// Which part of a step writes each block.
+#[derive(Debug, Default)]
+struct Writers {
+    /// 0 where nobody does, else the part's index and one.
+    parts: Vec<u32>,
+}
+
+impl Writers {
+    /// Cuts feeds into consecutive parts of about as many tokens for so many threads; into one where a part would use a block
+    /// that another writes.
+    fn deal(&mut self, feeds: &[Feed], threads: usize) -> Vec<Range<usize>> {
+        let parts = cut(feeds, threads);
+        if parts.len() > 1 && !self.apart(feeds, &parts) {
+            return vec![0..feeds.len()];
+        }
+        parts
+    }
+
+    /// Whether no part uses a block that another writes.
+    fn apart(&mut self, feeds: &[Feed], parts: &[Range<usize>]) -> bool {
+        let each = || {
+            (1..)
+                .zip(parts)
+                .flat_map(|(part, range)| feeds[range.clone()].iter().map(move |feed| (part, feed)))
+        };
+        for (part, feed) in each() {
+            for &block in written(feed) {
+                let block = block as usize;
+                if self.parts.len() <= block {
+                    self.parts.resize(block + 1, 0);
+                }
+                self.parts[block] = part;
+            }
+        }
+        let writer = |block: &u32| self.parts.get(*block as usize).copied().unwrap_or(0);
+        let apart = each().all(|(part, feed)| {
+            let own = written(feed).iter().all(|block| writer(block) == part);
+            own && feed
+                .table
+                .iter()
+                .all(|block| [0, part].contains(&writer(block)))
+        });
+        for block in feeds.iter().flat_map(written) {
+            self.parts[*block as usize] = 0;
+        }
+        apart
+    }
+}
+
+/// The blocks that a feed's tokens lie in.
+fn written(feed: &Feed) -> &[u32] {
+    &feed.table[feed.position / BLOCK..=(feed.position + feed.tokens.len() - 1) / BLOCK]
+}
+
+/// Consecutive feeds of about as many tokens, for so many threads.
+fn cut(feeds: &[Feed], threads: usize) -> Vec<Range<usize>> {
+    let all: usize = feeds.iter().map(|feed| feed.tokens.len()).sum();
+    let enough = all / TOKENS_ENOUGH / threads * threads;
+    let count = match threads {
+        1 => 1,
+        _ => enough.max(threads).min(all / TOKENS_MIN).max(1),
+    };
+    let (mut parts, mut start, mut tokens) = (Vec::with_capacity(count), 0, 0);
+    for (index, feed) in feeds.iter().enumerate() {
+        tokens += feed.tokens.len();
+        // The tokens of as many parts as there are by now and of this one.
+        if tokens * count >= all * (parts.len() + 1) {
+            parts.push(start..index + 1);
+            start = index + 1;
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+
+    /// A row of `tokens` from `position` on, in the blocks of `table`.
+    fn feed(position: usize, tokens: usize, table: &[u32]) -> Feed {
+        Feed {
+            epoch: 0,
+            position,
+            tokens: vec![1; tokens],
+            table: table.to_vec(),
+            draws: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn parts_hold_every_row_once_and_about_as_many_tokens() {
+        for (rows, threads, expected) in [(1, 2, 1), (3, 2, 1), (8, 2, 2), (8, 3, 3), (256, 2, 8)] {
+            let feeds: Vec<Feed> = (0..rows).map(|row| feed(3, 1, &[row])).collect();
+            let parts = Writers::default().deal(&feeds, threads);
+            assert_eq!(parts.len(), expected, "{rows} rows, {threads} threads");
+            let all: Vec<usize> = parts.iter().cloned().flatten().collect();
+            assert_eq!(all, (0..rows as usize).collect::<Vec<_>>());
+            let lens: Vec<usize> = parts.iter().map(Range::len).collect();
+            assert!(
+                lens.iter().max().unwrap() - lens.iter().min().unwrap() <= 1,
+                "{lens:?}"
+            );
+        }
+        let long = [feed(0, 60, &[0, 1]), feed(2, 1, &[2]), feed(2, 1, &[3])];
+        assert_eq!(Writers::default().deal(&long, 2), [0..1, 1..3]);
+    }
+
+    #[test]
+    fn rows_are_dealt_apart_only_where_none_uses_what_another_part_writes() {
+        let mut writers = Writers::default();
+        let block = BLOCK;
+        let sharing = |own: u32| feed(block + 1, 2, &[7, own]);
+        // All read block 7, and each writes its own.
+        let fine = [sharing(1), sharing(2), sharing(3), sharing(4)];
+        assert_eq!(writers.deal(&fine, 2).len(), 2);
+        // One still writes what the others read.
+        let reads = [feed(block - 2, 2, &[7]), sharing(2), sharing(3), sharing(4)];
+        assert_eq!(writers.deal(&reads, 2), [0..4]);
+        // Two write the same.
+        let writes = [sharing(1), sharing(2), sharing(3), sharing(1)];
+        assert_eq!(writers.deal(&writes, 2), [0..4]);
+        assert_eq!(writers.deal(&fine, 2).len(), 2, "nothing is remembered");
+    }
+
+    #[test]
+    fn any_number_of_threads_draws_the_same() {
+        use crate::engine::{EngineConfig, GenerationRequest, generate};
+        use crate::kernels::KernelSet;
+        use crate::sampling::Sampling;
+        use crate::testing::{policy, tiny};
+
+        let config = tiny();
+        let requests: Vec<GenerationRequest> = (0..40)
+            .map(|row: u32| {
+                let prompt: Vec<u32> = (0..1 + row % 5).map(|at| (row / 4 + at) % 7).collect();
+                let sampling = Sampling::Prescribed {
+                    seed: [5; 32],
+                    rollout: row,
+                    temperature: 1.0,
+                };
+                GenerationRequest::new(prompt.into(), 3 + row as usize % 9, [].into(), sampling)
+            })
+            .collect();
+        let policy = policy(&config, 3, KernelSet::Fused);
+        let answers = [1, 2, 3, 5].map(|count| {
+            let threads = Threads::new(NonZeroUsize::new(count).unwrap());
+            let engine = EngineConfig::default();
+            generate(&policy.with_threads(&threads), &engine, requests.clone()).unwrap()
+        });
+        for other in &answers[1..] {
+            assert_eq!(&answers[0], other);
+        }
+    }
+}
