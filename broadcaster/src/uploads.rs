@@ -3,9 +3,12 @@
 //! Whoever holds an object chooses the shard that it has sent least, so that about one pass over the object puts every
 //! shard into the swarm ("super-seeding"; 1.13 to 1.15 of the object measured in `research/p2p-broadcast.md` §3.4). A
 //! learner goes further ([`Sharing::FirstCopies`]): what it has sent once it does not send again until the peers had time
-//! to exchange it among themselves. That time is bounded, so that a swarm finishes even when every other peer is dead or
-//! lying: round r lets each shard go out r times, and rounds open by the clock alone, which nobody can hold back. Knows
-//! nothing of sockets; the time is handed in. Invariant: in round r no shard was sent more than r times.
+//! to exchange it among themselves. Two clocks bound that time, so that a swarm finishes even when every other peer is dead
+//! or lying. A peer gets a second copy once it has had nothing from others for a while: as long as it gets on, however slow
+//! its machine is, it needs none. And round r lets each shard go out r times, and opens no sooner than the round before it
+//! could have been passed on, so that many who claim to be stuck cannot drain the learner. A peer's own word about what it
+//! has from others can make nobody wait but itself. Knows nothing of sockets; the time is handed in. Invariant: in round r
+//! no shard was sent more than r times.
 
 use std::collections::BTreeMap;
 
@@ -15,17 +18,23 @@ use serde::{Deserialize, Serialize};
 use crate::bitmap::Bitmap;
 use crate::wire::HOLDERS_MAX;
 
-/// Shortest time that peers get to exchange a round's shards: a few polls of one another and a transfer on a local net.
-pub const GRACE_MS_MIN: u64 = 300;
+/// Shortest time that peers get to exchange a round's shards, and that a peer has to be stuck: many polls of one another and
+/// a transfer on a local net, on a machine whose processors have other work.
+pub const GRACE_MS_MIN: u64 = 1_000;
 /// Longest time: a peer whose partners are all gone waits no longer than this for the next round.
 pub const GRACE_MS_MAX: u64 = 30_000;
 /// The grace doubles from round to round up to this factor: each round without need makes the next less likely to be one.
 const GRACE_FACTOR_MAX: u64 = 8;
 /// A peer that was sent a shard and asks for it again waits this long, and twice as long for each further pass, so that
 /// one that only drains us comes last and ever more rarely. One that restarted empty-handed waits once.
-const REPEAT_MS: u64 = 8 * GRACE_MS_MIN;
+const REPEAT_MS: u64 = 2_400;
 /// The wait doubles at most this often, to about ten minutes.
 const REPEAT_DOUBLINGS_MAX: u32 = 8;
+/// A peer that gets nothing from others is given up on after the time in which we sent this many shards.
+const SHARDS_OF_PATIENCE: u64 = 8;
+/// One that gets on, but slowly, is left to the others for this many times as long as the first pass took, or as a stuck
+/// one: those it gets on with may be dripping on purpose.
+const PATIENCES_MAX: u64 = 8;
 /// Shortest wait asked of anybody.
 const RETRY_MS_MIN: u64 = 10;
 /// Most peers remembered for an object; the one served longest ago is forgotten first.
@@ -88,12 +97,26 @@ struct Served {
     repeats: u32,
 }
 
+/// How a peer gets on with the others.
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    /// Most shards that it did not need from us and was not sent by us.
+    elsewhere: u32,
+    /// When that grew last.
+    grew_at_ms: u64,
+    /// When it began to be left to the others.
+    since_ms: u64,
+}
+
 #[derive(Debug)]
 struct ObjectUploads {
     /// How often each shard was sent, those on their way included.
     copies: Vec<u16>,
     peers: BTreeMap<PeerId, Served>,
+    progress: BTreeMap<PeerId, Progress>,
     first_at_ms: u64,
+    /// How long it took to send every shard once, so far.
+    first_pass_ms: u64,
     /// When the round was opened; the first one counts from its last first copy.
     opened_at_ms: u64,
     round: u16,
@@ -138,7 +161,10 @@ impl Uploads {
         };
         let wait_ms = match self.sharing {
             Sharing::OnDemand => None,
-            Sharing::FirstCopies => uploads.wait_ms(now_ms, &peer, shard),
+            Sharing::FirstCopies => {
+                uploads.note_progress(now_ms, peer, wanted);
+                uploads.wait_ms(now_ms, &peer, shard)
+            }
         };
         if let Some(wait_ms) = wait_ms {
             let retry_ms = wait_ms.max(RETRY_MS_MIN);
@@ -164,7 +190,7 @@ impl Uploads {
             return;
         };
         match outcome {
-            Outcome::Sent if uploads.round == 1 => uploads.opened_at_ms = now_ms,
+            Outcome::Sent if uploads.round == 1 => uploads.note_pass(now_ms),
             Outcome::Sent => {}
             Outcome::Failed => uploads.undo(peer, shard),
         }
@@ -181,7 +207,9 @@ impl ObjectUploads {
         Self {
             copies: vec![0; shards as usize],
             peers: BTreeMap::new(),
+            progress: BTreeMap::new(),
             first_at_ms: now_ms,
+            first_pass_ms: 0,
             opened_at_ms: now_ms,
             round: 1,
         }
@@ -217,6 +245,13 @@ impl ObjectUploads {
                 return Some(due_ms - now_ms);
             }
         }
+        if self.copies[shard as usize] == 0 {
+            return None;
+        }
+        let stuck_ms = self.stuck_at_ms(now_ms, peer);
+        if now_ms < stuck_ms {
+            return Some(stuck_ms - now_ms);
+        }
         if self.copies[shard as usize] < self.round {
             return None;
         }
@@ -229,14 +264,59 @@ impl ObjectUploads {
         None
     }
 
-    /// As long as the first pass took, since peers with links like ours need about that to pass it on; then longer.
-    fn grace_ms(&self) -> u64 {
-        let first_pass_ms = match self.round {
-            1 => self.opened_at_ms.saturating_sub(self.first_at_ms),
-            _ => 0,
+    /// Notes what a peer has from others by now: what it does not want, less what it was sent from here.
+    fn note_progress(&mut self, now_ms: u64, peer: PeerId, wanted: Wanted<'_>) {
+        let elsewhere = match wanted {
+            Wanted::Shard(_) => 0,
+            Wanted::AnyBut(except) => {
+                let not_ours = |shard: &u32| !self.was_sent(&peer, *shard);
+                u32::try_from(except.iter().filter(not_ours).count()).unwrap_or(u32::MAX)
+            }
         };
+        if self.progress.len() >= PEERS_MAX && !self.progress.contains_key(&peer) {
+            let oldest = self.progress.iter().min_by_key(|(_, seen)| seen.grew_at_ms);
+            if let Some(oldest) = oldest.map(|(peer, _)| *peer) {
+                self.progress.remove(&oldest);
+            }
+        }
+        let progress = self.progress.entry(peer).or_insert(Progress {
+            elsewhere,
+            grew_at_ms: now_ms,
+            since_ms: now_ms,
+        });
+        if elsewhere > progress.elsewhere {
+            progress.elsewhere = elsewhere;
+            progress.grew_at_ms = now_ms;
+        }
+    }
+
+    /// When a peer that gets nothing from others any more counts as stuck, and is sent what others were sent.
+    fn stuck_at_ms(&self, now_ms: u64, peer: &PeerId) -> u64 {
+        let Some(progress) = self.progress.get(peer) else {
+            return now_ms;
+        };
+        let patience_ms = self.patience_ms();
+        let longest_ms = progress
+            .since_ms
+            .saturating_add(PATIENCES_MAX * patience_ms.max(self.first_pass_ms));
+        let stuck_ms = progress.grew_at_ms.saturating_add(patience_ms);
+        stuck_ms.min(longest_ms)
+    }
+
+    /// How long a peer may be without a shard from others while they have some that it lacks: they send about as fast as the
+    /// first pass did, with some luck.
+    fn patience_ms(&self) -> u64 {
+        let shards = self.copies.len().max(1) as u64;
+        let several_ms = self.first_pass_ms.saturating_mul(SHARDS_OF_PATIENCE) / shards;
+        let patience_ms = several_ms.min(self.first_pass_ms);
+        patience_ms.clamp(GRACE_MS_MIN, GRACE_MS_MAX)
+    }
+
+    /// Longer from round to round.
+    fn grace_ms(&self) -> u64 {
         let doubled = GRACE_FACTOR_MAX.min(1 << (self.round - 1).min(16));
-        first_pass_ms.max(GRACE_MS_MIN * doubled).min(GRACE_MS_MAX)
+        let grace_ms = self.patience_ms().max(GRACE_MS_MIN * doubled);
+        grace_ms.min(GRACE_MS_MAX)
     }
 
     /// Peers that were sent a shard, beginning after the asker, so that not all are pointed to the same ones.
@@ -251,12 +331,17 @@ impl ObjectUploads {
             .collect()
     }
 
+    fn note_pass(&mut self, now_ms: u64) {
+        self.opened_at_ms = now_ms;
+        self.first_pass_ms = now_ms.saturating_sub(self.first_at_ms);
+    }
+
     fn begin(&mut self, now_ms: u64, peer: PeerId, shard: u32) {
         if self.copies.iter().all(|copies| *copies == 0) {
             self.first_at_ms = now_ms;
         }
         if self.round == 1 {
-            self.opened_at_ms = now_ms;
+            self.note_pass(now_ms);
         }
         let copies = &mut self.copies[shard as usize];
         *copies = copies.saturating_add(1);

@@ -32,7 +32,7 @@ fn the_first_pass_sends_every_shard_once_whoever_asks() {
     let Decision::Busy { retry_ms, holders } = ask(&mut uploads, 105, 0, &mut got[0]) else {
         panic!("a second copy before the grace has passed")
     };
-    assert_eq!(retry_ms, 200);
+    assert_eq!(retry_ms, GRACE_MS_MIN - 100);
     assert!(holders == [peer(1)] || holders == [peer(2)], "{holders:?}");
 }
 
@@ -43,6 +43,10 @@ fn a_peer_alone_among_the_dead_gets_everything_after_one_grace() {
     while !dead.is_full() {
         ask(&mut uploads, 0, 1, &mut dead);
     }
+    assert!(matches!(
+        ask(&mut uploads, 0, 2, &mut alive),
+        Decision::Busy { .. }
+    ));
     for _ in 0..10 {
         assert!(matches!(
             ask(&mut uploads, GRACE_MS_MIN, 2, &mut alive),
@@ -50,6 +54,50 @@ fn a_peer_alone_among_the_dead_gets_everything_after_one_grace() {
         ));
     }
     assert!(alive.is_full());
+}
+
+#[test]
+fn a_peer_that_gets_on_with_others_is_sent_no_second_copy_however_slowly_it_does() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let (mut first, mut second) = (Bitmap::empty(10), Bitmap::empty(10));
+    while !first.is_full() {
+        ask(&mut uploads, 0, 1, &mut first);
+    }
+    // One shard from the other peer within each grace: seven times as long as a stuck peer would wait.
+    for shard in 0..7 {
+        let now_ms = u64::from(shard) * (GRACE_MS_MIN - 1);
+        let asked = ask(&mut uploads, now_ms, 2, &mut second);
+        assert!(matches!(asked, Decision::Busy { .. }), "at {now_ms} ms");
+        second.insert(shard);
+    }
+    // Then nothing more: it has waited for long enough when it is as long as for a stuck one.
+    let stuck_ms = 7 * (GRACE_MS_MIN - 1);
+    let asked = ask(&mut uploads, stuck_ms, 2, &mut second);
+    assert!(matches!(asked, Decision::Busy { .. }));
+    let asked = ask(&mut uploads, stuck_ms + GRACE_MS_MIN, 2, &mut second);
+    assert!(matches!(asked, Decision::Send { .. }), "{asked:?}");
+}
+
+#[test]
+fn a_peer_that_drips_cannot_hold_another_back_for_ever() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let (mut first, mut second) = (Bitmap::empty(40), Bitmap::empty(40));
+    while !first.is_full() {
+        ask(&mut uploads, 0, 1, &mut first);
+    }
+    let mut shard = 0;
+    loop {
+        let now_ms = u64::from(shard) * (GRACE_MS_MIN - 1);
+        match ask(&mut uploads, now_ms, 2, &mut second) {
+            Decision::Busy { .. } => second.insert(shard),
+            decided => {
+                assert!(matches!(decided, Decision::Send { .. }));
+                break;
+            }
+        };
+        shard += 1;
+        assert!(now_ms <= PATIENCES_MAX * GRACE_MS_MIN);
+    }
 }
 
 #[test]
@@ -63,7 +111,7 @@ fn the_grace_is_as_long_as_the_first_pass_took() {
         matches!(
             waiting,
             Decision::Busy {
-                retry_ms: 4_000,
+                retry_ms: 5_000,
                 ..
             }
         ),
@@ -85,6 +133,7 @@ fn a_peer_that_asks_again_for_what_it_got_waits_longer_than_others() {
         )
     };
     assert_eq!(decide(0, 1), Decision::Send { shard: 0 });
+    assert!(matches!(decide(0, 2), Decision::Busy { .. }));
     assert!(matches!(decide(GRACE_MS_MIN, 1), Decision::Busy { .. }));
     assert_eq!(decide(GRACE_MS_MIN, 2), Decision::Send { shard: 0 });
     assert_eq!(decide(10 * REPEAT_MS, 1), Decision::Send { shard: 0 });
