@@ -28,6 +28,7 @@ pub mod presence;
 pub mod rate;
 pub mod route;
 mod server;
+mod slots;
 pub mod snapshot;
 pub mod state;
 pub mod store;

@@ -10,7 +10,12 @@ use muster_protocol::message::version::{Codec, Content, Object, SHARD_BYTES_MAX,
 
 /// Shards that a small object is cut in, about: enough that peers can trade, few enough that frames cost little.
 const SHARDS_AIM: u64 = 48;
-/// Shards of a large object are not larger while their number allows it: a shard is passed on only when it is whole.
+/// Shards that a large object is cut in, about. A shard is passed on only when it is whole, so that the last of many peers
+/// waits for as many shards as hands it goes through; and each costs a hash in the description.
+const LARGE_SHARDS_AIM: u64 = 1_024;
+/// Smaller shards than this are only worth it in small objects: frames and requests would cost what they save.
+const MEDIUM_SHARD_BYTES: u64 = 64 << 10;
+/// Shards of a large object are not larger while their number allows it.
 const LARGE_SHARD_BYTES: u32 = 1 << 20;
 /// Most shards of an object described here: 32 bytes each, so that its description fills at most half of the 1 MiB that an
 /// announcement may have.
@@ -68,7 +73,9 @@ pub fn shard_bytes(bytes: u64) -> Result<u32, ObjectError> {
     if bytes > limit {
         return Err(ObjectError::TooLarge { bytes, limit });
     }
-    let aim = bytes.div_ceil(SHARDS_AIM).next_power_of_two();
+    let few = bytes.div_ceil(SHARDS_AIM).next_power_of_two();
+    let many = bytes.div_ceil(LARGE_SHARDS_AIM).next_power_of_two();
+    let aim = few.min(MEDIUM_SHARD_BYTES).max(many);
     let needed = bytes.div_ceil(DESCRIBED_SHARDS_MAX).next_power_of_two();
     let size = aim
         .clamp(u64::from(SHARD_BYTES_MIN), u64::from(LARGE_SHARD_BYTES))
@@ -189,7 +196,8 @@ mod tests {
             (1, 4 << 10, 1),
             (4 << 10, 4 << 10, 1),
             (1_240_000, 32 << 10, 38),
-            (8 << 20, 256 << 10, 32),
+            (8 << 20, 64 << 10, 128),
+            (64 << 20, 64 << 10, 1_024),
             (1 << 30, 1 << 20, 1_024),
             (40 << 30, 4 << 20, 10_240),
         ] {

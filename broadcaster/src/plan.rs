@@ -24,10 +24,12 @@ use crate::wire::{Chooser, RequestId};
 
 pub use exchange::{Action, Answer, Ask, Fault, ShardVerdict};
 
-/// Shards asked of a new peer at once; one more for each that it delivers.
+/// Shards asked of a peer at once, at least: one on its way and one that follows without a pause.
 const WINDOW_MIN: usize = 2;
 /// Shards asked of a proven peer at once: hides a round trip without letting one peer hold many shards back.
 const WINDOW_MAX: usize = 8;
+/// Shards asked of all proven peers at once, about. More would only wait in their queues, chosen by what was rare then.
+const WINDOWS_SUM: usize = 24;
 /// Bytes of shards asked for at once, of all peers: what a fetch may hold in memory beyond its object.
 const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
 /// Requests for shards in flight at once, of all peers, however small or large shards are.
@@ -35,11 +37,16 @@ const REQUESTS_MAX: usize = 64;
 const REQUESTS_MIN: usize = 4;
 /// Slowest peer that is waited for, about 16 KiB/s: below it a peer holds back more than it brings.
 const BYTES_PER_MS_MIN: u64 = 16;
-/// A request is doubled elsewhere once it takes this many times as long as the quickest peer's usual one.
-const HEDGE_FACTOR: u64 = 8;
-/// Bounds of that time, and its value before anything was delivered.
+/// A request is doubled elsewhere once it takes this many times as long as is usual, by the median of the proven peers.
+const HEDGE_FACTOR: u64 = 4;
+/// For the last few shards, when nothing else is left to ask for, waiting longer than usual is enough.
+const ENDGAME_SHARDS: u32 = 3;
+const ENDGAME_FACTOR: u64 = 2;
+/// Bounds of that time.
 const HEDGE_MS: std::ops::RangeInclusive<u64> = 250..=30_000;
+/// Its value before anything was delivered, besides the time that a shard needs on a slow link of this rate.
 const HEDGE_MS_AT_FIRST: u64 = 1_000;
+const HEDGE_BYTES_PER_MS: u64 = 32;
 /// Most slow peers remembered, many times those known at once: the list only makes a returning peer wait its turn.
 const SLOW_PEERS_MAX: usize = 1_024;
 
@@ -72,6 +79,9 @@ pub struct Plan {
     /// Peers that were dropped as slow; they are asked for one shard at a time.
     slow: BTreeSet<PeerId>,
     dropped: Vec<Action>,
+    /// When a shard arrived last, and the usual time between two: an average that forgets.
+    arrived_at_ms: Option<u64>,
+    gap_us: u64,
     rng: ChaCha12Rng,
 }
 
@@ -89,6 +99,8 @@ impl Plan {
             banned: BTreeSet::new(),
             slow: BTreeSet::new(),
             dropped: Vec::new(),
+            arrived_at_ms: None,
+            gap_us: 0,
             rng: ChaCha12Rng::seed_from_u64(seed),
         }
     }
@@ -273,7 +285,10 @@ impl Plan {
     fn window(&self, peer: &PeerId, source: &Source) -> usize {
         match self.slow.contains(peer) {
             true => 1,
-            false => (WINDOW_MIN + source.delivered).min(WINDOW_MAX),
+            false => {
+                let share = (WINDOWS_SUM / self.sources.len().max(1)).clamp(WINDOW_MIN, WINDOW_MAX);
+                (WINDOW_MIN + source.delivered).min(share)
+            }
         }
     }
 
@@ -352,14 +367,20 @@ impl Plan {
     }
 
     fn hedge_ms(&self) -> u64 {
-        let quickest = self
-            .sources
-            .values()
-            .filter_map(|source| source.usual_ms)
-            .min();
-        quickest.map_or(HEDGE_MS_AT_FIRST, |usual_ms| {
-            (HEDGE_FACTOR * usual_ms).clamp(*HEDGE_MS.start(), *HEDGE_MS.end())
-        })
+        let proven = self.sources.values();
+        let mut usual: Vec<u64> = proven.filter_map(|source| source.usual_ms).collect();
+        let factor = match self.held.length() - self.held.count() {
+            0..=ENDGAME_SHARDS => ENDGAME_FACTOR,
+            _ => HEDGE_FACTOR,
+        };
+        let hedge_ms = match usual.len() {
+            0 => HEDGE_MS_AT_FIRST + self.shard_bytes / HEDGE_BYTES_PER_MS,
+            several => {
+                let (_, median_ms, _) = usual.select_nth_unstable(several / 2);
+                factor * *median_ms
+            }
+        };
+        hedge_ms.clamp(*HEDGE_MS.start(), *HEDGE_MS.end())
     }
 
     fn timeout_ms(&self) -> u64 {
@@ -401,10 +422,16 @@ impl Plan {
             let problem = "a bitmap of another length";
             return self.drop_source(peer, Fault::Protocol { problem });
         };
+        // While shards keep coming, each peer is asked about once while each of the others brings one: what it has by then
+        // is enough to go on with, and asking more often would take a tenth of a home link.
+        let (shard_ms, peers) = (self.gap_us / 1_000, self.sources.len() as u64);
         let Some(source) = self.sources.get_mut(&peer) else {
             return;
         };
-        let has_news = held.count() > source.held.count();
+        let (ours, requests) = (&self.held, &self.requests);
+        let has_news = held.iter().any(|shard| {
+            !source.held.contains(shard) && !ours.contains(shard) && requests.copies(shard) == 0
+        });
         source
             .held
             .iter()
@@ -414,14 +441,22 @@ impl Plan {
         source.held = held;
         source.chooser = Some(chooser);
         source.poll_ms = if has_news {
-            POLL_MS_MIN
+            (shard_ms * peers).clamp(POLL_MS_MIN, POLL_MS_MAX)
         } else {
             (2 * source.poll_ms).min(POLL_MS_MAX)
         };
         source.poll_at_ms = now_ms + source.poll_ms;
     }
 
+    fn note_arrival(&mut self, now_ms: u64) {
+        if let Some(before_ms) = self.arrived_at_ms.replace(now_ms) {
+            let gap_us = 1_000 * now_ms.saturating_sub(before_ms).min(POLL_MS_MAX);
+            self.gap_us = (15 * self.gap_us + gap_us) / 16;
+        }
+    }
+
     fn on_shard(&mut self, peer: PeerId, pending: Pending, now_ms: u64) {
+        self.note_arrival(now_ms);
         let Some(source) = self.sources.get_mut(&peer) else {
             return;
         };

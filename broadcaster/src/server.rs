@@ -1,18 +1,22 @@
-//! The serving half: accepts peers, has them prove who they are, and answers what they ask, one request at a time.
+//! The serving half: accepts peers, has them prove who they are, and answers what they ask.
 //!
-//! A peer that sends faster than it is answered waits in its own socket, so requests in flight need no queue here.
-//! Decides nothing about shards: that is [`crate::uploads`]. Invariant: connections are bounded, in all and per peer.
+//! Shards of one connection leave one after the other, and of all connections a few at once ([`crate::slots`]). A peer that
+//! sends faster than it is answered waits in its own socket. Decides nothing about shards: that is [`crate::uploads`].
+//! Invariant: connections are bounded, in all and per peer, and so are their requests.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use muster_protocol::id::{ObjectId, PeerId};
+use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
@@ -24,6 +28,7 @@ use crate::meter::Moved;
 use crate::node::Node;
 use crate::object::shard_count;
 use crate::rate::PIECE_BYTES;
+use crate::slots::{Slot, Slots};
 use crate::uploads::{Decision, Outcome, Wanted};
 use crate::wire::{self, Chooser, Frame, MESSAGE_BYTES_MAX, Message, Refusal, RequestId};
 
@@ -35,6 +40,12 @@ const IDLE: Duration = Duration::from_secs(60);
 const WRITE: Duration = Duration::from_secs(10);
 /// The slowest rate: 16 KiB/s, as in [`crate::plan`].
 const BYTES_PER_MS_MIN: u64 = 16;
+/// Requests of one connection waiting for their answers, of each kind; whoever asks more waits in its own socket.
+const REQUESTS_MAX: usize = 32;
+/// Bytes that the system may hold of a connection and has not sent yet: a few milliseconds of a home link.
+const UNSENT_BYTES_MAX: u32 = 32 << 10;
+/// Congestion control that does not take a lost packet for a full link, where the system has it.
+const CONGESTION: &[u8] = b"bbr";
 /// How long to wait when the system has no socket left, before trying again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -44,6 +55,7 @@ pub(crate) struct Server {
     pub(crate) node: Arc<Node>,
     pub(crate) chooser: Chooser,
     seats: Arc<Seats>,
+    slots: Slots,
 }
 
 impl Server {
@@ -52,6 +64,7 @@ impl Server {
             node,
             chooser,
             seats: Arc::new(Seats::new(connections_max)),
+            slots: Slots::default(),
         }
     }
 
@@ -100,67 +113,126 @@ impl Server {
         place: OwnedSemaphorePermit,
     ) -> Result<(), ConnectionError> {
         stream.set_nodelay(true)?;
+        tune(&stream);
         let peer = handshake(&mut stream, &self.node.identity, Side::Acceptor).await?;
         let refusal = match Seats::take(&self.seats, peer, place) {
             _ if self.node.meter.is_banned(&peer) => Refusal::Banned,
             None => Refusal::Full {
                 connections_max: CONNECTIONS_PER_PEER_MAX as u32,
             },
-            Some(seat) => return self.answer_all(&mut stream, &seat).await,
+            Some(seat) => return self.answer_all(stream, &seat).await,
         };
         write_message(&mut stream, &Message::Refused(refusal.clone())).await?;
         Err(ConnectionError::Refused(refusal))
     }
 
-    async fn answer_all(&self, stream: &mut TcpStream, seat: &Seat) -> Result<(), ConnectionError> {
-        loop {
-            let frame = match timeout(IDLE, read_frame(stream, MESSAGE_BYTES_MAX)).await {
-                Ok(Err(ConnectionError::Io(_))) | Err(_) => return Ok(()),
-                Ok(frame) => frame?,
-            };
-            self.answer(stream, seat.peer, frame).await?;
+    /// Reads requests and writes answers side by side, so that what a peer is told about us never waits behind the shards
+    /// that it asked for.
+    async fn answer_all(&self, stream: TcpStream, seat: &Seat) -> Result<(), ConnectionError> {
+        let (reader, writer) = stream.into_split();
+        let (says, said) = mpsc::channel(REQUESTS_MAX);
+        let (wants, wanted) = mpsc::channel(REQUESTS_MAX);
+        // Neither half is started anew, so that a half that loses the race loses nothing that matters.
+        tokio::select! {
+            read = self.read_requests(reader, &says, &wants) => read,
+            written = self.write_answers(writer, seat.peer, said, wanted) => written,
         }
     }
 
-    async fn answer(
+    async fn read_requests(
         &self,
-        stream: &mut TcpStream,
-        peer: PeerId,
-        frame: Frame,
+        mut reader: OwnedReadHalf,
+        says: &mpsc::Sender<Message>,
+        wants: &mpsc::Sender<Want>,
     ) -> Result<(), ConnectionError> {
-        let (request, object, shard, except) = match frame {
-            Frame::Message(Message::Have { request, object }) => {
-                let answer = self.held(request, &object);
-                return self.say(stream, &answer).await;
+        loop {
+            let frame = match timeout(IDLE, read_frame(&mut reader, MESSAGE_BYTES_MAX)).await {
+                // It waits for us and not we for it.
+                Err(_) if wants.capacity() < REQUESTS_MAX => continue,
+                Ok(Err(ConnectionError::Io(_))) | Err(_) => return Ok(()),
+                Ok(frame) => frame?,
+            };
+            let taken = match frame {
+                Frame::Message(Message::Have { request, object }) => {
+                    let answer = self.held(request, &object);
+                    says.send(answer).await.is_ok()
+                }
+                other => wants.send(Want::of(other)?).await.is_ok(),
+            };
+            if !taken {
+                return Ok(());
             }
-            Frame::Message(Message::Want {
-                request,
-                object,
-                shard,
-            }) => (request, object, Some(shard), Vec::new()),
-            Frame::Message(Message::WantAny {
-                request,
-                object,
-                except,
-            }) => (request, object, None, except),
-            other => return Err(misplaced("a request", &other)),
-        };
-        match self.decide(peer, object, shard, &except)? {
-            Decision::Missing => self.say(stream, &Message::Missing { request }).await,
+        }
+    }
+
+    async fn write_answers(
+        &self,
+        mut writer: OwnedWriteHalf,
+        peer: PeerId,
+        mut said: mpsc::Receiver<Message>,
+        mut wanted: mpsc::Receiver<Want>,
+    ) -> Result<(), ConnectionError> {
+        loop {
+            let want = tokio::select! {
+                biased;
+                Some(message) = said.recv() => {
+                    self.say(&mut writer, &message).await?;
+                    continue;
+                }
+                Some(want) = wanted.recv() => want,
+                else => return Ok(()),
+            };
+            let slot = pin!(self.slots.take());
+            let slot = self.wait(&mut writer, &mut said, slot).await?;
+            self.grant(&mut writer, peer, want, slot).await?;
+        }
+    }
+
+    /// Waits for a slot, and says meanwhile what there is to say.
+    async fn wait<'a>(
+        &self,
+        writer: &mut OwnedWriteHalf,
+        said: &mut mpsc::Receiver<Message>,
+        mut slot: Pin<&mut impl Future<Output = Slot<'a>>>,
+    ) -> Result<Slot<'a>, ConnectionError> {
+        loop {
+            tokio::select! {
+                biased;
+                Some(message) = said.recv() => self.say(writer, &message).await?,
+                slot = &mut slot => return Ok(slot),
+            }
+        }
+    }
+
+    /// Answers a request for a shard; which one is sent is decided only now that it can leave at once.
+    async fn grant(
+        &self,
+        writer: &mut OwnedWriteHalf,
+        peer: PeerId,
+        want: Want,
+        slot: Slot<'_>,
+    ) -> Result<(), ConnectionError> {
+        let request = want.request;
+        match self.decide(peer, want.object, want.shard, &want.except)? {
+            Decision::Missing => {
+                drop(slot);
+                self.say(writer, &Message::Missing { request }).await
+            }
             Decision::Busy { retry_ms, holders } => {
+                drop(slot);
                 self.node.meter.answered_busy();
                 let retry_ms = u32::try_from(retry_ms).unwrap_or(u32::MAX);
-                self.say(
-                    stream,
-                    &Message::Busy {
-                        request,
-                        retry_ms,
-                        holders,
-                    },
-                )
-                .await
+                let busy = Message::Busy {
+                    request,
+                    retry_ms,
+                    holders,
+                };
+                self.say(writer, &busy).await
             }
-            Decision::Send { shard } => self.send(stream, peer, request, (object, shard)).await,
+            Decision::Send { shard } => {
+                let sending = self.send(writer, peer, request, (want.object, shard));
+                slot.hold(sending).await
+            }
         }
     }
 
@@ -214,7 +286,7 @@ impl Server {
 
     async fn send(
         &self,
-        stream: &mut TcpStream,
+        stream: &mut OwnedWriteHalf,
         peer: PeerId,
         request: RequestId,
         (object, shard): (ObjectId, u32),
@@ -243,7 +315,7 @@ impl Server {
     /// Writes a shard, in one piece or at the pace of the upload cap.
     async fn upload(
         &self,
-        stream: &mut TcpStream,
+        stream: &mut OwnedWriteHalf,
         request: RequestId,
         shard: u32,
         mut bytes: Bytes,
@@ -263,8 +335,62 @@ impl Server {
         Ok(())
     }
 
-    async fn say(&self, stream: &mut TcpStream, message: &Message) -> Result<(), ConnectionError> {
+    async fn say(
+        &self,
+        stream: &mut OwnedWriteHalf,
+        message: &Message,
+    ) -> Result<(), ConnectionError> {
         in_time(MESSAGE_BYTES_MAX, write_message(stream, message)).await
+    }
+}
+
+/// A request for a shard.
+#[derive(Debug)]
+struct Want {
+    request: RequestId,
+    object: ObjectId,
+    /// Which; any but `except` otherwise.
+    shard: Option<u32>,
+    except: Vec<u8>,
+}
+
+impl Want {
+    fn of(frame: Frame) -> Result<Self, ConnectionError> {
+        match frame {
+            Frame::Message(Message::Want {
+                request,
+                object,
+                shard,
+            }) => Ok(Self {
+                request,
+                object,
+                shard: Some(shard),
+                except: Vec::new(),
+            }),
+            Frame::Message(Message::WantAny {
+                request,
+                object,
+                except,
+            }) => Ok(Self {
+                request,
+                object,
+                shard: None,
+                except,
+            }),
+            other => Err(misplaced("a request", &other)),
+        }
+    }
+}
+
+/// Has the system take a shard only as fast as the link does. With the usual buffers whole shards of every connection lie
+/// half sent in the system, and none of them can be passed on. And has it keep its pace over links that lose packets.
+fn tune(stream: &TcpStream) {
+    let socket = SockRef::from(stream);
+    if let Err(error) = socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
+        tracing::debug!(%error, "the system keeps its own bound on unsent bytes");
+    }
+    if let Err(error) = socket.set_tcp_congestion(CONGESTION) {
+        tracing::debug!(%error, "the system keeps its own congestion control");
     }
 }
 

@@ -130,10 +130,11 @@ fn an_overdue_shard_is_asked_of_another_peer_too() {
         2
     );
     assert_eq!(join(&mut plan, 2, &Bitmap::full(2), Chooser::Asker, 0), []);
-    assert_eq!(plan.wake_at_ms(0), Some(HEDGE_MS_AT_FIRST));
-    let again = shard_numbers(&asks(&plan.decide(HEDGE_MS_AT_FIRST), peer(2)));
+    let overdue_ms = plan.hedge_ms();
+    assert_eq!(plan.wake_at_ms(0), Some(overdue_ms));
+    let again = shard_numbers(&asks(&plan.decide(overdue_ms), peer(2)));
     assert_eq!(again.len(), 2);
-    assert_eq!(plan.decide(HEDGE_MS_AT_FIRST), [], "asked a third time");
+    assert_eq!(plan.decide(overdue_ms), [], "asked a third time");
 }
 
 #[test]

@@ -1,0 +1,159 @@
+//! Upload slots: how many shards leave at once, of all connections.
+//!
+//! Two at a time keep an uplink busy on short paths, one being written while the other's last bytes leave, and each arrives
+//! early enough to be passed on; sixteen at a time would all arrive late. A shard that takes several times as long as usual
+//! gives its slot back while it goes on: its path is longer or slower than the uplink, which then has room for another, or
+//! its reader does not read, which is not to hold the others back. So the shards under way are as many as fill the uplink.
+//! Slots go to whoever has waited longest. Invariant: at most [`SLOTS`] shards hold a slot.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::Instant;
+
+/// Slots of a peer.
+pub(crate) const SLOTS: usize = 2;
+/// A shard gives its slot back after this many times the usual time.
+const USUAL_TIMES: u64 = 3;
+/// Bounds of that time. The shortest is that of a scheduler on a busy machine.
+const LEASE_MS: std::ops::RangeInclusive<u64> = 50..=2_000;
+
+/// The slots of all connections.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    free: Semaphore,
+    /// Usual time that a shard takes to leave, ms: an average that forgets; 0 before the first.
+    usual_ms: AtomicU64,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self {
+            free: Semaphore::new(SLOTS),
+            usual_ms: AtomicU64::new(0),
+        }
+    }
+}
+
+/// A slot; it is free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Slot<'a> {
+    slots: &'a Slots,
+    permit: Option<SemaphorePermit<'a>>,
+}
+
+impl Slots {
+    /// Waits for a slot.
+    ///
+    /// # Cancel safety
+    /// A cancelled call loses its place in the queue.
+    pub(crate) async fn take(&self) -> Slot<'_> {
+        // Never closed, so that it never fails.
+        let permit = self.free.acquire().await.ok();
+        Slot {
+            slots: self,
+            permit,
+        }
+    }
+
+    fn lease_ms(&self) -> u64 {
+        match self.usual_ms.load(Ordering::Relaxed) {
+            0 => *LEASE_MS.end(),
+            usual_ms => usual_ms
+                .saturating_mul(USUAL_TIMES)
+                .clamp(*LEASE_MS.start(), *LEASE_MS.end()),
+        }
+    }
+
+    fn took(&self, took_ms: u64) {
+        // One that was stuck says nothing about the uplink; a lost update of two at once does not matter.
+        let usual_ms = self.usual_ms.load(Ordering::Relaxed);
+        let took_ms = took_ms.clamp(1, self.lease_ms());
+        let average_ms = match usual_ms {
+            0 => took_ms,
+            _ => (7 * usual_ms + took_ms).div_ceil(8),
+        };
+        self.usual_ms.store(average_ms, Ordering::Relaxed);
+    }
+}
+
+impl Slot<'_> {
+    /// Sends a shard in this slot, and without one when it takes long.
+    pub(crate) async fn hold<T, E>(
+        mut self,
+        sending: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let begun = Instant::now();
+        let lease = Duration::from_millis(self.slots.lease_ms());
+        let mut sending = std::pin::pin!(sending);
+        let sent = tokio::select! {
+            biased;
+            sent = &mut sending => sent,
+            () = tokio::time::sleep(lease) => {
+                self.permit = None;
+                sending.await
+            }
+        };
+        if sent.is_ok() {
+            self.slots.took(begun.elapsed().as_millis() as u64);
+        }
+        sent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    async fn sends_in(slots: &Slots, ms: u64) {
+        let slot = slots.take().await;
+        let sending = async {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            Ok::<(), ()>(())
+        };
+        slot.hold(sending).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shards_leave_two_at_a_time() {
+        let slots = Slots::default();
+        let begun = Instant::now();
+        let four = futures(&slots, 100);
+        four.await;
+        assert_eq!(begun.elapsed().as_millis(), 200);
+    }
+
+    async fn futures(slots: &Slots, ms: u64) {
+        tokio::join!(
+            sends_in(slots, ms),
+            sends_in(slots, ms),
+            sends_in(slots, ms),
+            sends_in(slots, ms)
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn readers_that_do_not_read_hold_nobody_back_for_long() {
+        let slots = Slots::default();
+        sends_in(&slots, 20).await;
+        let stuck = async {
+            let slot = slots.take().await;
+            slot.hold(pending::<Result<(), ()>>()).await
+        };
+        let others = async {
+            let begun = Instant::now();
+            tokio::task::yield_now().await;
+            sends_in(&slots, 20).await;
+            begun.elapsed()
+        };
+        tokio::select! {
+            _ = async { tokio::join!(stuck, slots.take().await.hold(pending::<Result<(), ()>>())) } => {
+                panic!("what never ends has ended")
+            }
+            waited = others => assert!(waited.as_millis() <= 80, "{waited:?}"),
+        }
+    }
+}
