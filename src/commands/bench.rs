@@ -1,5 +1,6 @@
 //! `muster bench`: what is measured, one file each.
 
+mod broadcast;
 mod codec;
 mod figures;
 mod policy;
@@ -24,12 +25,19 @@ enum What {
     Policy(policy::PolicyArgs),
     /// Deltas between versions: sizes and speeds, beside PULSE's patch, XOR planes and memcpy
     Codec(codec::CodecArgs),
+    /// Weights to many hosts over home links: time against the physical bound, beside an HTTP star and BitTorrent
+    Broadcast(broadcast::BroadcastArgs),
+    /// One host of `bench broadcast`
+    #[command(hide = true)]
+    BroadcastHost(broadcast::host::HostArgs),
 }
 
 /// Measures.
 pub async fn run(args: BenchArgs) -> Result<()> {
     match args.what {
         What::Quickstart(args) => quickstart::run(args).await,
+        What::Broadcast(args) => broadcast::run(args).await,
+        What::BroadcastHost(args) => broadcast::host::run(args).await,
         What::Codec(args) => tokio::task::spawn_blocking(move || codec::run(&args)).await?,
         What::Policy(args) => tokio::task::spawn_blocking(move || policy::run(&args)).await?,
     }

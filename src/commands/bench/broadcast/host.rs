@@ -1,0 +1,171 @@
+//! One host of a broadcast: the swarm as it is shipped, with an object to offer or to fetch. Told over standard input when
+//! to begin and, by its end, when to stop; says on standard output when it is ready, when it is done, and what it counted.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use clap::Args;
+use muster_broadcaster::object::describe_object;
+use muster_broadcaster::uploads::Sharing;
+use muster_broadcaster::{Swarm, SwarmConfig};
+use muster_protocol::clock::SystemClock;
+use muster_protocol::id::{PolicyVersion, StateRoot, UnixMillis};
+use muster_protocol::identity::{Identity, MachineSeed};
+use muster_protocol::message::peer::PeerRecord;
+use muster_protocol::message::version::{Content, Object};
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::output::say;
+
+/// The file that tells every host about the race.
+pub(super) const PLAN_FILE: &str = "plan.json";
+/// The object's bytes, for whoever does not make them itself.
+pub(super) const OBJECT_FILE: &str = "object.bin";
+/// Where every swarm listens.
+const PORT: u16 = 7_000;
+
+/// What `bench broadcast-host` takes.
+#[derive(Debug, Args)]
+pub(in crate::commands::bench) struct HostArgs {
+    /// Which host this is; 0 has the object
+    #[arg(long)]
+    number: usize,
+    /// Where the plan is
+    #[arg(long, value_name = "DIR")]
+    folder: PathBuf,
+}
+
+/// What every host knows.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Plan {
+    pub(super) addresses: Vec<Ipv4Addr>,
+    pub(super) sharing: Sharing,
+    pub(super) object: Object,
+}
+
+/// What a host says when it has everything.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Done {
+    pub(super) seconds: f64,
+}
+
+/// What a host counted from its start to its end.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Counted {
+    pub(super) sent_bytes: u64,
+    pub(super) twice_bytes: u64,
+    pub(super) cpu_seconds: f64,
+    pub(super) memory_peak_bytes: u64,
+}
+
+/// Describes `bytes` as the object of a race.
+pub(super) fn describe(bytes: &[u8]) -> Result<Object> {
+    let root = StateRoot([7; 32]);
+    Ok(describe_object(
+        Content::Anchor { root },
+        PolicyVersion(1),
+        bytes,
+    )?)
+}
+
+/// Plays one host.
+pub(in crate::commands::bench) async fn run(args: HostArgs) -> Result<()> {
+    let plan: Plan = serde_json::from_slice(&std::fs::read(args.folder.join(PLAN_FILE))?)?;
+    ensure!(
+        args.number < plan.addresses.len(),
+        "host {} is not in the plan",
+        args.number
+    );
+    let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+    let config = SwarmConfig {
+        listen: SocketAddr::from((plan.addresses[args.number], PORT)),
+        sharing: if args.number == 0 {
+            plan.sharing
+        } else {
+            Sharing::OnDemand
+        },
+        ..SwarmConfig::default()
+    };
+    let clock = Arc::new(SystemClock);
+    let identity = identity(args.number);
+    let swarm = Swarm::start(config, identity, clock, &tracker, shutdown.clone()).await?;
+    if args.number == 0 {
+        let bytes = Bytes::from(std::fs::read(args.folder.join(OBJECT_FILE))?);
+        swarm.offer(&plan.object, bytes).await?;
+    }
+    for (number, address) in plan.addresses.iter().enumerate() {
+        let identity = self::identity(number);
+        let record = PeerRecord {
+            handshake: identity.handshake_id(),
+            addresses: vec![format!("{address}:{PORT}")],
+            issued: UnixMillis(1),
+        };
+        swarm.meet(identity.peer_id(), record);
+    }
+    say("ready")?;
+    told().await?;
+    let begun = Instant::now();
+    if args.number > 0 {
+        swarm.fetch(&plan.object).await?;
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    say(&serde_json::to_string(&Done { seconds })?)?;
+    // Serves on until everybody is done.
+    while told().await? {}
+    let total = swarm.stats().total;
+    let counted = Counted {
+        sent_bytes: total.bytes_up,
+        twice_bytes: total.bytes_twice,
+        cpu_seconds: cpu_seconds()?,
+        memory_peak_bytes: memory_peak_bytes()?,
+    };
+    say(&serde_json::to_string(&counted)?)?;
+    shutdown.cancel();
+    tracker.close();
+    tracker.wait().await;
+    Ok(())
+}
+
+/// Waits for a line on standard input; false at its end.
+async fn told() -> Result<bool> {
+    let read = || std::io::stdin().read_line(&mut String::new());
+    Ok(tokio::task::spawn_blocking(read).await?? > 0)
+}
+
+fn identity(number: usize) -> Identity {
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&(number as u64 + 1).to_le_bytes());
+    Identity::from_seed(&MachineSeed::from_bytes(seed))
+}
+
+/// Seconds of processor time of this process. A thread that ends while it is looked at counts as none.
+fn cpu_seconds() -> Result<f64> {
+    let threads = std::fs::read_dir("/proc/self/task")?;
+    let nanoseconds: f64 = threads
+        .filter_map(|thread| thread_nanoseconds(&thread.ok()?.path()))
+        .sum();
+    Ok(nanoseconds / 1e9)
+}
+
+fn thread_nanoseconds(task: &Path) -> Option<f64> {
+    let line = std::fs::read_to_string(task.join("schedstat")).ok()?;
+    line.split(' ').next()?.parse().ok()
+}
+
+/// Most memory that this process ever held.
+fn memory_peak_bytes() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.split_whitespace().nth(1));
+    Ok(1_024
+        * kilobytes
+            .context("no VmHWM in /proc/self/status")?
+            .parse::<u64>()?)
+}

@@ -1,0 +1,135 @@
+//! Hosts on one machine: a network namespace each, all on one bridge, each with a link shaped in both directions by token
+//! bucket filters. Knows nothing of what runs in them. They are gone when [`Net`] is dropped.
+
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+/// Most hosts: what the addresses below allow is far more than what a machine can play.
+pub(super) const HOSTS_MAX: usize = 1_024;
+/// Longest time that a packet may wait at a full link before it is dropped, as a home router does.
+const QUEUE_MS: u64 = 50;
+/// Least bytes that a filter lets through at once: a few segments as the system hands them over.
+const BURST_BYTES_MIN: u64 = 16 << 10;
+
+/// A host's link.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Link {
+    pub(super) up_mbit: u64,
+    pub(super) down_mbit: u64,
+}
+
+/// The hosts.
+#[derive(Debug)]
+pub(super) struct Net {
+    prefix: String,
+    hosts: usize,
+}
+
+impl Net {
+    /// Builds a host for each link.
+    pub(super) fn build(links: &[Link]) -> Result<Self> {
+        let net = Self {
+            prefix: format!("muster-{}", std::process::id()),
+            hosts: links.len(),
+        };
+        let switch = net.switch();
+        ip(&format!("netns add {switch}")).context(
+            "hosts are network namespaces, which need root, and `ip` and `tc` of iproute2",
+        )?;
+        for host in 0..links.len() {
+            ip(&format!("netns add {}", net.namespace(host)))?;
+        }
+        let mut bridge = vec![
+            "link add hub type bridge".to_owned(),
+            "link set hub up".to_owned(),
+        ];
+        for host in 0..links.len() {
+            let namespace = net.namespace(host);
+            bridge.extend([
+                format!("link add port{host} type veth peer name up0 netns {namespace}"),
+                format!("link set port{host} master hub up"),
+            ]);
+        }
+        batch("ip", &switch, &bridge)?;
+        let down = links.iter().enumerate();
+        let down = down.map(|(host, link)| shape(&format!("port{host}"), link.down_mbit));
+        batch("tc", &switch, &down.collect::<Vec<_>>())?;
+        for (host, link) in links.iter().enumerate() {
+            let namespace = net.namespace(host);
+            let address = net.address(host);
+            let up = [
+                format!("addr add {address}/16 dev up0"),
+                "link set up0 up".to_owned(),
+                "link set lo up".to_owned(),
+            ];
+            batch("ip", &namespace, &up)?;
+            batch("tc", &namespace, &[shape("up0", link.up_mbit)])?;
+        }
+        Ok(net)
+    }
+
+    /// Where a host is reached.
+    pub(super) fn address(&self, host: usize) -> Ipv4Addr {
+        let number = host as u32 + 1;
+        Ipv4Addr::from(0x0a4d_0000 + (number / 250) * 256 + number % 250 + 1)
+    }
+
+    /// The name of a host's namespace, for `ip netns exec`.
+    pub(super) fn namespace(&self, host: usize) -> String {
+        format!("{}-{host}", self.prefix)
+    }
+
+    fn switch(&self) -> String {
+        format!("{}-hub", self.prefix)
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        let hosts = (0..self.hosts).map(|host| self.namespace(host));
+        for namespace in hosts.chain([self.switch()]) {
+            if let Err(error) = ip(&format!("netns del {namespace}")) {
+                tracing::debug!(%error, "a namespace was not removed");
+            }
+        }
+    }
+}
+
+fn shape(device: &str, mbit: u64) -> String {
+    // As much as passes in 4 ms.
+    let burst = (mbit * 500).max(BURST_BYTES_MIN);
+    format!("qdisc add dev {device} root tbf rate {mbit}mbit burst {burst} latency {QUEUE_MS}ms")
+}
+
+fn ip(line: &str) -> Result<()> {
+    let done = Command::new("ip").args(line.split(' ')).output();
+    let done = done.context("cannot run `ip`: install iproute2")?;
+    if !done.status.success() {
+        let said = String::from_utf8_lossy(&done.stderr);
+        bail!("`ip {line}` failed: {}", said.trim());
+    }
+    Ok(())
+}
+
+/// Runs many lines of `ip` or `tc` in a namespace.
+fn batch(tool: &str, namespace: &str, lines: &[String]) -> Result<()> {
+    let mut running = Command::new(tool)
+        .args(["-n", namespace, "-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run `{tool}`: install iproute2"))?;
+    if let Some(mut input) = running.stdin.take() {
+        input.write_all((lines.join("\n") + "\n").as_bytes())?;
+    }
+    let done = running.wait_with_output()?;
+    if !done.status.success() {
+        let said = String::from_utf8_lossy(&done.stderr);
+        bail!("`{tool}` in {namespace} failed: {}", said.trim());
+    }
+    Ok(())
+}
