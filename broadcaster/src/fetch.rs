@@ -18,7 +18,9 @@ use crate::bitmap::Bitmap;
 use crate::link::{Link, LinkError, LinkEvent, LinkId};
 use crate::meter::Ban;
 use crate::node::{Book, Node};
-use crate::plan::{Action, Answer, Ask, Fault, Patience, Plan, ShardVerdict};
+use crate::plan::{
+    Action, Answer, Ask, BYTES_PER_MS_MIN, Fault, Hope, Patience, Plan, ShardVerdict,
+};
 use crate::store::StoreError;
 use crate::wire::{Message, RequestId};
 
@@ -27,8 +29,8 @@ const EVENTS_MAX: usize = 256;
 /// Wait before a peer that could not be reached is tried again; doubles with each failure in a row.
 const REDIAL_MS_MIN: u64 = 100;
 const REDIAL_MS_MAX: u64 = 10_000;
-/// How long nobody within reach may hold what is missing before the object counts as forsaken: longer than a handshake and
-/// an answer take.
+/// How long nobody within reach may hold what is missing, or come by it, before the object counts as forsaken: longer than
+/// a handshake and an answer take.
 const FORSAKEN_MS: u64 = 1_500;
 /// Longest sleep of the loop: a fetch without peers looks at its own patience this often.
 const SLEEP_MS_MAX: u64 = 1_000;
@@ -150,7 +152,7 @@ struct Fetch<'a> {
     reports: mpsc::Sender<(LinkId, LinkEvent)>,
     inbox: mpsc::Receiver<(LinkId, LinkEvent)>,
     progress_at_ms: u64,
-    /// When some peer last had what is missing.
+    /// When some peer last had, or was fetching, what is missing.
     hope_at_ms: u64,
     last_problem: String,
 }
@@ -217,14 +219,34 @@ impl<'a> Fetch<'a> {
             .min(now_ms + SLEEP_MS_MAX)
     }
 
-    /// Says so when nobody within reach holds what is missing: whoever waits may have something better to fetch.
+    /// Says so when nobody within reach will bring what is missing: whoever waits may have something better to fetch. Peers
+    /// that only promise are believed as long as any request may take, and peers that fetch too while they get on.
     fn check_hope(&mut self, now_ms: u64) {
-        if !self.plan.is_forsaken() {
+        let hope = self.plan.hope();
+        if hope != Hope::Nobody {
             self.hope_at_ms = now_ms;
+        }
+        let (since_ms, patience_ms) = match hope {
+            Hope::Holders => (
+                self.progress_at_ms,
+                self.node.request_ms + self.slowest_ms(),
+            ),
+            Hope::Fetchers => {
+                let news_at_ms = self.plan.news_at_ms().max(self.progress_at_ms);
+                (news_at_ms, FORSAKEN_MS + self.plan.next_shard_ms())
+            }
+            Hope::Nobody => (self.hope_at_ms, FORSAKEN_MS),
+        };
+        if now_ms.saturating_sub(since_ms) < patience_ms {
             self.node.is_found(&self.id);
-        } else if now_ms.saturating_sub(self.hope_at_ms) >= FORSAKEN_MS {
+        } else {
             self.node.is_missed(self.id);
         }
+    }
+
+    /// How long a shard takes on the slowest link that is waited for.
+    fn slowest_ms(&self) -> u64 {
+        u64::from(self.object.shard_bytes) / BYTES_PER_MS_MIN
     }
 
     fn check_progress(&self, now_ms: u64) -> Result<(), FetchError> {

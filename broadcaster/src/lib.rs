@@ -27,6 +27,7 @@ pub mod plan;
 pub mod presence;
 pub mod rate;
 pub mod route;
+mod seats;
 mod server;
 mod slots;
 pub mod snapshot;

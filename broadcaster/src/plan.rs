@@ -18,11 +18,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
 use self::requests::{Asked, Pending, Requests};
-use self::source::{BUSY_MS_MAX, POLL_MS_MAX, POLL_MS_MIN, Source};
+use self::source::{BUSY_MS_MAX, CHOOSER_MS_MAX, POLL_MS_MAX, POLL_MS_MIN, Source};
 use crate::bitmap::Bitmap;
 use crate::wire::{Chooser, RequestId};
 
-pub use exchange::{Action, Answer, Ask, Fault, ShardVerdict};
+pub use exchange::{Action, Answer, Ask, Fault, Hope, ShardVerdict};
 
 /// Shards asked of a peer at once, at least: one on its way and one that follows without a pause.
 const WINDOW_MIN: usize = 2;
@@ -36,7 +36,7 @@ const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
 const REQUESTS_MAX: usize = 64;
 const REQUESTS_MIN: usize = 4;
 /// Slowest peer that is waited for, about 16 KiB/s: below it a peer holds back more than it brings.
-const BYTES_PER_MS_MIN: u64 = 16;
+pub const BYTES_PER_MS_MIN: u64 = 16;
 /// A request is doubled elsewhere once it takes this many times as long as is usual, by the median of the proven peers.
 const HEDGE_FACTOR: u64 = 4;
 /// For the last few shards, when nothing else is left to ask for, waiting longer than usual is enough.
@@ -47,6 +47,8 @@ const HEDGE_MS: std::ops::RangeInclusive<u64> = 250..=30_000;
 /// Its value before anything was delivered, besides the time that a shard needs on a slow link of this rate.
 const HEDGE_MS_AT_FIRST: u64 = 1_000;
 const HEDGE_BYTES_PER_MS: u64 = 32;
+/// Peers that fetch too are hoped on for the time in which so many shards usually arrive.
+const SHARDS_OF_HOPE: u64 = 8;
 /// Most slow peers remembered, many times those known at once: the list only makes a returning peer wait its turn.
 const SLOW_PEERS_MAX: usize = 1_024;
 
@@ -82,6 +84,7 @@ pub struct Plan {
     /// When a shard arrived last, and the usual time between two: an average that forgets.
     arrived_at_ms: Option<u64>,
     gap_us: u64,
+    news_at_ms: u64,
     rng: ChaCha12Rng,
 }
 
@@ -101,6 +104,7 @@ impl Plan {
             dropped: Vec::new(),
             arrived_at_ms: None,
             gap_us: 0,
+            news_at_ms: 0,
             rng: ChaCha12Rng::seed_from_u64(seed),
         }
     }
@@ -115,13 +119,33 @@ impl Plan {
         self.held.count()
     }
 
-    /// Whether no connected peer holds anything that is missing, as far as they have said.
-    pub fn is_forsaken(&self) -> bool {
+    /// From whom the missing shards may come, by the peers' own word.
+    pub fn hope(&self) -> Hope {
         let lacks = |shard| !self.held.contains(shard);
-        let mut sources = self.sources.values();
-        !sources.any(|source| {
-            source.pending > 0 || source.chooser.is_some() || source.held.iter().any(lacks)
-        })
+        let mut hope = Hope::Nobody;
+        for source in self.sources.values() {
+            if source.pending > 0 || source.held.iter().any(lacks) {
+                return Hope::Holders;
+            }
+            if source.chooser.is_some() {
+                hope = Hope::Fetchers;
+            }
+        }
+        hope
+    }
+
+    /// When a peer last had something new that is missing here.
+    pub fn news_at_ms(&self) -> u64 {
+        self.news_at_ms
+    }
+
+    /// How long a peer that is fetching too may take to come by its next shard: some times as long as is usual, or as a slow
+    /// link needs while nothing is known.
+    pub fn next_shard_ms(&self) -> u64 {
+        match self.gap_us {
+            0 => self.shard_bytes / HEDGE_BYTES_PER_MS,
+            usual_us => SHARDS_OF_HOPE * usual_us / 1_000,
+        }
     }
 
     /// Requests for shards in flight.
@@ -150,10 +174,7 @@ impl Plan {
         let Some(source) = self.sources.remove(peer) else {
             return;
         };
-        source
-            .held
-            .iter()
-            .for_each(|shard| self.holders[shard as usize] -= 1);
+        forget_held(&mut self.holders, &source.held);
         self.requests.forget(peer);
     }
 
@@ -432,14 +453,14 @@ impl Plan {
         let has_news = held.iter().any(|shard| {
             !source.held.contains(shard) && !ours.contains(shard) && requests.copies(shard) == 0
         });
-        source
-            .held
-            .iter()
-            .for_each(|shard| self.holders[shard as usize] -= 1);
+        forget_held(&mut self.holders, &source.held);
         held.iter()
             .for_each(|shard| self.holders[shard as usize] += 1);
         source.held = held;
         source.chooser = Some(chooser);
+        if has_news {
+            self.news_at_ms = now_ms;
+        }
         source.poll_ms = if has_news {
             (shard_ms * peers).clamp(POLL_MS_MIN, POLL_MS_MAX)
         } else {
@@ -482,8 +503,16 @@ impl Plan {
                     self.holders[shard as usize] -= 1;
                 }
             }
-            Asked::Have => {}
-            Asked::Any => source.busy_until_ms = now_ms + POLL_MS_MAX,
+            // It holds nothing of the object, or nothing that is missing here: what it said before is out of date. It is
+            // asked for shards again when it says something else.
+            Asked::Have | Asked::Any => {
+                if asked == Asked::Any {
+                    source.refuse(now_ms);
+                }
+                forget_held(&mut self.holders, &source.held);
+                source.held = Bitmap::empty(self.held.length());
+                source.chooser = None;
+            }
         }
         source.poll_ms = (2 * source.poll_ms).min(POLL_MS_MAX);
         source.poll_at_ms = now_ms + source.poll_ms;
@@ -491,10 +520,14 @@ impl Plan {
 
     fn on_busy(&mut self, peer: PeerId, retry_ms: u32, holders: &[PeerId], now_ms: u64) {
         if let Some(source) = self.sources.get_mut(&peer) {
-            if source.chooser == Some(Chooser::Asker) {
-                source.refuse(now_ms);
-            }
-            let wait_ms = u64::from(retry_ms).clamp(POLL_MS_MIN, BUSY_MS_MAX);
+            let longest_ms = match source.chooser {
+                Some(Chooser::Holder) => CHOOSER_MS_MAX,
+                Some(Chooser::Asker) | None => {
+                    source.refuse(now_ms);
+                    BUSY_MS_MAX
+                }
+            };
+            let wait_ms = u64::from(retry_ms).clamp(POLL_MS_MIN, longest_ms);
             source.busy_until_ms = source.busy_until_ms.max(now_ms + wait_ms);
         }
         // They were sent it a moment ago: what they said they hold is out of date.
@@ -534,6 +567,11 @@ impl Plan {
             fault,
         });
     }
+}
+
+/// Takes what a peer held out of the counts.
+fn forget_held(holders: &mut [u16], held: &Bitmap) {
+    held.iter().for_each(|shard| holders[shard as usize] -= 1);
 }
 
 #[cfg(test)]

@@ -4,10 +4,9 @@
 //! sends faster than it is answered waits in its own socket. Decides nothing about shards: that is [`crate::uploads`].
 //! Invariant: connections are bounded, in all and per peer, and so are their requests.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU32;
-use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,7 +15,7 @@ use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
@@ -28,12 +27,11 @@ use crate::meter::Moved;
 use crate::node::Node;
 use crate::object::shard_count;
 use crate::rate::PIECE_BYTES;
+use crate::seats::{CONNECTIONS_PER_PEER_MAX, Seat, Seats};
 use crate::slots::{Slot, Slots};
 use crate::uploads::{Decision, Outcome, Wanted};
 use crate::wire::{self, Chooser, Frame, MESSAGE_BYTES_MAX, Message, Refusal, RequestId};
 
-/// Most connections of one peer: one for each object that it fetches, an anchor and the files beside it.
-const CONNECTIONS_PER_PEER_MAX: usize = 16;
 /// How long a connection may ask nothing: a fetcher that needs nothing for so long can connect again.
 const IDLE: Duration = Duration::from_secs(60);
 /// How long a write may take, besides what its bytes need at the slowest rate: a reader that stops reading is gone.
@@ -146,11 +144,14 @@ impl Server {
         wants: &mpsc::Sender<Want>,
     ) -> Result<(), ConnectionError> {
         loop {
-            let frame = match timeout(IDLE, read_frame(&mut reader, MESSAGE_BYTES_MAX)).await {
-                // It waits for us and not we for it.
-                Err(_) if wants.capacity() < REQUESTS_MAX => continue,
-                Ok(Err(ConnectionError::Io(_))) | Err(_) => return Ok(()),
-                Ok(frame) => frame?,
+            let mut reading = pin!(read_frame(&mut reader, MESSAGE_BYTES_MAX));
+            let frame = loop {
+                match timeout(IDLE, &mut reading).await {
+                    // It waits for us and not we for it.
+                    Err(_) if wants.capacity() < REQUESTS_MAX => {}
+                    Ok(Err(ConnectionError::Io(_))) | Err(_) => return Ok(()),
+                    Ok(frame) => break frame?,
+                }
             };
             let taken = match frame {
                 Frame::Message(Message::Have { request, object }) => {
@@ -182,25 +183,39 @@ impl Server {
                 Some(want) = wanted.recv() => want,
                 else => return Ok(()),
             };
-            let slot = pin!(self.slots.take());
-            let slot = self.wait(&mut writer, &mut said, slot).await?;
+            let slot = self.wait(&mut writer, &mut said).await?;
             self.grant(&mut writer, peer, want, slot).await?;
         }
     }
 
-    /// Waits for a slot, and says meanwhile what there is to say.
-    async fn wait<'a>(
+    /// Waits for a slot, and says meanwhile what there is to say. A slot that comes while a reader does not read goes on to
+    /// others after a while.
+    async fn wait(
         &self,
         writer: &mut OwnedWriteHalf,
         said: &mut mpsc::Receiver<Message>,
-        mut slot: Pin<&mut impl Future<Output = Slot<'a>>>,
-    ) -> Result<Slot<'a>, ConnectionError> {
+    ) -> Result<Slot<'_>, ConnectionError> {
+        let mut slot = pin!(self.slots.take());
         loop {
-            tokio::select! {
+            let message = tokio::select! {
                 biased;
-                Some(message) = said.recv() => self.say(writer, &message).await?,
+                Some(message) = said.recv() => message,
                 slot = &mut slot => return Ok(slot),
+            };
+            let mut saying = pin!(self.say(writer, &message));
+            let mut granted = tokio::select! {
+                biased;
+                done = &mut saying => {
+                    done?;
+                    continue;
+                }
+                granted = &mut slot => granted,
+            };
+            granted.lend(saying).await?;
+            if granted.is_held() {
+                return Ok(granted);
             }
+            slot.set(self.slots.take());
         }
     }
 
@@ -291,25 +306,21 @@ impl Server {
         request: RequestId,
         (object, shard): (ObjectId, u32),
     ) -> Result<(), ConnectionError> {
-        let finish = |outcome| {
-            self.node
-                .uploads()
-                .finish(self.node.now_ms(), &peer, &object, shard, outcome);
+        let mut sending = Sending {
+            node: &self.node,
+            peer,
+            object,
+            shard,
+            outcome: Outcome::Failed,
         };
         let Some(bytes) = self.node.store.shard(&object, shard) else {
-            finish(Outcome::Failed);
             return self.say(stream, &Message::Missing { request }).await;
         };
         let length = bytes.len();
-        let sent = self.upload(stream, request, shard, bytes).await;
-        match &sent {
-            Ok(()) => {
-                finish(Outcome::Sent);
-                self.node.meter.moved(&object, &peer, Moved::Up, length);
-            }
-            Err(_) => finish(Outcome::Failed),
-        }
-        sent
+        self.upload(stream, request, shard, bytes).await?;
+        sending.outcome = Outcome::Sent;
+        self.node.meter.moved(&object, &peer, Moved::Up, length);
+        Ok(())
     }
 
     /// Writes a shard, in one piece or at the pace of the upload cap.
@@ -341,6 +352,25 @@ impl Server {
         message: &Message,
     ) -> Result<(), ConnectionError> {
         in_time(MESSAGE_BYTES_MAX, write_message(stream, message)).await
+    }
+}
+
+/// A shard on its way. However its sending ends, also when the connection does, that is noted: what did not arrive was not
+/// sent, and goes to the next who asks.
+struct Sending<'a> {
+    node: &'a Node,
+    peer: PeerId,
+    object: ObjectId,
+    shard: u32,
+    outcome: Outcome,
+}
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        let now_ms = self.node.now_ms();
+        self.node
+            .uploads()
+            .finish(now_ms, &self.peer, &self.object, self.shard, self.outcome);
     }
 }
 
@@ -412,62 +442,5 @@ async fn in_time(
 fn turn_away(stream: &TcpStream, connections_max: u32) {
     if let Ok(frame) = wire::encode_message(&Message::Refused(Refusal::Full { connections_max })) {
         stream.try_write(&frame).ok();
-    }
-}
-
-/// Places for connections.
-#[derive(Debug)]
-struct Seats {
-    places: Arc<Semaphore>,
-    connections_max: u32,
-    by_peer: Mutex<BTreeMap<PeerId, usize>>,
-}
-
-/// A connection's place; it is free again when this is dropped.
-#[derive(Debug)]
-struct Seat {
-    peer: PeerId,
-    seats: Arc<Seats>,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Seats {
-    fn new(connections_max: NonZeroU32) -> Self {
-        let connections_max = connections_max.get();
-        Self {
-            places: Arc::new(Semaphore::new(connections_max as usize)),
-            connections_max,
-            by_peer: Mutex::new(BTreeMap::new()),
-        }
-    }
-
-    fn take(seats: &Arc<Self>, peer: PeerId, place: OwnedSemaphorePermit) -> Option<Seat> {
-        let mut by_peer = seats.by_peer.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = by_peer.entry(peer).or_default();
-        if *taken >= CONNECTIONS_PER_PEER_MAX {
-            return None;
-        }
-        *taken += 1;
-        Some(Seat {
-            peer,
-            seats: Arc::clone(seats),
-            _place: place,
-        })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut by_peer = self
-            .seats
-            .by_peer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(taken) = by_peer.get_mut(&self.peer) {
-            *taken -= 1;
-            if *taken == 0 {
-                by_peer.remove(&self.peer);
-            }
-        }
     }
 }

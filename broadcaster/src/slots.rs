@@ -79,26 +79,36 @@ impl Slots {
 }
 
 impl Slot<'_> {
+    /// Whether it was not given back.
+    pub(crate) fn is_held(&self) -> bool {
+        self.permit.is_some()
+    }
+
     /// Sends a shard in this slot, and without one when it takes long.
     pub(crate) async fn hold<T, E>(
         mut self,
         sending: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let begun = Instant::now();
-        let lease = Duration::from_millis(self.slots.lease_ms());
-        let mut sending = std::pin::pin!(sending);
-        let sent = tokio::select! {
-            biased;
-            sent = &mut sending => sent,
-            () = tokio::time::sleep(lease) => {
-                self.permit = None;
-                sending.await
-            }
-        };
+        let sent = self.lend(sending).await;
         if sent.is_ok() {
             self.slots.took(begun.elapsed().as_millis() as u64);
         }
         sent
+    }
+
+    /// Has something done in this slot, and gives the slot back when that takes long.
+    pub(crate) async fn lend<T>(&mut self, doing: impl Future<Output = T>) -> T {
+        let lease = Duration::from_millis(self.slots.lease_ms());
+        let mut doing = std::pin::pin!(doing);
+        tokio::select! {
+            biased;
+            done = &mut doing => done,
+            () = tokio::time::sleep(lease) => {
+                self.permit = None;
+                doing.await
+            }
+        }
     }
 }
 

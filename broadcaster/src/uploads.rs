@@ -30,6 +30,8 @@ const GRACE_FACTOR_MAX: u64 = 8;
 const REPEAT_MS: u64 = 2_400;
 /// The wait doubles at most this often, to about ten minutes.
 const REPEAT_DOUBLINGS_MAX: u32 = 8;
+/// Longest part of a pass in which nothing is sent that counts for its length: nobody asked then.
+const PAUSE_MS_MAX: u64 = 4_000;
 /// A peer that gets nothing from others is given up on after the time in which we sent this many shards.
 const SHARDS_OF_PATIENCE: u64 = 8;
 /// One that gets on, but slowly, is left to the others for this many times as long as the first pass took, or as a stuck
@@ -114,7 +116,6 @@ struct ObjectUploads {
     copies: Vec<u16>,
     peers: BTreeMap<PeerId, Served>,
     progress: BTreeMap<PeerId, Progress>,
-    first_at_ms: u64,
     /// How long it took to send every shard once, so far.
     first_pass_ms: u64,
     /// When the round was opened; the first one counts from its last first copy.
@@ -208,7 +209,6 @@ impl ObjectUploads {
             copies: vec![0; shards as usize],
             peers: BTreeMap::new(),
             progress: BTreeMap::new(),
-            first_at_ms: now_ms,
             first_pass_ms: 0,
             opened_at_ms: now_ms,
             round: 1,
@@ -332,13 +332,13 @@ impl ObjectUploads {
     }
 
     fn note_pass(&mut self, now_ms: u64) {
+        self.first_pass_ms += now_ms.saturating_sub(self.opened_at_ms).min(PAUSE_MS_MAX);
         self.opened_at_ms = now_ms;
-        self.first_pass_ms = now_ms.saturating_sub(self.first_at_ms);
     }
 
     fn begin(&mut self, now_ms: u64, peer: PeerId, shard: u32) {
         if self.copies.iter().all(|copies| *copies == 0) {
-            self.first_at_ms = now_ms;
+            self.opened_at_ms = now_ms;
         }
         if self.round == 1 {
             self.note_pass(now_ms);

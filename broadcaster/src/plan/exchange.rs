@@ -42,6 +42,17 @@ pub enum Answer {
     },
 }
 
+/// From whom missing shards may come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hope {
+    /// Peers that say they hold some, or were asked for some.
+    Holders,
+    /// Peers that have only what is here, and may come by more.
+    Fetchers,
+    /// Nobody.
+    Nobody,
+}
+
 /// What became of a shard that arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShardVerdict {

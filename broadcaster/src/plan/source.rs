@@ -9,6 +9,10 @@ pub(super) const POLL_MS_MAX: u64 = 500;
 /// Longest wait that a busy peer may ask for: beyond it the peer is of no use anyway.
 pub(super) const BUSY_MS_MAX: u64 = 30_000;
 
+/// Longest wait that a peer which chooses may ask for. It waits for others to pass on what it gave them, and cannot know
+/// that they are gone: who lost them asks again.
+pub(super) const CHOOSER_MS_MAX: u64 = 2_000;
+
 /// A connected peer.
 #[derive(Debug)]
 pub(super) struct Source {

@@ -1,5 +1,6 @@
 //! Swarms in one process, over loopback sockets.
 
+mod gone;
 mod liar;
 
 use std::time::{Duration, Instant};

@@ -101,22 +101,18 @@ fn a_peer_that_drips_cannot_hold_another_back_for_ever() {
 }
 
 #[test]
-fn the_grace_is_as_long_as_the_first_pass_took() {
-    let mut uploads = Uploads::new(Sharing::FirstCopies);
-    let mut first = Bitmap::empty(2);
-    ask(&mut uploads, 1_000, 1, &mut first);
-    ask(&mut uploads, 6_000, 1, &mut first);
-    let waiting = ask(&mut uploads, 7_000, 2, &mut Bitmap::empty(2));
-    assert!(
-        matches!(
-            waiting,
-            Decision::Busy {
-                retry_ms: 5_000,
-                ..
-            }
-        ),
-        "{waiting:?}"
-    );
+fn the_grace_is_as_long_as_the_first_pass_took_less_the_time_in_which_nobody_asked() {
+    for (second_at_ms, grace_ms) in [(4_500, 3_500), (3_600_000, PAUSE_MS_MAX)] {
+        let mut uploads = Uploads::new(Sharing::FirstCopies);
+        let mut first = Bitmap::empty(2);
+        ask(&mut uploads, 1_000, 1, &mut first);
+        ask(&mut uploads, second_at_ms, 1, &mut first);
+        let waiting = ask(&mut uploads, second_at_ms + 1_000, 2, &mut Bitmap::empty(2));
+        let Decision::Busy { retry_ms, .. } = waiting else {
+            panic!("{waiting:?}")
+        };
+        assert_eq!(retry_ms, grace_ms);
+    }
 }
 
 #[test]
