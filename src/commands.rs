@@ -7,6 +7,7 @@ mod dispatch;
 mod doctor;
 mod eval;
 mod generate;
+mod kernels;
 mod learner;
 mod local;
 mod logprobs;

@@ -18,6 +18,7 @@ use muster_policy::{KernelSet, Storage};
 use muster_protocol::id::RunId;
 use muster_protocol::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 use muster_protocol::message::descriptor::Thresholds;
+use muster_protocol::message::lease::{NumericClass, class_names};
 use muster_rewards::{RewardEntry, TaskConfig};
 
 /// The configuration of the quickstart, so that the binary needs no file to show what it does.
@@ -247,6 +248,9 @@ pub struct DispatchSection {
     /// Names of workers who may go on under newer weights in mid-answer. They are the lab's own: whoever chooses the moment
     /// of the swap chooses among answers.
     pub in_flight: Vec<String>,
+    /// Classes of arithmetic that may answer. "int8-cpu" is of workers whose weights are rounded to eight bits: what they
+    /// answer is drawn from a policy beside the published one, for which the importance ratio makes up.
+    pub classes: Vec<NumericClass>,
     /// Bounds where worker and critic compute alike.
     pub same_class: Thresholds,
     /// Bounds where they do not.
@@ -262,6 +266,7 @@ impl Default for DispatchSection {
             critique: CritiqueConfig::default(),
             conduct: ConductConfig::default(),
             in_flight: Vec::new(),
+            classes: vec![NumericClass::F32Cpu, NumericClass::F32Cuda],
             same_class: Thresholds::SAME_CLASS,
             cross_class: Thresholds::CROSS_CLASS,
         }
@@ -325,6 +330,9 @@ impl Default for EvalSection {
 pub struct LocalSection {
     /// Rollout workers.
     pub workers: usize,
+    /// Names of the workers that answer with weights rounded to eight bits ("worker-2"). Their class, "int8-cpu", must be
+    /// among `dispatch.classes`.
+    pub int8_workers: Vec<String>,
     /// Critics.
     pub critics: usize,
     /// Seeders: peers that only pass weights on.
@@ -337,6 +345,7 @@ impl Default for LocalSection {
     fn default() -> Self {
         Self {
             workers: 2,
+            int8_workers: Vec::new(),
             critics: 1,
             seeders: 0,
             port: 0,
@@ -527,6 +536,19 @@ impl RunConfig {
             .advantage
             .validate()
             .map_err(|error| error.to_string())?;
+        let classes = &self.dispatch.classes;
+        if classes.is_empty() {
+            return Err(
+                "`dispatch.classes` is empty: nobody could answer; list \"f32-cpu\"".to_owned(),
+            );
+        }
+        let doubled = |(at, class): (usize, &NumericClass)| classes[..at].contains(class);
+        if classes.iter().enumerate().any(doubled) {
+            let found = class_names(classes);
+            return Err(format!(
+                "`dispatch.classes` holds {found}: list each class once"
+            ));
+        }
         let audit = self.dispatch.audit.share_min;
         if !(0.0..=1.0).contains(&audit) {
             return Err(format!(
@@ -552,6 +574,7 @@ impl RunConfig {
         if self.local.workers == 0 {
             return Err("`local.workers` is 0: nobody would answer; choose 1 or more".to_owned());
         }
+        self.validate_int8_workers()?;
         if self.local.critics == 0 && audit > 0.0 {
             return Err(format!(
                 "`dispatch.audit.share_min` is {audit} but `local.critics` is 0: nobody could audit; \
@@ -568,6 +591,25 @@ impl RunConfig {
             return Err(format!(
                 "`dispatch.critique.verdicts` is {verdicts} but `local.critics` is {critics}: no group could be \
                  settled; raise `local.critics`"
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_int8_workers(&self) -> Result<(), String> {
+        let named = &self.local.int8_workers;
+        let workers = self.local.workers;
+        let is_worker = |name: &String| (1..=workers).any(|n| *name == format!("worker-{n}"));
+        if let Some(name) = named.iter().find(|name| !is_worker(name)) {
+            return Err(format!(
+                "`local.int8_workers` names {name:?}, the workers are worker-1 to worker-{workers}"
+            ));
+        }
+        if !named.is_empty() && !self.dispatch.classes.contains(&NumericClass::Int8Cpu) {
+            let found = class_names(&self.dispatch.classes);
+            return Err(format!(
+                "`local.int8_workers` names workers of class int8-cpu, but `dispatch.classes` lists {found}: add \
+                 \"int8-cpu\""
             ));
         }
         Ok(())
@@ -650,6 +692,40 @@ mod tests {
                 .unwrap()
                 .model
                 .chat
+        );
+    }
+
+    #[test]
+    fn workers_in_int8_need_a_run_that_takes_their_class() {
+        let local = |text: &str| {
+            let text = format!("{text}\n{LEAST}");
+            RunConfig::parse(&text, Path::new("x.toml"))
+                .unwrap()
+                .validate_local()
+        };
+        let named = "[local]\nint8_workers = [\"worker-2\"]";
+        let found = local(named).unwrap_err();
+        assert!(
+            found.contains("lists f32-cpu, f32-cuda: add \"int8-cpu\""),
+            "{found}"
+        );
+        let listed = "[dispatch]\nclasses = [\"f32-cpu\", \"int8-cpu\"]";
+        assert_eq!(local(&format!("{named}\n{listed}")), Ok(()));
+        let found = local(&format!("[local]\nint8_workers = [\"worker-3\"]\n{listed}"));
+        assert!(found.unwrap_err().contains("worker-1 to worker-2"));
+    }
+
+    #[test]
+    fn a_list_of_classes_that_is_empty_or_says_one_twice_is_refused() {
+        let found = error(&format!("[dispatch]\nclasses = []\n{LEAST}"));
+        assert!(found.contains("`dispatch.classes` is empty"), "{found}");
+        let twice = "[\"int8-cpu\", \"int8-cpu\"]";
+        let found = error(&format!("[dispatch]\nclasses = {twice}\n{LEAST}"));
+        assert!(found.contains("list each class once"), "{found}");
+        let found = error(&format!("[dispatch]\nclasses = [\"int4\"]\n{LEAST}"));
+        assert!(
+            found.contains("int4") && found.contains("int8-cpu"),
+            "{found}"
         );
     }
 

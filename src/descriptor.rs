@@ -11,7 +11,6 @@ use muster_policy::{Config, ModelFolder, Storage, Tokenizer};
 use muster_protocol::credentials::Roster;
 use muster_protocol::id::{ContentHash, PolicyVersion};
 use muster_protocol::message::descriptor::Descriptor;
-use muster_protocol::message::lease::NumericClass;
 use muster_protocol::message::ticket::SamplingRules;
 use muster_protocol::subject::Role;
 use muster_rewards::{RewardConfig, Task};
@@ -152,7 +151,7 @@ pub fn describe(
         cross_class: config.dispatch.cross_class,
         vocabulary: u32::try_from(model.config.vocab_size)
             .context("the vocabulary is too large")?,
-        classes: vec![NumericClass::F32Cpu, NumericClass::F32Cuda],
+        classes: config.dispatch.classes.clone(),
         learner: key(Role::Trainer)?,
         dispatch: key(Role::Dispatch)?,
         from_step: PolicyVersion(0),

@@ -28,6 +28,8 @@ mod swarm;
 
 #[path = "liars/hostile_submissions.rs"]
 mod hostile_submissions;
+#[path = "liars/int8_workers.rs"]
+mod int8_workers;
 #[path = "liars/loops.rs"]
 mod loops;
 #[path = "liars/lying_critics.rs"]

@@ -174,6 +174,12 @@ impl Dispatch {
         self.tickets.open(ticket);
     }
 
+    /// The classes that may answer, unless this is one of them: no wait changes that.
+    pub fn refuses(&self, class: NumericClass) -> Option<&[NumericClass]> {
+        let classes = &self.config.classes;
+        (!classes.contains(&class)).then_some(classes)
+    }
+
     /// Leases the next ticket to a worker that holds `held`, with an unpredictable `nonce`.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ use muster_policy::{
     gradients, logprobs,
 };
 use muster_protocol::id::PolicyVersion;
+use muster_protocol::message::lease::NumericClass;
 
 use crate::objective::{ObjectiveConfig, ObjectiveStats, RolloutTokens};
 use crate::schedule::ScheduleConfig;
@@ -79,8 +80,41 @@ struct Model {
     master: Master,
     image: Image,
     policy: Policy,
-    /// Policies of versions that groups may still come from.
-    policies: BTreeMap<PolicyVersion, Policy>,
+    /// Versions that groups may still come from.
+    known: BTreeMap<PolicyVersion, Known>,
+}
+
+/// A version that groups may still come from, in every arithmetic that one came in.
+#[derive(Debug)]
+struct Known {
+    image: Image,
+    policy: Policy,
+    /// With weights rounded to eight bits, made when a group of such a worker is first recomputed.
+    rounded: Option<Policy>,
+}
+
+impl Known {
+    fn new(image: &Image, policy: &Policy) -> Self {
+        Self {
+            image: image.clone(),
+            policy: policy.clone(),
+            rounded: None,
+        }
+    }
+
+    /// What a group of this class was drawn with. Classes of other devices are recomputed in this trainer's own, which is
+    /// what their tolerance is for.
+    fn drawn_with(&mut self, class: NumericClass, config: &Config) -> Result<&Policy, StepError> {
+        if class != NumericClass::Int8Cpu {
+            return Ok(&self.policy);
+        }
+        let rounded = match self.rounded.take() {
+            Some(rounded) => rounded,
+            None => Policy::from_image(config, &self.image, KernelSet::Int8, &Device::Cpu)
+                .map_err(failed)?,
+        };
+        Ok(self.rounded.insert(rounded))
+    }
 }
 
 fn failed(error: impl std::fmt::Display) -> StepError {
@@ -103,7 +137,7 @@ impl PolicyStepper {
         let master = Master::from_image(&parts.config, image).map_err(failed)?;
         let image = master.image(parts.storage).map_err(failed)?;
         let policy = build(&parts, &image)?;
-        let policies = BTreeMap::from([(PolicyVersion(0), policy.clone())]);
+        let known = BTreeMap::from([(PolicyVersion(0), Known::new(&image, &policy))]);
         let versions_kept = async_level as usize + 1;
         let published = Bytes::from_owner(image.shared_bytes());
         let model = Model {
@@ -114,7 +148,7 @@ impl PolicyStepper {
             master,
             image,
             policy,
-            policies,
+            known,
         };
         Ok(Self {
             model: Some(Box::new(model)),
@@ -205,31 +239,36 @@ impl Model {
         stats.gradient_norm /= updates;
         stats.learning_rate = learning_rate;
         stats.changed_fraction = changed_fraction(&before, &self.image);
-        self.policies.insert(input.step, self.policy.clone());
-        while self.policies.len() > self.versions_kept {
-            self.policies.pop_first();
+        let made = Known::new(&self.image, &self.policy);
+        self.known.insert(input.step, made);
+        while self.known.len() > self.versions_kept {
+            self.known.pop_first();
         }
         Ok(stats)
     }
 
-    /// Replaces the recorded log-probs of rollouts that no critic re-checked by those of their version's image.
-    fn recompute(&self, input: &mut StepInput) -> Result<u64, StepError> {
-        let mut by_version: BTreeMap<PolicyVersion, Vec<&mut TrainRollout>> = BTreeMap::new();
+    /// Replaces the recorded log-probs of rollouts that no critic re-checked by those of their version's image in their
+    /// own arithmetic, so that the importance ratio says how far the policy is from what drew them.
+    fn recompute(&mut self, input: &mut StepInput) -> Result<u64, StepError> {
+        let mut by_weights: BTreeMap<(PolicyVersion, NumericClass), Vec<&mut TrainRollout>> =
+            BTreeMap::new();
         for rollout in input
             .groups
             .iter_mut()
             .flatten()
             .filter(|rollout| !rollout.audited)
         {
-            by_version.entry(rollout.version).or_default().push(rollout);
+            let drawn_with = (rollout.version, rollout.class);
+            by_weights.entry(drawn_with).or_default().push(rollout);
         }
         let mut recomputed = 0;
-        for (version, rollouts) in by_version {
-            let policy = self.policies.get(&version).ok_or_else(|| {
+        for ((version, class), rollouts) in by_weights {
+            let known = self.known.get_mut(&version).ok_or_else(|| {
                 failed(format!(
                     "version {version} is no longer held to recompute its log-probs"
                 ))
             })?;
+            let policy = known.drawn_with(class, &self.parts.config)?;
             let first_drawn = |r: &TrainRollout| r.targets.first().map_or(1, |range| range.start);
             let rows: Vec<ScoreRow<'_>> = rollouts
                 .iter()
@@ -334,12 +373,14 @@ impl Model {
         self.master = Master::load(path).map_err(failed)?;
         self.image = self.master.image(self.parts.storage).map_err(failed)?;
         self.policy = build(&self.parts, &self.image)?;
-        self.policies.clear();
-        for (known, bytes) in images {
+        self.known.clear();
+        for (earlier, bytes) in images {
             let image = Image::parse(&self.parts.config, bytes).map_err(failed)?;
-            self.policies.insert(*known, build(&self.parts, &image)?);
+            let policy = build(&self.parts, &image)?;
+            self.known.insert(*earlier, Known::new(&image, &policy));
         }
-        self.policies.insert(version, self.policy.clone());
+        let newest = Known::new(&self.image, &self.policy);
+        self.known.insert(version, newest);
         Ok(())
     }
 }
@@ -370,3 +411,6 @@ fn changed_fraction(before: &Image, after: &Image) -> f64 {
     }
     changed as f64 / total.max(1) as f64
 }
+
+#[cfg(test)]
+mod tests;

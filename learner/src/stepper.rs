@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use muster_protocol::id::PolicyVersion;
+use muster_protocol::message::lease::NumericClass;
 
 /// A rollout to train on.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +23,8 @@ pub struct TrainRollout {
     pub advantage: f32,
     /// The version that drew it.
     pub version: PolicyVersion,
+    /// The arithmetic that drew it.
+    pub class: NumericClass,
     /// Whether a forward pass of a critic confirmed `rollout_logprobs`; if not, the stepper recomputes them.
     pub audited: bool,
 }

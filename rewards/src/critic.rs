@@ -326,7 +326,8 @@ impl Critic {
 
     fn thresholds(&self, class: NumericClass) -> &Thresholds {
         let descriptor = &self.descriptor.body;
-        if class == self.parts.class {
+        // Answers in int8 are scored in int8, whatever this critic's own arithmetic is.
+        if class == self.parts.class || class == NumericClass::Int8Cpu {
             &descriptor.same_class
         } else {
             &descriptor.cross_class
@@ -376,6 +377,7 @@ fn score_requests(lease: &Lease, group: &Group, held: &[VersionRef]) -> Vec<Scor
                 tokens: tokens.clone(),
                 first,
                 temperature: lease.ticket.sampling.temperature,
+                class: group.class,
             });
         }
     }

@@ -27,7 +27,7 @@ use muster_protocol::message::ask::{Answer, Ask, WaitReason};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{Group, Rollout};
-use muster_protocol::message::lease::{Lease, NumericClass};
+use muster_protocol::message::lease::{Lease, NumericClass, class_names};
 
 use crate::answerer::{AnswerError, AnsweredLease, Answerer};
 
@@ -56,6 +56,17 @@ pub enum WorkerError {
     /// A group could not be signed.
     #[error("a group could not be written: {0}")]
     Envelope(#[from] EnvelopeError),
+    /// The run takes no answers of this worker's arithmetic.
+    #[error(
+        "this run takes answers of class {taken}, and this worker's are of class {class}: choose other `--kernels` or \
+         another `--device`, or list the class in the run's `dispatch.classes`"
+    )]
+    Class {
+        /// What the worker would answer in.
+        class: NumericClass,
+        /// What the run lists.
+        taken: String,
+    },
 }
 
 /// What became of a worker's groups so far.
@@ -140,6 +151,11 @@ impl Worker {
     /// When dispatch cannot be asked or the descriptor is not to be trusted.
     pub async fn start(parts: WorkerParts) -> Result<Self, WorkerError> {
         let descriptor: Signed<Descriptor> = parts.desk.descriptor().await?;
+        let (class, classes) = (parts.class, &descriptor.body.classes);
+        if !classes.contains(&class) {
+            let taken = class_names(classes);
+            return Err(WorkerError::Class { class, taken });
+        }
         let note = parts.desk.subjects().note(parts.desk.bus().user());
         let notes = parts.desk.bus().subscribe(&note).await?;
         Ok(Self {

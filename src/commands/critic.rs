@@ -6,13 +6,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use muster_broadcaster::follower::Follow;
-use muster_policy::KernelSet;
-use muster_protocol::message::lease::NumericClass;
 use muster_protocol::subject::Role;
 use muster_rewards::critic::scorer::PolicyScorer;
 use muster_rewards::critic::{Critic, CriticParts};
 
 use super::MemberArgs;
+use super::kernels::Kernels;
 use crate::seat::Seat;
 
 /// Versions that a critic keeps beyond the async level: groups may come while the next version is on its way.
@@ -45,11 +44,10 @@ pub async fn run(args: CriticArgs) -> Result<()> {
         let (config, tokenizer, _) = seat.model().await?;
         let descriptor = seat.desk.descriptor().await?;
         let kept = descriptor.body.async_level as usize + VERSIONS_BEYOND;
-        let (kernels, class) = match device.is_cpu() {
-            true => (KernelSet::Fused, NumericClass::F32Cpu),
-            false => (KernelSet::Candle, NumericClass::F32Cuda),
-        };
-        let scorer = PolicyScorer::new(config, kernels, device, tokenizer, kept);
+        let kernels = Kernels::for_device(&device);
+        let class = kernels.class(&device)?;
+        let scorer = PolicyScorer::new(config, kernels.set(), device, tokenizer, kept)
+            .for_classes(&descriptor.body.classes);
         let critic = Critic::start(CriticParts {
             desk: seat.desk.clone(),
             scorer: Box::new(scorer),

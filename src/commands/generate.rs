@@ -40,7 +40,7 @@ pub struct GenerateArgs {
     /// Threads to compute with; all processors by default
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
-    /// Round the weights to eight bits: less memory, and faster where memory is slow
+    /// Round the weights to eight bits: about half the memory of bf16
     #[arg(long)]
     int8: bool,
     /// Print one JSON line

@@ -86,7 +86,11 @@ fn arguments(config: &RunConfig, dir: &RunDir, name: &str, role: Role) -> Vec<St
         Role::Trainer => text(&["trainer", "--creds", &creds, "--run", &run]),
         Role::Worker => {
             let rows = config.worker.rollouts_max.to_string();
-            text(&["rollout", "--creds", &creds, "--rollouts-max", &rows])
+            let mut words = text(&["rollout", "--creds", &creds, "--rollouts-max", &rows]);
+            if config.local.int8_workers.iter().any(|named| named == name) {
+                words.extend(text(&["--kernels", "int8"]));
+            }
+            words
         }
         Role::Critic => {
             let groups = config.critic.groups_max.to_string();

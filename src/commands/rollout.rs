@@ -6,13 +6,13 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use muster_broadcaster::follower::Follow;
-use muster_policy::{EngineConfig, KernelSet};
-use muster_protocol::message::lease::NumericClass;
+use muster_policy::EngineConfig;
 use muster_protocol::subject::Role;
 use muster_rollout::engine::{PolicyAnswerer, Task};
 use muster_rollout::worker::{Worker, WorkerParts};
 
 use super::MemberArgs;
+use super::kernels::Kernels;
 use crate::seat::Seat;
 
 const MIB: NonZeroU64 = NonZeroU64::MIN.saturating_add((1 << 20) - 1);
@@ -31,11 +31,17 @@ pub struct RolloutArgs {
     /// Where to compute: `cpu` or `cuda:N`
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Which operations answer; `fused` on a cpu and `candle` elsewhere by default. `int8` keeps weights in about half the memory
+    /// of bf16; a run takes such answers if its `dispatch.classes` list "int8-cpu"
+    #[arg(long, value_enum)]
+    kernels: Option<Kernels>,
 }
 
 /// Works until the run is over or told to stop.
 pub async fn run(args: RolloutArgs) -> Result<()> {
     let device = muster_policy::device(&args.device)?;
+    let kernels = args.kernels.unwrap_or_else(|| Kernels::for_device(&device));
+    let class = kernels.class(&device)?;
     let seat = Seat::take(
         &args.member.creds,
         Role::Worker,
@@ -50,10 +56,6 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
             tokens_max: sampling.tokens_max,
             tokenizer,
         };
-        let (kernels, class) = match device.is_cpu() {
-            true => (KernelSet::Fused, NumericClass::F32Cpu),
-            false => (KernelSet::Candle, NumericClass::F32Cuda),
-        };
         let slots =
             NonZeroUsize::try_from(args.rollouts_max).context("too many rollouts at once")?;
         let engine = EngineConfig {
@@ -61,7 +63,7 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
             kv_bytes: args.kv_mib.map(|mib| mib.saturating_mul(MIB)),
             ..EngineConfig::default()
         };
-        let answerer = PolicyAnswerer::new(config, kernels, device, engine, task);
+        let answerer = PolicyAnswerer::new(config, kernels.set(), device, engine, task);
         let worker = Worker::start(WorkerParts {
             desk: seat.desk.clone(),
             clock: seat.clock.clone(),

@@ -91,7 +91,7 @@ fn explains(lie: Lie, reason: &str) -> bool {
     let logprobs = reason.contains("reports a log-prob off by");
     match lie {
         Lie::ShiftedLogprobs => logprobs,
-        Lie::StaleWeights => draws || logprobs,
+        Lie::StaleWeights | Lie::OtherKernels => draws || logprobs,
         Lie::Truncated => draws || reason.contains("claims a stop id that it does not end with"),
         Lie::Replay => draws || reason.contains("repeats the answers to lease"),
         _ => draws,
@@ -112,7 +112,11 @@ fn plan(lie: Lie) -> Plan {
 
 /// Every group is audited, and the liar may go on however often it fails.
 async fn every_bad_group_is_rejected(lie: Lie) {
-    let mut plan = plan(lie);
+    every_bad_group_of(lie, plan(lie)).await;
+}
+
+/// The same for a plan whose second worker lies.
+pub async fn every_bad_group_of(lie: Lie, mut plan: Plan) {
     plan.config.run.steps = NonZeroU64::MAX;
     plan.config.dispatch.audit.share_min = 1.0;
     plan.config.dispatch.conduct.failures_max = NO_END;

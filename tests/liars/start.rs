@@ -15,7 +15,6 @@ use muster_protocol::credentials::Roster;
 use muster_protocol::id::{ContentHash, PolicyVersion, TicketId};
 use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::message::group::FinishReason;
-use muster_protocol::message::lease::NumericClass;
 use muster_protocol::message::ticket::SamplingRules;
 use muster_protocol::subject::Role;
 use muster_rewards::{Answer, Prepared, RewardConfig, Split};
@@ -133,7 +132,7 @@ impl Start {
             same_class: config.dispatch.same_class,
             cross_class: config.dispatch.cross_class,
             vocabulary: self.model.config.vocab_size as u32,
-            classes: vec![NumericClass::F32Cpu],
+            classes: config.dispatch.classes.clone(),
             learner: roster.first(Role::Trainer).unwrap().peer,
             dispatch: roster.first(Role::Dispatch).unwrap().peer,
             from_step: PolicyVersion(0),

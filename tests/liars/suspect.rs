@@ -11,7 +11,7 @@ use muster_policy::{
     Config, Device, EngineConfig, Image, KernelSet, Policy, ScoreRow, logprobs, score, uniform,
 };
 use muster_protocol::message::group::{FinishReason, Rollout};
-use muster_protocol::message::lease::Lease;
+use muster_protocol::message::lease::{Lease, NumericClass};
 use muster_rollout::answerer::{AnswerError, Answerer, BatchAnswerer};
 use muster_rollout::engine::{PolicyAnswerer, Task};
 
@@ -36,10 +36,12 @@ pub enum Lie {
     Truncated,
     /// Draws honestly and reports other log-probs.
     ShiftedLogprobs,
+    /// Draws honestly with other kernels than those of the class that it answers in.
+    OtherKernels,
 }
 
 impl Lie {
-    pub const ALL: [Lie; 8] = [
+    pub const ALL: [Lie; 9] = [
         Lie::Temperature,
         Lie::EditedToken,
         Lie::BestOfSeeds,
@@ -48,6 +50,7 @@ impl Lie {
         Lie::Replay,
         Lie::Truncated,
         Lie::ShiftedLogprobs,
+        Lie::OtherKernels,
     ];
 }
 
@@ -61,11 +64,29 @@ const SHIFT: f32 = 0.01;
 struct Known {
     policy: Policy,
     answerer: PolicyAnswerer,
+    /// With other kernels.
+    other: Option<PolicyAnswerer>,
+}
+
+/// How a worker answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conduct {
+    pub lie: Option<Lie>,
+    /// The class that it answers in.
+    pub class: NumericClass,
+}
+
+/// The kernels of a class, and those of the other.
+fn kernels(class: NumericClass) -> [KernelSet; 2] {
+    match class {
+        NumericClass::Int8Cpu => [KernelSet::Int8, KernelSet::Fused],
+        _ => [KernelSet::Fused, KernelSet::Int8],
+    }
 }
 
 /// A worker's model.
 pub struct Suspect {
-    lie: Option<Lie>,
+    conduct: Conduct,
     config: Config,
     engine: EngineConfig,
     task: Task,
@@ -79,14 +100,14 @@ pub struct Suspect {
 
 impl Suspect {
     pub fn new(
-        lie: Option<Lie>,
+        conduct: Conduct,
         config: Config,
         engine: EngineConfig,
         task: Task,
         ledger: Ledger,
     ) -> Self {
         Self {
-            lie,
+            conduct,
             config,
             engine,
             task,
@@ -95,6 +116,13 @@ impl Suspect {
             first_said: None,
             told: 0,
         }
+    }
+
+    async fn answerer(&self, kernels: KernelSet, held: &Held) -> PolicyAnswerer {
+        let (config, engine, task) = (self.config.clone(), self.engine.clone(), self.task.clone());
+        let mut answerer = PolicyAnswerer::new(config, kernels, Device::Cpu, engine, task);
+        answerer.adopt(&Arc::new(held.clone())).await.unwrap();
+        answerer
     }
 
     async fn honest(&mut self, leases: &[Lease]) -> Result<Vec<Vec<Rollout>>, AnswerError> {
@@ -207,6 +235,11 @@ impl Suspect {
                 });
                 shifted.collect()
             }
+            Lie::OtherKernels => {
+                let newest = self.known.last_mut().expect("weights are adopted first");
+                let other = newest.other.as_mut().expect("this liar has them");
+                other.answer(std::slice::from_ref(lease)).await?.remove(0)
+            }
         })
     }
 }
@@ -215,13 +248,18 @@ impl Suspect {
 impl BatchAnswerer for Suspect {
     async fn adopt(&mut self, held: &Held) -> Result<(), AnswerError> {
         let image = Image::parse(&self.config, &held.image).unwrap();
-        let policy =
-            Policy::from_image(&self.config, &image, KernelSet::Fused, &Device::Cpu).unwrap();
-        let (config, engine) = (self.config.clone(), self.engine.clone());
-        let (kernels, device, task) = (KernelSet::Fused, Device::Cpu, self.task.clone());
-        let mut answerer = PolicyAnswerer::new(config, kernels, device, engine, task);
-        answerer.adopt(&Arc::new(held.clone())).await?;
-        self.known.push(Known { policy, answerer });
+        let [own, other] = kernels(self.conduct.class);
+        let policy = Policy::from_image(&self.config, &image, own, &Device::Cpu).unwrap();
+        let answerer = self.answerer(own, held).await;
+        let other = match self.conduct.lie {
+            Some(Lie::OtherKernels) => Some(self.answerer(other, held).await),
+            _ => None,
+        };
+        self.known.push(Known {
+            policy,
+            answerer,
+            other,
+        });
         if self.known.len() > VERSIONS_KEPT + 1 {
             self.known.remove(1);
         }
@@ -232,7 +270,7 @@ impl BatchAnswerer for Suspect {
         let honest = self.honest(leases).await?;
         let mut told = Vec::with_capacity(honest.len());
         for (lease, honest) in leases.iter().zip(honest) {
-            let said = match self.lie {
+            let said = match self.conduct.lie {
                 None => honest.clone(),
                 Some(lie) => self.tell(lie, lease, honest.clone()).await?,
             };

@@ -44,7 +44,7 @@ use super::critic::{Deeds, Inflator, Making};
 use super::ledger::Ledger;
 use super::shelf::Shelf;
 use super::start::Start;
-use super::suspect::{Lie, Suspect};
+use super::suspect::{Conduct, Lie, Suspect};
 
 /// How long a test waits for what it expects before it says what is missing. Each takes a few seconds on a quiet machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -76,6 +76,8 @@ pub enum Weights {
 pub enum WorkerKind {
     Honest,
     Liar(Lie),
+    /// With int8 weights, honest or not.
+    Int8(Option<Lie>),
     /// Enrolled, and driven by the test.
     Absent,
 }
@@ -373,9 +375,10 @@ impl Running {
     }
 
     async fn start_worker(&mut self, number: usize, kind: WorkerKind) {
-        let lie = match kind {
-            WorkerKind::Honest => None,
-            WorkerKind::Liar(lie) => Some(lie),
+        let (lie, class) = match kind {
+            WorkerKind::Honest => (None, NumericClass::F32Cpu),
+            WorkerKind::Liar(lie) => (Some(lie), NumericClass::F32Cpu),
+            WorkerKind::Int8(lie) => (lie, NumericClass::Int8Cpu),
             WorkerKind::Absent => return,
         };
         let name = format!("worker-{}", number + 1);
@@ -390,13 +393,19 @@ impl Running {
             tokens_max: self.plan.config.sampling.tokens_max.get(),
             tokenizer: self.plan.start.model.tokenizer.clone(),
         };
-        let suspect = Suspect::new(lie, model, engine, task, self.ledger.clone());
+        let suspect = Suspect::new(
+            Conduct { lie, class },
+            model,
+            engine,
+            task,
+            self.ledger.clone(),
+        );
         let parts = WorkerParts {
             desk: self.desk(&name),
             clock: clock(),
             answerer: Box::new(InTurn::new(suspect, rollouts_max.get())),
             follower: self.follower(&name, Follow::Newest).await,
-            class: NumericClass::F32Cpu,
+            class,
         };
         let stop = self.shutdown.clone();
         self.spawn(&name, || async move {
@@ -431,7 +440,8 @@ impl Running {
         let model = &self.plan.start.model;
         let kept = self.plan.config.run.async_level as usize + VERSIONS_BEYOND;
         let (config, tokenizer) = (model.config.clone(), model.tokenizer.clone());
-        let scorer = PolicyScorer::new(config, KernelSet::Fused, Device::Cpu, tokenizer, kept);
+        let scorer = PolicyScorer::new(config, KernelSet::Fused, Device::Cpu, tokenizer, kept)
+            .for_classes(&self.plan.config.dispatch.classes);
         let parts = CriticParts {
             desk,
             scorer: Box::new(scorer),

@@ -201,6 +201,7 @@ fn train_rollouts(selected: &Selected<Group>) -> Vec<TrainRollout> {
                 rollout_logprobs: rollout.drawn().1,
                 advantage: *advantage,
                 version: candidate.version,
+                class: candidate.carried.class,
                 audited: candidate.audited,
             }
         })

@@ -1,6 +1,8 @@
 //! A lease: a ticket bound to one worker, one version and one seed. Signed by dispatch, so that a submission can be
 //! admitted by a dispatch that has restarted since and forgotten it.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::ticket::Ticket;
@@ -13,11 +15,40 @@ use crate::seed::{SeedBinding, lease_seed};
 /// Which arithmetic answered: answers of one class agree to rounding, answers of two classes only within thresholds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-#[allow(missing_docs)]
 pub enum NumericClass {
+    /// The published weights, computed in f32 on a processor.
     F32Cpu,
+    /// The same on a GPU.
     F32Cuda,
+    /// In bf16 on a GPU.
     Bf16Cuda,
+    /// The published weights with every matrix rounded to eight bits, computed in f32 on a processor. The rounding is
+    /// prescribed, so whoever holds the weights can compute in this class, whatever else it computes in.
+    Int8Cpu,
+}
+
+impl NumericClass {
+    /// Its name in messages and configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32Cpu => "f32-cpu",
+            Self::F32Cuda => "f32-cuda",
+            Self::Bf16Cuda => "bf16-cuda",
+            Self::Int8Cpu => "int8-cpu",
+        }
+    }
+}
+
+impl fmt::Display for NumericClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The names of some classes, for people.
+pub fn class_names(classes: &[NumericClass]) -> String {
+    let names: Vec<&str> = classes.iter().map(|class| class.name()).collect();
+    names.join(", ")
 }
 
 /// What a worker does with an answer that is not finished when new weights come.

@@ -573,3 +573,10 @@ pub fn descriptor() -> Descriptor {
         labels: BTreeMap::from([("task".to_owned(), "running sums".to_owned())]),
     }
 }
+
+pub fn descriptor_with_int8() -> Descriptor {
+    Descriptor {
+        classes: vec![NumericClass::F32Cpu, NumericClass::Int8Cpu],
+        ..descriptor()
+    }
+}

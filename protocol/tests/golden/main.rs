@@ -103,6 +103,7 @@ fn all_cases() -> Vec<Case> {
         case("batch", cases::batch()),
         case("version", cases::version()),
         case("descriptor", cases::descriptor()),
+        case("int8", cases::descriptor_with_int8()),
         case("peer", cases::peer()),
     ]);
     all
@@ -278,7 +279,9 @@ fn every_variant_of_what_is_said_is_among_the_golden_messages() {
     assert_all_variants::<FinishReason>(&finishes.collect::<Vec<_>>());
     let segments = rollouts.into_iter().flat_map(|rollout| rollout.segments);
     assert_all_variants::<Segment>(&segments.collect::<Vec<_>>());
-    assert_all_variants::<NumericClass>(&cases::descriptor().classes);
+    let descriptors = [cases::descriptor(), cases::descriptor_with_int8()];
+    let classes = descriptors.into_iter().flat_map(|d| d.classes);
+    assert_all_variants::<NumericClass>(&classes.collect::<Vec<_>>());
     let dtypes = cases::version().parameters.into_iter().map(|p| p.dtype);
     assert_all_variants::<Dtype>(&dtypes.collect::<Vec<_>>());
 }

@@ -15,11 +15,12 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use muster_policy::{
-    Device, EngineConfig, GenerationRequest, KernelSet, ModelFolder, Policy, Sampling, ScoreRow,
-    Threads, TokenCost, TrainRow, Yardstick, generate, gradients, score,
+    Device, EngineConfig, GenerationRequest, ModelFolder, Policy, Sampling, ScoreRow, Threads,
+    TokenCost, TrainRow, Yardstick, generate, gradients, score,
 };
 
 use super::shape::{Shape, Stored};
+use crate::commands::kernels::Kernels;
 use crate::machine::{CpuTime, load_average, memory_available, peak_memory};
 use crate::output::say;
 use crate::text::percent;
@@ -85,26 +86,6 @@ pub(super) struct PolicyArgs {
     /// Only write the shape's model
     #[arg(long)]
     write_only: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Kernels {
-    /// Weights as they are stored
-    Fused,
-    /// Weights rounded to eight bits
-    Int8,
-    /// Candle's operations
-    Candle,
-}
-
-impl Kernels {
-    fn set(self) -> KernelSet {
-        match self {
-            Self::Fused => KernelSet::Fused,
-            Self::Int8 => KernelSet::Int8,
-            Self::Candle => KernelSet::Candle,
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

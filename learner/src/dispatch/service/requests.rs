@@ -18,7 +18,7 @@ use muster_protocol::message::control::Phase;
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
 use muster_protocol::message::fate::Fate;
 use muster_protocol::message::group::Group;
-use muster_protocol::message::lease::{Lease, NumericClass};
+use muster_protocol::message::lease::{Lease, NumericClass, class_names};
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::verdict::{Decision, Verdict};
 use muster_protocol::message::version::VersionRef;
@@ -164,6 +164,11 @@ impl DispatchService {
     ) -> Result<Answer, DispatchError> {
         if self.control.phase == Phase::Finished {
             return Ok(Answer::Finished);
+        }
+        if let Some(classes) = self.core.refuses(class) {
+            let classes = class_names(classes);
+            let reason = format!("this run takes answers of class {classes}, not {class}");
+            return Ok(refused(reason));
         }
         let groups_max = (rollouts_max / self.descriptor.body.group_size.max(1)).max(1) as usize;
         let mut leases = Vec::new();
