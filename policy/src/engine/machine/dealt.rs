@@ -108,7 +108,7 @@ impl Machine for Dealt {
             };
             let parts = match weights.is_cached() {
                 true => self.writers.deal(feeds, self.threads.count().get()),
-                false => vec![0..feeds.len()],
+                false => std::iter::once(0..feeds.len()).collect(),
             };
             let mut outcomes: Vec<_> = parts.iter().map(|_| Ok(Vec::new())).collect();
             self.threads
@@ -138,7 +138,7 @@ impl Writers {
     fn deal(&mut self, feeds: &[Feed], threads: usize) -> Vec<Range<usize>> {
         let parts = cut(feeds, threads);
         if parts.len() > 1 && !self.apart(feeds, &parts) {
-            return vec![0..feeds.len()];
+            return std::iter::once(0..feeds.len()).collect();
         }
         parts
     }
@@ -244,10 +244,11 @@ mod tests {
         assert_eq!(writers.deal(&fine, 2).len(), 2);
         // One still writes what the others read.
         let reads = [feed(block - 2, 2, &[7]), sharing(2), sharing(3), sharing(4)];
-        assert_eq!(writers.deal(&reads, 2), [0..4]);
+        let whole: Vec<Range<usize>> = std::iter::once(0..4).collect();
+        assert_eq!(writers.deal(&reads, 2), whole);
         // Two write the same.
         let writes = [sharing(1), sharing(2), sharing(3), sharing(1)];
-        assert_eq!(writers.deal(&writes, 2), [0..4]);
+        assert_eq!(writers.deal(&writes, 2), whole);
         assert_eq!(writers.deal(&fine, 2).len(), 2, "nothing is remembered");
     }
 
