@@ -103,8 +103,24 @@ impl Bitmap {
 
     /// The shards in the set, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        (0..self.length).filter(|shard| self.contains(*shard))
+        self.bits.iter().copied().enumerate().flat_map(ones)
     }
+
+    /// The shards in both sets, ascending; `other` is a set over as many shards.
+    pub fn iter_both<'a>(&'a self, other: &'a Bitmap) -> impl Iterator<Item = u32> + 'a {
+        debug_assert_eq!(self.length, other.length, "sets over different objects");
+        let both = self.bits.iter().zip(&other.bits).map(|(a, b)| a & b);
+        both.enumerate().flat_map(ones)
+    }
+}
+
+/// The shards of one byte of a set.
+fn ones((place, mut byte): (usize, u8)) -> impl Iterator<Item = u32> {
+    std::iter::from_fn(move || {
+        let bit = (byte != 0).then(|| byte.trailing_zeros())?;
+        byte &= byte - 1;
+        Some(8 * place as u32 + bit)
+    })
 }
 
 #[cfg(test)]

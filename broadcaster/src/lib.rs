@@ -23,6 +23,7 @@ mod link;
 pub mod meter;
 mod node;
 pub mod object;
+pub mod overlay;
 pub mod plan;
 pub mod presence;
 pub mod rate;

@@ -79,12 +79,13 @@ impl Requests {
         Some(pending)
     }
 
-    /// Takes everything that this peer was asked out of flight.
-    pub(super) fn forget(&mut self, source: &PeerId) {
+    /// Takes everything that this peer was asked out of flight, and returns it.
+    pub(super) fn forget(&mut self, source: &PeerId) -> Vec<Pending> {
         let is_theirs = |pending: &Pending| pending.source == *source;
         let gone: Vec<Pending> = self.by_id.values().copied().filter(is_theirs).collect();
         self.by_id.retain(|_, pending| !is_theirs(pending));
         gone.iter().for_each(|pending| self.land(pending));
+        gone
     }
 
     fn land(&mut self, pending: &Pending) {

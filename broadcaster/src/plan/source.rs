@@ -6,6 +6,9 @@ use crate::wire::Chooser;
 /// How often a peer that lacks something is asked what it has by now: at once after news, ever less without.
 pub(super) const POLL_MS_MIN: u64 = 20;
 pub(super) const POLL_MS_MAX: u64 = 500;
+/// Without news each is asked about this often for each that is known, so that few are asked often: where a shard comes a
+/// long way, it is not to wait at each.
+pub(super) const POLL_MS_EACH: u64 = 8;
 /// Longest wait that a busy peer may ask for: beyond it the peer is of no use anyway.
 pub(super) const BUSY_MS_MAX: u64 = 30_000;
 

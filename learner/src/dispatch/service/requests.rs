@@ -8,6 +8,7 @@ use futures_util::future::join_all;
 use serde_bytes::ByteBuf;
 use tracing::{debug, info, warn};
 
+use muster_broadcaster::overlay::partners;
 use muster_protocol::bus::{BusError, Request};
 use muster_protocol::credentials::Member;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
@@ -420,10 +421,14 @@ impl DispatchService {
                 Err(error) => return refused(error),
             }
         }
-        let others = self.peers.iter().filter(|(peer, _)| **peer != member.peer);
-        let records = others
-            .take(PEERS_MAX)
-            .map(|(_, known)| ByteBuf::from(known.record.to_vec()));
+        let known: Vec<(&PeerId, &KnownPeer)> = self.peers.iter().collect();
+        let found = known.binary_search_by_key(&&member.peer, |(peer, _)| *peer);
+        // Who is not among them is told of the one that follows it, and of those that this one knows.
+        let place = found.unwrap_or_else(|next| next % known.len().max(1));
+        let next = found.is_err().then_some(place);
+        let others = next.into_iter().chain(partners(known.len(), place));
+        let records = others.take(PEERS_MAX).filter_map(|other| known.get(other));
+        let records = records.map(|(_, known)| ByteBuf::from(known.record.to_vec()));
         Answer::Peers(records.collect())
     }
 
