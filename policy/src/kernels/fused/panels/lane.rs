@@ -197,23 +197,33 @@ impl<const C: usize> Lane for Quantised<C> {
     }
 }
 
-vectorised! {
-pub(super) fn widen_wide(panel: &[Quantised<WIDE>], widened: &mut Vec<Full<WIDE>>) {
-    widened.clear();
-    for lane in panel {
-        widened.extend(lane.steps.iter().map(|steps| lane.widened(steps)));
+/// Room for so many lanes, of unspecified value.
+fn room<const C: usize>(widened: &mut Vec<Full<C>>, lanes: usize) -> &mut [Full<C>] {
+    if widened.len() < lanes {
+        widened.resize(lanes, Full([0.0; C]));
     }
-}
+    &mut widened[..lanes]
 }
 
-vectorised! {
-pub(super) fn widen_narrow(panel: &[Quantised<NARROW>], widened: &mut Vec<Full<NARROW>>) {
-    widened.clear();
-    for lane in panel {
-        widened.extend(lane.steps.iter().map(|steps| lane.widened(steps)));
-    }
+/// Defines what widens a whole panel: loops and no iterators with a body of their own, which the compiler might not make
+/// part of the function that has the wide vectors.
+macro_rules! widen {
+    ($name:ident, $columns:ident) => {
+        vectorised! {
+        pub(super) fn $name(panel: &[Quantised<$columns>], widened: &mut Vec<Full<$columns>>) {
+            let widened = room(widened, panel.len() * TOGETHER);
+            for (to, lane) in widened.chunks_exact_mut(TOGETHER).zip(panel) {
+                for (to, steps) in to.iter_mut().zip(&lane.steps) {
+                    *to = lane.widened(steps);
+                }
+            }
+        }
+        }
+    };
 }
-}
+
+widen!(widen_wide, WIDE);
+widen!(widen_narrow, NARROW);
 
 impl<const C: usize> Quantised<C> {
     #[inline(always)]
