@@ -345,17 +345,37 @@ fn half_narrow(tile: &Tile<'_, '_, Half<{ NARROW / 2 }>>) {
 }
 
 fn quantised_wide(tile: &Tile<'_, '_, Quantised<WIDE>>) {
-    WIDENED.with_borrow_mut(|(widened, _)| {
-        widen_wide(tile.panel, widened);
-        full_wide(&tile.with_panel(&widened[..tile.product.inputs]));
-    });
+    if tile.rows.len() > ROWS_WIDENING {
+        return WIDENED.with_borrow_mut(|(widened, _)| {
+            widen_wide(tile.panel, widened);
+            full_wide(&tile.with_panel(&widened[..tile.product.inputs]));
+        });
+    }
+    for (row, height) in pieces(tile.rows.clone(), &[8, 4, 2, 1]) {
+        match height {
+            8 => quantised_wide_8(tile, row),
+            4 => quantised_wide_4(tile, row),
+            2 => quantised_wide_2(tile, row),
+            _ => quantised_wide_1(tile, row),
+        }
+    }
 }
 
 fn quantised_narrow(tile: &Tile<'_, '_, Quantised<NARROW>>) {
-    WIDENED.with_borrow_mut(|(_, widened)| {
-        widen_narrow(tile.panel, widened);
-        full_narrow(&tile.with_panel(&widened[..tile.product.inputs]));
-    });
+    if tile.rows.len() > ROWS_WIDENING {
+        return WIDENED.with_borrow_mut(|(_, widened)| {
+            widen_narrow(tile.panel, widened);
+            full_narrow(&tile.with_panel(&widened[..tile.product.inputs]));
+        });
+    }
+    for (row, height) in pieces(tile.rows.clone(), &[6, 4, 2, 1]) {
+        match height {
+            6 => quantised_narrow_6(tile, row),
+            4 => quantised_narrow_4(tile, row),
+            2 => quantised_narrow_2(tile, row),
+            _ => quantised_narrow_1(tile, row),
+        }
+    }
 }
 
 /// Defines the product of a few rows, one name triple each, with a panel.
@@ -413,6 +433,48 @@ few_rows!(half_narrow_2, Half<{ NARROW / 2 }>, NARROW: x0 s0 0, x1 s1 1);
 few_rows!(half_narrow_4, Half<{ NARROW / 2 }>, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
 few_rows!(
     half_narrow_6, Half<{ NARROW / 2 }>, NARROW:
+    x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5
+);
+
+/// The same with panels whose lanes hold several inputs: each weight is widened as a whole panel is, to the same bits.
+macro_rules! few_rows_quantised {
+    ($name:ident, $columns:ident: $($x:ident $sums:ident $offset:literal),+) => {
+        vectorised! {
+        fn $name(tile: &Tile<'_, '_, Quantised<$columns>>, row: usize) {
+            const COLUMNS: usize = $columns;
+            let inputs = tile.product.inputs;
+            $(let mut $sums = [0.0f32; COLUMNS];)+
+            for (first, lane) in (0..inputs).step_by(TOGETHER).zip(tile.panel) {
+                let count = TOGETHER.min(inputs - first);
+                $(let $x = &tile.x(row + $offset)[first..first + count];)+
+                for (input, steps) in lane.steps[..count].iter().enumerate() {
+                    let Full(weights) = lane.widened(steps);
+                    $(
+                        let scale = $x[input];
+                        for column in 0..COLUMNS {
+                            $sums[column] = multiply_add::<FMA>(scale, weights[column], $sums[column]);
+                        }
+                    )+
+                }
+            }
+            $(tile.write(row + $offset, &$sums);)+
+        }
+        }
+    };
+}
+
+few_rows_quantised!(quantised_wide_1, WIDE: x0 s0 0);
+few_rows_quantised!(quantised_wide_2, WIDE: x0 s0 0, x1 s1 1);
+few_rows_quantised!(quantised_wide_4, WIDE: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows_quantised!(
+    quantised_wide_8, WIDE:
+    x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5, x6 s6 6, x7 s7 7
+);
+few_rows_quantised!(quantised_narrow_1, NARROW: x0 s0 0);
+few_rows_quantised!(quantised_narrow_2, NARROW: x0 s0 0, x1 s1 1);
+few_rows_quantised!(quantised_narrow_4, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows_quantised!(
+    quantised_narrow_6, NARROW:
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5
 );
 

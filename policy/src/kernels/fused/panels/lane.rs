@@ -163,7 +163,7 @@ impl<const H: usize> Half<H> {
 #[repr(align(64))]
 pub(super) struct Quantised<const C: usize> {
     scales: [f32; C],
-    steps: [[i8; C]; TOGETHER],
+    pub(super) steps: [[i8; C]; TOGETHER],
 }
 
 impl<const C: usize> Lane for Quantised<C> {
