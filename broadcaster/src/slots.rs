@@ -131,12 +131,12 @@ mod tests {
     async fn shards_leave_two_at_a_time() {
         let slots = Slots::default();
         let begun = Instant::now();
-        let four = futures(&slots, 100);
+        let four = four_sends(&slots, 100);
         four.await;
         assert_eq!(begun.elapsed().as_millis(), 200);
     }
 
-    async fn futures(slots: &Slots, ms: u64) {
+    async fn four_sends(slots: &Slots, ms: u64) {
         tokio::join!(
             sends_in(slots, ms),
             sends_in(slots, ms),

@@ -149,7 +149,7 @@ pub(crate) fn forward(
             for row in rows {
                 let tokens = &qkv[columns(row.own(), heads.width())];
                 // Safety: rows that are computed on other threads meanwhile use none of the blocks that these rows write
-                // (`Dealt` in `engine/machine.rs` deals them so).
+                // (`engine/machine/dealt.rs` deals them so).
                 unsafe { layer.store(heads, tokens, row.position, &tables[row.slot]) };
             }
             Earlier::Cached(layer, tables)
