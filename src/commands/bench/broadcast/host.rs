@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::machine::peak_memory;
 use crate::output::say;
 
 /// The file that tells every host about the race.
@@ -124,7 +125,7 @@ pub(in crate::commands::bench) async fn run(args: HostArgs) -> Result<()> {
         sent_bytes: total.bytes_up,
         twice_bytes: total.bytes_twice,
         cpu_seconds: cpu_seconds()?,
-        memory_peak_bytes: memory_peak_bytes()?,
+        memory_peak_bytes: peak_memory().context("no VmHWM in /proc/self/status")?,
     };
     say(&serde_json::to_string(&counted)?)?;
     shutdown.cancel();
@@ -157,15 +158,4 @@ fn cpu_seconds() -> Result<f64> {
 fn thread_nanoseconds(task: &Path) -> Option<f64> {
     let line = std::fs::read_to_string(task.join("schedstat")).ok()?;
     line.split(' ').next()?.parse().ok()
-}
-
-/// Most memory that this process ever held.
-fn memory_peak_bytes() -> Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().nth(1));
-    Ok(1_024
-        * kilobytes
-            .context("no VmHWM in /proc/self/status")?
-            .parse::<u64>()?)
 }
