@@ -24,6 +24,17 @@ use rand_distr::{Distribution, LogNormal};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Small pages, as `muster` asks for.
+#[cfg(target_os = "linux")]
+fn small_pages() -> nix::Result<()> {
+    nix::sys::prctl::set_thp_disable(true)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn small_pages() -> nix::Result<()> {
+    Ok(())
+}
+
 const SLOTS: usize = 64;
 const GROUP: usize = 8;
 
@@ -41,6 +52,7 @@ const LARGE: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama
 const LARGE_KV: u64 = 192 << 20;
 
 fn main() -> Result<(), Box<dyn Error>> {
+    small_pages()?;
     if let Some(folder) = std::env::args().nth(1) {
         return peak(folder.as_ref());
     }
