@@ -30,6 +30,9 @@ enum What {
     /// One host of `bench broadcast`
     #[command(hide = true)]
     BroadcastHost(broadcast::host::HostArgs),
+    /// The path between the hosts of `bench broadcast`
+    #[command(hide = true)]
+    BroadcastPath(broadcast::path::PathArgs),
 }
 
 /// Measures.
@@ -38,6 +41,9 @@ pub async fn run(args: BenchArgs) -> Result<()> {
         What::Quickstart(args) => quickstart::run(args).await,
         What::Broadcast(args) => broadcast::run(args).await,
         What::BroadcastHost(args) => broadcast::host::run(args).await,
+        What::BroadcastPath(args) => {
+            tokio::task::spawn_blocking(move || broadcast::path::run(&args)).await?
+        }
         What::Codec(args) => tokio::task::spawn_blocking(move || codec::run(&args)).await?,
         What::Policy(args) => tokio::task::spawn_blocking(move || policy::run(&args)).await?,
     }

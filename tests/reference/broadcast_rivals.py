@@ -12,6 +12,7 @@ import http.server
 import json
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -110,6 +111,8 @@ def libtorrent():
     params = lt.add_torrent_params()
     params.ti = info
     params.save_path = FOLDER if HOST == 0 else os.path.join(FOLDER, f"host-{HOST}")
+    if HOST > 0:  # what an earlier run fetched
+        shutil.rmtree(params.save_path, ignore_errors=True)
     params.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
     if HOST == 0:
         params.flags |= lt.torrent_flags.super_seeding | lt.torrent_flags.seed_mode

@@ -1,12 +1,13 @@
 //! `muster bench broadcast`: how long one object takes from one host to many over home links, beside the physical bound.
 //!
 //! Each host is a network namespace with a link of its own ([`net`]), and runs the swarm as it is shipped ([`host`]), or a
-//! rival (a script: an HTTP star, libtorrent). The bound is the fluid limit of the links,
-//! T* = max(S/u_s, S/d_min, N·S/(u_s + Σu)), with S the object's bytes, u_s the seeder's uplink, u and d the peers' up- and
-//! downlinks. It counts the object alone: headers of Ethernet, IP and TCP take 1514/1448 of it.
+//! rival (a script: an HTTP star, libtorrent), over a [`path`] that may be long and lose packets. The bound is the fluid
+//! limit of the links, T* = max(S/u_s, S/d_min, N·S/(u_s + Σu)), with S the object's bytes, u_s the seeder's uplink, u and d
+//! the peers' up- and downlinks. It counts the object alone: headers of Ethernet, IP and TCP take 1514/1448 of it.
 
 pub(super) mod host;
 mod net;
+pub(super) mod path;
 mod race;
 
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -17,7 +18,8 @@ use clap::{Args, ValueEnum};
 use muster_broadcaster::uploads::Sharing;
 use serde::Serialize;
 
-use self::net::{HOSTS_MAX, Link, Net};
+use self::net::{Between, HOSTS_MAX, Link, Net};
+use self::path::Path;
 use self::race::{Finish, Race, median};
 use crate::machine::load_average;
 use crate::output::say;
@@ -40,6 +42,12 @@ pub(super) struct BroadcastArgs {
     /// Uplink of the host that has it, Mbit/s; that of the peers by default
     #[arg(long, value_name = "MBIT")]
     seeder_up: Option<NonZeroU64>,
+    /// Time from any host to another and back, besides what waiting for links takes, ms
+    #[arg(long, value_name = "MS", default_value = "0")]
+    round_trip: f64,
+    /// Packets that are lost on their way, percent
+    #[arg(long, value_name = "P", default_value = "0")]
+    loss: f64,
     /// Size of the object, bytes
     #[arg(long, value_name = "B", default_value = "67108864")]
     bytes: NonZeroU64,
@@ -104,10 +112,26 @@ pub(super) async fn run(args: BroadcastArgs) -> Result<()> {
         hosts <= HOSTS_MAX,
         "{hosts} hosts are more than the {HOSTS_MAX} that one machine is asked to play: lower --peers"
     );
+    ensure!(
+        (0.0..=10_000.0).contains(&args.round_trip) && (0.0..=50.0).contains(&args.loss),
+        "a path of {} ms and {} % loss is not one: --round-trip takes 0 to 10000, --loss 0 to 50",
+        args.round_trip,
+        args.loss
+    );
     let (peer, seeder) = links(&args);
     let mut shapes = vec![peer; hosts];
     shapes[0] = seeder;
-    let net = Net::build(&shapes)?;
+    let is_far = args.round_trip > 0.0 || args.loss > 0.0;
+    let between = if is_far {
+        Between::Path
+    } else {
+        Between::Bridge
+    };
+    let net = Net::build(&shapes, between)?;
+    let _path = match between {
+        Between::Bridge => None,
+        Between::Path => Some(Path::start(&net, hosts, args.round_trip / 2.0, args.loss).await?),
+    };
     let bound = bound_seconds(&args);
     if !args.json {
         say(&format!(

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Most hosts: what the addresses below allow is far more than what a machine can play.
-pub(super) const HOSTS_MAX: usize = 1_024;
+pub(super) const HOSTS_MAX: usize = 256;
 /// Longest time that a packet may wait at a full link before it is dropped, as a home router does.
 const QUEUE_MS: u64 = 50;
 /// Least bytes that a filter lets through at once: a few segments as the system hands them over.
@@ -21,6 +21,15 @@ pub(super) struct Link {
     pub(super) down_mbit: u64,
 }
 
+/// What carries frames from port to port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Between {
+    /// The kernel, at once.
+    Bridge,
+    /// Nothing yet: somebody takes them from the ports and puts them there.
+    Path,
+}
+
 /// The hosts.
 #[derive(Debug)]
 pub(super) struct Net {
@@ -30,7 +39,7 @@ pub(super) struct Net {
 
 impl Net {
     /// Builds a host for each link.
-    pub(super) fn build(links: &[Link]) -> Result<Self> {
+    pub(super) fn build(links: &[Link], between: Between) -> Result<Self> {
         let net = Self {
             prefix: format!("muster-{}", std::process::id()),
             hosts: links.len(),
@@ -48,23 +57,39 @@ impl Net {
         ];
         for host in 0..links.len() {
             let namespace = net.namespace(host);
+            let physical = physical(host);
+            let master = match between {
+                Between::Bridge => " master hub",
+                Between::Path => "",
+            };
+            let port = port(host);
             bridge.extend([
-                format!("link add port{host} type veth peer name up0 netns {namespace}"),
-                format!("link set port{host} master hub up"),
+                format!("link add {port} type veth peer name up0 address {physical} netns {namespace}"),
+                format!("link set {port}{master} up"),
             ]);
         }
         batch("ip", &switch, &bridge)?;
         let down = links.iter().enumerate();
-        let down = down.map(|(host, link)| shape(&format!("port{host}"), link.down_mbit));
+        let down = down.map(|(host, link)| shape(&port(host), link.down_mbit));
         batch("tc", &switch, &down.collect::<Vec<_>>())?;
         for (host, link) in links.iter().enumerate() {
             let namespace = net.namespace(host);
             let address = net.address(host);
-            let up = [
+            let mut up = vec![
                 format!("addr add {address}/16 dev up0"),
                 "link set up0 up".to_owned(),
                 "link set lo up".to_owned(),
             ];
+            if between == Between::Path {
+                // Frames as they would be on a wire, since that is what is delayed and lost.
+                up.push("link set up0 gso_max_segs 1".to_owned());
+            }
+            // Asked for on the links, neighbours of many hosts are more than the system's table takes.
+            let others = (0..links.len()).filter(|other| *other != host);
+            up.extend(others.map(|other| {
+                let (address, physical) = (net.address(other), physical(other));
+                format!("neigh add {address} lladdr {physical} dev up0 nud permanent")
+            }));
             batch("ip", &namespace, &up)?;
             batch("tc", &namespace, &[shape("up0", link.up_mbit)])?;
         }
@@ -82,7 +107,8 @@ impl Net {
         format!("{}-{host}", self.prefix)
     }
 
-    fn switch(&self) -> String {
+    /// The name of the namespace in which all [`port`]s are.
+    pub(super) fn switch(&self) -> String {
         format!("{}-hub", self.prefix)
     }
 }
@@ -95,6 +121,25 @@ impl Drop for Net {
                 tracing::debug!(%error, "a namespace was not removed");
             }
         }
+    }
+}
+
+/// The end of a host's link that is not in the host.
+pub(super) fn port(host: usize) -> String {
+    format!("port{host}")
+}
+
+/// The physical address of a host.
+fn physical(host: usize) -> String {
+    let [.., high, low] = host.to_be_bytes();
+    format!("02:00:00:00:{high:02x}:{low:02x}")
+}
+
+/// The host that a frame is for.
+pub(super) fn destination(frame: &[u8]) -> Option<usize> {
+    match frame.get(..6)? {
+        [2, 0, 0, 0, high, low] => Some(usize::from(u16::from_be_bytes([*high, *low]))),
+        _ => None,
     }
 }
 
