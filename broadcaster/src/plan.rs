@@ -18,7 +18,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
 use self::requests::{Asked, Pending, Requests};
-use self::source::{BUSY_MS_MAX, CHOOSER_MS_MAX, POLL_MS_EACH, POLL_MS_MAX, POLL_MS_MIN, Source};
+use self::source::{
+    BUSY_MS_MAX, CHOOSER_MS_MAX, POLL_MS_EACH, POLL_MS_MAX, POLL_MS_MAX_WITH_NEWS, POLL_MS_MIN,
+    Source,
+};
 use crate::bitmap::Bitmap;
 use crate::wire::{Chooser, RequestId};
 
@@ -28,9 +31,10 @@ pub use exchange::{Action, Answer, Ask, Fault, Hope, ShardVerdict};
 const WINDOW_MIN: usize = 1;
 /// Shards asked of a proven peer at once: hides a round trip without letting one peer hold many shards back.
 const WINDOW_MAX: usize = 8;
-/// Shards asked of all peers at once, those that are overdue left out. Each waits as long in their queues as all peers ask for more than this, and was chosen by
-/// what was rare before; with fewer, some uplinks have nothing to do. Simulated, last peer in times of the bound: 16 peers
-/// that know one another, 8: 1.57, 12: 1.07, 16: 1.05, 24 and at least 2 each: 1.09; 1,000 that know 8: 12: 1.16, 16: 1.23.
+/// Shards asked of all peers at once, those that are overdue left out. Each waits as long in their queues as all peers ask
+/// for more than this, and was chosen by what was rare before; with fewer, some uplinks have nothing to do. Simulated, last
+/// peer in times of the bound: 16 peers that know one another, 8: 1.57, 12: 1.07, 16: 1.05, 24 and at least 2 each: 1.09;
+/// 1,000 that know 8: 12: 1.16, 16: 1.23.
 const WINDOWS_SUM: usize = 12;
 /// Bytes of shards asked for at once, of all peers: what a fetch may hold in memory beyond its object.
 const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
@@ -526,7 +530,7 @@ impl Plan {
             self.news_at_ms = now_ms;
         }
         source.poll_ms = if has_news {
-            (shard_ms * peers).clamp(POLL_MS_MIN, POLL_MS_MAX)
+            (shard_ms * peers).clamp(POLL_MS_MIN, POLL_MS_MAX_WITH_NEWS)
         } else {
             let longest_ms = (POLL_MS_EACH * peers).clamp(POLL_MS_MIN, POLL_MS_MAX);
             (2 * source.poll_ms).min(longest_ms)

@@ -64,7 +64,9 @@ impl Net {
             };
             let port = port(host);
             bridge.extend([
-                format!("link add {port} type veth peer name up0 address {physical} netns {namespace}"),
+                format!(
+                    "link add {port} type veth peer name up0 address {physical} netns {namespace}"
+                ),
                 format!("link set {port}{master} up"),
             ]);
         }
