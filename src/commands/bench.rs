@@ -1,5 +1,6 @@
 //! `muster bench`: what is measured, one file each.
 
+mod adoption;
 mod broadcast;
 mod codec;
 mod figures;
@@ -27,6 +28,8 @@ enum What {
     Codec(codec::CodecArgs),
     /// Weights to many hosts over home links: time against the physical bound, beside an HTTP star and BitTorrent
     Broadcast(broadcast::BroadcastArgs),
+    /// New weights to a worker that goes on answering: its tokens per second meanwhile, and the longest pause
+    Adoption(adoption::AdoptionArgs),
     /// One host of `bench broadcast`
     #[command(hide = true)]
     BroadcastHost(broadcast::host::HostArgs),
@@ -39,6 +42,7 @@ enum What {
 pub async fn run(args: BenchArgs) -> Result<()> {
     match args.what {
         What::Quickstart(args) => quickstart::run(args).await,
+        What::Adoption(args) => adoption::run(args).await,
         What::Broadcast(args) => broadcast::run(args).await,
         What::BroadcastHost(args) => broadcast::host::run(args).await,
         What::BroadcastPath(args) => {

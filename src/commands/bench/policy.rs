@@ -5,7 +5,7 @@
 //! all of them alike. Prompts differ from row to row, since equal ones are read once.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -172,7 +172,14 @@ struct Figure {
 pub(super) fn run(args: &PolicyArgs) -> Result<()> {
     let folder = match &args.model {
         Some(folder) => folder.clone(),
-        None => known(args)?,
+        None if args.write_only => {
+            let folder = args.shape.folder(args.storage, &args.dir);
+            if !folder.join("model.safetensors").try_exists()? {
+                args.shape.write(args.storage, &folder)?;
+            }
+            folder
+        }
+        None => known(args.shape, args.storage, &args.dir)?,
     };
     if args.write_only {
         return say(&folder.display().to_string());
@@ -187,25 +194,21 @@ pub(super) fn run(args: &PolicyArgs) -> Result<()> {
 
 /// The folder of a known shape, written if it is not there. Another process writes it, so that the optimizer which random
 /// weights come from does not count as memory of this one.
-fn known(args: &PolicyArgs) -> Result<PathBuf> {
-    let folder = args.shape.folder(args.storage, &args.dir);
+pub(super) fn known(shape: Shape, storage: Stored, models: &Path) -> Result<PathBuf> {
+    let folder = shape.folder(storage, models);
     if folder.join("model.safetensors").try_exists()? {
-        return Ok(folder);
-    }
-    if args.write_only {
-        args.shape.write(args.storage, &folder)?;
         return Ok(folder);
     }
     let mut command = Command::new(program()?);
     command.args(["bench", "policy", "--write-only"]);
     for (flag, value) in [
-        ("--shape", args.shape.to_possible_value()),
-        ("--storage", args.storage.to_possible_value()),
+        ("--shape", shape.to_possible_value()),
+        ("--storage", storage.to_possible_value()),
     ] {
         let value = value.context("a choice of the command line has a name")?;
         command.arg(flag).arg(value.get_name());
     }
-    command.arg("--dir").arg(&args.dir).stdout(Stdio::null());
+    command.arg("--dir").arg(models).stdout(Stdio::null());
     let status = command.status().context("this program cannot be started")?;
     if !status.success() {
         bail!("the model was not written: {status}");
