@@ -83,7 +83,7 @@ pub(crate) fn peak_memory() -> Option<u64> {
 pub(crate) fn small_pages() {
     // A kernel that does not know the request costs memory, nothing else.
     #[cfg(target_os = "linux")]
-    let _ = set_thp_disable(true);
+    set_thp_disable(true).ok();
 }
 
 /// A socket that takes every frame that reaches the network device `device` and sends whole ones from it. Each is behind the

@@ -120,7 +120,8 @@ pub(in crate::commands::bench) fn run(args: &PathArgs) -> Result<()> {
             }
         }
         let now = Instant::now();
-        while let Some(frame) = flying.pop_front_if(|frame| frame.due <= now) {
+        let due = flying.partition_point(|frame| frame.due <= now);
+        for frame in flying.drain(..due) {
             moved += 1;
             give(&links[frame.to], &frame.bytes)?;
             spare.push(frame.bytes);
