@@ -3,7 +3,7 @@
 //! * [`state`] says what a version's root covers; [`object`] cuts bytes in shards; [`store`] keeps them.
 //! * [`codec`] makes and applies lossless deltas between versions; pure.
 //! * [`plan`] and [`uploads`] decide who asks whom for what, and who is sent what; both are pure. [`rate`] caps uploads.
-//! * [`wire`] and [`connection`] are what peers say, and how they prove who they are.
+//! * [`wire`] and [`connection`] are what peers say, and how they prove who they are; `transport` carries it.
 //! * [`route`] decides by which objects a state is reached with the fewest bytes; pure.
 //! * [`adopt`] takes over one version: open, fetch, apply, check. [`follower`] follows a run, version after version.
 //! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts. [`survey`] asks who holds what.
@@ -36,6 +36,7 @@ pub mod state;
 pub mod store;
 pub mod survey;
 pub mod swarm;
+mod transport;
 pub mod uploads;
 pub mod wire;
 

@@ -4,26 +4,20 @@
 //! Decides nothing. Ends when either side of the connection does, and says why.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use muster_protocol::id::{ObjectId, PeerId};
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::Object;
-use tokio::io::AsyncWrite;
-use tokio::net::TcpStream;
-use tokio::net::tcp::OwnedReadHalf;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
 
-use crate::connection::{ConnectionError, Side, handshake, misplaced, read_frame, write_message};
+use crate::connection::{ConnectionError, misplaced, read_frame, write_message};
 use crate::meter::Moved;
 use crate::node::Node;
 use crate::plan::{Answer, ShardVerdict};
 use crate::store::{Inserted, StoreError};
+use crate::transport::{Connection, DialError, Reader, Writer};
 use crate::wire::{Frame, MESSAGE_BYTES_MAX, Message, SHARD_PREFIX_BYTES};
 
-/// How long one address may take to answer: beyond it another peer is the better choice.
-const CONNECT: Duration = Duration::from_secs(3);
 /// Requests waiting to be written: more than a plan ever has in flight with one peer.
 pub(crate) const ASKS_MAX: usize = 16;
 
@@ -50,10 +44,8 @@ pub(crate) enum LinkEvent {
 /// Why a peer could not be reached, or not any longer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LinkError {
-    #[error("has no address")]
-    NoAddress,
-    #[error("{address} does not answer ({reason})")]
-    Unreachable { address: String, reason: String },
+    #[error("{0}")]
+    Dial(#[from] DialError),
     #[error("{0}")]
     Connection(#[from] ConnectionError),
     #[error("closed the connection")]
@@ -81,11 +73,13 @@ impl Link {
     }
 
     async fn connect_and_talk(&self) -> Result<(), LinkError> {
-        let mut stream = self.dial().await?;
-        let expected = self.record.handshake;
-        let source =
-            handshake(&mut stream, &self.node.identity, Side::Dialler { expected }).await?;
-        let (reader, writer) = stream.into_split();
+        let node = &self.node;
+        let dialled = node.transports.dial(&self.record, &node.identity).await?;
+        let Connection {
+            peer: source,
+            reader,
+            writer,
+        } = dialled;
         let (asks, requests) = mpsc::channel(ASKS_MAX);
         self.report(LinkEvent::Up { source, asks }).await;
         // Neither half is started anew, so that a half that loses the race loses nothing that matters.
@@ -95,30 +89,7 @@ impl Link {
         }
     }
 
-    async fn dial(&self) -> Result<TcpStream, LinkError> {
-        let mut failure = LinkError::NoAddress;
-        for address in &self.record.addresses {
-            let reason = match timeout(CONNECT, TcpStream::connect(address.as_str())).await {
-                Ok(Ok(stream)) => {
-                    stream.set_nodelay(true).map_err(ConnectionError::Io)?;
-                    return Ok(stream);
-                }
-                Ok(Err(error)) => error.to_string(),
-                Err(_) => format!("no answer within {} s", CONNECT.as_secs()),
-            };
-            failure = LinkError::Unreachable {
-                address: address.clone(),
-                reason,
-            };
-        }
-        Err(failure)
-    }
-
-    async fn read_answers(
-        &self,
-        mut reader: OwnedReadHalf,
-        source: PeerId,
-    ) -> Result<(), LinkError> {
+    async fn read_answers(&self, mut reader: Reader, source: PeerId) -> Result<(), LinkError> {
         let shard_frame = self.object.shard_bytes as usize + SHARD_PREFIX_BYTES;
         let frame_bytes_max = shard_frame.max(MESSAGE_BYTES_MAX);
         loop {
@@ -188,7 +159,7 @@ impl Link {
 }
 
 async fn write_requests(
-    mut writer: impl AsyncWrite + Unpin,
+    mut writer: Writer,
     mut requests: mpsc::Receiver<Message>,
 ) -> Result<(), LinkError> {
     while let Some(message) = requests.recv().await {

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::meter::Meter;
 use crate::rate::TokenBucket;
 use crate::store::{Inserted, Store, StoreError};
+use crate::transport::Transports;
 use crate::uploads::Uploads;
 
 /// Hashing more than this takes longer than a task should keep a thread of the runtime (BLAKE3: about 4 GB/s).
@@ -31,6 +32,7 @@ pub(crate) struct Node {
     pub(crate) identity: Identity,
     pub(crate) clock: SharedClock,
     pub(crate) store: Arc<Store>,
+    pub(crate) transports: Transports,
     pub(crate) meter: Meter,
     pub(crate) book: watch::Sender<Book>,
     pub(crate) shutdown: CancellationToken,
@@ -52,6 +54,7 @@ pub(crate) struct Parts {
     pub(crate) identity: Identity,
     pub(crate) clock: SharedClock,
     pub(crate) store: Store,
+    pub(crate) transports: Transports,
     pub(crate) uploads: Uploads,
     pub(crate) upload_bytes_per_second: Option<std::num::NonZeroU64>,
     pub(crate) stall_ms: u64,
@@ -65,6 +68,7 @@ impl Node {
             identity: parts.identity,
             clock: parts.clock,
             store: Arc::new(parts.store),
+            transports: parts.transports,
             meter: Meter::default(),
             book: watch::Sender::new(Book::new()),
             shutdown: parts.shutdown,

@@ -11,24 +11,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use muster_protocol::id::{ObjectId, PeerId};
-use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use crate::bitmap::Bitmap;
-use crate::connection::{
-    ConnectionError, Side, handshake, misplaced, read_frame, write_message, write_shard,
-};
+use crate::connection::{ConnectionError, Side, misplaced, read_frame, write_message, write_shard};
 use crate::meter::Moved;
 use crate::node::Node;
 use crate::object::shard_count;
 use crate::rate::PIECE_BYTES;
 use crate::seats::{CONNECTIONS_PER_PEER_MAX, Seat, Seats};
 use crate::slots::{Slot, Slots};
+use crate::transport::{Arrival, Connection, Reader, Transport, Writer};
 use crate::uploads::{Decision, Outcome, Wanted};
 use crate::wire::{self, Chooser, Frame, MESSAGE_BYTES_MAX, Message, Refusal, RequestId};
 
@@ -40,10 +36,6 @@ const WRITE: Duration = Duration::from_secs(10);
 const BYTES_PER_MS_MIN: u64 = 16;
 /// Requests of one connection waiting for their answers, of each kind; whoever asks more waits in its own socket.
 const REQUESTS_MAX: usize = 32;
-/// Bytes that the system may hold of a connection and has not sent yet: a few milliseconds of a home link.
-const UNSENT_BYTES_MAX: u32 = 32 << 10;
-/// Congestion control that does not take a lost packet for a full link, where the system has it.
-const CONGESTION: &[u8] = b"bbr";
 /// How long to wait when the system has no socket left, before trying again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -66,17 +58,17 @@ impl Server {
         }
     }
 
-    /// Accepts peers until the shutdown; each is served by a task of its own on `tracker`.
-    pub(crate) async fn run(self: Arc<Self>, listener: TcpListener, tracker: TaskTracker) {
+    /// Accepts the peers that come by one way until the shutdown; each is served by a task of its own on `tracker`.
+    pub(crate) async fn run(self: Arc<Self>, way: Arc<dyn Transport>, tracker: TaskTracker) {
         let shutdown = self.node.shutdown.clone();
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                accepted = listener.accept() => accepted,
+                accepted = way.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => self.admit(stream, &tracker),
+                Ok(arrival) => self.admit(arrival, &tracker),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a peer");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -85,10 +77,10 @@ impl Server {
         }
     }
 
-    fn admit(self: &Arc<Self>, stream: TcpStream, tracker: &TaskTracker) {
+    fn admit(self: &Arc<Self>, arrival: Box<dyn Arrival>, tracker: &TaskTracker) {
         let Ok(place) = Arc::clone(&self.seats.places).try_acquire_owned() else {
             self.node.meter.connection_refused();
-            return turn_away(&stream, self.seats.connections_max);
+            return turn_away(arrival, self.seats.connections_max);
         };
         let server = Arc::clone(self);
         tracker.spawn(async move {
@@ -96,7 +88,7 @@ impl Server {
             let served = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => Ok(()),
-                served = server.serve(stream, place) => served,
+                served = server.serve(arrival, place) => served,
             };
             if let Err(error) = served {
                 server.node.meter.connection_refused();
@@ -107,27 +99,27 @@ impl Server {
 
     async fn serve(
         &self,
-        mut stream: TcpStream,
+        arrival: Box<dyn Arrival>,
         place: OwnedSemaphorePermit,
     ) -> Result<(), ConnectionError> {
-        stream.set_nodelay(true)?;
-        tune(&stream);
-        let peer = handshake(&mut stream, &self.node.identity, Side::Acceptor).await?;
-        let refusal = match Seats::take(&self.seats, peer, place) {
-            _ if self.node.meter.is_banned(&peer) => Refusal::Banned,
+        let streams = arrival.open().await?;
+        let mut connection =
+            Connection::prove(streams, &self.node.identity, Side::Acceptor).await?;
+        let refusal = match Seats::take(&self.seats, connection.peer, place) {
+            _ if self.node.meter.is_banned(&connection.peer) => Refusal::Banned,
             None => Refusal::Full {
                 connections_max: CONNECTIONS_PER_PEER_MAX as u32,
             },
-            Some(seat) => return self.answer_all(stream, &seat).await,
+            Some(seat) => return self.answer_all(connection, &seat).await,
         };
-        write_message(&mut stream, &Message::Refused(refusal.clone())).await?;
+        write_message(&mut connection.writer, &Message::Refused(refusal.clone())).await?;
         Err(ConnectionError::Refused(refusal))
     }
 
     /// Reads requests and writes answers side by side, so that what a peer is told about us never waits behind the shards
     /// that it asked for.
-    async fn answer_all(&self, stream: TcpStream, seat: &Seat) -> Result<(), ConnectionError> {
-        let (reader, writer) = stream.into_split();
+    async fn answer_all(&self, connection: Connection, seat: &Seat) -> Result<(), ConnectionError> {
+        let Connection { reader, writer, .. } = connection;
         let (says, said) = mpsc::channel(REQUESTS_MAX);
         let (wants, wanted) = mpsc::channel(REQUESTS_MAX);
         // Neither half is started anew, so that a half that loses the race loses nothing that matters.
@@ -139,7 +131,7 @@ impl Server {
 
     async fn read_requests(
         &self,
-        mut reader: OwnedReadHalf,
+        mut reader: Reader,
         says: &mpsc::Sender<Message>,
         wants: &mpsc::Sender<Want>,
     ) -> Result<(), ConnectionError> {
@@ -168,7 +160,7 @@ impl Server {
 
     async fn write_answers(
         &self,
-        mut writer: OwnedWriteHalf,
+        mut writer: Writer,
         peer: PeerId,
         mut said: mpsc::Receiver<Message>,
         mut wanted: mpsc::Receiver<Want>,
@@ -192,7 +184,7 @@ impl Server {
     /// others after a while.
     async fn wait(
         &self,
-        writer: &mut OwnedWriteHalf,
+        writer: &mut Writer,
         said: &mut mpsc::Receiver<Message>,
     ) -> Result<Slot<'_>, ConnectionError> {
         let mut slot = pin!(self.slots.take());
@@ -222,7 +214,7 @@ impl Server {
     /// Answers a request for a shard; which one is sent is decided only now that it can leave at once.
     async fn grant(
         &self,
-        writer: &mut OwnedWriteHalf,
+        writer: &mut Writer,
         peer: PeerId,
         want: Want,
         slot: Slot<'_>,
@@ -301,7 +293,7 @@ impl Server {
 
     async fn send(
         &self,
-        stream: &mut OwnedWriteHalf,
+        stream: &mut Writer,
         peer: PeerId,
         request: RequestId,
         (object, shard): (ObjectId, u32),
@@ -326,7 +318,7 @@ impl Server {
     /// Writes a shard, in one piece or at the pace of the upload cap.
     async fn upload(
         &self,
-        stream: &mut OwnedWriteHalf,
+        stream: &mut Writer,
         request: RequestId,
         shard: u32,
         mut bytes: Bytes,
@@ -346,11 +338,7 @@ impl Server {
         Ok(())
     }
 
-    async fn say(
-        &self,
-        stream: &mut OwnedWriteHalf,
-        message: &Message,
-    ) -> Result<(), ConnectionError> {
+    async fn say(&self, stream: &mut Writer, message: &Message) -> Result<(), ConnectionError> {
         in_time(MESSAGE_BYTES_MAX, write_message(stream, message)).await
     }
 }
@@ -412,18 +400,6 @@ impl Want {
     }
 }
 
-/// Has the system take a shard only as fast as the link does. With the usual buffers whole shards of every connection lie
-/// half sent in the system, and none of them can be passed on. And has it keep its pace over links that lose packets.
-fn tune(stream: &TcpStream) {
-    let socket = SockRef::from(stream);
-    if let Err(error) = socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
-        tracing::debug!(%error, "the system keeps its own bound on unsent bytes");
-    }
-    if let Err(error) = socket.set_tcp_congestion(CONGESTION) {
-        tracing::debug!(%error, "the system keeps its own congestion control");
-    }
-}
-
 async fn in_time(
     bytes: usize,
     write: impl Future<Output = Result<(), ConnectionError>>,
@@ -438,9 +414,9 @@ async fn in_time(
         })?
 }
 
-/// Says why without waiting: what does not fit into an empty socket's buffer is not said.
-fn turn_away(stream: &TcpStream, connections_max: u32) {
+/// Says why without waiting.
+fn turn_away(arrival: Box<dyn Arrival>, connections_max: u32) {
     if let Ok(frame) = wire::encode_message(&Message::Refused(Refusal::Full { connections_max })) {
-        stream.try_write(&frame).ok();
+        arrival.turn_away(&frame);
     }
 }

@@ -6,17 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_protocol::id::ObjectId;
-use muster_protocol::identity::Identity;
 use muster_protocol::limits::PEERS_MAX;
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::Object;
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::bitmap::Bitmap;
-use crate::connection::{ConnectionError, Side, handshake, misplaced, read_frame, write_message};
+use crate::connection::{misplaced, read_frame, write_message};
+use crate::node::Node;
 use crate::object::shard_count;
+use crate::transport::DialError;
 use crate::wire::{Frame, MESSAGE_BYTES_MAX, Message, RequestId};
 
 /// How long one peer may take to answer for all objects: whoever is slower is of little use to a fetch either.
@@ -48,7 +48,11 @@ impl Holdings {
 }
 
 /// Asks `peers`, all at once, for `objects`. Whoever does not answer holds nothing.
-pub async fn survey(identity: &Identity, peers: Vec<PeerRecord>, objects: &[Object]) -> Holdings {
+pub(crate) async fn survey(
+    node: &Arc<Node>,
+    peers: Vec<PeerRecord>,
+    objects: &[Object],
+) -> Holdings {
     // Equal weights of two versions are one object.
     let shards: BTreeMap<ObjectId, u32> = objects
         .iter()
@@ -57,11 +61,11 @@ pub async fn survey(identity: &Identity, peers: Vec<PeerRecord>, objects: &[Obje
     let shards = Arc::new(shards);
     let mut asked = JoinSet::new();
     for peer in peers.into_iter().take(PEERS_MAX) {
-        let (identity, shards) = (identity.clone(), Arc::clone(&shards));
+        let (node, shards) = (Arc::clone(node), Arc::clone(&shards));
         asked.spawn(async move {
             // What was answered in time counts.
             let mut held = Vec::new();
-            match timeout(PEER_WAIT, ask(&identity, &peer, &shards, &mut held)).await {
+            match timeout(PEER_WAIT, ask(&node, &peer, &shards, &mut held)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     tracing::debug!(peer = %peer.handshake.short(), %error, "a peer does not say what it holds");
@@ -83,14 +87,12 @@ pub async fn survey(identity: &Identity, peers: Vec<PeerRecord>, objects: &[Obje
 }
 
 async fn ask(
-    identity: &Identity,
+    node: &Node,
     peer: &PeerRecord,
     shards: &BTreeMap<ObjectId, u32>,
     held: &mut Vec<(ObjectId, Bitmap)>,
-) -> Result<(), ConnectionError> {
-    let mut stream = dial(peer).await?;
-    let expected = peer.handshake;
-    handshake(&mut stream, identity, Side::Dialler { expected }).await?;
+) -> Result<(), DialError> {
+    let mut connection = node.transports.dial(peer, &node.identity).await?;
     let wanted: Vec<(RequestId, &ObjectId, u32)> = (0..)
         .zip(shards)
         .map(|(number, (object, shards))| (RequestId(number), object, *shards))
@@ -98,10 +100,10 @@ async fn ask(
     for batch in wanted.chunks(BATCH) {
         for (request, object, _) in batch {
             let (request, object) = (*request, **object);
-            write_message(&mut stream, &Message::Have { request, object }).await?;
+            write_message(&mut connection.writer, &Message::Have { request, object }).await?;
         }
         for (request, object, shards) in batch {
-            match read_frame(&mut stream, MESSAGE_BYTES_MAX).await? {
+            match read_frame(&mut connection.reader, MESSAGE_BYTES_MAX).await? {
                 Frame::Message(Message::Held {
                     request: answered,
                     shards: bitmap,
@@ -112,26 +114,11 @@ async fn ask(
                     held.extend(bitmap.map(|bitmap| (**object, bitmap)));
                 }
                 Frame::Message(Message::Missing { request: answered }) if answered == *request => {}
-                other => return Err(misplaced("what is held", &other)),
+                other => return Err(misplaced("what is held", &other).into()),
             }
         }
     }
     Ok(())
-}
-
-/// The first of a peer's addresses that answers.
-async fn dial(peer: &PeerRecord) -> Result<TcpStream, ConnectionError> {
-    let mut failure = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
-    for address in &peer.addresses {
-        match TcpStream::connect(address.as_str()).await {
-            Ok(stream) => {
-                stream.set_nodelay(true)?;
-                return Ok(stream);
-            }
-            Err(error) => failure = error,
-        }
-    }
-    Err(failure.into())
 }
 
 #[cfg(test)]
@@ -139,6 +126,7 @@ mod tests {
     use bytes::Bytes;
     use muster_protocol::clock::SystemClock;
     use muster_protocol::id::{PolicyVersion, StateRoot, UnixMillis};
+    use muster_protocol::identity::Identity;
     use muster_protocol::message::version::Content;
     use tokio_util::sync::CancellationToken;
     use tokio_util::task::TaskTracker;
@@ -179,12 +167,12 @@ mod tests {
             ..nobody.clone()
         };
         let objects = [first.clone(), second.clone(), third.clone()];
-        let identity = Identity::generate();
+        let asker = peer(&shutdown).await;
         let peers = vec![nobody.clone(), one.peer_record(), other.peer_record()];
-        let holdings = survey(&identity, peers, &objects).await;
+        let holdings = asker.survey(peers, &objects).await;
         assert!(holdings.are_whole(&first.id()) && holdings.are_whole(&second.id()));
         assert!(!holdings.are_whole(&third.id()));
-        let holdings = survey(&identity, vec![nobody, impostor], &objects).await;
+        let holdings = asker.survey(vec![nobody, impostor], &objects).await;
         assert!(!holdings.are_whole(&first.id()));
         shutdown.cancel();
     }

@@ -20,7 +20,6 @@ use muster_protocol::limits::PEERS_MAX;
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::Object;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -29,6 +28,9 @@ use crate::meter::Stats;
 use crate::node::{Node, Parts, on_blocking_thread};
 use crate::server::Server;
 use crate::store::{Store, StoreConfig, StoreError};
+use crate::survey::{Holdings, survey};
+use crate::transport::Transports;
+use crate::transport::tcp::Tcp;
 use crate::uploads::{Sharing, Uploads};
 use crate::wire::Chooser;
 
@@ -127,7 +129,6 @@ pub trait Source: Send + Sync + std::fmt::Debug {
 pub struct Swarm {
     node: Arc<Node>,
     address: SocketAddr,
-    advertise: Arc<[String]>,
 }
 
 impl Swarm {
@@ -146,13 +147,16 @@ impl Swarm {
             address: config.listen,
             source,
         };
-        let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
+        let tcp = Tcp::listen(config.listen, config.advertise).await;
+        let tcp = tcp.map_err(failed)?;
+        let address = tcp.local_address();
+        let transports = Transports::new(vec![Arc::new(tcp)]);
         let store = on_blocking_thread(|| Store::open(config.store)).await?;
         let node = Arc::new(Node::new(Parts {
             identity,
             clock,
             store,
+            transports: transports.clone(),
             uploads: Uploads::new(config.sharing),
             upload_bytes_per_second: config.upload_bytes_per_second,
             stall_ms: config.stall_ms.get(),
@@ -164,12 +168,11 @@ impl Swarm {
             Sharing::FirstCopies => Chooser::Holder,
         };
         let server = Server::new(Arc::clone(&node), chooser, config.connections_max);
-        tracker.spawn(Arc::new(server).run(listener, tracker.clone()));
-        let swarm = Self {
-            node,
-            address,
-            advertise: advertised(config.advertise, address).into(),
-        };
+        let server = Arc::new(server);
+        for way in transports.iter() {
+            tracker.spawn(Arc::clone(&server).run(Arc::clone(way), tracker.clone()));
+        }
+        let swarm = Self { node, address };
         swarm.peer_record().validate()?;
         Ok(swarm)
     }
@@ -182,9 +185,10 @@ impl Swarm {
     /// What to sign and tell others, so that they can reach this peer. Without an address when it listens on every
     /// interface and was not told under which name it is known: it can fetch then, and nobody can dial it.
     pub fn peer_record(&self) -> PeerRecord {
+        let addresses = self.node.transports.iter().map(|way| way.addresses());
         PeerRecord {
             handshake: self.node.identity.handshake_id(),
-            addresses: self.advertise.to_vec(),
+            addresses: addresses.flatten().collect(),
             issued: self.node.clock.now(),
         }
     }
@@ -249,6 +253,11 @@ impl Swarm {
         fetched
     }
 
+    /// Asks `peers`, all at once, which shards of `objects` they hold. Whoever does not answer holds nothing.
+    pub async fn survey(&self, peers: Vec<PeerRecord>, objects: &[Object]) -> Holdings {
+        survey(&self.node, peers, objects).await
+    }
+
     /// A whole object, if it is here.
     pub fn held(&self, object: &ObjectId) -> Option<Bytes> {
         self.node.store.whole(object)
@@ -299,13 +308,6 @@ impl Source for Swarm {
     fn is_forsaken(&self, object: &Object) -> bool {
         self.node.is_forsaken(&object.id())
     }
-}
-
-fn advertised(configured: Vec<String>, address: SocketAddr) -> Vec<String> {
-    if configured.is_empty() && !address.ip().is_unspecified() {
-        return vec![address.to_string()];
-    }
-    configured
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use muster_broadcaster::follower::{Held, Opened, fetch, fetch_file, open_announc
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::route::cheapest;
 use muster_broadcaster::snapshot::{Contents, write};
-use muster_broadcaster::survey::{Holdings, survey};
+use muster_broadcaster::survey::Holdings;
 use muster_protocol::desk::DeskError;
 use muster_protocol::envelope::open;
 use muster_protocol::id::PolicyVersion;
@@ -160,7 +160,7 @@ impl LiveRun {
         }
         let objects = versions.flat_map(|opened| opened.objects.iter().chain(&opened.files));
         let objects: Vec<Object> = objects.map(|object| object.body.clone()).collect();
-        Ok(survey(&self.seat.identity, peers, &objects).await)
+        Ok(self.seat.swarm.survey(peers, &objects).await)
     }
 
     /// The weights and the files beside them.

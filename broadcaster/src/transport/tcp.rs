@@ -1,0 +1,118 @@
+//! TCP: what every peer speaks. The system paces it; where it can, without taking a lost packet for a full link.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use muster_protocol::message::peer::PeerRecord;
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+
+use super::{Arrival, DialError, Streams, Transport};
+use crate::connection::ConnectionError;
+
+/// How long one address may take to answer: beyond it another peer is the better choice.
+const CONNECT: Duration = Duration::from_secs(3);
+/// Bytes that the system may hold of a connection and has not sent yet: a few milliseconds of a home link.
+const UNSENT_BYTES_MAX: u32 = 32 << 10;
+/// Congestion control that does not take a lost packet for a full link, where the system has it.
+const CONGESTION: &[u8] = b"bbr";
+
+/// A listening socket, and dialling from any port.
+#[derive(Debug)]
+pub(crate) struct Tcp {
+    listener: TcpListener,
+    address: SocketAddr,
+    advertise: Vec<String>,
+}
+
+impl Tcp {
+    /// Listens on `listen`. Others are told `advertise`, or else that address, unless it stands for every interface.
+    ///
+    /// # Errors
+    /// When the address is taken or not ours.
+    pub(crate) async fn listen(listen: SocketAddr, advertise: Vec<String>) -> io::Result<Self> {
+        let listener = TcpListener::bind(listen).await?;
+        let address = listener.local_addr()?;
+        let advertise = match advertise.is_empty() && !address.ip().is_unspecified() {
+            true => vec![address.to_string()],
+            false => advertise,
+        };
+        Ok(Self {
+            listener,
+            address,
+            advertise,
+        })
+    }
+
+    /// Where it listens, the port chosen.
+    pub(crate) fn local_address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+#[async_trait]
+impl Transport for Tcp {
+    async fn dial(&self, record: &PeerRecord) -> Result<Streams, DialError> {
+        let mut failure = DialError::NoAddress;
+        for address in &record.addresses {
+            let reason = match timeout(CONNECT, TcpStream::connect(address.as_str())).await {
+                Ok(Ok(stream)) => {
+                    stream.set_nodelay(true).map_err(ConnectionError::Io)?;
+                    return Ok(streams(stream));
+                }
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("no answer within {} s", CONNECT.as_secs()),
+            };
+            failure = DialError::Unreachable {
+                address: address.clone(),
+                reason,
+            };
+        }
+        Err(failure)
+    }
+
+    async fn accept(&self) -> io::Result<Box<dyn Arrival>> {
+        let (stream, _) = self.listener.accept().await?;
+        Ok(Box::new(Accepted(stream)))
+    }
+
+    fn addresses(&self) -> Vec<String> {
+        self.advertise.clone()
+    }
+}
+
+struct Accepted(TcpStream);
+
+#[async_trait]
+impl Arrival for Accepted {
+    async fn open(self: Box<Self>) -> Result<Streams, ConnectionError> {
+        self.0.set_nodelay(true)?;
+        tune(&self.0);
+        Ok(streams(self.0))
+    }
+
+    fn turn_away(self: Box<Self>, frame: &[u8]) {
+        // What does not fit into an empty socket's buffer is not said.
+        self.0.try_write(frame).ok();
+    }
+}
+
+fn streams(stream: TcpStream) -> Streams {
+    let (reader, writer) = stream.into_split();
+    tokio::io::join(Box::new(reader), Box::new(writer))
+}
+
+/// Has the system take a shard only as fast as the link does. With the usual buffers whole shards of every connection lie
+/// half sent in the system, and none of them can be passed on. And has it keep its pace over links that lose packets.
+fn tune(stream: &TcpStream) {
+    let socket = SockRef::from(stream);
+    if let Err(error) = socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
+        tracing::debug!(%error, "the system keeps its own bound on unsent bytes");
+    }
+    if let Err(error) = socket.set_tcp_congestion(CONGESTION) {
+        tracing::debug!(%error, "the system keeps its own congestion control");
+    }
+}
