@@ -28,6 +28,7 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use muster_broadcaster::SwarmConfig;
+use muster_broadcaster::nat::NatConfig;
 
 /// An asynchronous RL post-training swarm.
 #[derive(Debug, Parser)]
@@ -95,6 +96,15 @@ pub struct MemberArgs {
     /// Most megabits per second to upload; no limit by default
     #[arg(long, value_name = "X")]
     upload_mbps: Option<NonZeroU64>,
+    /// Reach peers behind home routers too, and be reached; needs a build with the feature `nat`
+    #[arg(long)]
+    nat: bool,
+    /// Where peers behind routers meet, `https://host`; all members of a run name the same
+    #[arg(long, value_name = "URL", requires = "nat")]
+    nat_relay: Vec<String>,
+    /// The PEM file by which such a relay is known, for one of your own; the public certificates by default
+    #[arg(long, value_name = "FILE", requires = "nat_relay")]
+    nat_relay_roots: Option<PathBuf>,
 }
 
 impl MemberArgs {
@@ -108,6 +118,11 @@ impl MemberArgs {
         swarm.upload_bytes_per_second = self
             .upload_mbps
             .map(|mbps| mbps.saturating_mul(BYTES_PER_MEGABIT));
+        swarm.nat = self.nat.then(|| NatConfig {
+            relays: self.nat_relay.clone(),
+            relay_roots: self.nat_relay_roots.clone(),
+            ..NatConfig::default()
+        });
         swarm
     }
 }

@@ -7,6 +7,7 @@
 //! * [`route`] decides by which objects a state is reached with the fewest bytes; pure.
 //! * [`adopt`] takes over one version: open, fetch, apply, check. [`follower`] follows a run, version after version.
 //! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts. [`survey`] asks who holds what.
+//! * [`nat`] is how a peer behind a home router is reached.
 //! * [`snapshot`] writes and verifies a Hugging Face folder.
 //!
 //! Moves bytes, never tensors: what a tensor means is not known here.
@@ -21,6 +22,7 @@ mod fetch;
 pub mod follower;
 mod link;
 pub mod meter;
+pub mod nat;
 mod node;
 pub mod object;
 pub mod overlay;

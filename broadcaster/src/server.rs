@@ -75,6 +75,7 @@ impl Server {
                 }
             }
         }
+        way.close().await;
     }
 
     fn admit(self: &Arc<Self>, arrival: Box<dyn Arrival>, tracker: &TaskTracker) {

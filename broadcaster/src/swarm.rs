@@ -25,12 +25,13 @@ use tokio_util::task::TaskTracker;
 
 use crate::fetch;
 use crate::meter::Stats;
+use crate::nat::{self, NatConfig, NatError};
 use crate::node::{Node, Parts, on_blocking_thread};
 use crate::server::Server;
 use crate::store::{Store, StoreConfig, StoreError};
 use crate::survey::{Holdings, survey};
-use crate::transport::Transports;
 use crate::transport::tcp::Tcp;
+use crate::transport::{Transport, Transports};
 use crate::uploads::{Sharing, Uploads};
 use crate::wire::Chooser;
 
@@ -54,6 +55,8 @@ pub struct SwarmConfig {
     pub stall_ms: NonZeroU64,
     /// How long one request may take, besides the time that its bytes need. 10 s: some round trips of the worst link.
     pub request_ms: NonZeroU64,
+    /// How it is reached behind a home router; not at all by default. Needs a build with the feature `nat`.
+    pub nat: Option<NatConfig>,
     /// How much is kept, and where.
     pub store: StoreConfig,
 }
@@ -68,6 +71,7 @@ impl Default for SwarmConfig {
             connections_max: NonZeroU32::MIN.saturating_add(255),
             stall_ms: NonZeroU64::MIN.saturating_add(59_999),
             request_ms: NonZeroU64::MIN.saturating_add(9_999),
+            nat: None,
             store: StoreConfig::default(),
         }
     }
@@ -86,6 +90,9 @@ pub enum SwarmError {
         /// What the system said.
         source: io::Error,
     },
+    /// The way through routers could not be opened.
+    #[error("{0}")]
+    Nat(#[from] NatError),
     /// What others would be told about us breaks a rule.
     #[error("own peer record is not valid ({0}): change `advertise`")]
     Record(#[from] Invalid),
@@ -150,7 +157,12 @@ impl Swarm {
         let tcp = Tcp::listen(config.listen, config.advertise).await;
         let tcp = tcp.map_err(failed)?;
         let address = tcp.local_address();
-        let transports = Transports::new(vec![Arc::new(tcp)]);
+        // TCP first: the system sends and paces it, and nobody relays it. Who is behind a router announces no TCP address.
+        let mut ways: Vec<Arc<dyn Transport>> = vec![Arc::new(tcp)];
+        if let Some(config) = &config.nat {
+            ways.push(nat::transport(config, &identity).await?);
+        }
+        let transports = Transports::new(ways);
         let store = on_blocking_thread(|| Store::open(config.store)).await?;
         let node = Arc::new(Node::new(Parts {
             identity,

@@ -16,6 +16,8 @@ use tokio::io::{AsyncRead, AsyncWrite, Join};
 
 use crate::connection::{ConnectionError, Side, handshake};
 
+#[cfg(feature = "nat")]
+pub(crate) mod nat;
 pub(crate) mod tcp;
 
 /// What comes from a peer.
@@ -45,6 +47,9 @@ pub(crate) trait Transport: std::fmt::Debug + Send + Sync {
 
     /// Where others reach this peer by this way, best first; it may change while the peer runs.
     fn addresses(&self) -> Vec<String>;
+
+    /// Ends, saying goodbye where that is the custom.
+    async fn close(&self) {}
 }
 
 /// A peer at the door.

@@ -1,4 +1,4 @@
-//! Who a machine is: one secret seed, and three keys derived from it for three purposes.
+//! Who a machine is: one secret seed, and the keys derived from it, one for each purpose.
 //!
 //! The keys are separate so that a nonce which a NATS server or a peer makes us sign can never be read as a statement.
 
@@ -12,6 +12,7 @@ use crate::id::PeerId;
 const LOGIN_CONTEXT: &str = "muster 2026-11 nats login key v1";
 const STATEMENT_CONTEXT: &str = "muster 2026-11 statement key v1";
 const HANDSHAKE_CONTEXT: &str = "muster 2026-11 peer handshake key v1";
+const TRANSPORT_CONTEXT: &str = "muster 2026-11 peer transport key v1";
 
 /// The secret that a machine keeps in a file with mode 0600.
 #[derive(Clone)]
@@ -40,12 +41,13 @@ impl fmt::Debug for MachineSeed {
     }
 }
 
-/// A machine's three keys.
+/// A machine's keys.
 #[derive(Clone)]
 pub struct Identity {
     login: [u8; 32],
     statement: SigningKey,
     handshake: SigningKey,
+    transport: [u8; 32],
 }
 
 impl Identity {
@@ -56,6 +58,7 @@ impl Identity {
             login: derive(LOGIN_CONTEXT),
             statement: SigningKey::from_bytes(&derive(STATEMENT_CONTEXT)),
             handshake: SigningKey::from_bytes(&derive(HANDSHAKE_CONTEXT)),
+            transport: derive(TRANSPORT_CONTEXT),
         }
     }
 
@@ -91,6 +94,12 @@ impl Identity {
     fn login_pair(&self) -> nkeys::KeyPair {
         nkeys::KeyPair::new_from_raw(nkeys::KeyPairType::User, self.login)
             .expect("any 32 bytes are the seed of an ed25519 user key")
+    }
+
+    /// The seed of the ed25519 key that a transport with keys of its own goes by. What that key signs is up to such a transport,
+    /// so that it is none of the others.
+    pub fn transport_secret(&self) -> &[u8; 32] {
+        &self.transport
     }
 
     /// Signs a statement. Only [`crate::envelope`] calls it, with its own domain label in front.

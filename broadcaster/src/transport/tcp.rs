@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use super::{Arrival, DialError, Streams, Transport};
 use crate::connection::ConnectionError;
+use crate::nat::SCHEME;
 
 /// How long one address may take to answer: beyond it another peer is the better choice.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -57,7 +58,9 @@ impl Tcp {
 impl Transport for Tcp {
     async fn dial(&self, record: &PeerRecord) -> Result<Streams, DialError> {
         let mut failure = DialError::NoAddress;
-        for address in &record.addresses {
+        // What names another way is not for this one.
+        let is_own = |address: &&String| !address.starts_with(SCHEME);
+        for address in record.addresses.iter().filter(is_own) {
             let reason = match timeout(CONNECT, TcpStream::connect(address.as_str())).await {
                 Ok(Ok(stream)) => {
                     stream.set_nodelay(true).map_err(ConnectionError::Io)?;
