@@ -7,8 +7,9 @@
 //! or lying. A peer gets a second copy once it has had nothing from others for a while: as long as it gets on, however slow
 //! its machine is, it needs none. And round r lets each shard go out r times, and opens no sooner than the round before it
 //! could have been passed on, so that many who claim to be stuck cannot drain the learner. A peer's own word about what it
-//! has from others can make nobody wait but itself. Knows nothing of sockets; the time is handed in. Invariant: in round r
-//! no shard was sent more than r times.
+//! has from others can make nobody wait but itself, and can vouch for those that it was sent. Who keeps what it is sent to
+//! itself, while others pass on what they are sent, waits for them: else three liars of ten peers would draw a third of
+//! every round. Knows nothing of sockets; the time is handed in. Invariant: in round r no shard was sent more than r times.
 
 use std::collections::BTreeMap;
 
@@ -37,6 +38,14 @@ const SHARDS_OF_PATIENCE: u64 = 8;
 /// One that gets on, but slowly, is left to the others for this many times as long as the first pass took, or as a stuck
 /// one: those it gets on with may be dripping on purpose.
 const PATIENCES_MAX: u64 = 8;
+/// A peer may keep so many shards to itself, and this many more for each that it passed on, before others come first. Its
+/// uplink may be several times as slow as ours.
+const KEPT_MAX: u32 = 8;
+const KEPT_FOR_EACH: u32 = 16;
+/// So many and as many more, before what it keeps is sent to others too: it had its time while all the others were sent.
+const KEPT_BACK_MIN: u32 = 1;
+/// A peer that asked so many patiences ago still wants something: it was told to wait for about one.
+const ASKING_PATIENCES: u64 = 4;
 /// Shortest wait asked of anybody.
 const RETRY_MS_MIN: u64 = 10;
 /// Most peers remembered for an object; the one served longest ago is forgotten first.
@@ -97,6 +106,10 @@ struct Served {
     at_ms: u64,
     /// How often it began again.
     repeats: u32,
+    /// Shards that it alone was sent and somebody else has.
+    passed_on: u32,
+    /// Shards that had to be sent to others too, since nobody had them from it.
+    withheld: u32,
 }
 
 /// How a peer gets on with the others.
@@ -108,12 +121,16 @@ struct Progress {
     grew_at_ms: u64,
     /// When it began to be left to the others.
     since_ms: u64,
+    /// When it asked last.
+    asked_at_ms: u64,
 }
 
 #[derive(Debug)]
 struct ObjectUploads {
     /// How often each shard was sent, those on their way included.
     copies: Vec<u16>,
+    /// Shards that somebody has who was not sent them.
+    spread: Bitmap,
     peers: BTreeMap<PeerId, Served>,
     progress: BTreeMap<PeerId, Progress>,
     /// How long it took to send every shard once, so far.
@@ -164,6 +181,7 @@ impl Uploads {
             Sharing::OnDemand => None,
             Sharing::FirstCopies => {
                 uploads.note_progress(now_ms, peer, wanted);
+                uploads.note_spread(&peer, wanted);
                 uploads.wait_ms(now_ms, &peer, shard)
             }
         };
@@ -207,6 +225,7 @@ impl ObjectUploads {
     fn new(shards: u32, now_ms: u64) -> Self {
         Self {
             copies: vec![0; shards as usize],
+            spread: Bitmap::empty(shards),
             peers: BTreeMap::new(),
             progress: BTreeMap::new(),
             first_pass_ms: 0,
@@ -245,7 +264,10 @@ impl ObjectUploads {
                 return Some(due_ms - now_ms);
             }
         }
-        if self.copies[shard as usize] == 0 {
+        if let Some(wait_ms) = self.keeper_wait_ms(now_ms, peer) {
+            return Some(wait_ms);
+        }
+        if self.copies[shard as usize] == 0 || self.is_kept_back(shard) {
             return None;
         }
         let stuck_ms = self.stuck_at_ms(now_ms, peer);
@@ -262,6 +284,63 @@ impl ObjectUploads {
         self.round = self.round.saturating_add(1);
         self.opened_at_ms = now_ms;
         None
+    }
+
+    /// How long a peer that keeps what it is sent to itself waits for those who pass it on, while they ask. Not for ever: it
+    /// may be one that nobody can reach.
+    fn keeper_wait_ms(&self, now_ms: u64, peer: &PeerId) -> Option<u64> {
+        if !self.keeps_more_than(KEPT_MAX, self.peers.get(peer)?) {
+            return None;
+        }
+        let patience_ms = self.patience_ms();
+        let passes_on = |(other, served): (&PeerId, &Served)| {
+            let asked = self.progress.get(other).map(|seen| seen.asked_at_ms);
+            other != peer
+                && served.passed_on > 0
+                && asked.is_some_and(|at_ms| now_ms <= at_ms + ASKING_PATIENCES * patience_ms)
+        };
+        let longest_ms = self.longest_wait_ms(self.progress.get(peer)?);
+        (now_ms < longest_ms && self.peers.iter().any(passes_on)).then_some(patience_ms)
+    }
+
+    /// Whether a peer was sent more shards that nobody has from it by now than `allowed`, and those that its record allows.
+    fn keeps_more_than(&self, allowed: u32, served: &Served) -> bool {
+        let is_kept = |shard: &u32| !self.spread.contains(*shard);
+        let kept = served.shards.iter().filter(is_kept).count() + served.withheld as usize;
+        kept > (allowed + KEPT_FOR_EACH.saturating_mul(served.passed_on)) as usize
+    }
+
+    /// Whether a shard that everybody could have by now went only to peers who keep what they are sent.
+    fn is_kept_back(&self, shard: u32) -> bool {
+        let mut sent = self
+            .peers
+            .values()
+            .filter(|served| served.shards.contains(shard));
+        !self.spread.contains(shard)
+            && self.peers.values().any(|served| served.passed_on > 0)
+            && sent.all(|served| self.keeps_more_than(KEPT_BACK_MIN, served))
+    }
+
+    /// Notes which shards were passed on, by what a peer does not want and was not sent.
+    fn note_spread(&mut self, peer: &PeerId, wanted: Wanted<'_>) {
+        let Wanted::AnyBut(except) = wanted else {
+            return;
+        };
+        let news = except
+            .iter()
+            .filter(|shard| self.copies[*shard as usize] > 0)
+            .filter(|shard| !self.spread.contains(*shard) && !self.was_sent(peer, *shard));
+        for shard in news.collect::<Vec<_>>() {
+            self.spread.insert(shard);
+            let mut sent = self
+                .peers
+                .values_mut()
+                .filter(|served| served.shards.contains(shard));
+            // Of two who were sent it, either may have kept it.
+            if let (Some(only), None) = (sent.next(), sent.next()) {
+                only.passed_on += 1;
+            }
+        }
     }
 
     /// Notes what a peer has from others by now: what it does not want, less what it was sent from here.
@@ -283,7 +362,9 @@ impl ObjectUploads {
             elsewhere,
             grew_at_ms: now_ms,
             since_ms: now_ms,
+            asked_at_ms: now_ms,
         });
+        progress.asked_at_ms = now_ms;
         if elsewhere > progress.elsewhere {
             progress.elsewhere = elsewhere;
             progress.grew_at_ms = now_ms;
@@ -295,12 +376,14 @@ impl ObjectUploads {
         let Some(progress) = self.progress.get(peer) else {
             return now_ms;
         };
-        let patience_ms = self.patience_ms();
-        let longest_ms = progress
-            .since_ms
-            .saturating_add(PATIENCES_MAX * patience_ms.max(self.first_pass_ms));
-        let stuck_ms = progress.grew_at_ms.saturating_add(patience_ms);
-        stuck_ms.min(longest_ms)
+        let stuck_ms = progress.grew_at_ms.saturating_add(self.patience_ms());
+        stuck_ms.min(self.longest_wait_ms(progress))
+    }
+
+    /// When a peer has been left to the others for long enough, whatever they do.
+    fn longest_wait_ms(&self, progress: &Progress) -> u64 {
+        let longest_ms = PATIENCES_MAX * self.patience_ms().max(self.first_pass_ms);
+        progress.since_ms.saturating_add(longest_ms)
     }
 
     /// How long a peer may be without a shard from others while they have some that it lacks: they send about as fast as the
@@ -343,6 +426,11 @@ impl ObjectUploads {
         if self.round == 1 {
             self.note_pass(now_ms);
         }
+        if !self.spread.contains(shard) {
+            let sent = self.peers.values_mut();
+            sent.filter(|served| served.shards.contains(shard))
+                .for_each(|served| served.withheld += 1);
+        }
         let copies = &mut self.copies[shard as usize];
         *copies = copies.saturating_add(1);
         if self.peers.len() >= PEERS_MAX && !self.peers.contains_key(&peer) {
@@ -356,6 +444,8 @@ impl ObjectUploads {
             shards: Bitmap::empty(shards),
             at_ms: now_ms,
             repeats: 0,
+            passed_on: 0,
+            withheld: 0,
         });
         if !served.shards.insert(shard) {
             served.shards = Bitmap::empty(shards);

@@ -56,6 +56,52 @@ fn a_peer_alone_among_the_dead_gets_everything_after_one_grace() {
     assert!(alive.is_full());
 }
 
+/// 1 and 3 pass on to one another what they are sent, and 2 to both if it is honest: what each has when nobody is sent
+/// anything any more at `now_ms`.
+fn exchange(uploads: &mut Uploads, now_ms: u64, got: &mut [Bitmap; 3], is_honest: bool) {
+    loop {
+        let mut is_any_sent = false;
+        for number in 1..=3 {
+            let decision = ask(uploads, now_ms, number, &mut got[usize::from(number) - 1]);
+            is_any_sent |= matches!(decision, Decision::Send { .. });
+        }
+        let [one, two, three] = got;
+        one.insert_all(three);
+        three.insert_all(one);
+        if is_honest {
+            one.insert_all(two);
+            three.insert_all(two);
+        }
+        if !is_any_sent {
+            return;
+        }
+    }
+}
+
+#[test]
+fn what_a_peer_keeps_to_itself_goes_to_those_who_pass_it_on_at_once() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let mut got = [const { 60 }; 3].map(Bitmap::empty);
+    exchange(&mut uploads, 5, &mut got, false);
+    assert!(got[0].is_full() && got[2].is_full());
+    assert!(got[1].count() <= KEPT_MAX + 1, "{}", got[1].count());
+    // Once nobody else asks, it is served: it may be one that nobody can reach.
+    let later_ms = 5 + (ASKING_PATIENCES + 1) * GRACE_MS_MAX;
+    assert!(matches!(
+        ask(&mut uploads, later_ms, 2, &mut got[1]),
+        Decision::Send { .. }
+    ));
+}
+
+#[test]
+fn a_peer_that_passes_on_what_it_is_sent_is_sent_as_much_as_others() {
+    let mut uploads = Uploads::new(Sharing::FirstCopies);
+    let mut got = [const { 60 }; 3].map(Bitmap::empty);
+    exchange(&mut uploads, 5, &mut got, true);
+    assert!(got[0].is_full() && got[2].is_full());
+    assert_eq!(got[1].count(), 20, "a third of the first copies");
+}
+
 #[test]
 fn a_peer_that_gets_on_with_others_is_sent_no_second_copy_however_slowly_it_does() {
     let mut uploads = Uploads::new(Sharing::FirstCopies);
