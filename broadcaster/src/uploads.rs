@@ -39,11 +39,9 @@ const SHARDS_OF_PATIENCE: u64 = 8;
 /// one: those it gets on with may be dripping on purpose.
 const PATIENCES_MAX: u64 = 8;
 /// A peer may keep so many shards to itself, and this many more for each that it passed on, before others come first. Its
-/// uplink may be several times as slow as ours.
+/// uplink may be several times as slow as ours, and what it was just sent is still on its way to others.
 const KEPT_MAX: u32 = 8;
 const KEPT_FOR_EACH: u32 = 16;
-/// So many and as many more, before what it keeps is sent to others too: it had its time while all the others were sent.
-const KEPT_BACK_MIN: u32 = 1;
 /// A peer that asked so many patiences ago still wants something: it was told to wait for about one.
 const ASKING_PATIENCES: u64 = 4;
 /// Shortest wait asked of anybody.
@@ -289,7 +287,7 @@ impl ObjectUploads {
     /// How long a peer that keeps what it is sent to itself waits for those who pass it on, while they ask. Not for ever: it
     /// may be one that nobody can reach.
     fn keeper_wait_ms(&self, now_ms: u64, peer: &PeerId) -> Option<u64> {
-        if !self.keeps_more_than(KEPT_MAX, self.peers.get(peer)?) {
+        if !self.is_keeper(self.peers.get(peer)?) {
             return None;
         }
         let patience_ms = self.patience_ms();
@@ -303,11 +301,11 @@ impl ObjectUploads {
         (now_ms < longest_ms && self.peers.iter().any(passes_on)).then_some(patience_ms)
     }
 
-    /// Whether a peer was sent more shards that nobody has from it by now than `allowed`, and those that its record allows.
-    fn keeps_more_than(&self, allowed: u32, served: &Served) -> bool {
+    /// Whether a peer was sent more shards that nobody has from it by now than its record allows.
+    fn is_keeper(&self, served: &Served) -> bool {
         let is_kept = |shard: &u32| !self.spread.contains(*shard);
         let kept = served.shards.iter().filter(is_kept).count() + served.withheld as usize;
-        kept > (allowed + KEPT_FOR_EACH.saturating_mul(served.passed_on)) as usize
+        kept > (KEPT_MAX + KEPT_FOR_EACH.saturating_mul(served.passed_on)) as usize
     }
 
     /// Whether a shard that everybody could have by now went only to peers who keep what they are sent.
@@ -318,7 +316,7 @@ impl ObjectUploads {
             .filter(|served| served.shards.contains(shard));
         !self.spread.contains(shard)
             && self.peers.values().any(|served| served.passed_on > 0)
-            && sent.all(|served| self.keeps_more_than(KEPT_BACK_MIN, served))
+            && sent.all(|served| self.is_keeper(served))
     }
 
     /// Notes which shards were passed on, by what a peer does not want and was not sent.
