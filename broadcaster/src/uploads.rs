@@ -265,7 +265,7 @@ impl ObjectUploads {
         if let Some(wait_ms) = self.keeper_wait_ms(now_ms, peer) {
             return Some(wait_ms);
         }
-        if self.copies[shard as usize] == 0 || self.is_kept_back(shard) {
+        if self.copies[shard as usize] == 0 || self.is_kept_back(now_ms, shard) {
             return None;
         }
         let stuck_ms = self.stuck_at_ms(now_ms, peer);
@@ -287,7 +287,7 @@ impl ObjectUploads {
     /// How long a peer that keeps what it is sent to itself waits for those who pass it on, while they ask. Not for ever: it
     /// may be one that nobody can reach.
     fn keeper_wait_ms(&self, now_ms: u64, peer: &PeerId) -> Option<u64> {
-        if !self.is_keeper(self.peers.get(peer)?) {
+        if !self.is_keeper(now_ms, peer, self.peers.get(peer)?) {
             return None;
         }
         let patience_ms = self.patience_ms();
@@ -301,22 +301,27 @@ impl ObjectUploads {
         (now_ms < longest_ms && self.peers.iter().any(passes_on)).then_some(patience_ms)
     }
 
-    /// Whether a peer was sent more shards that nobody has from it by now than its record allows.
-    fn is_keeper(&self, served: &Served) -> bool {
+    /// Whether a peer was sent more shards that nobody has from it by now than its record allows. Not before it has been here
+    /// for long enough to pass them on.
+    fn is_keeper(&self, now_ms: u64, peer: &PeerId, served: &Served) -> bool {
+        let is_new = |seen: &Progress| now_ms < seen.since_ms + self.patience_ms();
+        if self.progress.get(peer).is_none_or(is_new) {
+            return false;
+        }
         let is_kept = |shard: &u32| !self.spread.contains(*shard);
         let kept = served.shards.iter().filter(is_kept).count() + served.withheld as usize;
         kept > (KEPT_MAX + KEPT_FOR_EACH.saturating_mul(served.passed_on)) as usize
     }
 
     /// Whether a shard that everybody could have by now went only to peers who keep what they are sent.
-    fn is_kept_back(&self, shard: u32) -> bool {
+    fn is_kept_back(&self, now_ms: u64, shard: u32) -> bool {
         let mut sent = self
             .peers
-            .values()
-            .filter(|served| served.shards.contains(shard));
+            .iter()
+            .filter(|(_, served)| served.shards.contains(shard));
         !self.spread.contains(shard)
             && self.peers.values().any(|served| served.passed_on > 0)
-            && sent.all(|served| self.is_keeper(served))
+            && sent.all(|(peer, served)| self.is_keeper(now_ms, peer, served))
     }
 
     /// Notes which shards were passed on, by what a peer does not want and was not sent.

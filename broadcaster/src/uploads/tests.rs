@@ -82,11 +82,15 @@ fn exchange(uploads: &mut Uploads, now_ms: u64, got: &mut [Bitmap; 3], is_honest
 fn what_a_peer_keeps_to_itself_goes_to_those_who_pass_it_on_at_once() {
     let mut uploads = Uploads::new(Sharing::FirstCopies);
     let mut got = [const { 60 }; 3].map(Bitmap::empty);
-    exchange(&mut uploads, 5, &mut got, false);
+    // They have been here for a while, with one shard each.
+    for number in 1..=3 {
+        ask(&mut uploads, 0, number, &mut got[usize::from(number) - 1]);
+    }
+    exchange(&mut uploads, GRACE_MS_MIN, &mut got, false);
     assert!(got[0].is_full() && got[2].is_full());
     assert!(got[1].count() <= KEPT_MAX + 1, "{}", got[1].count());
     // Once nobody else asks, it is served: it may be one that nobody can reach.
-    let later_ms = 5 + (ASKING_PATIENCES + 1) * GRACE_MS_MAX;
+    let later_ms = GRACE_MS_MIN + (ASKING_PATIENCES + 1) * GRACE_MS_MAX;
     assert!(matches!(
         ask(&mut uploads, later_ms, 2, &mut got[1]),
         Decision::Send { .. }
