@@ -105,6 +105,9 @@ pub struct MemberArgs {
     /// The PEM file by which such a relay is known, for one of your own; the public certificates by default
     #[arg(long, value_name = "FILE", requires = "nat_relay")]
     nat_relay_roots: Option<PathBuf>,
+    /// Most bytes of older weights kept to make deltas over several versions for late peers; 0 makes none [default: 1 GiB]
+    #[arg(long, value_name = "N")]
+    squash_bytes_max: Option<u64>,
 }
 
 impl MemberArgs {
@@ -114,6 +117,7 @@ impl MemberArgs {
             advertise: self.advertise.clone(),
             ..SwarmConfig::default()
         };
+        swarm.squash.bytes_max = self.squash_bytes_max.unwrap_or(swarm.squash.bytes_max);
         swarm.listen = self.listen.unwrap_or(swarm.listen);
         swarm.upload_bytes_per_second = self
             .upload_mbps

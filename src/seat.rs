@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use muster_broadcaster::follower::{Follow, Follower, Opened, fetch_file, first_version};
-use muster_broadcaster::{Source, Swarm, SwarmConfig, presence};
+use muster_broadcaster::squash::SquashConfig;
+use muster_broadcaster::{Source, Swarm, SwarmConfig, presence, squasher};
 use muster_policy::{Config, Tokenizer};
 use muster_protocol::bus::nats::{NatsBus, NatsConfig};
 use muster_protocol::clock::{SharedClock, SystemClock};
@@ -33,6 +34,7 @@ pub struct Seat {
     pub desk: Desk,
     /// Its place among the peers.
     pub swarm: Swarm,
+    squash: SquashConfig,
     /// Time.
     pub clock: SharedClock,
     /// Tasks that end with the seat.
@@ -78,6 +80,7 @@ impl Seat {
         );
         let clock: SharedClock = Arc::new(SystemClock);
         let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        let squash = swarm.squash;
         let swarm = Swarm::start(
             swarm,
             identity.clone(),
@@ -98,6 +101,7 @@ impl Seat {
             identity,
             desk,
             swarm,
+            squash,
             clock,
             tracker,
             shutdown,
@@ -109,20 +113,27 @@ impl Seat {
         Arc::new(self.swarm.clone())
     }
 
-    /// Starts following the run's versions.
+    /// Starts following the run's versions, and makes squashed deltas of them where the role stays to pass weights on.
     ///
     /// # Errors
     /// When the credentials may not hear of them.
     pub async fn follow(&self, follow: Follow) -> Result<Follower> {
         let shutdown = self.shutdown.child_token();
-        Ok(Follower::start(
-            self.desk.clone(),
-            self.source(),
-            follow,
-            &self.tracker,
-            shutdown,
-        )
-        .await?)
+        let (desk, source) = (self.desk.clone(), self.source());
+        let follower = Follower::start(desk, source, follow, &self.tracker, shutdown).await?;
+        if self.credentials.role.squashes() {
+            let (desk, swarm) = (self.desk.clone(), self.swarm.clone());
+            let shutdown = self.shutdown.child_token();
+            squasher::keep(
+                desk,
+                swarm,
+                follower.watch(),
+                self.squash,
+                &self.tracker,
+                shutdown,
+            );
+        }
+        Ok(follower)
     }
 
     /// The run's model, without its weights: fetched from the peers, and checked against what the learner signed.

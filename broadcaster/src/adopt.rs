@@ -3,18 +3,23 @@
 //! anybody sees it.
 
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tracing::{debug, warn};
 
 use muster_protocol::desk::{Desk, DeskError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{ContentHash, PolicyVersion, StateRoot};
-use muster_protocol::message::version::{Announcement, Content, FileEntry, Object, Version};
+use muster_protocol::id::{ContentHash, ObjectId, PeerId, PolicyVersion, StateRoot};
+use muster_protocol::limits::SQUASHED_MAX;
+use muster_protocol::message::version::{
+    Announcement, Content, FileEntry, Object, Version, state_root,
+};
 
 use crate::codec::delta::apply;
 use crate::route::cheapest;
-use crate::state::{HEADER_BYTES_MAX, verify_state};
+use crate::state::{HEADER_BYTES_MAX, describe_state, verify_state};
 use crate::survey::Holdings;
 use crate::swarm::{FetchError, Source};
 
@@ -23,6 +28,9 @@ const APPLY_THREADS_MAX: usize = 8;
 /// Bytes that are hashed where they are: below this a thread costs more than the work, which takes some 50 µs.
 const IN_PLACE_BYTES_MAX: usize = 64 << 10;
 
+/// How often it is looked whether somebody holds what a member described.
+const FORSAKEN_LOOK: Duration = Duration::from_millis(500);
+
 /// A version whose bytes are here and were checked against the signed root.
 #[derive(Debug, Clone)]
 pub struct Held {
@@ -30,6 +38,8 @@ pub struct Held {
     pub version: Signed<Version>,
     /// The description of the bytes as a whole, when one was announced.
     pub anchor: Option<Signed<Object>>,
+    /// Descriptions of the objects that were known to lead here.
+    pub objects: Vec<Signed<Object>>,
     /// The files beside the weights that the version names, as descriptions.
     pub files: Vec<Signed<Object>>,
     /// The weights: a safetensors file in canonical layout.
@@ -55,6 +65,12 @@ pub enum FollowError {
         version: PolicyVersion,
         /// Which file.
         name: String,
+    },
+    /// Nobody within reach holds an object that a member described.
+    #[error("object {} was described by a member and nobody holds it: another route is tried", object.short())]
+    Forsaken {
+        /// Which.
+        object: ObjectId,
     },
     /// The bytes did not come.
     #[error(transparent)]
@@ -108,9 +124,42 @@ impl Opened {
     }
 
     /// The objects that lead here with the fewest bytes, from nothing or from a state that is held.
-    pub(crate) fn route(&self, held: Option<StateRoot>) -> Option<Vec<&Object>> {
+    pub(crate) fn route(&self, held: Option<StateRoot>) -> Option<Vec<&Signed<Object>>> {
         let objects: Vec<&Object> = self.objects.iter().map(|object| &object.body).collect();
-        cheapest(&objects, held, self.version.body.root)
+        let route = cheapest(&objects, held, self.version.body.root)?;
+        let signed = |object: &Object| {
+            let mut objects = self.objects.iter();
+            objects.find(|signed| std::ptr::eq(&raw const signed.body, object))
+        };
+        route.into_iter().map(signed).collect()
+    }
+
+    /// Adds deltas that members described, by which a shorter route may lead here. Nothing is believed of them; those of
+    /// `source`'s struck members, and what is larger than the weights, are left out.
+    pub fn add_squashed(&mut self, source: &dyn Source, deltas: Vec<Signed<Object>>) {
+        let version = &self.version.body;
+        let whole = version.parameter_bytes().saturating_add(HEADER_BYTES_MAX);
+        for delta in deltas.into_iter().take(SQUASHED_MAX) {
+            let is_usable = delta.body.delta().is_some()
+                && delta.body.version <= version.version
+                && delta.body.bytes <= whole
+                && !source.is_struck(&delta.author);
+            let mut known = self.objects.iter();
+            if is_usable && !known.any(|known| known.body == delta.body) {
+                self.objects.push(delta);
+            }
+        }
+    }
+
+    /// Leaves an object out, and with it all by a member who described what is not so.
+    fn leave_out(&mut self, source: &dyn Source, culprit: &Signed<Object>, stray: &Stray) {
+        let author = culprit.author;
+        let is_liar = stray.is_untrue && author != self.version.author;
+        if is_liar {
+            source.strike(author, &culprit.body, &stray.error.to_string());
+        }
+        self.objects
+            .retain(|object| object.body != culprit.body && !(is_liar && object.author == author));
     }
 }
 
@@ -154,8 +203,8 @@ pub fn open_announcement(desk: &Desk, announcement: &Announcement) -> Result<Ope
 }
 
 /// Fetches a version's bytes and checks them against its root, by the objects that take the fewest bytes: from nothing, or
-/// from the weights of `parent`, which are left as they are. Where deltas do not come or lead elsewhere than they say, it is
-/// tried without them.
+/// from the weights of `parent`, which are left as they are. An object that does not come, or leads elsewhere than it says, is
+/// left out and the next best route taken; a member whose description was not true is struck.
 ///
 /// # Errors
 /// When the bytes do not come or are not what was signed.
@@ -167,19 +216,13 @@ pub async fn fetch(
     let number = opened.version.body.version;
     let anchor = opened.anchor().cloned();
     let held = parent.map(|parent| (parent.version.body.root, parent.image.clone()));
+    let root = held.as_ref().map(|(root, _)| *root);
     loop {
-        let root = held.as_ref().map(|(root, _)| *root);
         let route = opened.route(root).ok_or(FollowError::NoRoute(number))?;
-        let route: Vec<Object> = route.into_iter().cloned().collect();
-        let error = match travel(source, &opened.version.body, &route, held.as_ref()).await {
+        let route: Vec<Signed<Object>> = route.into_iter().cloned().collect();
+        let stray = match travel(source, &opened.version, &route, held.as_ref()).await {
             Ok(image) => {
-                let is_whole = matches!(
-                    &route[..],
-                    [Object {
-                        content: Content::Anchor { .. },
-                        ..
-                    }]
-                );
+                let is_whole = matches!(&route[..], [only] if only.body.delta().is_none());
                 if let Some(anchor) = anchor.as_ref().filter(|_| !is_whole) {
                     pass_on(source, &anchor.body, &image).await;
                 }
@@ -189,65 +232,191 @@ pub async fn fetch(
                 return Ok(Held {
                     anchor,
                     version: opened.version,
+                    objects: opened.objects,
                     files: opened.files,
                     image,
                 });
             }
-            Err(error) => error,
+            Err(stray) => stray,
         };
-        let is_delta = |object: &Object| matches!(object.content, Content::Delta { .. });
-        if !route.iter().any(is_delta) {
-            return Err(error);
-        }
-        warn!(version = %number, %error, "a delta did not lead to the weights: going on without it");
-        opened
-            .objects
-            .retain(|object| !(is_delta(&object.body) && route.contains(&object.body)));
+        // An empty route leads from the weights that are held to themselves: nothing can be left out of it.
+        let Some(culprit) = route.get(stray.at) else {
+            return Err(stray.error);
+        };
+        opened.leave_out(source, culprit, &stray);
         if opened.route(root).is_none() {
-            return Err(error);
+            return Err(stray.error);
         }
+        warn!(version = %number, error = %stray.error, "an object did not lead to the weights: going on without it");
     }
+}
+
+/// Where a route did not lead on.
+struct Stray {
+    /// By which of its objects.
+    at: usize,
+    /// Whether all of that object came, so that its description is not true.
+    is_untrue: bool,
+    error: FollowError,
 }
 
 /// Goes by the objects of a route, and checks where it led.
 async fn travel(
     source: &dyn Source,
-    version: &Version,
-    route: &[Object],
+    version: &Signed<Version>,
+    route: &[Signed<Object>],
     held: Option<&(StateRoot, Bytes)>,
-) -> Result<Bytes, FollowError> {
-    let number = version.version;
-    let bad = |problem: String| FollowError::Bytes {
+) -> Result<Bytes, Stray> {
+    let number = version.body.version;
+    let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
+    let mut failure = None;
+    for (at, object) in route.iter().enumerate() {
+        let bytes = come_by(source, object, version.author).await;
+        let bytes = bytes.map_err(|error| Stray {
+            at,
+            is_untrue: false,
+            error,
+        })?;
+        match step(image.clone(), bytes, &object.body).await {
+            Ok(next) => image = next,
+            Err(problem) => {
+                failure = Some((at, problem));
+                break;
+            }
+        }
+    }
+    let (at, problem) = match failure {
+        Some(failure) => failure,
+        None => match arrive(&image, version, route).await {
+            Ok(()) => return Ok(image),
+            Err(problem) => (route.len().saturating_sub(1), problem),
+        },
+    };
+    // What is wrong may have become so before it was seen.
+    let earlier = match at {
+        0 => None,
+        at => first_untrue(source, &route[..at], held).await,
+    };
+    let error = FollowError::Bytes {
         version: number,
         problem,
     };
-    let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
-    for object in route {
-        let bytes = source.fetch(object).await?;
-        image = match object.content {
-            Content::Delta { .. } => {
-                let parent = image.clone();
-                let applied = off_loop_if_large(parent.len(), move || {
-                    apply(&parent, &bytes, apply_threads()).map(Bytes::from)
-                });
-                let applied = applied.await.map_err(|error| bad(error.to_string()))?;
-                applied.map_err(|error| bad(error.to_string()))?
-            }
-            Content::Anchor { .. } | Content::File { .. } => bytes,
-        };
+    Err(Stray {
+        at: earlier.unwrap_or(at),
+        is_untrue: true,
+        error,
+    })
+}
+
+/// An object's bytes. What the learner described is waited for; what others did only while somebody holds it.
+async fn come_by(
+    source: &dyn Source,
+    object: &Signed<Object>,
+    learner: PeerId,
+) -> Result<Bytes, FollowError> {
+    let mut fetched = std::pin::pin!(source.fetch(&object.body));
+    loop {
+        tokio::select! {
+            biased;
+            fetched = &mut fetched => return Ok(fetched?),
+            () = tokio::time::sleep(FORSAKEN_LOOK) => {}
+        }
+        if object.author != learner && source.is_forsaken(&object.body) {
+            return Err(FollowError::Forsaken {
+                object: object.body.id(),
+            });
+        }
     }
+}
+
+/// Where an object leads from `image`; a problem in words when it leads nowhere.
+async fn step(image: Bytes, bytes: Bytes, object: &Object) -> Result<Bytes, String> {
+    if object.delta().is_none() {
+        return Ok(bytes);
+    }
+    let underway = Underway::begin();
+    let applied = off_loop_if_large(image.len(), move || {
+        let _underway = underway;
+        apply(&image, &bytes, apply_threads()).map(Bytes::from)
+    });
+    let applied = applied.await.map_err(|error| error.to_string())?;
+    applied.map_err(|error| error.to_string())
+}
+
+/// Whether `image`, to which `route` led, is what the learner signed.
+async fn arrive(
+    image: &Bytes,
+    version: &Signed<Version>,
+    route: &[Signed<Object>],
+) -> Result<(), String> {
     // Shard hashes say where a whole file is wrong. What a delta made has only its root.
     let object = match route {
-        [only] if matches!(only.content, Content::Anchor { .. }) => Some(only.clone()),
+        [only] if only.body.delta().is_none() => Some(only.body.clone()),
         _ => None,
     };
-    let (signed, bytes) = (version.clone(), image.clone());
-    let verify = move || verify_state(&bytes, &signed, object.as_ref());
+    let (signed, bytes, underway) = (version.body.clone(), image.clone(), Underway::begin());
+    let verify = move || {
+        let _underway = underway;
+        verify_state(&bytes, &signed, object.as_ref())
+    };
     off_loop_if_large(image.len(), verify)
         .await
-        .map_err(|error| bad(error.to_string()))?
-        .map_err(|error| bad(error.to_string()))?;
-    Ok(image)
+        .map_err(|error| error.to_string())?
+        .map_err(|error| error.to_string())
+}
+
+/// Goes by a route again, looking at every step where it led: the first object whose description is not true.
+async fn first_untrue(
+    source: &dyn Source,
+    route: &[Signed<Object>],
+    held: Option<&(StateRoot, Bytes)>,
+) -> Option<usize> {
+    let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
+    for (at, object) in route.iter().enumerate() {
+        let bytes = source.fetch(&object.body).await.ok()?;
+        image = match step(image, bytes, &object.body).await {
+            Ok(next) => next,
+            Err(_) => return Some(at),
+        };
+        let hashed = image.clone();
+        let described = off_loop_if_large(image.len(), move || describe_state(&hashed)).await;
+        let found = match described.ok()? {
+            Ok((_, part)) => Some(state_root(&[part])),
+            Err(_) => None,
+        };
+        let said = match object.body.content {
+            Content::Anchor { root } | Content::Delta { to: root, .. } => Some(root),
+            Content::File { .. } => None,
+        };
+        if found.is_none() || found != said {
+            return Some(at);
+        }
+    }
+    None
+}
+
+/// Applications and verifications that this process is at: work that can wait does.
+static UNDERWAY: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether this process is just taking over a version.
+pub(crate) fn is_underway() -> bool {
+    UNDERWAY.load(Ordering::Relaxed) > 0
+}
+
+/// Counted in [`UNDERWAY`] while it lives.
+struct Underway;
+
+impl Underway {
+    fn begin() -> Self {
+        UNDERWAY.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        UNDERWAY.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 fn apply_threads() -> NonZeroUsize {

@@ -13,10 +13,10 @@ use tracing::{debug, warn};
 
 use muster_protocol::bus::{BusError, Subscription};
 use muster_protocol::desk::{Desk, DeskError};
-use muster_protocol::envelope::Signed;
+use muster_protocol::envelope::{Signed, open};
 use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::ask::{Answer, Ask};
-use muster_protocol::message::version::{Announcement, Content, Object};
+use muster_protocol::message::version::{Announcement, Content, Object, SQUASH_STRIDES};
 use muster_protocol::subject::Log;
 
 use crate::swarm::Source;
@@ -61,6 +61,25 @@ pub async fn first_version(desk: &Desk) -> Result<Opened, FollowError> {
             _ => return Err(DeskError::Unexpected.into()),
         }
     }
+}
+
+/// The deltas that members made and described, from version `from` on. None when dispatch does not say.
+pub async fn squashed_deltas(desk: &Desk, from: PolicyVersion) -> Vec<Signed<Object>> {
+    let described = match desk.deltas(from, None).await {
+        Ok(described) => described,
+        Err(error) => {
+            debug!(%error, "squashed deltas are not known");
+            return Vec::new();
+        }
+    };
+    let mut deltas = Vec::new();
+    for bytes in described {
+        match open::<Object>(bytes, desk.run()) {
+            Ok(delta) => deltas.push(delta),
+            Err(error) => warn!(%error, "a squashed delta's description cannot be used"),
+        }
+    }
+    deltas
 }
 
 /// A handle to a member's verified versions.
@@ -115,6 +134,11 @@ impl Follower {
     /// The newest version that is here.
     pub fn latest(&mut self) -> Option<Arc<Held>> {
         self.newest.borrow_and_update().clone()
+    }
+
+    /// The newest version that is here, for those who look on.
+    pub fn watch(&self) -> watch::Receiver<Option<Arc<Held>>> {
+        self.newest.clone()
     }
 
     /// Waits until another version is here than [`Follower::latest`] gave last.
@@ -268,16 +292,62 @@ impl Task {
         }
     }
 
+    /// For who comes late, adds deltas that lead over several versions at once: what members have made of them, and the
+    /// learner's single steps to where the first begins.
+    async fn with_squashed(&mut self, mut opened: Opened, parent: Option<&Held>) -> Opened {
+        let held = parent.map(|parent| parent.version.body.reference());
+        let steps = match held {
+            Some(held) => opened.version.body.version.0.saturating_sub(held.version.0),
+            None => opened.route(None).map_or(0, |route| route.len() as u64),
+        };
+        let [stride, ..] = SQUASH_STRIDES;
+        if steps < stride {
+            return opened;
+        }
+        let from = held.map_or(PolicyVersion(0), |held| held.version);
+        if held.is_some() {
+            let begins = from.0.next_multiple_of(stride);
+            for version in (from.0 + 1..=begins).map(PolicyVersion) {
+                let deltas = self.announced_with(version).await;
+                opened.add_squashed(self.source.as_ref(), deltas);
+            }
+        }
+        let deltas = squashed_deltas(&self.desk, from).await;
+        opened.add_squashed(self.source.as_ref(), deltas);
+        opened
+    }
+
+    /// The objects by which an earlier version was announced.
+    async fn announced_with(&self, version: PolicyVersion) -> Vec<Signed<Object>> {
+        let version = Some(version);
+        match self.desk.ask(Ask::Latest { version }).await {
+            Ok(Answer::Version(Some(announcement))) => open_announcement(&self.desk, &announcement)
+                .map_or_else(
+                    |error| {
+                        warn!(%error, "an earlier announcement cannot be used");
+                        Vec::new()
+                    },
+                    |opened| opened.objects,
+                ),
+            Ok(_) => Vec::new(),
+            Err(error) => {
+                debug!(%error, "an earlier version is not known");
+                Vec::new()
+            }
+        }
+    }
+
     /// Fetches a version; newer ones that are announced meanwhile wait their turn, unless nobody within reach holds this one:
     /// the peer that made it may have gone before others had it. Returns how long to wait before going on.
     async fn take_over(&mut self, opened: Opened) -> Duration {
         let number = opened.version.body.version;
         let source = self.source.clone();
         let parent = self.newest_sender.borrow().clone();
+        let opened = self.with_squashed(opened, parent.as_deref()).await;
         let root = parent.as_ref().map(|parent| parent.version.body.root);
         let route: Vec<Object> = opened
             .route(root)
-            .map(|route| route.into_iter().cloned().collect())
+            .map(|route| route.iter().map(|object| object.body.clone()).collect())
             .unwrap_or_default();
         let mut fetched = std::pin::pin!(fetch(source.as_ref(), opened.clone(), parent.as_deref()));
         let fetched = loop {

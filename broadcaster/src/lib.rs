@@ -5,6 +5,7 @@
 //! * [`plan`] and [`uploads`] decide who asks whom for what, and who is sent what; both are pure. [`rate`] caps uploads.
 //! * [`wire`] and [`connection`] are what peers say, and how they prove who they are; `transport` carries it.
 //! * [`route`] decides by which objects a state is reached with the fewest bytes; pure.
+//! * [`squash`] decides who makes which delta over several versions, pure; [`squasher`] makes them.
 //! * [`adopt`] takes over one version: open, fetch, apply, check. [`follower`] follows a run, version after version.
 //! * [`swarm`] is the handle: offer, fetch, meet. [`meter`] counts. [`survey`] asks who holds what.
 //! * [`nat`] is how a peer behind a home router is reached.
@@ -34,6 +35,8 @@ mod seats;
 mod server;
 mod slots;
 pub mod snapshot;
+pub mod squash;
+pub mod squasher;
 pub mod state;
 pub mod store;
 pub mod survey;

@@ -39,6 +39,18 @@ pub struct Ban {
     pub at: UnixMillis,
 }
 
+/// Why a member's descriptions are not used any more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("described object {} falsely: {reason}", object.short())]
+pub struct Strike {
+    /// Of which object.
+    pub object: ObjectId,
+    /// What was found.
+    pub reason: String,
+    /// When.
+    pub at: UnixMillis,
+}
+
 /// What was counted so far.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Stats {
@@ -50,6 +62,8 @@ pub struct Stats {
     pub peers: BTreeMap<PeerId, Traffic>,
     /// Banned peers, by handshake key.
     pub bans: BTreeMap<PeerId, Ban>,
+    /// Members who described what is not so, by the key of their statements.
+    pub strikes: BTreeMap<PeerId, Strike>,
     /// Connections that ended in a refusal, a broken protocol or a failed handshake.
     pub connections_refused: u64,
     /// Requests answered with "ask others first".
@@ -101,6 +115,22 @@ impl Meter {
             oldest.map(|peer| stats.bans.remove(&peer));
         }
         stats.bans.insert(peer, ban);
+    }
+
+    /// Strikes a member, as many as bans are remembered.
+    pub fn strike(&self, member: PeerId, strike: Strike) {
+        let mut stats = self.lock();
+        if stats.strikes.len() >= BANS_MAX {
+            let oldest = stats.strikes.iter().min_by_key(|(_, strike)| strike.at);
+            let oldest = oldest.map(|(member, _)| *member);
+            oldest.map(|member| stats.strikes.remove(&member));
+        }
+        stats.strikes.insert(member, strike);
+    }
+
+    /// Whether a member is struck.
+    pub fn is_struck(&self, member: &PeerId) -> bool {
+        self.lock().strikes.contains_key(member)
     }
 
     /// Whether a peer is banned.

@@ -24,10 +24,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::fetch;
-use crate::meter::Stats;
+use crate::meter::{Stats, Strike};
 use crate::nat::{self, NatConfig, NatError};
 use crate::node::{Node, Parts, on_blocking_thread};
 use crate::server::Server;
+use crate::squash::SquashConfig;
 use crate::store::{Store, StoreConfig, StoreError};
 use crate::survey::{Holdings, survey};
 use crate::transport::tcp::Tcp;
@@ -59,6 +60,8 @@ pub struct SwarmConfig {
     pub nat: Option<NatConfig>,
     /// How much is kept, and where.
     pub store: StoreConfig,
+    /// How much is lent to squashed deltas.
+    pub squash: SquashConfig,
 }
 
 impl Default for SwarmConfig {
@@ -73,6 +76,7 @@ impl Default for SwarmConfig {
             request_ms: NonZeroU64::MIN.saturating_add(9_999),
             nat: None,
             store: StoreConfig::default(),
+            squash: SquashConfig::default(),
         }
     }
 }
@@ -127,6 +131,18 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// Whether the object is being fetched and nobody within reach holds what is missing of it.
     fn is_forsaken(&self, object: &Object) -> bool {
         tracing::trace!(object = %object.id().short(), "hoped for");
+        false
+    }
+
+    /// Says that a member described an object that is not what it says. Its descriptions are not used any more.
+    fn strike(&self, maker: PeerId, object: &Object, reason: &str) {
+        let object = object.id();
+        tracing::warn!(maker = %maker.short(), object = %object.short(), reason, "a member's description is not true");
+    }
+
+    /// Whether a member was struck.
+    fn is_struck(&self, maker: &PeerId) -> bool {
+        tracing::trace!(maker = %maker.short(), "believed so far");
         false
     }
 }
@@ -290,6 +306,11 @@ impl Swarm {
         self.node.store.unpin(object);
     }
 
+    /// The members whose addresses are known.
+    pub fn known(&self) -> Vec<PeerId> {
+        self.node.book.borrow().keys().copied().collect()
+    }
+
     /// What went in and out, and who was banned.
     pub fn stats(&self) -> Stats {
         self.node.meter.stats()
@@ -319,6 +340,20 @@ impl Source for Swarm {
 
     fn is_forsaken(&self, object: &Object) -> bool {
         self.node.is_forsaken(&object.id())
+    }
+
+    fn strike(&self, maker: PeerId, object: &Object, reason: &str) {
+        let strike = Strike {
+            object: object.id(),
+            reason: reason.to_owned(),
+            at: self.node.clock.now(),
+        };
+        tracing::warn!(maker = %maker.short(), %strike, "member struck");
+        self.node.meter.strike(maker, strike);
+    }
+
+    fn is_struck(&self, maker: &PeerId) -> bool {
+        self.node.meter.is_struck(maker)
     }
 }
 

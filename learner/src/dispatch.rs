@@ -9,6 +9,7 @@ pub mod audit;
 pub mod judging;
 pub mod prompts;
 pub mod service;
+pub mod squashed;
 pub mod tickets;
 pub mod waiting;
 pub mod workers;

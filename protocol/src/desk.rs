@@ -8,7 +8,7 @@ use serde_bytes::ByteBuf;
 
 use crate::bus::{BusError, SharedBus};
 use crate::envelope::{EnvelopeError, Signed, Statement, open, seal};
-use crate::id::{PeerId, RunId};
+use crate::id::{PeerId, PolicyVersion, RunId};
 use crate::identity::Identity;
 use crate::message::ask::{Answer, Ask};
 use crate::message::control::ControlState;
@@ -229,6 +229,23 @@ impl Desk {
     pub async fn control(&self) -> Result<ControlState, DeskError> {
         match self.ask(Ask::Control).await? {
             Answer::Control(state) => Ok(state),
+            _ => Err(DeskError::Unexpected),
+        }
+    }
+
+    /// Squashed deltas from `version` or a later one, as signed by whoever made them; tells dispatch of one of this member's own
+    /// at the same time.
+    ///
+    /// # Errors
+    /// When no usable answer came, or dispatch does not take this member's.
+    pub async fn deltas(
+        &self,
+        from: PolicyVersion,
+        mine: Option<&[u8]>,
+    ) -> Result<Vec<bytes::Bytes>, DeskError> {
+        let mine = mine.map(|bytes| ByteBuf::from(bytes.to_vec()));
+        match self.ask(Ask::Deltas { from, mine }).await? {
+            Answer::Deltas(deltas) => Ok(deltas.into_iter().map(|d| d.into_vec().into()).collect()),
             _ => Err(DeskError::Unexpected),
         }
     }

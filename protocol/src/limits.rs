@@ -55,6 +55,10 @@ pub const FINDINGS_MAX: usize = 32;
 /// Most addresses in one answer about peers: a bounded overlay, not a mesh.
 pub const PEERS_MAX: usize = 64;
 
+/// Most squashed deltas in one answer: two for each of the sixteen short and four long strides within the versions that dispatch
+/// remembers, and room. Descriptions of 64 KiB each are still one message.
+pub const SQUASHED_MAX: usize = 64;
+
 /// Longest free text in a message (reasons, names), in bytes.
 pub const TEXT_BYTES_MAX: usize = 1_024;
 

@@ -65,11 +65,12 @@ pub enum Verb {
     Receipt,
     Control,
     Descriptor,
+    Deltas,
 }
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Verb; 9] = [
+    pub const ALL: [Verb; 10] = [
         Verb::Lease,
         Verb::Submit,
         Verb::Critique,
@@ -79,6 +80,7 @@ impl Verb {
         Verb::Receipt,
         Verb::Control,
         Verb::Descriptor,
+        Verb::Deltas,
     ];
 
     /// Its subject token.
@@ -93,6 +95,7 @@ impl Verb {
             Verb::Receipt => "receipt",
             Verb::Control => "control",
             Verb::Descriptor => "descriptor",
+            Verb::Deltas => "deltas",
         }
     }
 }
@@ -116,14 +119,26 @@ impl Role {
         matches!(self, Role::Dispatch | Role::Trainer)
     }
 
+    /// Whether the role stays to pass weights on, so that it may describe squashed deltas. The learner's time is the step's,
+    /// and an evaluator leaves with what it came for.
+    pub fn squashes(self) -> bool {
+        matches!(self, Role::Worker | Role::Critic | Role::Seeder)
+    }
+
     /// What a role may ask of dispatch.
     pub fn verbs(self) -> &'static [Verb] {
-        use Verb::{Control, Critique, Descriptor, Latest, Lease, Peers, Receipt, Submit, Verdict};
+        use Verb::{
+            Control, Critique, Deltas, Descriptor, Latest, Lease, Peers, Receipt, Submit, Verdict,
+        };
         match self {
             Role::Dispatch | Role::Trainer => &Verb::ALL,
-            Role::Worker => &[Lease, Submit, Latest, Peers, Receipt, Control, Descriptor],
-            Role::Critic => &[Critique, Verdict, Latest, Peers, Control, Descriptor],
-            Role::Seeder | Role::Evaluator => &[Latest, Peers, Control, Descriptor],
+            Role::Worker => &[
+                Lease, Submit, Latest, Peers, Receipt, Control, Descriptor, Deltas,
+            ],
+            Role::Critic => &[
+                Critique, Verdict, Latest, Peers, Control, Descriptor, Deltas,
+            ],
+            Role::Seeder | Role::Evaluator => &[Latest, Peers, Control, Descriptor, Deltas],
         }
     }
 }

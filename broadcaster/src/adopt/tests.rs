@@ -20,6 +20,7 @@ struct Shelf {
     objects: BTreeMap<ObjectId, Bytes>,
     taken: Mutex<Vec<u64>>,
     offered: Mutex<Vec<ObjectId>>,
+    struck: Mutex<Vec<PeerId>>,
 }
 
 #[async_trait]
@@ -33,6 +34,14 @@ impl Source for Shelf {
     async fn offer(&self, object: &Object, _bytes: Bytes) -> Result<(), StoreError> {
         self.offered.lock().unwrap().push(object.id());
         Ok(())
+    }
+
+    fn strike(&self, maker: PeerId, _object: &Object, _reason: &str) {
+        self.struck.lock().unwrap().push(maker);
+    }
+
+    fn is_struck(&self, maker: &PeerId) -> bool {
+        self.struck.lock().unwrap().contains(maker)
     }
 }
 
@@ -115,6 +124,7 @@ impl Author {
         Held {
             version: self.opened(version, &[]).version,
             anchor: None,
+            objects: Vec::new(),
             files: Vec::new(),
             image: weights(version).into(),
         }
@@ -220,4 +230,143 @@ async fn a_version_that_is_held_is_not_fetched_again() {
     let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(2));
     assert!(author.shelf.taken.lock().unwrap().is_empty());
+}
+
+/// Another member of the run, who describes deltas.
+impl Author {
+    fn squashed(&mut self, maker: &Identity, from: u64, to: u64, bytes: Vec<u8>) -> Signed<Object> {
+        let described = self.named(from, to, bytes).body;
+        seal(maker, &self.run, 1, described).unwrap()
+    }
+
+    fn chain(&mut self, from: u64, to: u64) -> Vec<Signed<Object>> {
+        (from..to).map(|v| self.delta(v, v + 1)).collect()
+    }
+
+    /// Opens what `objects` lead to, with what members described of it.
+    fn opened_with(
+        &self,
+        version: u64,
+        objects: &[Signed<Object>],
+        squashed: &[Signed<Object>],
+    ) -> Opened {
+        let objects: Vec<&Signed<Object>> = objects.iter().collect();
+        let mut opened = self.opened(version, &objects);
+        opened.add_squashed(&self.shelf, squashed.to_vec());
+        opened
+    }
+}
+
+fn coded(from: u64, to: u64) -> Vec<u8> {
+    encode(&weights(from), &weights(to), NonZeroUsize::MIN)
+        .unwrap()
+        .bytes
+}
+
+#[tokio::test]
+async fn a_late_peer_takes_members_squashed_deltas_beside_the_learners_and_fewer_bytes() {
+    let (mut author, maker) = (Author::new(), Identity::generate());
+    let chain = author.chain(1, 9);
+    let squashed = author.squashed(&maker, 4, 8, coded(4, 8));
+    let parent = author.held(3);
+    let opened = author.opened_with(9, &chain, &[]);
+    fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let single: u64 = author.shelf.taken.lock().unwrap().drain(..).sum();
+    let opened = author.opened_with(9, &chain, std::slice::from_ref(&squashed));
+    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    assert_eq!(held.image, weights(9));
+    let taken = author.shelf.taken.lock().unwrap().clone();
+    let expected = [&chain[2], &squashed, &chain[7]].map(|object| object.body.bytes);
+    assert_eq!(taken, expected);
+    assert!(
+        taken.iter().sum::<u64>() < single,
+        "{taken:?} against {single}"
+    );
+    assert!(author.shelf.struck.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_squashed_delta_with_one_wrong_bit_or_another_root_is_left_out_and_its_maker_struck() {
+    for lie in ["bit", "root", "garbage"] {
+        let (mut author, liar, honest) =
+            (Author::new(), Identity::generate(), Identity::generate());
+        let chain = author.chain(0, 8);
+        let bytes = match lie {
+            "bit" => {
+                let mut bytes = coded(0, 4);
+                *bytes.last_mut().unwrap() ^= 1;
+                bytes
+            }
+            "root" => coded(0, 5),
+            _ => vec![7; 40],
+        };
+        let first = author.squashed(&liar, 0, 4, bytes);
+        // What the same member says of another step is not tried.
+        let second = author.squashed(&liar, 4, 8, coded(4, 8));
+        let squashed = [first, second];
+        let parent = author.held(0);
+        let opened = author.opened_with(8, &chain, &squashed);
+        let held = fetch(&author.shelf, opened.clone(), Some(&parent))
+            .await
+            .unwrap();
+        assert_eq!(held.image, weights(8), "{lie}");
+        let struck = author.shelf.struck.lock().unwrap().clone();
+        assert_eq!(struck, [liar.peer_id()], "{lie}");
+        let mut known = held.objects.iter();
+        assert!(known.all(|object| object.author != liar.peer_id()), "{lie}");
+        // From then on it is not even taken in; another member's is.
+        let true_one = author.squashed(&honest, 0, 4, coded(0, 4));
+        let mut again = author.opened_with(8, &chain, &squashed);
+        again.add_squashed(&author.shelf, vec![true_one]);
+        let makers: Vec<PeerId> = again.objects[8..]
+            .iter()
+            .map(|object| object.author)
+            .collect();
+        assert_eq!(makers, [honest.peer_id()], "{lie}");
+    }
+}
+
+#[tokio::test]
+async fn a_lie_early_on_the_way_is_found_though_the_end_is_wrong_and_the_honest_go_unstruck() {
+    let (mut author, liar, honest) = (Author::new(), Identity::generate(), Identity::generate());
+    let chain = author.chain(0, 9);
+    let squashed = [
+        author.squashed(&liar, 0, 4, coded(0, 3)),
+        author.squashed(&honest, 4, 8, coded(4, 8)),
+    ];
+    let parent = author.held(0);
+    let opened = author.opened_with(9, &chain, &squashed);
+    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    assert_eq!(held.image, weights(9));
+    assert_eq!(*author.shelf.struck.lock().unwrap(), [liar.peer_id()]);
+    let taken = author.shelf.taken.lock().unwrap().clone();
+    assert_eq!(taken.last_chunk::<6>().unwrap(), &{
+        let singles = chain[..4].iter().chain([&squashed[1], &chain[8]]);
+        let bytes: Vec<u64> = singles.map(|object| object.body.bytes).collect();
+        <[u64; 6]>::try_from(bytes).unwrap()
+    });
+}
+
+#[tokio::test]
+async fn a_squashed_delta_that_does_not_come_is_left_out_and_nobody_struck() {
+    let (mut author, maker) = (Author::new(), Identity::generate());
+    let chain = author.chain(0, 4);
+    let squashed = author.squashed(&maker, 0, 4, coded(0, 4));
+    author.shelf.objects.remove(&squashed.body.id());
+    let parent = author.held(0);
+    let opened = author.opened_with(4, &chain, &[squashed]);
+    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    assert_eq!(held.image, weights(4));
+    assert!(author.shelf.struck.lock().unwrap().is_empty());
+}
+
+#[test]
+fn an_anchor_of_a_member_and_a_delta_larger_than_the_weights_are_not_taken_in() {
+    let (mut author, maker) = (Author::new(), Identity::generate());
+    let anchor = author.anchor(4).body;
+    let anchor = seal(&maker, &author.run, 1, anchor).unwrap();
+    let large = author.squashed(&maker, 0, 4, vec![0; 9 << 20]);
+    let later = author.squashed(&maker, 4, 8, coded(4, 8));
+    let opened = author.opened_with(4, &[], &[anchor, large, later]);
+    assert!(opened.objects.is_empty());
 }

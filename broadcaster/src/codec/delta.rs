@@ -58,6 +58,9 @@ pub enum DeltaError {
         /// Bytes of the buffer.
         found: usize,
     },
+    /// Whoever wanted it wants it no more.
+    #[error("delta was given up before it was done: make it again")]
+    GivenUp,
 }
 
 /// How a slice is coded.
@@ -112,6 +115,19 @@ struct Coded {
 /// # Errors
 /// When they are not two safetensors files with the same header.
 pub fn encode(parent: &[u8], child: &[u8], threads: NonZeroUsize) -> Result<Delta, DeltaError> {
+    encode_while(parent, child, threads, || true)
+}
+
+/// [`encode`], slice by slice: `goes_on` is asked before each, and may wait until the machine has nothing better to do.
+///
+/// # Errors
+/// As [`encode`], and when it was given up.
+pub fn encode_while(
+    parent: &[u8],
+    child: &[u8],
+    threads: NonZeroUsize,
+    goes_on: impl Fn() -> bool + Sync,
+) -> Result<Delta, DeltaError> {
     let slices = slices_of(parent)?;
     let header = slices.first().map_or(parent.len(), |slice| slice.start);
     if parent.len() != child.len() || parent[..header] != child[..header] {
@@ -122,6 +138,9 @@ pub fn encode(parent: &[u8], child: &[u8], threads: NonZeroUsize) -> Result<Delt
         jobs,
         threads,
         |(slice, done): &mut (&Slice, Option<Coded>)| {
+            if !goes_on() {
+                return Err(DeltaError::GivenUp);
+            }
             let range = slice.start..slice.end;
             *done = Some(encode_slice(
                 &parent[range.clone()],

@@ -35,6 +35,7 @@ use muster_protocol::message::version::{Announcement, Version, VersionRef};
 use muster_protocol::subject::{Log, Queue, Role, Subjects};
 
 use super::prompts::PromptSource;
+use super::squashed::SquashedDeltas;
 use super::{Dispatch, DispatchConfig, fate_of};
 use outgoing::Outgoing;
 
@@ -169,6 +170,7 @@ pub struct DispatchService {
     receipts: Remembered<Bytes>,
     announcements: VecDeque<(VersionRef, Announcement)>,
     peers: BTreeMap<PeerId, KnownPeer>,
+    squashed: SquashedDeltas,
     fated: BTreeSet<TicketId>,
     read: BTreeMap<Log, u64>,
     renewed: UnixMillis,
@@ -287,6 +289,7 @@ impl DispatchService {
             receipts: Remembered::new(),
             announcements: VecDeque::new(),
             peers: BTreeMap::new(),
+            squashed: SquashedDeltas::default(),
             fated: std::collections::BTreeSet::new(),
             read: BTreeMap::from([(Log::Control, control_read)]),
             renewed,
@@ -455,6 +458,8 @@ impl DispatchService {
         if self.announcements.len() > ANNOUNCEMENTS_KEPT {
             self.announcements.pop_front();
         }
+        let remembered = self.announcements.iter().map(|(known, _)| *known);
+        self.squashed.retain(&remembered.collect::<Vec<_>>());
         Ok(())
     }
 

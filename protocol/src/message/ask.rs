@@ -9,7 +9,9 @@ use super::lease::NumericClass;
 use super::version::{Announcement, VersionRef};
 use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{GroupHash, LeaseId, PolicyVersion};
-use crate::limits::{CARRIER_BYTES_MAX, HELD_VERSIONS_MAX, PEERS_MAX};
+use crate::limits::{
+    CARRIER_BYTES_MAX, HELD_VERSIONS_MAX, PEERS_MAX, SQUASHED_MAX, STATEMENT_BYTES_MAX,
+};
 use crate::subject::Verb;
 
 /// Most receipts in one answer.
@@ -67,6 +69,13 @@ pub enum Ask {
     Control,
     /// What the run is.
     Descriptor,
+    /// Squashed deltas: what leads over several versions at once, described by members.
+    Deltas {
+        /// Those from this version or a later one.
+        from: PolicyVersion,
+        /// One that the asker made, described and signed by it, so that others hear of it.
+        mine: Option<ByteBuf>,
+    },
 }
 
 impl Ask {
@@ -82,6 +91,7 @@ impl Ask {
             Ask::Receipt { .. } => Verb::Receipt,
             Ask::Control => Verb::Control,
             Ask::Descriptor => Verb::Descriptor,
+            Ask::Deltas { .. } => Verb::Deltas,
         }
     }
 }
@@ -95,6 +105,15 @@ impl Statement for Ask {
             Ask::Critique { held, .. } => at_most("held", held.len(), HELD_VERSIONS_MAX),
             Ask::Verdict { verdicts } => at_most("verdicts", verdicts.len(), LEASES_MAX),
             Ask::Receipt { leases } => at_most("leases", leases.len(), RECEIPTS_MAX),
+            Ask::Deltas {
+                mine: Some(mine), ..
+            } if mine.len() > STATEMENT_BYTES_MAX => {
+                let problem = format!(
+                    "has {} bytes, at most {STATEMENT_BYTES_MAX} are allowed",
+                    mine.len()
+                );
+                Err(Invalid::new("mine", problem))
+            }
             _ => Ok(()),
         }
     }
@@ -167,6 +186,8 @@ pub enum Answer {
         /// The versions served.
         served: Vec<u16>,
     },
+    /// Signed descriptions of squashed deltas.
+    Deltas(Vec<ByteBuf>),
 }
 
 impl Statement for Answer {
@@ -180,6 +201,7 @@ impl Statement for Answer {
                 at_most("leases", leases.len(), LEASES_MAX)
             }
             Answer::Receipts(receipts) => at_most("receipts", receipts.len(), RECEIPTS_MAX),
+            Answer::Deltas(deltas) => at_most("deltas", deltas.len(), SQUASHED_MAX),
             _ => Ok(()),
         }
     }

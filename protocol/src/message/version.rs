@@ -23,6 +23,16 @@ pub const PARTS_MAX: usize = 64;
 /// Most objects announced with a version.
 pub const OBJECTS_MAX: usize = 16;
 
+/// Versions that a squashed delta leads over: it ends at a version divisible by its stride and begins one stride before. Each is
+/// four of the next smaller, so that the number of objects on the way grows with the logarithm of the distance.
+pub const SQUASH_STRIDES: [u64; 2] = [4, 16];
+
+/// The strides of the squashed deltas that lead to `version`.
+pub fn squash_strides(version: PolicyVersion) -> impl Iterator<Item = u64> {
+    let ends_here = move |stride: &u64| version.0 > 0 && version.0.is_multiple_of(*stride);
+    SQUASH_STRIDES.into_iter().filter(ends_here)
+}
+
 /// How a parameter is stored on the wire and on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -254,6 +264,14 @@ pub struct Object {
 }
 
 impl Object {
+    /// From which state to which it leads, when it is a delta.
+    pub fn delta(&self) -> Option<(StateRoot, StateRoot)> {
+        match self.content {
+            Content::Delta { from, to } => Some((from, to)),
+            Content::Anchor { .. } | Content::File { .. } => None,
+        }
+    }
+
     /// The object's name: BLAKE3("muster-object-v1\0" ‖ size ‖ codec ‖ shard size ‖ shard hashes). Whoever describes the
     /// same bytes cut the same way names the same object.
     pub fn id(&self) -> ObjectId {

@@ -105,6 +105,20 @@ pub fn asks() -> Vec<(&'static str, Ask)> {
         ),
         ("control", Ask::Control),
         ("descriptor", Ask::Descriptor),
+        (
+            "deltas",
+            Ask::Deltas {
+                from: PolicyVersion(4),
+                mine: Some(envelope("delta")),
+            },
+        ),
+        (
+            "deltas_none_made",
+            Ask::Deltas {
+                from: PolicyVersion(4),
+                mine: None,
+            },
+        ),
     ]
 }
 
@@ -160,6 +174,7 @@ pub fn answers() -> Vec<(&'static str, Answer)> {
             "upgrade_required",
             Answer::UpgradeRequired { served: vec![1, 2] },
         ),
+        ("deltas", Answer::Deltas(vec![envelope("delta")])),
     ]
 }
 

@@ -182,6 +182,7 @@ impl Lab {
         let parent = Held {
             version: signed(0)?,
             anchor: None,
+            objects: Vec::new(),
             files: Vec::new(),
             image: self.images[0].clone(),
         };

@@ -2,6 +2,7 @@
 //! training and on the versions of a real run. What is timed is in [`race`], what is synthetic in [`training`].
 
 mod race;
+mod squash;
 mod training;
 
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -50,6 +51,9 @@ pub(super) struct CodecArgs {
     /// How often each is timed; the median counts
     #[arg(long, value_name = "N", default_value = "3")]
     rounds: NonZeroUsize,
+    /// Only the sizes of deltas over several versions, against those of the single steps
+    #[arg(long)]
+    squash: bool,
     /// Print JSON lines
     #[arg(long)]
     json: bool,
@@ -68,6 +72,9 @@ struct Row {
 /// Measures, prints, judges.
 pub(super) fn run(args: &CodecArgs) -> Result<()> {
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    if args.squash {
+        return squashed(args, threads);
+    }
     if !args.json {
         say(&format!(
             "{threads} threads, median of {} rounds; sizes against the full file, speeds in GB of weights per second",
@@ -79,6 +86,20 @@ pub(super) fn run(args: &CodecArgs) -> Result<()> {
         Some(folder) => real(args, folder, threads),
         None => synthetic(args, threads),
     }
+}
+
+fn squashed(args: &CodecArgs, threads: NonZeroUsize) -> Result<()> {
+    if let Some(folder) = &args.versions {
+        return squash::real(&versions_in(folder)?, threads, args.json);
+    }
+    let trainings = TRAININGS.into_iter().map(|(lr, autocorrelation, _)| {
+        let training = Training {
+            lr,
+            autocorrelation,
+        };
+        (format!("lr {lr:e} rho {autocorrelation}"), training)
+    });
+    squash::synthetic(trainings, threads, args.json)
 }
 
 fn synthetic(args: &CodecArgs, threads: NonZeroUsize) -> Result<()> {

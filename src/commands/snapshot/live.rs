@@ -9,7 +9,9 @@ use bytes::Bytes;
 
 use muster_broadcaster::SwarmConfig;
 use muster_broadcaster::disk::Existing;
-use muster_broadcaster::follower::{Held, Opened, fetch, fetch_file, open_announcement};
+use muster_broadcaster::follower::{
+    Held, Opened, fetch, fetch_file, open_announcement, squashed_deltas,
+};
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::route::cheapest;
 use muster_broadcaster::snapshot::{Contents, write};
@@ -92,9 +94,13 @@ impl LiveRun {
 
     /// Fetches a version that was heard of from the peers and writes it as a folder, all of it or nothing.
     pub(crate) async fn pull(&self, version: PolicyVersion, out: &Path) -> Result<()> {
+        let source = self.seat.source();
         let opened = self.heard.get(&version).cloned();
         let mut opened =
             opened.with_context(|| format!("nothing was heard of version {version}"))?;
+        // From nothing the way is an anchor and single steps; members may have made shorter ones.
+        let squashed = squashed_deltas(&self.seat.desk, PolicyVersion(0)).await;
+        opened.add_squashed(source.as_ref(), squashed);
         let holdings = self.survey([&opened].into_iter()).await?;
         if !opened.keep_held(&holdings) {
             bail!(

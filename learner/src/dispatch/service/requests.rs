@@ -13,7 +13,7 @@ use muster_protocol::bus::{BusError, Request};
 use muster_protocol::credentials::Member;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, TicketId, UnixMillis};
-use muster_protocol::limits::{GROUP_BYTES_MAX, PEERS_MAX, TEXT_BYTES_MAX};
+use muster_protocol::limits::{GROUP_BYTES_MAX, PEERS_MAX, SQUASHED_MAX, TEXT_BYTES_MAX};
 use muster_protocol::message::ask::{Answer, Ask, LEASES_MAX, WaitReason};
 use muster_protocol::message::control::Phase;
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
@@ -22,7 +22,7 @@ use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::{Lease, NumericClass, class_names};
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::verdict::{Decision, Verdict};
-use muster_protocol::message::version::VersionRef;
+use muster_protocol::message::version::{Object, VersionRef};
 use muster_protocol::subject::Queue;
 
 use super::outgoing::Outgoing;
@@ -152,6 +152,7 @@ impl DispatchService {
             Ask::Receipt { leases } => self.on_receipt(&leases),
             Ask::Control => Answer::Control(self.control.clone()),
             Ask::Descriptor => Answer::Descriptor(ByteBuf::from(self.descriptor.bytes.to_vec())),
+            Ask::Deltas { from, mine } => self.on_deltas(&member, from, mine),
         };
         Ok(Decided::Answer(answer))
     }
@@ -430,6 +431,29 @@ impl DispatchService {
         let records = others.take(PEERS_MAX).filter_map(|other| known.get(other));
         let records = records.map(|(_, known)| ByteBuf::from(known.record.to_vec()));
         Answer::Peers(records.collect())
+    }
+
+    fn on_deltas(&mut self, member: &Member, from: PolicyVersion, mine: Option<ByteBuf>) -> Answer {
+        if let Some(bytes) = mine {
+            if !member.role.squashes() {
+                let reason = format!("the role {} describes no deltas", member.role);
+                return refused(reason);
+            }
+            let object = match open::<Object>(bytes.into_vec().into(), &self.run) {
+                Ok(object) => object,
+                Err(error) => return refused(error),
+            };
+            let versions = self.announcements.iter().map(|(known, _)| *known);
+            let versions: Vec<VersionRef> = versions.collect();
+            if let Err(unwanted) = self.squashed.describe(member.peer, object, &versions) {
+                return refused(unwanted);
+            }
+        }
+        let told = self.squashed.from(from).take(SQUASHED_MAX);
+        Answer::Deltas(
+            told.map(|object| ByteBuf::from(object.bytes.to_vec()))
+                .collect(),
+        )
     }
 
     fn on_receipt(&self, leases: &[LeaseId]) -> Answer {

@@ -59,6 +59,7 @@ fn held(number: u64) -> Held {
     Held {
         version: seal(&learner, &"r".parse().unwrap(), 1, version).unwrap(),
         anchor: None,
+        objects: Vec::new(),
         files: Vec::new(),
         image: Bytes::from_owner(image.shared_bytes()),
     }
