@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use muster_protocol::child::Child;
 
+use crate::machine::disk_free;
 use crate::screen::{Process, ProcessState};
 
 /// First pause before a child is started again; each further one is twice as long.
@@ -24,6 +25,8 @@ const HEALTHY: Duration = Duration::from_secs(20);
 const FAILURES_MAX: u32 = 8;
 /// What a process says that ended because the disk is full: starting it again frees none of it.
 const DISK_FULL: &str = "No space left on device";
+/// With fewer bytes free a process cannot even print why it ended.
+const DISK_FREE_MIN: u64 = 64 << 10;
 /// How long children may take to drain before they are killed.
 const DRAIN: Duration = Duration::from_secs(4);
 /// How much of a log's end is searched for last words.
@@ -100,6 +103,16 @@ impl Supervised {
         let words = last_words(&self.log).unwrap_or_else(|| how.to_owned());
         if words.contains(DISK_FULL) {
             bail!("{} stopped: {words}", self.name);
+        }
+        if let Some(free) = disk_free(&self.log)
+            .ok()
+            .filter(|free| *free < DISK_FREE_MIN)
+        {
+            bail!(
+                "{} stopped: {DISK_FULL}: {free} bytes are free where {} lies: free some and give the same command again",
+                self.name,
+                self.log.display()
+            );
         }
         if self.failures > FAILURES_MAX {
             bail!(
