@@ -14,6 +14,7 @@ use muster_protocol::id::PeerId;
 use muster_protocol::identity::{Identity, is_signed_by};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::transport::Reader;
 use crate::wire::{
     self, Frame, GREETING_BYTES_MAX, Message, Refusal, RequestId, WIRE_VERSIONS, WireError,
 };
@@ -256,12 +257,41 @@ pub async fn read_frame<S: AsyncRead + Unpin>(
     stream: &mut S,
     frame_bytes_max: usize,
 ) -> Result<Frame, ConnectionError> {
+    read_expecting(stream, frame_bytes_max, |_, _| {}).await
+}
+
+/// [`read_frame`] where shards come: a frame of which little is there is left to the system until more is.
+///
+/// # Cancel safety
+/// As [`read_frame`].
+///
+/// # Errors
+/// As [`read_frame`].
+pub(crate) async fn read_large_frame(
+    reader: &mut Reader,
+    frame_bytes_max: usize,
+) -> Result<Frame, ConnectionError> {
+    let frame = read_expecting(reader, frame_bytes_max, |reader, bytes| {
+        reader.expect(bytes);
+    });
+    let frame = frame.await;
+    // What comes next may be small.
+    reader.expect(1);
+    frame
+}
+
+async fn read_expecting<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    frame_bytes_max: usize,
+    expect: impl Fn(&mut S, usize),
+) -> Result<Frame, ConnectionError> {
     let length = stream.read_u32_le().await?;
     let length = wire::check_length(length, frame_bytes_max)?;
     // `read_buf` fills uninitialised capacity, so that a shard is not first written over with zeros.
     let mut frame = BytesMut::with_capacity(length);
     while frame.len() < length {
         let missing = length - frame.len();
+        expect(stream, missing);
         if stream.read_buf(&mut (&mut frame).limit(missing)).await? == 0 {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }

@@ -184,6 +184,7 @@ impl<'a> Fetch<'a> {
 
     async fn run(mut self) -> Result<(), FetchError> {
         let shutdown = self.node.shutdown.clone();
+        self.read_book();
         loop {
             let now_ms = self.node.now_ms();
             self.dial(now_ms);
@@ -198,7 +199,7 @@ impl<'a> Fetch<'a> {
                 biased;
                 () = shutdown.cancelled() => return Err(FetchError::Stopped),
                 Some((link, event)) = self.inbox.recv() => self.on_event(link, event)?,
-                Ok(()) = self.book.changed() => {}
+                Ok(()) = self.book.changed() => self.read_book(),
                 () = tokio::time::sleep_until(wake_at) => {}
             }
             // What else has arrived is taken in before the next decision.
@@ -264,32 +265,49 @@ impl<'a> Fetch<'a> {
         })
     }
 
-    /// Connects to whoever is in the book and not connected.
-    fn dial(&mut self, now_ms: u64) {
-        while self.tasks.try_join_next().is_some() {}
-        let book = self.book.borrow_and_update().clone();
-        self.dials
-            .retain(|peer, dial| dial.link.is_some() || book.contains_key(peer));
-        for (peer, record) in book {
-            let is_us = record.handshake == self.node.identity.handshake_id();
-            if is_us || self.node.meter.is_banned(&record.handshake) {
-                self.dials.remove(&peer);
+    /// Takes over what is new in the book.
+    fn read_book(&mut self) {
+        let book = self.book.borrow_and_update();
+        for (peer, record) in book.iter() {
+            if record.handshake == self.node.identity.handshake_id() {
                 continue;
             }
-            let dial = self.dials.entry(peer).or_default();
-            if dial.record.as_ref() != Some(&record) {
+            let dial = self.dials.entry(*peer).or_default();
+            if dial.record.as_ref() != Some(record) {
                 *dial = Dial {
                     link: dial.link,
                     record: Some(record.clone()),
                     ..Dial::default()
                 };
             }
-            if dial.link.is_none() && dial.again_at_ms <= now_ms {
-                let id = LinkId(self.next_link);
-                self.next_link += 1;
-                dial.link = Some(id);
-                self.start_link(id, record);
+        }
+    }
+
+    /// Connects to whoever is in the book and not connected.
+    fn dial(&mut self, now_ms: u64) {
+        while self.tasks.try_join_next().is_some() {}
+        let book = self.book.borrow();
+        self.dials
+            .retain(|peer, dial| dial.link.is_some() || book.contains_key(peer));
+        drop(book);
+        let mut due = Vec::new();
+        for dial in self.dials.values_mut() {
+            let is_due = dial.link.is_none() && dial.again_at_ms <= now_ms;
+            let Some(record) = dial.record.as_ref().filter(|_| is_due) else {
+                continue;
+            };
+            if self.node.meter.is_banned(&record.handshake) {
+                // A ban lasts as long as the process.
+                dial.again_at_ms = u64::MAX;
+                continue;
             }
+            let id = LinkId(self.next_link);
+            self.next_link += 1;
+            dial.link = Some(id);
+            due.push((id, record.clone()));
+        }
+        for (id, record) in due {
+            self.start_link(id, record);
         }
     }
 

@@ -10,7 +10,7 @@ use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::Object;
 use tokio::sync::mpsc;
 
-use crate::connection::{ConnectionError, misplaced, read_frame, write_message};
+use crate::connection::{ConnectionError, misplaced, read_large_frame, write_message};
 use crate::meter::Moved;
 use crate::node::Node;
 use crate::plan::{Answer, ShardVerdict};
@@ -93,7 +93,7 @@ impl Link {
         let shard_frame = self.object.shard_bytes as usize + SHARD_PREFIX_BYTES;
         let frame_bytes_max = shard_frame.max(MESSAGE_BYTES_MAX);
         loop {
-            let event = match read_frame(&mut reader, frame_bytes_max).await? {
+            let event = match read_large_frame(&mut reader, frame_bytes_max).await? {
                 Frame::Shard {
                     request,
                     shard,

@@ -21,11 +21,18 @@ pub(crate) mod nat;
 pub(crate) mod tcp;
 
 /// What comes from a peer.
-pub(crate) type Reader = Box<dyn AsyncRead + Send + Unpin>;
+pub(crate) type Reader = Box<dyn Incoming>;
 /// What goes to a peer.
 pub(crate) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 /// Both, before anybody has proved anything.
 pub(crate) type Streams = Join<Reader, Writer>;
+
+/// Bytes from a peer.
+pub(crate) trait Incoming: AsyncRead + Send + Unpin {
+    /// Says that nothing can be done before so many more bytes are there, so that nobody need be woken for fewer. Holds until
+    /// something else is said; whatever is there is read all the same, and so is the end.
+    fn expect(&mut self, _bytes: usize) {}
+}
 
 /// One way to other peers, and for them to this one.
 #[async_trait]

@@ -26,7 +26,7 @@ use tokio::io::AsyncWrite;
 use tokio::runtime::Handle;
 use tokio::time::{sleep, timeout};
 
-use super::{Arrival, DialError, Streams, Transport};
+use super::{Arrival, DialError, Incoming, Streams, Transport};
 use crate::connection::ConnectionError;
 use crate::nat::{NatConfig, NatError, SCHEME};
 
@@ -231,6 +231,8 @@ fn streams(connection: Connection, stream: SendStream, reader: RecvStream) -> St
     let writer = Outgoing { stream, connection };
     tokio::io::join(Box::new(reader), Box::new(writer))
 }
+
+impl Incoming for RecvStream {}
 
 /// What goes out. Dropped, it still delivers what was said last, as a system does for a socket: a connection whose last handle
 /// is gone ends at once.

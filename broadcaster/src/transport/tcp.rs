@@ -2,24 +2,40 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use muster_protocol::message::peer::PeerRecord;
 use socket2::SockRef;
+use tokio::io::{AsyncRead, BufReader, ReadBuf};
+use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use super::{Arrival, DialError, Streams, Transport};
+use super::{Arrival, DialError, Incoming, Streams, Transport};
 use crate::connection::ConnectionError;
 use crate::nat::SCHEME;
+
+mod options;
 
 /// How long one address may take to answer: beyond it another peer is the better choice.
 const CONNECT: Duration = Duration::from_secs(3);
 /// Bytes that the system may hold of a connection and has not sent yet: a few milliseconds of a home link.
 const UNSENT_BYTES_MAX: u32 = 32 << 10;
-/// Congestion control that does not take a lost packet for a full link, where the system has it.
+/// Bytes that may lie ready before a reader who waits for more is woken: some packets, so that a shard costs a few wakings and
+/// not one for each packet, and half of what the system keeps at first for a connection.
+const WAKE_BYTES_MAX: u32 = 32 << 10;
+/// Bytes read at once where small messages are to be expected: many fit, and a shard passes by but for its first bytes.
+const READ_BYTES: usize = 4 << 10;
+/// Congestion control for long paths, which does not take a lost packet for a full link, where the system has it.
 const CONGESTION: &[u8] = b"bbr";
+
+/// Paths from here on are long: packets are lost on them, or delayed, for other reasons than a full link, and finding out takes
+/// long. Shorter ones are left to the system's own congestion control, since BBR overfills the queues of short ones: 16 peers with
+/// 4 Mbit/s sent 24 % of their packets again with it, and 1.5 % with CUBIC.
+const LONG_PATH: Duration = Duration::from_millis(10);
 
 /// A listening socket, and dialling from any port.
 #[derive(Debug)]
@@ -105,17 +121,54 @@ impl Arrival for Accepted {
 
 fn streams(stream: TcpStream) -> Streams {
     let (reader, writer) = stream.into_split();
+    let reader = TcpReader {
+        inner: BufReader::with_capacity(READ_BYTES, reader),
+        wakes_at: 1,
+    };
     tokio::io::join(Box::new(reader), Box::new(writer))
 }
 
+/// What comes in, and at how many bytes the system wakes its reader.
+#[derive(Debug)]
+struct TcpReader {
+    inner: BufReader<OwnedReadHalf>,
+    wakes_at: u32,
+}
+
+impl AsyncRead for TcpReader {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_read(context, buffer)
+    }
+}
+
+impl Incoming for TcpReader {
+    fn expect(&mut self, bytes: usize) {
+        let missing = bytes.saturating_sub(self.inner.buffer().len());
+        let bytes = u32::try_from(missing).unwrap_or(u32::MAX);
+        let bytes = bytes.clamp(1, WAKE_BYTES_MAX);
+        if bytes == self.wakes_at {
+            return;
+        }
+        match options::set_wakes_at(self.inner.get_ref().as_ref(), bytes) {
+            Ok(()) => self.wakes_at = bytes,
+            Err(error) => tracing::debug!(%error, "the system wakes readers as it likes"),
+        }
+    }
+}
+
 /// Has the system take a shard only as fast as the link does. With the usual buffers whole shards of every connection lie
-/// half sent in the system, and none of them can be passed on. And has it keep its pace over links that lose packets.
+/// half sent in the system, and none of them can be passed on. And has it keep its pace over long paths that lose packets.
 fn tune(stream: &TcpStream) {
     let socket = SockRef::from(stream);
     if let Err(error) = socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
         tracing::debug!(%error, "the system keeps its own bound on unsent bytes");
     }
-    if let Err(error) = socket.set_tcp_congestion(CONGESTION) {
+    let is_long = options::round_trip(stream).is_ok_and(|round_trip| round_trip >= LONG_PATH);
+    if is_long && let Err(error) = socket.set_tcp_congestion(CONGESTION) {
         tracing::debug!(%error, "the system keeps its own congestion control");
     }
 }
