@@ -26,7 +26,7 @@ use tokio::io::AsyncWrite;
 use tokio::runtime::Handle;
 use tokio::time::{sleep, timeout};
 
-use super::{Arrival, DialError, Incoming, Streams, Transport};
+use super::{Arrival, DialError, Streams, Transport};
 use crate::connection::ConnectionError;
 use crate::nat::{NatConfig, NatError, SCHEME};
 
@@ -232,7 +232,7 @@ fn streams(connection: Connection, stream: SendStream, reader: RecvStream) -> St
     tokio::io::join(Box::new(reader), Box::new(writer))
 }
 
-impl Incoming for RecvStream {}
+impl super::Incoming for RecvStream {}
 
 /// What goes out. Dropped, it still delivers what was said last, as a system does for a socket: a connection whose last handle
 /// is gone ends at once.
