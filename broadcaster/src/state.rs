@@ -18,6 +18,8 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::object::{ObjectError, verify_object};
 
+pub mod stream;
+
 /// Largest header read: 16,384 tensors of under 512 bytes each.
 pub const HEADER_BYTES_MAX: u64 = 8 << 20;
 /// Most entries of a header's own metadata: `format` and a few notes.
@@ -118,7 +120,12 @@ pub fn describe_state(bytes: &[u8]) -> Result<(Vec<Parameter>, Part), StateError
     let spans = tensor_spans(bytes)?;
     let leaves: Vec<ContentHash> = spans
         .iter()
-        .map(|span| leaf(&span.parameter, &bytes[span.range.clone()]))
+        .map(|span| {
+            leaf(
+                &span.parameter,
+                &ContentHash::of(&bytes[span.range.clone()]),
+            )
+        })
         .collect();
     let part = Part {
         kind: PartKind::Base,
@@ -140,6 +147,18 @@ pub fn verify_state(
     if let Some(object) = anchor {
         verify_against_anchor(bytes, version, object)?;
     }
+    let spans = by_table(tensor_spans(bytes)?, &version.parameters)?;
+    let hashes = spans
+        .into_iter()
+        .map(|span| ContentHash::of(&bytes[span.range]));
+    verify_root(&hashes.collect::<Vec<_>>(), version)
+}
+
+/// Whether tensors whose bytes have these hashes, in the order of the version's table, are the weights of `version`.
+///
+/// # Errors
+/// When they are not.
+pub fn verify_root(hashes: &[ContentHash], version: &Version) -> Result<(), StateError> {
     let [
         Part {
             kind: PartKind::Base,
@@ -151,7 +170,13 @@ pub fn verify_state(
             parts: version.parts.len(),
         });
     };
-    let found = root_by_table(bytes, &version.parameters)?;
+    if let Some(row) = version.parameters.get(hashes.len()) {
+        let name = row.name.clone();
+        return Err(StateError::Missing { name });
+    }
+    let rows = version.parameters.iter().zip(hashes);
+    let leaves: Vec<ContentHash> = rows.map(|(row, hash)| leaf(row, hash)).collect();
+    let found = merkle_root(&leaves);
     if found != expected {
         return Err(StateError::Root { expected, found });
     }
@@ -179,10 +204,23 @@ pub fn tensor_spans(bytes: &[u8]) -> Result<Vec<TensorSpan>, StateError> {
     let (header, data) = rest
         .split_at_checked(header_bytes as usize)
         .ok_or_else(|| short(needed))?;
-    let header: Header = serde_json::from_slice(header).map_err(|error| StateError::Header {
-        problem: error.to_string(),
-    })?;
-    tile(header, data.len() as u64, needed)
+    header_spans(header, data.len() as u64)
+}
+
+/// The tensors that a file's header lists, in the order of their names, before `data_bytes` of data.
+///
+/// # Errors
+/// When the header is not readable, or its tensors do not tile the data exactly.
+pub fn header_spans(header: &[u8], data_bytes: u64) -> Result<Vec<TensorSpan>, StateError> {
+    let refused = |problem: String| StateError::Header { problem };
+    let data_start = (LENGTH_BYTES + header.len()) as u64;
+    let end = data_start.checked_add(data_bytes);
+    if end.is_none_or(|end| usize::try_from(end).is_err()) {
+        return Err(refused(format!("{data_bytes} bytes cannot be addressed")));
+    }
+    let header: Header =
+        serde_json::from_slice(header).map_err(|error| refused(error.to_string()))?;
+    tile(header, data_bytes, data_start)
 }
 
 /// Root over `leaves` (RFC 6962 §2.1): of one leaf the leaf itself, of more the node over both halves, where the left half
@@ -200,7 +238,7 @@ pub fn merkle_root(leaves: &[ContentHash]) -> ContentHash {
 }
 
 /// BLAKE3(label ‖ name length u32 LE ‖ name ‖ dtype ‖ rank u8 ‖ dimensions u64 LE ‖ BLAKE3(bytes)).
-fn leaf(parameter: &Parameter, bytes: &[u8]) -> ContentHash {
+fn leaf(parameter: &Parameter, data: &ContentHash) -> ContentHash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(LEAF_LABEL);
     hasher.update(&(parameter.name.len() as u32).to_le_bytes());
@@ -214,7 +252,7 @@ fn leaf(parameter: &Parameter, bytes: &[u8]) -> ContentHash {
     parameter.shape.iter().for_each(|dimension| {
         hasher.update(&dimension.to_le_bytes());
     });
-    hasher.update(blake3::hash(bytes).as_bytes());
+    hasher.update(&data.0);
     ContentHash(*hasher.finalize().as_bytes())
 }
 
@@ -224,12 +262,13 @@ fn node(left: &ContentHash, right: &ContentHash) -> ContentHash {
     ContentHash(*hasher.finalize().as_bytes())
 }
 
-fn root_by_table(bytes: &[u8], table: &[Parameter]) -> Result<ContentHash, StateError> {
-    let mut spans: BTreeMap<String, TensorSpan> = tensor_spans(bytes)?
+/// The tensors in the order of the version's table, of which each must be one.
+fn by_table(spans: Vec<TensorSpan>, table: &[Parameter]) -> Result<Vec<TensorSpan>, StateError> {
+    let mut spans: BTreeMap<String, TensorSpan> = spans
         .into_iter()
         .map(|span| (span.parameter.name.clone(), span))
         .collect();
-    let mut leaves = Vec::with_capacity(table.len());
+    let mut ordered = Vec::with_capacity(table.len());
     for expected in table {
         let name = || expected.name.clone();
         let span = spans
@@ -245,11 +284,11 @@ fn root_by_table(bytes: &[u8], table: &[Parameter]) -> Result<ContentHash, State
                 found,
             });
         }
-        leaves.push(leaf(found, &bytes[span.range]));
+        ordered.push(span);
     }
     match spans.into_keys().next() {
         Some(name) => Err(StateError::Unexpected { name }),
-        None => Ok(merkle_root(&leaves)),
+        None => Ok(ordered),
     }
 }
 
@@ -374,7 +413,7 @@ fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSp
         );
         return Err(StateError::Length { needed, found });
     }
-    // Every offset is at most the number of bytes in memory now, so the casts hold.
+    // Every offset is at most the file's size, which the caller has found to be addressable, so the casts hold.
     let mut spans: Vec<TensorSpan> = spans
         .into_iter()
         .map(|(start, end, parameter)| TensorSpan {
