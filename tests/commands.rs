@@ -11,6 +11,8 @@ use serde_json::Value;
 
 #[path = "commands/serve.rs"]
 mod serve;
+#[path = "commands/split.rs"]
+mod split;
 
 /// How long a run may take on a busy machine before it counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -579,6 +581,16 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
     for words in [
         &["snapshot"][..],
         &["snapshot", "pull", "--version", "newest", "--out", "x"],
+        &["snapshot", "pull", "--file-bytes-max", "5GB", "--out", "x"],
+        &[
+            "snapshot",
+            "pull",
+            "--file-bytes-max",
+            "16383",
+            "--out",
+            "x",
+        ],
+        &["snapshot", "serve", "--file-bytes-max", "100000"],
         &["snapshot", "verify", "x", "--learner", "abc"],
         &["generate", "--model", "x"],
         &["bench", "quickstart", "--control", "permuted"],

@@ -84,7 +84,7 @@ pub fn write_file(path: &Path, bytes: &[u8], durability: Durability) -> Result<(
         remove_quietly(&temporary);
         failed("write", path, bytes.len() as u64, source)
     };
-    fill(&temporary, bytes, durability)
+    fill(&temporary, |file| file.write_all(bytes), durability)
         .and_then(|()| fs::rename(&temporary, path))
         .map_err(failed)?;
     if durability == Durability::Durable {
@@ -93,40 +93,65 @@ pub fn write_file(path: &Path, bytes: &[u8], durability: Durability) -> Result<(
     Ok(())
 }
 
-/// Writes a whole folder of files beside its place, flushed, and renames it.
+/// A folder that nobody sees yet.
+#[derive(Debug)]
+pub struct NewFolder {
+    path: PathBuf,
+}
+
+impl NewFolder {
+    /// Where it is meanwhile.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes a file of `bytes` bytes into it, flushed.
+    ///
+    /// # Errors
+    /// When there is no room, the system refuses, or `write` fails.
+    pub fn file(
+        &self,
+        name: &str,
+        bytes: u64,
+        write: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> Result<(), DiskError> {
+        let path = self.path.join(name);
+        fill(&path, write, Durability::Durable)
+            .map_err(|source| failed("write", &path, bytes, source))
+    }
+}
+
+/// Makes a whole folder of files beside its place, flushed, and renames it when `fill` has succeeded.
 ///
 /// # Errors
-/// When something is there already and is to stay, there is no room, or the system refuses.
-pub fn write_folder(
+/// When something is there already and is to stay, there is no room, the system refuses, or `fill` fails; nothing is left
+/// behind then.
+pub fn write_folder<E: From<DiskError>>(
     path: &Path,
-    files: &[(&str, &[u8])],
     existing: Existing,
-) -> Result<(), DiskError> {
+    fill: impl FnOnce(&NewFolder) -> Result<(), E>,
+) -> Result<(), E> {
     let occupied = path.symlink_metadata().is_ok();
     if occupied && existing == Existing::Refuse {
-        return Err(DiskError::Exists {
+        return Err(E::from(DiskError::Exists {
             path: path.to_owned(),
-        });
+        }));
     }
     if let Some(parent) = parent_of(path) {
         create_directory(parent)?;
     }
-    let temporary = beside(path, "partial");
-    let written = fill_folder(&temporary, files).and_then(|()| swap_in(&temporary, path, occupied));
+    let new = NewFolder {
+        path: beside(path, "partial"),
+    };
+    let written = create_directory(&new.path)
+        .map_err(E::from)
+        .and_then(|()| fill(&new))
+        .and_then(|()| Ok(sync_directory(&new.path)?))
+        .and_then(|()| Ok(swap_in(&new.path, path, occupied)?));
     if written.is_err() {
-        remove_quietly(&temporary);
+        remove_quietly(&new.path);
     }
     written
-}
-
-fn fill_folder(folder: &Path, files: &[(&str, &[u8])]) -> Result<(), DiskError> {
-    create_directory(folder)?;
-    for (name, bytes) in files {
-        let path = folder.join(name);
-        fill(&path, bytes, Durability::Durable)
-            .map_err(|source| failed("write", &path, bytes.len() as u64, source))?;
-    }
-    sync_directory(folder)
 }
 
 /// Puts a finished folder in its place. A folder cannot be renamed over another one that holds files, so an old one moves
@@ -253,9 +278,13 @@ fn remove_quietly(path: &Path) {
     }
 }
 
-fn fill(path: &Path, bytes: &[u8], durability: Durability) -> io::Result<()> {
+fn fill(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+    durability: Durability,
+) -> io::Result<()> {
     let mut file = File::create(path)?;
-    file.write_all(bytes)?;
+    write(&mut file)?;
     match durability {
         Durability::Durable => file.sync_all(),
         Durability::Cache => Ok(()),
@@ -330,14 +359,22 @@ mod tests {
         assert!(read_file(&folder.path().join("b"), 3).unwrap().is_none());
     }
 
+    fn write(path: &Path, files: &[(&str, &[u8])], existing: Existing) -> Result<(), DiskError> {
+        write_folder(path, existing, |new| {
+            files.iter().try_for_each(|(name, bytes)| {
+                new.file(name, bytes.len() as u64, |file| file.write_all(bytes))
+            })
+        })
+    }
+
     #[test]
     fn a_folder_is_refused_or_replaced_as_asked() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("new/12");
-        write_folder(&path, &[("a", b"1"), ("b", b"2")], Existing::Refuse).unwrap();
-        let again = write_folder(&path, &[("a", b"3")], Existing::Refuse);
+        write(&path, &[("a", b"1"), ("b", b"2")], Existing::Refuse).unwrap();
+        let again = write(&path, &[("a", b"3")], Existing::Refuse);
         assert!(matches!(again, Err(DiskError::Exists { .. })));
-        write_folder(&path, &[("a", b"3")], Existing::Replace).unwrap();
+        write(&path, &[("a", b"3")], Existing::Replace).unwrap();
         let expected = FolderEntry {
             name: "a".to_owned(),
             kind: EntryKind::File,
@@ -354,8 +391,8 @@ mod tests {
     fn a_folder_that_cannot_be_written_leaves_the_old_one() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("12");
-        write_folder(&path, &[("a", b"1")], Existing::Refuse).unwrap();
-        let bad = write_folder(&path, &[("no/such/place", b"2")], Existing::Replace);
+        write(&path, &[("a", b"1")], Existing::Refuse).unwrap();
+        let bad = write(&path, &[("no/such/place", b"2")], Existing::Replace);
         assert!(matches!(bad, Err(DiskError::Io { .. })));
         assert_eq!(read_file(&path.join("a"), 9).unwrap().unwrap(), b"1");
         assert_eq!(list_folder(parent.path(), 10).unwrap().len(), 1);

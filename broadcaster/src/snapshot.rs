@@ -1,39 +1,46 @@
 //! A version as a Hugging Face folder that carries its own proof: the weights, the files beside them, and a manifest with
 //! what the learner signed.
 //!
-//! The manifest's readable fields are written from the signed envelopes that it holds, and verifying writes them again and
-//! compares: so no byte of any file in the folder can change unnoticed. The learner's checkpoints and what an evaluator
-//! pulls are written by the same code. Everything here blocks.
+//! Weights are one file, or several with an index where one would be too large. Whatever is not covered by a hash in the
+//! signed statements is written from them, and verifying writes it again and compares: so no byte of any file in the folder
+//! can change unnoticed. The learner's checkpoints and what an evaluator pulls are written by the same code. Everything here
+//! blocks.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read, Write as _};
 use std::ops::Range;
 use std::path::Path;
 
 use bytes::Bytes;
-use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{
-    ContentHash, DescriptorHash, Generation, ObjectId, PeerId, PolicyVersion, RunId, StateRoot,
-};
-use muster_protocol::message::version::{
-    Content, FILES_MAX, FileEntry, Object, Parameter, Version, VersionRef,
-};
-use serde::{Deserialize, Serialize};
+use muster_protocol::envelope::Signed;
+use muster_protocol::id::{ContentHash, Generation, PeerId, RunId};
+use muster_protocol::message::version::{Object, Version, VersionRef};
 
-use crate::disk::{self, DiskError, EntryKind, Existing, FolderEntry};
-use crate::state::{StateError, verify_state};
+use self::check::{Joined, check_file, check_folder, pump, weights_error};
+use self::layout::{Split, WeightFile};
+use self::manifest::Statements;
+use crate::disk::{self, DiskError, EntryKind, Existing, NewFolder};
+use crate::state::StateError;
+use crate::state::stream::{Checked, StreamError, verify_stream};
+
+mod check;
+mod layout;
+mod manifest;
+
+pub use self::layout::INDEX_FILE;
+pub use self::manifest::run_named;
 
 /// The weights, under the name that Hugging Face libraries look for.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// The proof.
 pub const MANIFEST_FILE: &str = "manifest.json";
+/// Most bytes of one file of weights, unless asked otherwise: the default of `huggingface_hub`, 5 GB.
+pub const FILE_BYTES_MAX: u64 = 5_000_000_000;
+/// Most files that weights are split in: each is held open by whoever serves the folder. At the default size they hold more
+/// than the largest object.
+pub const FOLDER_FILES_MAX: usize = 100;
 /// Where `huggingface_hub` keeps its notes in a folder that it downloaded. No library reads weights from there.
 const DOWNLOADER_FOLDER: &str = ".cache";
-/// What a manifest calls itself; another layout gets another name.
-const FORMAT: &str = "muster-snapshot-v1";
-/// Largest manifest read: two envelopes of at most 1 MiB in hexadecimal, and a parameter table of 16,384 rows.
-const MANIFEST_BYTES_MAX: u64 = 32 << 20;
-/// Most names listed of a folder: one more than can be right shows that something is wrong.
-const ENTRIES_MAX: usize = FILES_MAX + 4;
 
 /// Why a folder is not a snapshot, or cannot become one.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +106,36 @@ pub enum SnapshotError {
     /// The weights are not those of the version, though they are what the anchor describes.
     #[error("file {WEIGHTS_FILE} does not hold: {0}")]
     Weights(StateError),
+    /// The weights cannot be put in files of that size.
+    #[error(
+        "weights of {bytes} bytes cannot be put in files of {bytes_max} bytes ({problem}): allow larger files"
+    )]
+    Split {
+        /// Their size.
+        bytes: u64,
+        /// Most bytes of a file.
+        bytes_max: u64,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A file cannot be read.
+    #[error("{0}")]
+    Read(#[from] io::Error),
+}
+
+impl SnapshotError {
+    fn missing(file: &str) -> Self {
+        let file = file.to_owned();
+        Self::Missing { file }
+    }
+
+    fn differs(file: &str, range: Range<u64>) -> Self {
+        Self::Differs {
+            file: file.to_owned(),
+            range,
+            place: String::new(),
+        }
+    }
 }
 
 /// What a snapshot is made of.
@@ -114,6 +151,8 @@ pub struct Contents<'a> {
     pub weights: &'a [u8],
     /// The files that the version names, by name.
     pub files: &'a BTreeMap<String, Bytes>,
+    /// Most bytes of a file of weights; a larger tensor has a file of its own.
+    pub file_bytes_max: u64,
 }
 
 /// What a snapshot is: as signed, or as verified.
@@ -133,46 +172,6 @@ pub struct Report {
     pub files: BTreeMap<String, u64>,
 }
 
-#[derive(Debug, Serialize)]
-struct Manifest<'a> {
-    format: &'static str,
-    run: &'a RunId,
-    policy_version: PolicyVersion,
-    generation: Generation,
-    learner: PeerId,
-    root: StateRoot,
-    parent: Option<StateRoot>,
-    descriptor: DescriptorHash,
-    weights: Weights,
-    files: &'a [FileEntry],
-    parameters: &'a [Parameter],
-    envelopes: Envelopes,
-}
-
-#[derive(Debug, Serialize)]
-struct Weights {
-    name: &'static str,
-    bytes: u64,
-    shard_bytes: u32,
-    object: ObjectId,
-    described_by: PeerId,
-}
-
-/// The signed statements, in hexadecimal.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Envelopes {
-    version: String,
-    anchor: String,
-}
-
-/// The part of a manifest that is believed: all else follows from it.
-#[derive(Debug, Deserialize)]
-struct Proof {
-    format: String,
-    envelopes: Envelopes,
-}
-
 /// Writes a snapshot, all of it or nothing, after checking that it is one.
 ///
 /// # Errors
@@ -182,33 +181,68 @@ pub fn write(
     contents: &Contents<'_>,
     existing: Existing,
 ) -> Result<(), SnapshotError> {
-    check_statements(contents.version, contents.anchor)?;
-    check_weights(contents.weights, contents.version, contents.anchor)?;
-    let version = &contents.version.body;
-    let named: BTreeSet<&str> = version
-        .files
-        .iter()
-        .map(|file| file.name.as_str())
-        .collect();
-    if let Some(file) = contents
-        .files
-        .keys()
-        .find(|name| !named.contains(name.as_str()))
-    {
-        return Err(SnapshotError::Unexpected { file: file.clone() });
+    let (version, anchor) = (contents.version, contents.anchor);
+    manifest::check(version, anchor, None)?;
+    check_named(contents)?;
+    let found = contents.weights.len() as u64;
+    if found != anchor.body.bytes {
+        return Err(SnapshotError::Size {
+            file: WEIGHTS_FILE.to_owned(),
+            expected: anchor.body.bytes,
+            found,
+        });
     }
-    let manifest = render(contents.run, contents.version, contents.anchor)?;
-    let mut files: Vec<(&str, &[u8])> =
-        vec![(WEIGHTS_FILE, contents.weights), (MANIFEST_FILE, &manifest)];
-    for entry in &version.files {
-        let missing = || SnapshotError::Missing {
-            file: entry.name.clone(),
-        };
-        let bytes = contents.files.get(&entry.name).ok_or_else(missing)?;
-        check_file(entry, bytes)?;
-        files.push((&entry.name, bytes));
-    }
-    Ok(disk::write_folder(folder, &files, existing)?)
+    let checked = verify_stream(&mut &*contents.weights, &version.body, &anchor.body);
+    let checked = checked.map_err(|error| match error {
+        StreamError::Read(source) => SnapshotError::Read(source),
+        StreamError::State(error) => weights_error(error),
+    })?;
+    let plan = Plan::new(
+        contents.run,
+        version,
+        anchor,
+        &checked,
+        contents.file_bytes_max,
+    )?;
+    disk::write_folder(folder, existing, |new| {
+        plan.write(new, &mut &*contents.weights)?;
+        for (name, bytes) in contents.files {
+            new.file(name, bytes.len() as u64, |file| file.write_all(bytes))?;
+        }
+        Ok(())
+    })
+}
+
+/// Copies a snapshot, all of it or nothing, in files of at most `file_bytes_max` bytes, however it lies now. Both are verified.
+///
+/// # Errors
+/// When the snapshot does not hold, or the disk fails.
+pub fn copy(
+    from: &Path,
+    to: &Path,
+    (learner, run): (&PeerId, &RunId),
+    file_bytes_max: u64,
+    existing: Existing,
+) -> Result<Report, SnapshotError> {
+    let found = check::list(from)?;
+    let source = Statements::read(from, learner, run)?;
+    let checked = check_folder(from, &found, &source)?;
+    let (version, anchor) = (&source.version, &source.anchor);
+    let plan = Plan::new(run, version, anchor, &checked, file_bytes_max)?;
+    let files = source.weight_files();
+    let mut report = None;
+    disk::write_folder(to, existing, |new| {
+        plan.write(new, &mut Joined::new(from, source.split.as_ref(), &files))?;
+        for entry in &version.body.files {
+            let mut file = check::open(&from.join(&entry.name), 0)?;
+            new.file(&entry.name, entry.bytes, |to| {
+                pump(&mut file, to, entry.bytes)
+            })?;
+        }
+        report = Some(verify(new.path(), learner, run)?);
+        Ok::<(), SnapshotError>(())
+    })?;
+    Ok(report.unwrap_or_else(|| source.report()))
 }
 
 /// What a folder's manifest says, after its signatures were checked. The other files are not looked at: their bytes are for
@@ -221,270 +255,102 @@ pub fn signed_contents(
     learner: &PeerId,
     run: &RunId,
 ) -> Result<Report, SnapshotError> {
-    let (version, anchor) = read_statements(folder, learner, run)?;
-    Ok(report(&version, &anchor))
+    Ok(Statements::read(folder, learner, run)?.report())
 }
 
-/// Checks a folder against the learner's key: signatures, root, and every byte of every file.
+/// Checks a folder against the learner's key: signatures, root, and every byte of every file. One shard of the weights is
+/// in memory at a time.
 ///
 /// # Errors
 /// Names the first file that is wrong and, where that is known, its bytes.
 pub fn verify(folder: &Path, learner: &PeerId, run: &RunId) -> Result<Report, SnapshotError> {
-    let found = disk::list_folder(folder, ENTRIES_MAX)?;
-    let (version, anchor) = read_statements(folder, learner, run)?;
-    let report = report(&version, &anchor);
-    check_listing(&found, &report.files)?;
-    for entry in &version.body.files {
-        check_file(entry, &read(folder, &entry.name, entry.bytes)?)?;
-    }
-    check_weights(
-        &read(folder, WEIGHTS_FILE, anchor.body.bytes)?,
-        &version,
-        &anchor,
-    )?;
-    Ok(report)
+    let found = check::list(folder)?;
+    let statements = Statements::read(folder, learner, run)?;
+    check_folder(folder, &found, &statements)?;
+    Ok(statements.report())
 }
 
-/// The statements of a folder's manifest, every byte of which was checked.
-fn read_statements(
-    folder: &Path,
-    learner: &PeerId,
-    run: &RunId,
-) -> Result<(Signed<Version>, Signed<Object>), SnapshotError> {
-    let manifest = read(folder, MANIFEST_FILE, MANIFEST_BYTES_MAX)?;
-    let (version, anchor) = open_manifest(&manifest, run)?;
-    if version.author != *learner {
-        return Err(SnapshotError::Author {
-            expected: *learner,
-            found: version.author,
-        });
-    }
-    check_statements(&version, &anchor)?;
-    let rendered = render(run, &version, &anchor)?;
-    if let Some(at) = first_difference(&manifest, &rendered) {
-        let file = MANIFEST_FILE.to_owned();
-        return Err(SnapshotError::Differs {
-            file,
-            range: at..at + 1,
-            place: String::new(),
-        });
-    }
-    Ok((version, anchor))
-}
-
-fn report(version: &Signed<Version>, anchor: &Signed<Object>) -> Report {
-    let named = version.body.files.iter();
-    let mut files: BTreeMap<String, u64> =
-        named.map(|file| (file.name.clone(), file.bytes)).collect();
-    files.insert(WEIGHTS_FILE.to_owned(), anchor.body.bytes);
-    Report {
-        version: version.body.reference(),
-        statement: version.hash(),
-        generation: version.body.generation,
-        learner: version.author,
-        described_by: anchor.author,
-        files,
-    }
-}
-
-/// The run that a folder says it belongs to: no more than a claim until [`verify`] has been asked about that run.
+/// Bytes of the weights in a folder, in one file or several; nothing is checked.
 ///
 /// # Errors
-/// When the manifest is missing or names no run.
-pub fn run_named(folder: &Path) -> Result<RunId, SnapshotError> {
-    #[derive(Deserialize)]
-    struct Named {
-        run: RunId,
-    }
-    let manifest = read(folder, MANIFEST_FILE, MANIFEST_BYTES_MAX)?;
-    let named = serde_json::from_slice::<Named>(&manifest);
-    named
-        .map(|named| named.run)
-        .map_err(|error| SnapshotError::Manifest {
-            bytes: manifest.len() as u64,
-            problem: error.to_string(),
-        })
-}
-
-/// Whether both statements speak of the same weights, and the files can lie beside them.
-fn check_statements(
-    version: &Signed<Version>,
-    anchor: &Signed<Object>,
-) -> Result<(), SnapshotError> {
-    let refused = |problem: String| {
-        let bytes = (version.bytes.len() + anchor.bytes.len()) as u64;
-        Err(SnapshotError::Manifest { bytes, problem })
-    };
-    let content = Content::Anchor {
-        root: version.body.root,
-    };
-    if anchor.body.content != content || anchor.body.version != version.body.version {
-        return refused("the anchor it holds is not one of the version it holds".to_owned());
-    }
-    let mut names = BTreeSet::from([WEIGHTS_FILE, MANIFEST_FILE]);
-    match version
-        .body
-        .files
-        .iter()
-        .find(|file| !names.insert(&file.name))
-    {
-        Some(file) => refused(format!("the version names the file {} twice", file.name)),
-        None => Ok(()),
+/// When there are none, or the folder cannot be listed.
+pub fn weights_bytes(folder: &Path) -> Result<u64, SnapshotError> {
+    let found = check::list(folder)?;
+    let files = found.iter().filter(|entry| entry.kind == EntryKind::File);
+    let weights = files.filter(|entry| entry.name.ends_with(".safetensors"));
+    match weights.map(|entry| entry.bytes).sum() {
+        0 => Err(SnapshotError::missing(WEIGHTS_FILE)),
+        bytes => Ok(bytes),
     }
 }
 
-fn check_weights(
-    weights: &[u8],
-    version: &Signed<Version>,
-    anchor: &Signed<Object>,
-) -> Result<(), SnapshotError> {
-    let file = || WEIGHTS_FILE.to_owned();
-    verify_state(weights, &version.body, Some(&anchor.body)).map_err(|error| match error {
-        StateError::Differs { range, place } => SnapshotError::Differs {
-            file: file(),
-            range,
-            place: format!(" ({place})"),
-        },
-        StateError::Length {
-            needed: expected,
-            found,
-        } => SnapshotError::Size {
-            file: file(),
-            expected,
-            found,
-        },
-        error => SnapshotError::Weights(error),
-    })
-}
-
-fn check_file(entry: &FileEntry, bytes: &[u8]) -> Result<(), SnapshotError> {
-    let (file, found) = (entry.name.clone(), bytes.len() as u64);
-    if found != entry.bytes {
-        return Err(SnapshotError::Size {
-            file,
-            expected: entry.bytes,
-            found,
-        });
+/// Whether the files beside the weights are those that the version names.
+fn check_named(contents: &Contents<'_>) -> Result<(), SnapshotError> {
+    let version = &contents.version.body;
+    let named = version.files.iter().map(|file| file.name.as_str());
+    let named: BTreeSet<&str> = named.collect();
+    let mut names = contents.files.keys();
+    if let Some(file) = names.find(|name| !named.contains(name.as_str())) {
+        return Err(SnapshotError::Unexpected { file: file.clone() });
     }
-    if ContentHash::of(bytes) != entry.hash {
-        return Err(SnapshotError::Differs {
-            file,
-            range: 0..found,
-            place: String::new(),
-        });
+    for entry in &version.files {
+        let bytes = contents.files.get(&entry.name);
+        let bytes = bytes.ok_or_else(|| SnapshotError::missing(&entry.name))?;
+        check_file(entry, bytes.len() as u64, &ContentHash::of(bytes))?;
     }
     Ok(())
 }
 
-/// Whether the folder holds the files that it should, of the right size, and nothing else.
-fn check_listing(
-    found: &[FolderEntry],
-    expected: &BTreeMap<String, u64>,
-) -> Result<(), SnapshotError> {
-    for entry in found {
-        if entry.kind == EntryKind::Folder && entry.name == DOWNLOADER_FOLDER {
-            continue;
-        }
-        let is_expected = entry.name == MANIFEST_FILE || expected.contains_key(&entry.name);
-        if !is_expected || entry.kind != EntryKind::File {
-            return Err(SnapshotError::Unexpected {
-                file: entry.name.clone(),
-            });
-        }
-    }
-    for (name, bytes) in expected {
-        let file = name.clone();
-        match found.iter().find(|entry| entry.name == *name) {
-            None => return Err(SnapshotError::Missing { file }),
-            Some(entry) if entry.bytes != *bytes => {
-                return Err(SnapshotError::Size {
-                    file,
-                    expected: *bytes,
-                    found: entry.bytes,
-                });
-            }
-            Some(_) => {}
-        }
-    }
-    Ok(())
+/// What is to be written of weights that were checked.
+struct Plan {
+    manifest: Vec<u8>,
+    /// Bytes of the image that are in none of the files.
+    head_bytes: u64,
+    files: Vec<WeightFile>,
+    index: Option<Vec<u8>>,
 }
 
-fn read(folder: &Path, name: &str, bytes_max: u64) -> Result<Vec<u8>, SnapshotError> {
-    let read = disk::read_file(&folder.join(name), bytes_max)?;
-    read.ok_or_else(|| SnapshotError::Missing {
-        file: name.to_owned(),
-    })
-}
-
-fn open_manifest(
-    manifest: &[u8],
-    run: &RunId,
-) -> Result<(Signed<Version>, Signed<Object>), SnapshotError> {
-    let bytes = manifest.len() as u64;
-    let refused = |problem: String| SnapshotError::Manifest { bytes, problem };
-    let proof: Proof =
-        serde_json::from_slice(manifest).map_err(|error| refused(error.to_string()))?;
-    if proof.format != FORMAT {
-        let shown: String = proof.format.chars().take(64).collect();
-        return Err(refused(format!("its format is {shown:?}, not {FORMAT:?}")));
-    }
-    let envelope = |text: &str| {
-        hex::decode(text)
-            .map(Bytes::from)
-            .map_err(|error| refused(error.to_string()))
-    };
-    let invalid = |error: EnvelopeError| refused(error.to_string());
-    let version = open::<Version>(envelope(&proof.envelopes.version)?, run).map_err(invalid)?;
-    let anchor = open::<Object>(envelope(&proof.envelopes.anchor)?, run).map_err(invalid)?;
-    Ok((version, anchor))
-}
-
-/// The manifest's bytes: always the same for the same envelopes.
-fn render(
-    run: &RunId,
-    version: &Signed<Version>,
-    anchor: &Signed<Object>,
-) -> Result<Vec<u8>, SnapshotError> {
-    let body = &version.body;
-    let manifest = Manifest {
-        format: FORMAT,
-        run,
-        policy_version: body.version,
-        generation: body.generation,
-        learner: version.author,
-        root: body.root,
-        parent: body.parent,
-        descriptor: body.descriptor,
-        weights: Weights {
-            name: WEIGHTS_FILE,
+impl Plan {
+    fn new(
+        run: &RunId,
+        version: &Signed<Version>,
+        anchor: &Signed<Object>,
+        checked: &Checked,
+        bytes_max: u64,
+    ) -> Result<Self, SnapshotError> {
+        let split = Split::plan(checked, &version.body, &anchor.body, bytes_max);
+        let split = split.map_err(|error| SnapshotError::Split {
             bytes: anchor.body.bytes,
-            shard_bytes: anchor.body.shard_bytes,
-            object: anchor.body.id(),
-            described_by: anchor.author,
-        },
-        files: &body.files,
-        parameters: &body.parameters,
-        envelopes: Envelopes {
-            version: hex::encode(&version.bytes),
-            anchor: hex::encode(&anchor.bytes),
-        },
-    };
-    let mut bytes =
-        serde_json::to_vec_pretty(&manifest).map_err(|error| SnapshotError::Manifest {
-            bytes: 0,
+            bytes_max,
             problem: error.to_string(),
         })?;
-    bytes.push(b'\n');
-    Ok(bytes)
-}
+        manifest::check(version, anchor, split.as_ref())?;
+        Ok(Self {
+            manifest: manifest::render(run, version, anchor, split.as_ref())?,
+            head_bytes: split.as_ref().map_or(0, |split| split.head.len() as u64),
+            files: manifest::weight_files(&anchor.body, split.as_ref()),
+            index: split.map(|split| split.index),
+        })
+    }
 
-fn first_difference(found: &[u8], expected: &[u8]) -> Option<u64> {
-    let common = found
-        .iter()
-        .zip(expected)
-        .take_while(|(a, b)| a == b)
-        .count();
-    (common < found.len().max(expected.len())).then_some(common as u64)
+    /// Writes the weights, read from their beginning as one file, and what belongs to them.
+    fn write(&self, new: &NewFolder, image: &mut impl Read) -> Result<(), SnapshotError> {
+        pump(image, &mut io::sink(), self.head_bytes)?;
+        for file in &self.files {
+            new.file(&file.name, file.bytes(), |to| {
+                to.write_all(&file.head)?;
+                pump(image, to, file.data.end - file.data.start)
+            })?;
+        }
+        let index = self.index.as_deref().map(|index| (INDEX_FILE, index));
+        for (name, bytes) in index
+            .into_iter()
+            .chain([(MANIFEST_FILE, &self.manifest[..])])
+        {
+            new.file(name, bytes.len() as u64, |to| to.write_all(bytes))?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -8,9 +8,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use muster_broadcaster::disk::{Existing, write_folder};
+use muster_broadcaster::disk::Existing;
 use muster_broadcaster::follower::Opened;
-use muster_broadcaster::snapshot::{MANIFEST_FILE, Report, run_named, verify};
+use muster_broadcaster::snapshot::{
+    FILE_BYTES_MAX, Report, SnapshotError, copy, run_named, verify, weights_bytes,
+};
 use muster_learner::metrics::{EvalLine, Line as _, read_all};
 use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
 
@@ -74,6 +76,9 @@ struct PullArgs {
     /// The folder to make
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Most bytes of one file of weights; larger ones are split, with an index. A larger tensor has a file of its own
+    #[arg(long, value_name = "N", default_value_t = FILE_BYTES_MAX, value_parser = parse_file_bytes)]
+    file_bytes_max: u64,
     #[command(flatten)]
     from: From,
     /// Print one JSON line
@@ -94,6 +99,19 @@ struct VerifyArgs {
     /// Print one JSON line
     #[arg(long)]
     json: bool,
+}
+
+/// Smaller files than this are a mistake in the unit: even their headers would be a burden.
+const FILE_BYTES_MIN: u64 = 16 << 10;
+
+fn parse_file_bytes(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|bytes| *bytes >= FILE_BYTES_MIN);
+    number.ok_or_else(|| {
+        format!(
+            "give a number of bytes without a unit, at least {FILE_BYTES_MIN}; {FILE_BYTES_MAX} is usual"
+        )
+    })
 }
 
 /// A version as a person names it.
@@ -204,10 +222,7 @@ fn list_checkpoints(args: &ListArgs) -> Result<()> {
     let evals = read_all::<EvalLine>(&dir.root().join(EvalLine::FILE))?;
     for policy_version in versions_on_disk(&dir)? {
         let path = dir.checkpoint(policy_version);
-        let weights = path.join(muster_broadcaster::snapshot::WEIGHTS_FILE);
-        let bytes = std::fs::metadata(&weights)
-            .with_context(|| format!("{} cannot be read", weights.display()))?
-            .len();
+        let bytes = weights_bytes(&path).with_context(|| path.display().to_string())?;
         let accuracy = evals
             .iter()
             .find(|eval| eval.policy_version.0 == policy_version)
@@ -250,7 +265,7 @@ pub(crate) fn versions_on_disk(dir: &RunDir) -> Result<Vec<u64>> {
     Ok(versions)
 }
 
-/// Copies a checkpoint, verified before and after.
+/// Copies a checkpoint, verified before and after, without holding it in memory.
 fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
     let dir = RunDir::named(args.from.run.as_deref())?;
     let (learner, run) = (dir.learner()?, dir.load_config()?.run.name);
@@ -271,21 +286,19 @@ fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
             versions.join(", ")
         );
     }
-    let report = verify(&folder, &learner, &run).with_context(|| folder.display().to_string())?;
-    let names = report.files.keys().map(String::as_str);
-    let mut files = Vec::new();
-    for name in names.chain([MANIFEST_FILE]) {
-        let path = folder.join(name);
-        let bytes =
-            std::fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
-        files.push((name, bytes));
-    }
-    let files: Vec<(&str, &[u8])> = files
-        .iter()
-        .map(|(name, bytes)| (*name, bytes.as_slice()))
-        .collect();
-    write_folder(&args.out, &files, Existing::Refuse)?;
-    verify(&args.out, &learner, &run).with_context(|| args.out.display().to_string())
+    let trust = (&learner, &run);
+    let copied = copy(
+        &folder,
+        &args.out,
+        trust,
+        args.file_bytes_max,
+        Existing::Refuse,
+    );
+    copied.map_err(|error| match error {
+        // These name their path.
+        SnapshotError::Disk(error) => error.into(),
+        error => anyhow::Error::new(error).context(folder.display().to_string()),
+    })
 }
 
 async fn list_live(args: &ListArgs, creds: &Path) -> Result<()> {
@@ -341,5 +354,5 @@ async fn pull_wanted(run: &mut LiveRun, args: &PullArgs) -> Result<()> {
         Wanted::Number(number) => Some(PolicyVersion(number)),
     };
     let version = run.hear_of(version).await?;
-    run.pull(version, &args.out).await
+    run.pull(version, &args.out, args.file_bytes_max).await
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use muster_broadcaster::snapshot::{Report, SnapshotError, signed_contents};
+use muster_broadcaster::snapshot::{FILE_BYTES_MAX, Report, SnapshotError, signed_contents};
 use muster_protocol::id::{PolicyVersion, StateRoot};
 
 use super::edition::{Trust, commit};
@@ -48,10 +48,12 @@ pub(crate) struct Known(BTreeMap<PathBuf, Option<Listed>>);
 /// A live run, and where its versions are kept.
 pub(crate) struct LiveStock {
     pub(crate) run: LiveRun,
-    /// Folders are named after version and commit.
+    /// Folders are named after version and commit, and the size of files where that is not the usual one.
     pub(crate) cache: PathBuf,
     /// How many are kept.
     pub(crate) keep: usize,
+    /// Most bytes of a file of weights.
+    pub(crate) file_bytes_max: u64,
 }
 
 impl Stock {
@@ -128,12 +130,18 @@ impl LiveStock {
 
     async fn folder(&mut self, wanted: &Listed) -> Result<PathBuf> {
         let short: String = wanted.commit.chars().take(12).collect();
-        let folder = self.cache.join(format!("{}-{short}", wanted.version));
+        let mut name = format!("{}-{short}", wanted.version);
+        if self.file_bytes_max != FILE_BYTES_MAX {
+            name = format!("{name}-{}", self.file_bytes_max);
+        }
+        let folder = self.cache.join(name);
         if folder.is_dir() {
             return Ok(folder);
         }
         self.make_room()?;
-        self.run.pull(wanted.version, &folder).await?;
+        self.run
+            .pull(wanted.version, &folder, self.file_bytes_max)
+            .await?;
         Ok(folder)
     }
 

@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use super::{Live, command, finished, json_lines, muster, refusal, result};
 
 /// A gateway that serves until it is dropped.
-struct Gateway {
+pub(super) struct Gateway {
     process: Child,
     address: String,
     /// Open as long as the gateway may print.
@@ -20,7 +20,7 @@ struct Gateway {
 }
 
 impl Gateway {
-    fn start(folder: &Path, words: &[&str]) -> Self {
+    pub(super) fn start(folder: &Path, words: &[&str]) -> Self {
         let mut command = command(folder, &["snapshot", "serve", "--listen", "127.0.0.1:0"]);
         let mut process = command.args(words).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(process.stdout.take().unwrap());
@@ -54,7 +54,11 @@ impl Gateway {
         (String::from_utf8(said).unwrap(), body)
     }
 
-    fn get(&self, path: &str) -> (String, Vec<u8>) {
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub(super) fn get(&self, path: &str) -> (String, Vec<u8>) {
         self.ask("GET", path, "")
     }
 

@@ -1,13 +1,17 @@
 use muster_protocol::envelope::seal;
+use muster_protocol::id::{DescriptorHash, PolicyVersion};
 use muster_protocol::identity::Identity;
-use muster_protocol::message::version::state_root;
+use muster_protocol::message::version::{Content, FileEntry, state_root};
 use proptest::prelude::*;
 
 use super::*;
 use crate::object::describe_object;
 use crate::state::describe_state;
 
+mod split;
+
 /// Everything that a snapshot is made of.
+#[derive(Clone)]
 struct Fixture {
     run: RunId,
     learner: Identity,
@@ -15,10 +19,15 @@ struct Fixture {
     anchor: Signed<Object>,
     weights: Vec<u8>,
     files: BTreeMap<String, Bytes>,
+    file_bytes_max: u64,
 }
 
 impl Fixture {
     fn new() -> Self {
+        Self::of(safetensors())
+    }
+
+    fn of(weights: Vec<u8>) -> Self {
         let learner = Identity::generate();
         let files: BTreeMap<String, Bytes> = BTreeMap::from([
             (
@@ -30,7 +39,6 @@ impl Fixture {
                 Bytes::from_static(br#"{"version":"1.0"}"#),
             ),
         ]);
-        let weights = safetensors();
         let version = version_of(&weights, &files);
         let run: RunId = "test".parse().unwrap();
         let content = Content::Anchor { root: version.root };
@@ -44,6 +52,7 @@ impl Fixture {
             anchor,
             weights,
             files,
+            file_bytes_max: FILE_BYTES_MAX,
         }
     }
 
@@ -54,6 +63,7 @@ impl Fixture {
             anchor: &self.anchor,
             weights: &self.weights,
             files: &self.files,
+            file_bytes_max: self.file_bytes_max,
         }
     }
 
@@ -111,6 +121,9 @@ fn a_snapshot_that_is_written_verifies() {
     let manifest = std::fs::read_to_string(folder.join(MANIFEST_FILE)).unwrap();
     let readable: serde_json::Value = serde_json::from_str(&manifest).unwrap();
     assert_eq!(readable["policy_version"], 7);
+    // Folders that were made before there were others stay as they are.
+    assert_eq!(readable["format"], "muster-snapshot-v1");
+    assert!(readable["weights"].get("split").is_none());
     assert_eq!(readable["root"], fixture.version.body.root.to_string());
     assert_eq!(readable["parameters"][0]["name"], "a");
 }

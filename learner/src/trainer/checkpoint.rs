@@ -69,6 +69,7 @@ impl Trainer {
                 anchor: &anchor,
                 weights: &image,
                 files: &files,
+                file_bytes_max: snapshot::FILE_BYTES_MAX,
             };
             snapshot::write(&folder, &contents, Existing::Replace)
         });

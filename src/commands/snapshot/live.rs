@@ -14,7 +14,7 @@ use muster_broadcaster::follower::{
 };
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::route::cheapest;
-use muster_broadcaster::snapshot::{Contents, write};
+use muster_broadcaster::snapshot::{Contents, FOLDER_FILES_MAX, write};
 use muster_broadcaster::survey::Holdings;
 use muster_protocol::desk::DeskError;
 use muster_protocol::envelope::open;
@@ -92,12 +92,19 @@ impl LiveRun {
         Ok(number)
     }
 
-    /// Fetches a version that was heard of from the peers and writes it as a folder, all of it or nothing.
-    pub(crate) async fn pull(&self, version: PolicyVersion, out: &Path) -> Result<()> {
+    /// Fetches a version that was heard of from the peers and writes it as a folder, all of it or nothing, with files of
+    /// weights of at most `file_bytes_max` bytes.
+    pub(crate) async fn pull(
+        &self,
+        version: PolicyVersion,
+        out: &Path,
+        file_bytes_max: u64,
+    ) -> Result<()> {
         let source = self.seat.source();
         let opened = self.heard.get(&version).cloned();
         let mut opened =
             opened.with_context(|| format!("nothing was heard of version {version}"))?;
+        refuse_tiny_files(opened.version.body.parameter_bytes(), file_bytes_max)?;
         // From nothing the way is an anchor and single steps; members may have made shorter ones.
         let squashed = squashed_deltas(&self.seat.desk, PolicyVersion(0)).await;
         opened.add_squashed(source.as_ref(), squashed);
@@ -139,6 +146,7 @@ impl LiveRun {
                 anchor: &anchor,
                 weights: &image,
                 files: &files,
+                file_bytes_max,
             };
             write(&out, &contents, Existing::Refuse)
         });
@@ -191,6 +199,17 @@ impl LiveRun {
         })
         .await
     }
+}
+
+/// Refuses before anything is fetched what could not be written after it.
+fn refuse_tiny_files(bytes: u64, file_bytes_max: u64) -> Result<()> {
+    let files = bytes.div_ceil(file_bytes_max.max(1));
+    if files > FOLDER_FILES_MAX as u64 {
+        bail!(
+            "files of {file_bytes_max} bytes would be {files} for weights of {bytes} bytes, at most {FOLDER_FILES_MAX} are written: give a larger --file-bytes-max"
+        );
+    }
+    Ok(())
 }
 
 /// Bytes of what leads to a version from nothing, and of the files beside it.

@@ -10,10 +10,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use muster_broadcaster::snapshot::run_named;
+use muster_broadcaster::snapshot::{FILE_BYTES_MAX, run_named};
 use muster_protocol::id::PeerId;
 
 use super::live::LiveRun;
+use super::parse_file_bytes;
 use crate::gateway::Gateway;
 use crate::gateway::edition::Trust;
 use crate::gateway::shelf::Keeper;
@@ -49,6 +50,9 @@ pub(super) struct ServeArgs {
     /// How many versions are kept there
     #[arg(long, value_name = "N", default_value = "4")]
     keep: NonZeroUsize,
+    /// Most bytes of one file of weights in the versions that it pulls; larger ones are split, with an index [default: 5000000000]
+    #[arg(long, value_name = "N", requires = "creds", value_parser = parse_file_bytes)]
+    file_bytes_max: Option<u64>,
     /// Where to listen, `host:port`; port 0 for any free one
     #[arg(long, value_name = "ADDRESS", default_value_t = LISTEN)]
     listen: SocketAddr,
@@ -108,6 +112,7 @@ async fn open(args: &ServeArgs) -> Result<(Stock, Trust, CancellationToken)> {
             run,
             cache: args.cache.clone(),
             keep: args.keep.get(),
+            file_bytes_max: args.file_bytes_max.unwrap_or(FILE_BYTES_MAX),
         };
         return Ok((Stock::Live(Box::new(live)), trust, shutdown));
     }

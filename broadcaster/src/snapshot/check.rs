@@ -1,0 +1,267 @@
+//! The bytes of a folder against its manifest, read as a stream: the weights shard by shard, whatever files they lie in.
+//!
+//! Weights in several files are read as the one file that was signed: its header from the manifest, its tensors from the files.
+//! Where a shard is wrong, the hashes of the tensors in it tell which file is.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Take};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::slice;
+
+use muster_protocol::id::ContentHash;
+use muster_protocol::message::version::{FILES_MAX, FileEntry};
+
+use super::layout::{INDEX_FILE, Split, WeightFile};
+use super::manifest::{Statements, first_difference};
+use super::{DOWNLOADER_FOLDER, FOLDER_FILES_MAX, MANIFEST_FILE, SnapshotError, WEIGHTS_FILE};
+use crate::disk::{self, EntryKind, FolderEntry};
+use crate::state::StateError;
+use crate::state::stream::{Checked, StreamError, verify_stream};
+
+/// Most names listed of a folder: one more than can be right shows that something is wrong.
+const ENTRIES_MAX: usize = FILES_MAX + FOLDER_FILES_MAX + 5;
+/// Bytes read at once where shards do not say how many.
+const PIECE_BYTES: u64 = 256 << 10;
+
+/// The names in a folder.
+pub(super) fn list(folder: &Path) -> Result<Vec<FolderEntry>, SnapshotError> {
+    Ok(disk::list_folder(folder, ENTRIES_MAX)?)
+}
+
+/// Checks every byte of every file but the manifest, and tells what the weights are made of.
+pub(super) fn check_folder(
+    folder: &Path,
+    found: &[FolderEntry],
+    statements: &Statements,
+) -> Result<Checked, SnapshotError> {
+    check_listing(found, statements)?;
+    for entry in &statements.version.body.files {
+        let hash = hash_file(folder, &entry.name, 0..entry.bytes)?;
+        check_file(entry, entry.bytes, &hash)?;
+    }
+    if let Some(split) = &statements.split {
+        check_start(folder, INDEX_FILE, &split.index, "")?;
+        for file in &split.files {
+            check_start(folder, &file.name, &file.head, " (header)")?;
+        }
+    }
+    let files = statements.weight_files();
+    let mut image = Joined::new(folder, statements.split.as_ref(), &files);
+    let (version, anchor) = (&statements.version.body, &statements.anchor.body);
+    verify_stream(&mut image, version, anchor).map_err(|error| match error {
+        StreamError::Read(source) => SnapshotError::Read(source),
+        StreamError::State(error) => explained(folder, statements, error),
+    })
+}
+
+/// Whether a file beside the weights is what the version names.
+pub(super) fn check_file(
+    entry: &FileEntry,
+    found: u64,
+    hash: &ContentHash,
+) -> Result<(), SnapshotError> {
+    if found != entry.bytes {
+        return Err(SnapshotError::Size {
+            file: entry.name.clone(),
+            expected: entry.bytes,
+            found,
+        });
+    }
+    if *hash != entry.hash {
+        return Err(SnapshotError::differs(&entry.name, 0..found));
+    }
+    Ok(())
+}
+
+/// An error about the weights as one about files.
+pub(super) fn weights_error(error: StateError) -> SnapshotError {
+    match error {
+        StateError::Differs { range, place } => SnapshotError::Differs {
+            file: WEIGHTS_FILE.to_owned(),
+            range,
+            place: format!(" ({place})"),
+        },
+        error => SnapshotError::Weights(error),
+    }
+}
+
+fn explained(folder: &Path, statements: &Statements, error: StateError) -> SnapshotError {
+    let Some(split) = &statements.split else {
+        return weights_error(error);
+    };
+    let range = match &error {
+        StateError::Differs { range, .. } => range.clone(),
+        _ => 0..statements.anchor.body.bytes,
+    };
+    match wrong_tensor(folder, statements, split, &range) {
+        Ok(Some(named)) | Err(named) => named,
+        // What is left is the header and the description, which both are in the manifest.
+        Ok(None) => statements.refused(&format!(
+            "the tensors are as signed, but with the header it holds the weights are not those it describes ({error})"
+        )),
+    }
+}
+
+/// The first tensor in a range of the image that is not the one whose hash follows from the signed root.
+fn wrong_tensor(
+    folder: &Path,
+    statements: &Statements,
+    split: &Split,
+    range: &Range<u64>,
+) -> Result<Option<SnapshotError>, SnapshotError> {
+    let rows = statements.version.body.parameters.iter();
+    let rows: Vec<_> = rows.zip(&split.hashes).collect();
+    for span in &split.spans {
+        let bytes = span.range.start as u64..span.range.end as u64;
+        let common = bytes.start.max(range.start)..bytes.end.min(range.end);
+        let row = rows
+            .iter()
+            .find(|(row, _)| !common.is_empty() && row.name == span.parameter.name);
+        let (Some((_, expected)), Some(file)) = (row, split.file_of(span)) else {
+            continue;
+        };
+        if hash_file(folder, &file.name, file.place(&bytes))? != **expected {
+            return Ok(Some(SnapshotError::Differs {
+                file: file.name.clone(),
+                range: file.place(&common),
+                place: format!(" (tensor `{}`)", span.parameter.name),
+            }));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the folder holds the files that it should, of the right size, and nothing else.
+fn check_listing(found: &[FolderEntry], statements: &Statements) -> Result<(), SnapshotError> {
+    let expected = statements.report().files;
+    for entry in found {
+        if entry.kind == EntryKind::Folder && entry.name == DOWNLOADER_FOLDER {
+            continue;
+        }
+        let is_expected = entry.name == MANIFEST_FILE || expected.contains_key(&entry.name);
+        if !is_expected || entry.kind != EntryKind::File {
+            return Err(SnapshotError::Unexpected {
+                file: entry.name.clone(),
+            });
+        }
+    }
+    for (name, bytes) in expected {
+        match found.iter().find(|entry| entry.name == name) {
+            None => return Err(SnapshotError::missing(&name)),
+            Some(entry) if entry.bytes != bytes => {
+                return Err(SnapshotError::Size {
+                    file: name,
+                    expected: bytes,
+                    found: entry.bytes,
+                });
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file begins with what was written for it.
+fn check_start(
+    folder: &Path,
+    name: &str,
+    expected: &[u8],
+    place: &str,
+) -> Result<(), SnapshotError> {
+    let mut found = Vec::with_capacity(expected.len());
+    let start = open(&folder.join(name), 0).map(|file| file.take(expected.len() as u64));
+    start.and_then(|mut start| start.read_to_end(&mut found))?;
+    match first_difference(&found, expected) {
+        None => Ok(()),
+        Some(at) => Err(SnapshotError::Differs {
+            file: name.to_owned(),
+            range: at..at + 1,
+            place: place.to_owned(),
+        }),
+    }
+}
+
+fn hash_file(folder: &Path, name: &str, range: Range<u64>) -> Result<ContentHash, SnapshotError> {
+    let mut hasher = blake3::Hasher::new();
+    let mut file = open(&folder.join(name), range.start)?;
+    let bytes = range.end.saturating_sub(range.start);
+    pump(&mut file, &mut hasher, bytes)?;
+    Ok(ContentHash(*hasher.finalize().as_bytes()))
+}
+
+/// Passes on exactly so many bytes.
+pub(super) fn pump(
+    from: &mut impl Read,
+    to: &mut impl io::Write,
+    mut bytes: u64,
+) -> io::Result<()> {
+    // At most the size of a piece, so the casts hold.
+    let mut piece = vec![0; bytes.min(PIECE_BYTES) as usize];
+    while bytes > 0 {
+        let now = &mut piece[..bytes.min(PIECE_BYTES) as usize];
+        from.read_exact(now)?;
+        to.write_all(now)?;
+        bytes -= now.len() as u64;
+    }
+    Ok(())
+}
+
+/// A file from one of its bytes on.
+pub(super) fn open(path: &Path, start: u64) -> io::Result<File> {
+    let opened = File::open(path).and_then(|mut file| {
+        file.seek(SeekFrom::Start(start))?;
+        Ok(file)
+    });
+    opened.map_err(|error| unread(path, &error))
+}
+
+fn unread(path: &Path, error: &io::Error) -> io::Error {
+    let problem = format!(
+        "cannot read {} ({error}): check the path and its permissions",
+        path.display()
+    );
+    io::Error::new(error.kind(), problem)
+}
+
+/// The one file that was signed, read from the files that hold it.
+pub(super) struct Joined<'a> {
+    folder: &'a Path,
+    head: &'a [u8],
+    files: slice::Iter<'a, WeightFile>,
+    open: Option<(PathBuf, Take<File>)>,
+}
+
+impl<'a> Joined<'a> {
+    pub(super) fn new(folder: &'a Path, split: Option<&'a Split>, files: &'a [WeightFile]) -> Self {
+        Self {
+            folder,
+            head: split.map_or(&[], |split| &split.head),
+            files: files.iter(),
+            open: None,
+        }
+    }
+}
+
+impl Read for Joined<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.head.is_empty() || buffer.is_empty() {
+            return self.head.read(buffer);
+        }
+        loop {
+            if let Some((path, file)) = &mut self.open {
+                let read = file.read(buffer).map_err(|error| unread(path, &error))?;
+                if read > 0 {
+                    return Ok(read);
+                }
+            }
+            let Some(next) = self.files.next() else {
+                return Ok(0);
+            };
+            let path = self.folder.join(&next.name);
+            let file = open(&path, next.head.len() as u64)?;
+            let bytes = next.data.end - next.data.start;
+            self.open = Some((path, file.take(bytes)));
+        }
+    }
+}

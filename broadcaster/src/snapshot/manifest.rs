@@ -1,0 +1,354 @@
+//! The manifest: signed statements in hexadecimal, and readable fields that are written from them.
+//!
+//! Opening a manifest writes it again and compares, so that no byte of it can change unnoticed. Of weights in several files
+//! it holds what the statements do not say: the header of the one file that was signed, the hash of each tensor, from which
+//! the signed root follows, and how many tensors are in each file.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use bytes::Bytes;
+use muster_protocol::envelope::{EnvelopeError, Signed, open};
+use muster_protocol::id::{
+    ContentHash, DescriptorHash, Generation, ObjectId, PeerId, PolicyVersion, RunId, StateRoot,
+};
+use muster_protocol::message::version::{Content, FileEntry, Object, Parameter, Version};
+use serde::{Deserialize, Serialize};
+
+use super::layout::{INDEX_FILE, Split, WeightFile};
+use super::{MANIFEST_FILE, Report, SnapshotError, WEIGHTS_FILE};
+use crate::disk;
+
+/// What the manifest of weights in one file calls itself; another layout gets another name.
+const FORMAT: &str = "muster-snapshot-v1";
+/// What the manifest of weights in several files calls itself.
+const FORMAT_SPLIT: &str = "muster-snapshot-v2";
+/// Largest manifest read: two envelopes of at most 1 MiB in hexadecimal, a parameter table and hashes of 16,384 rows, and a
+/// header of at most 8 MiB as a string.
+const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of a header's length at the start of a file.
+const LENGTH_BYTES: usize = 8;
+
+/// What a manifest holds, after all of it was checked.
+#[derive(Debug)]
+pub(super) struct Statements {
+    pub(super) version: Signed<Version>,
+    pub(super) anchor: Signed<Object>,
+    /// How the weights lie in several files, where they do.
+    pub(super) split: Option<Split>,
+    /// Size of the manifest.
+    pub(super) manifest_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Manifest<'a> {
+    format: &'static str,
+    run: &'a RunId,
+    policy_version: PolicyVersion,
+    generation: Generation,
+    learner: PeerId,
+    root: StateRoot,
+    parent: Option<StateRoot>,
+    descriptor: DescriptorHash,
+    weights: Weights<'a>,
+    files: &'a [FileEntry],
+    parameters: &'a [Parameter],
+    envelopes: Envelopes,
+}
+
+#[derive(Debug, Serialize)]
+struct Weights<'a> {
+    name: &'static str,
+    bytes: u64,
+    shard_bytes: u32,
+    object: ObjectId,
+    described_by: PeerId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    split: Option<Files<'a>>,
+}
+
+/// How weights lie in several files.
+#[derive(Debug, Serialize)]
+struct Files<'a> {
+    files: Vec<File<'a>>,
+    header: &'a str,
+    hashes: &'a [ContentHash],
+}
+
+#[derive(Debug, Serialize)]
+struct File<'a> {
+    name: &'a str,
+    bytes: u64,
+    tensors: usize,
+}
+
+/// The signed statements, in hexadecimal.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelopes {
+    version: String,
+    anchor: String,
+}
+
+/// The part of a manifest that is believed: all else follows from it.
+#[derive(Debug, Deserialize)]
+struct Proof {
+    format: String,
+    envelopes: Envelopes,
+}
+
+/// The part that is believed where weights are in several files, and checked against the statements.
+#[derive(Debug, Deserialize)]
+struct SplitProof {
+    weights: WeightsProof,
+}
+
+#[derive(Debug, Deserialize)]
+struct WeightsProof {
+    split: FilesProof,
+}
+
+#[derive(Debug, Deserialize)]
+struct FilesProof {
+    files: Vec<FileProof>,
+    header: String,
+    hashes: Vec<ContentHash>,
+}
+
+#[derive(Debug, Deserialize)]
+struct FileProof {
+    tensors: usize,
+}
+
+impl Statements {
+    /// The statements of a folder's manifest, every byte of which was checked.
+    pub(super) fn read(
+        folder: &Path,
+        learner: &PeerId,
+        run: &RunId,
+    ) -> Result<Self, SnapshotError> {
+        let manifest = read(folder)?;
+        let statements = parse(&manifest, run)?;
+        if statements.version.author != *learner {
+            return Err(SnapshotError::Author {
+                expected: *learner,
+                found: statements.version.author,
+            });
+        }
+        let (version, anchor) = (&statements.version, &statements.anchor);
+        check(version, anchor, statements.split.as_ref())?;
+        let rendered = render(run, version, anchor, statements.split.as_ref())?;
+        match first_difference(&manifest, &rendered) {
+            Some(at) => Err(SnapshotError::differs(MANIFEST_FILE, at..at + 1)),
+            None => Ok(statements),
+        }
+    }
+
+    /// The files that hold the weights, in the order of their bytes.
+    pub(super) fn weight_files(&self) -> Vec<WeightFile> {
+        weight_files(&self.anchor.body, self.split.as_ref())
+    }
+
+    /// What the folder should be.
+    pub(super) fn report(&self) -> Report {
+        let (version, anchor) = (&self.version, &self.anchor);
+        let named = version.body.files.iter();
+        let mut files: BTreeMap<String, u64> =
+            named.map(|file| (file.name.clone(), file.bytes)).collect();
+        for file in self.weight_files() {
+            let bytes = file.bytes();
+            files.insert(file.name, bytes);
+        }
+        if let Some(split) = &self.split {
+            files.insert(INDEX_FILE.to_owned(), split.index.len() as u64);
+        }
+        Report {
+            version: version.body.reference(),
+            statement: version.hash(),
+            generation: version.body.generation,
+            learner: version.author,
+            described_by: anchor.author,
+            files,
+        }
+    }
+
+    /// An error about the manifest as a whole.
+    pub(super) fn refused(&self, problem: &str) -> SnapshotError {
+        SnapshotError::Manifest {
+            bytes: self.manifest_bytes,
+            problem: problem.to_owned(),
+        }
+    }
+}
+
+/// The files that weights are written to.
+pub(super) fn weight_files(anchor: &Object, split: Option<&Split>) -> Vec<WeightFile> {
+    match split {
+        Some(split) => split.files.clone(),
+        None => vec![WeightFile::whole(anchor.bytes)],
+    }
+}
+
+/// The run that a folder says it belongs to: no more than a claim until [`super::verify`] has been asked about that run.
+///
+/// # Errors
+/// When the manifest is missing or names no run.
+pub fn run_named(folder: &Path) -> Result<RunId, SnapshotError> {
+    #[derive(Deserialize)]
+    struct Named {
+        run: RunId,
+    }
+    let manifest = read(folder)?;
+    let named = serde_json::from_slice::<Named>(&manifest);
+    named
+        .map(|named| named.run)
+        .map_err(|error| SnapshotError::Manifest {
+            bytes: manifest.len() as u64,
+            problem: error.to_string(),
+        })
+}
+
+/// Whether both statements speak of the same weights, and the files can lie beside them.
+pub(super) fn check(
+    version: &Signed<Version>,
+    anchor: &Signed<Object>,
+    split: Option<&Split>,
+) -> Result<(), SnapshotError> {
+    let refused = |problem: String| {
+        let bytes = (version.bytes.len() + anchor.bytes.len()) as u64;
+        Err(SnapshotError::Manifest { bytes, problem })
+    };
+    let content = Content::Anchor {
+        root: version.body.root,
+    };
+    if anchor.body.content != content || anchor.body.version != version.body.version {
+        return refused("the anchor it holds is not one of the version it holds".to_owned());
+    }
+    let mut names = BTreeSet::from([WEIGHTS_FILE, MANIFEST_FILE]);
+    if let Some(split) = split {
+        names.insert(INDEX_FILE);
+        names.extend(split.files.iter().map(|file| file.name.as_str()));
+    }
+    let mut files = version.body.files.iter();
+    match files.find(|file| !names.insert(&file.name)) {
+        Some(file) => refused(format!("the version names the file {} twice", file.name)),
+        None => Ok(()),
+    }
+}
+
+fn read(folder: &Path) -> Result<Vec<u8>, SnapshotError> {
+    let read = disk::read_file(&folder.join(MANIFEST_FILE), MANIFEST_BYTES_MAX)?;
+    read.ok_or_else(|| SnapshotError::missing(MANIFEST_FILE))
+}
+
+fn parse(manifest: &[u8], run: &RunId) -> Result<Statements, SnapshotError> {
+    let bytes = manifest.len() as u64;
+    let refused = |problem: String| SnapshotError::Manifest { bytes, problem };
+    let unread = |error: serde_json::Error| refused(error.to_string());
+    let proof: Proof = serde_json::from_slice(manifest).map_err(unread)?;
+    let is_split = match proof.format.as_str() {
+        FORMAT => false,
+        FORMAT_SPLIT => true,
+        other => {
+            let shown: String = other.chars().take(64).collect();
+            let known = format!("neither {FORMAT:?} nor {FORMAT_SPLIT:?}");
+            return Err(refused(format!("its format is {shown:?}, {known}")));
+        }
+    };
+    let envelope = |text: &str| {
+        hex::decode(text)
+            .map(Bytes::from)
+            .map_err(|error| refused(error.to_string()))
+    };
+    let invalid = |error: EnvelopeError| refused(error.to_string());
+    let version = open::<Version>(envelope(&proof.envelopes.version)?, run).map_err(invalid)?;
+    let anchor = open::<Object>(envelope(&proof.envelopes.anchor)?, run).map_err(invalid)?;
+    let split = match is_split {
+        false => None,
+        true => {
+            let proof: SplitProof = serde_json::from_slice(manifest).map_err(unread)?;
+            Some(open_split(proof.weights.split, &version.body, &anchor.body).map_err(refused)?)
+        }
+    };
+    Ok(Statements {
+        version,
+        anchor,
+        split,
+        manifest_bytes: bytes,
+    })
+}
+
+fn open_split(proof: FilesProof, version: &Version, anchor: &Object) -> Result<Split, String> {
+    let length = (proof.header.len() as u64).to_le_bytes();
+    let head = [&length[..], proof.header.as_bytes()].concat();
+    let counts: Vec<usize> = proof.files.iter().map(|file| file.tensors).collect();
+    Split::open(head, proof.hashes, &counts, version, anchor).map_err(|error| error.to_string())
+}
+
+/// The manifest's bytes: always the same for the same envelopes and the same files.
+pub(super) fn render(
+    run: &RunId,
+    version: &Signed<Version>,
+    anchor: &Signed<Object>,
+    split: Option<&Split>,
+) -> Result<Vec<u8>, SnapshotError> {
+    let refused = |problem: String| SnapshotError::Manifest { bytes: 0, problem };
+    let body = &version.body;
+    let files = split.map(files).transpose().map_err(refused)?;
+    let (format, name) = match split {
+        Some(_) => (FORMAT_SPLIT, INDEX_FILE),
+        None => (FORMAT, WEIGHTS_FILE),
+    };
+    let manifest = Manifest {
+        format,
+        run,
+        policy_version: body.version,
+        generation: body.generation,
+        learner: version.author,
+        root: body.root,
+        parent: body.parent,
+        descriptor: body.descriptor,
+        weights: Weights {
+            name,
+            bytes: anchor.body.bytes,
+            shard_bytes: anchor.body.shard_bytes,
+            object: anchor.body.id(),
+            described_by: anchor.author,
+            split: files,
+        },
+        files: &body.files,
+        parameters: &body.parameters,
+        envelopes: Envelopes {
+            version: hex::encode(&version.bytes),
+            anchor: hex::encode(&anchor.bytes),
+        },
+    };
+    let mut bytes =
+        serde_json::to_vec_pretty(&manifest).map_err(|error| refused(error.to_string()))?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+fn files<'a>(split: &'a Split) -> Result<Files<'a>, String> {
+    let header = split.head.get(LENGTH_BYTES..).unwrap_or_default();
+    let file = |file: &'a WeightFile| File {
+        name: &file.name,
+        bytes: file.bytes(),
+        tensors: file.tensors,
+    };
+    Ok(Files {
+        files: split.files.iter().map(file).collect(),
+        header: std::str::from_utf8(header).map_err(|error| error.to_string())?,
+        hashes: &split.hashes,
+    })
+}
+
+/// The first byte at which two files differ.
+pub(super) fn first_difference(found: &[u8], expected: &[u8]) -> Option<u64> {
+    let common = found
+        .iter()
+        .zip(expected)
+        .take_while(|(a, b)| a == b)
+        .count();
+    (common < found.len().max(expected.len())).then_some(common as u64)
+}
