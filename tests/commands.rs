@@ -633,6 +633,15 @@ fn a_bench_does_not_measure_what_earlier_runs_left() {
     assert!(refusal(&muster(folder.path(), &words)).contains("name a new folder with --dir"));
 }
 
+#[cfg(not(feature = "nat"))]
+#[test]
+fn a_build_without_quic_says_how_to_have_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let words = ["bench", "broadcast", "--transport", "quic"];
+    let said = refusal(&muster(folder.path(), &words));
+    assert!(said.contains("--features nat"), "{said}");
+}
+
 #[test]
 fn the_doctor_names_what_is_missing_with_the_way_out() {
     let folder = tempfile::tempdir().unwrap();

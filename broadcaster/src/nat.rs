@@ -63,6 +63,24 @@ pub enum NatError {
     },
 }
 
+/// What the record of a peer says that is reached by QUIC at `place`, for peers whom nobody introduces.
+///
+/// # Errors
+/// In a build without QUIC.
+#[cfg(feature = "nat")]
+pub fn address(identity: &Identity, place: SocketAddr) -> Result<String, NatError> {
+    Ok(crate::transport::nat::address(identity, place))
+}
+
+/// What the record of a peer says that is reached by QUIC at `place`, which this build does not have.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "nat"))]
+pub fn address(_identity: &Identity, _place: SocketAddr) -> Result<String, NatError> {
+    Err(NatError::Absent)
+}
+
 /// The transport of this configuration.
 #[cfg(feature = "nat")]
 pub(crate) async fn transport(

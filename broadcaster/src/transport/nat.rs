@@ -168,6 +168,12 @@ impl Transport for Nat {
     }
 }
 
+/// What [`Nat::addresses`] says of a peer that is seen at `place` alone.
+pub(crate) fn address(identity: &Identity, place: SocketAddr) -> String {
+    let id = SecretKey::from_bytes(identity.transport_secret()).public();
+    format!("{SCHEME}{id},{place}")
+}
+
 struct Knock(Incoming);
 
 #[async_trait]

@@ -3,7 +3,8 @@
 //! Each host is a network namespace with a link of its own ([`net`]), and runs the swarm as it is shipped ([`host`]), or a
 //! rival (a script: an HTTP star, libtorrent), over a [`path`] that may be long and lose packets. The bound is the fluid
 //! limit of the links, T* = max(S/u_s, S/d_min, N·S/(u_s + Σu)), with S the object's bytes, u_s the seeder's uplink, u and d
-//! the peers' up- and downlinks. It counts the object alone: headers of Ethernet, IP and TCP take 1514/1448 of it.
+//! the peers' up- and downlinks. It counts the object alone: headers of Ethernet, IP and TCP take 1514/1448 of it, those of
+//! QUIC a little more.
 
 pub(super) mod host;
 mod net;
@@ -18,14 +19,12 @@ use clap::{Args, ValueEnum};
 use muster_broadcaster::uploads::Sharing;
 use serde::Serialize;
 
+use self::host::{Carrier, Plan};
 use self::net::{Between, HOSTS_MAX, Link, Net};
 use self::path::Path;
 use self::race::{Finish, Race, median};
 use crate::machine::load_average;
 use crate::output::say;
-
-/// Bytes on the wire for each byte of a full TCP segment.
-const HEADERS: f64 = 1514.0 / 1448.0;
 
 /// What `bench broadcast` takes.
 #[derive(Debug, Args)]
@@ -51,6 +50,9 @@ pub(super) struct BroadcastArgs {
     /// Size of the object, bytes
     #[arg(long, value_name = "B", default_value = "67108864")]
     bytes: NonZeroU64,
+    /// What carries shards from host to host; `quic` needs a build with the feature `nat`
+    #[arg(long, value_enum, default_value = "tcp")]
+    transport: Carrier,
     /// How freely its first holder gives it: as a learner, or as any peer
     #[arg(long, value_enum, default_value = "learner")]
     seeder: Seeder,
@@ -93,6 +95,8 @@ enum Rival {
 #[derive(Debug, Serialize)]
 struct Row {
     what: &'static str,
+    /// What carried the swarm's shards; rivals choose theirs.
+    transport: Option<Carrier>,
     peers: usize,
     bytes: u64,
     bound_seconds: f64,
@@ -118,6 +122,7 @@ pub(super) async fn run(args: BroadcastArgs) -> Result<()> {
         args.round_trip,
         args.loss
     );
+    args.transport.check()?;
     let (peer, seeder) = links(&args);
     let mut shapes = vec![peer; hosts];
     shapes[0] = seeder;
@@ -135,20 +140,27 @@ pub(super) async fn run(args: BroadcastArgs) -> Result<()> {
     let bound = bound_seconds(&args);
     if !args.json {
         say(&format!(
-            "{} peers with {} up and {} down, {} up at the seeder (Mbit/s), {} bytes: bound {bound:.1} s, {:.1} s with headers",
+            "{} peers with {} up and {} down, {} up at the seeder (Mbit/s), {} bytes by {}: bound {bound:.1} s, {:.1} s with headers",
             args.peers,
             args.up,
             args.down,
             seeder.up_mbit,
             args.bytes,
-            bound * HEADERS
+            args.transport.name(),
+            bound * args.transport.headers()
         ))?;
     }
     let sharing = match args.seeder {
         Seeder::Learner => Sharing::FirstCopies,
         Seeder::Peer => Sharing::OnDemand,
     };
-    let race = Race::prepare(&net, hosts, args.bytes.get(), sharing, args.patience.get())?;
+    let plan = |addresses, object| Plan {
+        addresses,
+        transport: args.transport,
+        sharing,
+        object,
+    };
+    let race = Race::prepare(&net, hosts, args.bytes.get(), args.patience.get(), plan)?;
     let mut contenders = vec![None];
     contenders.extend(args.against.iter().copied().map(Some));
     for contender in contenders {
@@ -222,6 +234,7 @@ fn report(
 ) -> Result<()> {
     let row = Row {
         what: name(contender),
+        transport: contender.is_none().then_some(args.transport),
         peers: args.peers.get(),
         bytes: args.bytes.get(),
         bound_seconds: bound,

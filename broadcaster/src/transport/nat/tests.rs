@@ -138,3 +138,12 @@ async fn a_relay_that_is_no_address_is_named() {
         .unwrap_err();
     assert!(error.to_string().contains("not a relay"), "{error}");
 }
+
+#[tokio::test]
+async fn what_is_said_of_a_peer_beforehand_is_what_it_tells_itself() {
+    let identity = Identity::generate();
+    let nat = Nat::listen(&loopback(), &identity).await.unwrap();
+    let told = nat.addresses().concat();
+    let place = told.rsplit(',').next().unwrap().parse().unwrap();
+    assert_eq!(address(&identity, place), told);
+}

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use clap::Args;
+use clap::{Args, ValueEnum};
+use muster_broadcaster::nat::{self, NatConfig};
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::uploads::Sharing;
 use muster_broadcaster::{Swarm, SwarmConfig};
@@ -46,8 +47,50 @@ pub(in crate::commands::bench) struct HostArgs {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Plan {
     pub(super) addresses: Vec<Ipv4Addr>,
+    pub(super) transport: Carrier,
     pub(super) sharing: Sharing,
     pub(super) object: Object,
+}
+
+/// What carries shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Carrier {
+    /// Connections of the system
+    Tcp,
+    /// The transport that leads through home routers, here without any between
+    Quic,
+}
+
+impl Carrier {
+    /// Fails when this build does not have it.
+    pub(super) fn check(self) -> Result<()> {
+        self.address(&identity(0), Ipv4Addr::LOCALHOST).map(drop)
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Quic => "QUIC",
+        }
+    }
+
+    /// Bytes on the wire for each byte of a shard, in a full frame.
+    pub(super) fn headers(self) -> f64 {
+        match self {
+            Self::Tcp => 1514.0 / 1448.0,
+            // The largest datagram that is tried for is of 1452 bytes, 33 of them QUIC's own.
+            Self::Quic => 1494.0 / 1419.0,
+        }
+    }
+
+    /// What the record of a host says: one way only, so that no other is taken.
+    fn address(self, identity: &Identity, host: Ipv4Addr) -> Result<String> {
+        match self {
+            Self::Tcp => Ok(format!("{host}:{PORT}")),
+            Self::Quic => Ok(nat::address(identity, SocketAddr::from((host, PORT)))?),
+        }
+    }
 }
 
 /// What a host says when it has everything.
@@ -85,8 +128,14 @@ pub(in crate::commands::bench) async fn run(args: HostArgs) -> Result<()> {
         args.number
     );
     let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+    let listen = SocketAddr::from((plan.addresses[args.number], PORT));
+    let quic = || NatConfig {
+        listen: Some(listen),
+        ..NatConfig::default()
+    };
     let config = SwarmConfig {
-        listen: SocketAddr::from((plan.addresses[args.number], PORT)),
+        listen,
+        nat: (plan.transport == Carrier::Quic).then(quic),
         sharing: if args.number == 0 {
             plan.sharing
         } else {
@@ -105,7 +154,7 @@ pub(in crate::commands::bench) async fn run(args: HostArgs) -> Result<()> {
         let identity = self::identity(number);
         let record = PeerRecord {
             handshake: identity.handshake_id(),
-            addresses: vec![format!("{address}:{PORT}")],
+            addresses: vec![plan.transport.address(&identity, *address)?],
             issued: UnixMillis(1),
         };
         swarm.meet(identity.peer_id(), record);

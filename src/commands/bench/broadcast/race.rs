@@ -1,11 +1,12 @@
 //! A race: starts one process on every host, lets all of them begin at once, and collects what they say.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use muster_broadcaster::uploads::Sharing;
+use muster_protocol::message::version::Object;
 use serde::Serialize;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
@@ -53,21 +54,18 @@ struct Runner {
 }
 
 impl<'a> Race<'a> {
-    /// Makes the object and writes what every host is to know.
+    /// Makes the object and writes the plan, which every host reads.
     pub(super) fn prepare(
         net: &'a Net,
         hosts: usize,
         bytes: u64,
-        sharing: Sharing,
         patience_seconds: u64,
+        plan: impl FnOnce(Vec<Ipv4Addr>, Object) -> Plan,
     ) -> Result<Self> {
         let folder = TempDir::new()?;
         let bytes = noise(usize::try_from(bytes)?);
-        let plan = Plan {
-            addresses: (0..hosts).map(|host| net.address(host)).collect(),
-            sharing,
-            object: describe(&bytes)?,
-        };
+        let addresses = (0..hosts).map(|host| net.address(host)).collect();
+        let plan = plan(addresses, describe(&bytes)?);
         std::fs::write(folder.path().join(OBJECT_FILE), &bytes)?;
         std::fs::write(folder.path().join(PLAN_FILE), serde_json::to_vec(&plan)?)?;
         Ok(Self {
