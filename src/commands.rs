@@ -96,15 +96,8 @@ pub struct MemberArgs {
     /// Most megabits per second to upload; no limit by default
     #[arg(long, value_name = "X")]
     upload_mbps: Option<NonZeroU64>,
-    /// Reach peers behind home routers too, and be reached; needs a build with the feature `nat`
-    #[arg(long)]
-    nat: bool,
-    /// Where peers behind routers meet, `https://host`; all members of a run name the same
-    #[arg(long, value_name = "URL", requires = "nat")]
-    nat_relay: Vec<String>,
-    /// The PEM file by which such a relay is known, for one of your own; the public certificates by default
-    #[arg(long, value_name = "FILE", requires = "nat_relay")]
-    nat_relay_roots: Option<PathBuf>,
+    #[command(flatten)]
+    nat: NatArgs,
     /// Most bytes of older weights kept to make deltas over several versions for late peers; 0 makes none [default: 1 GiB]
     #[arg(long, value_name = "N")]
     squash_bytes_max: Option<u64>,
@@ -122,12 +115,33 @@ impl MemberArgs {
         swarm.upload_bytes_per_second = self
             .upload_mbps
             .map(|mbps| mbps.saturating_mul(BYTES_PER_MEGABIT));
-        swarm.nat = self.nat.then(|| NatConfig {
+        swarm.nat = self.nat.config();
+        swarm
+    }
+}
+
+/// How peers behind home routers are reached, by whoever takes a seat in a run.
+#[derive(Debug, Clone, Args)]
+pub struct NatArgs {
+    /// Reach peers behind home routers too, and be reached; needs a build with the feature `nat`
+    #[arg(long, requires = "creds")]
+    nat: bool,
+    /// Where peers behind routers meet, `https://host`; all members of a run name the same
+    #[arg(long, value_name = "URL", requires = "nat")]
+    nat_relay: Vec<String>,
+    /// The PEM file by which such a relay is known, for one of your own; the public certificates by default
+    #[arg(long, value_name = "FILE", requires = "nat_relay")]
+    nat_relay_roots: Option<PathBuf>,
+}
+
+impl NatArgs {
+    /// What was asked for; nothing by default.
+    fn config(&self) -> Option<NatConfig> {
+        self.nat.then(|| NatConfig {
             relays: self.nat_relay.clone(),
             relay_roots: self.nat_relay_roots.clone(),
             ..NatConfig::default()
-        });
-        swarm
+        })
     }
 }
 

@@ -596,6 +596,19 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
         &["bench", "quickstart", "--control", "permuted"],
         &["bench", "quickstart", "--seeds", "one"],
         &["ctl"],
+        // The way through routers leads to a live run.
+        &["snapshot", "list", "--nat"],
+        &["snapshot", "pull", "--out", "x", "--run", "y", "--nat"],
+        &["snapshot", "serve", "--nat"],
+        &["snapshot", "serve", "x", "--nat"],
+        &[
+            "snapshot",
+            "list",
+            "--creds",
+            "x",
+            "--nat-relay",
+            "https://x",
+        ],
     ] {
         let output = muster(folder.path(), words);
         assert_eq!(

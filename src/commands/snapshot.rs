@@ -17,6 +17,7 @@ use muster_learner::metrics::{EvalLine, Line as _, read_all};
 use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
 
 use self::live::LiveRun;
+use super::NatArgs;
 use crate::output::say;
 use crate::record::newest_checkpoint;
 use crate::run_dir::RunDir;
@@ -49,7 +50,7 @@ enum What {
 #[derive(Debug, Args)]
 struct From {
     /// The run directory, for its checkpoints; the only one under runs/ by default
-    #[arg(long, value_name = "DIR", conflicts_with = "creds")]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["creds", "nat"])]
     run: Option<PathBuf>,
     /// An evaluator's credentials, for the versions of a live run
     #[arg(long, value_name = "FILE")]
@@ -57,6 +58,15 @@ struct From {
     /// Where the bus is, instead of what the credentials say
     #[arg(long, value_name = "URL", requires = "creds")]
     nats: Option<String>,
+    #[command(flatten)]
+    nat: NatArgs,
+}
+
+impl From {
+    /// Takes a seat in the live run.
+    async fn join(&self, creds: &Path) -> Result<LiveRun> {
+        LiveRun::join(creds, self.nats.as_deref(), self.nat.config()).await
+    }
 }
 
 #[derive(Debug, Args)]
@@ -302,7 +312,7 @@ fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
 }
 
 async fn list_live(args: &ListArgs, creds: &Path) -> Result<()> {
-    let mut run = LiveRun::join(creds, args.from.nats.as_deref()).await?;
+    let mut run = args.from.join(creds).await?;
     let shutdown = run.seat.shutdown.clone();
     let listed = tokio::select! {
         listed = announced(&mut run) => listed,
@@ -331,7 +341,7 @@ async fn announced(run: &mut LiveRun) -> Result<Vec<Announced>> {
 }
 
 async fn pull_live(args: &PullArgs, creds: &Path) -> Result<Report> {
-    let mut run = LiveRun::join(creds, args.from.nats.as_deref()).await?;
+    let mut run = args.from.join(creds).await?;
     let shutdown = run.seat.shutdown.clone();
     let pulled = tokio::select! {
         pulled = pull_wanted(&mut run, args) => pulled,

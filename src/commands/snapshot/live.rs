@@ -1,6 +1,7 @@
 //! A live run as an evaluator sees it: which versions it tells of, and one of them as a folder.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use muster_broadcaster::disk::Existing;
 use muster_broadcaster::follower::{
     Held, Opened, fetch, fetch_file, open_announcement, squashed_deltas,
 };
+use muster_broadcaster::nat::NatConfig;
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::route::cheapest;
 use muster_broadcaster::snapshot::{Contents, FOLDER_FILES_MAX, write};
@@ -41,9 +43,18 @@ pub(crate) struct LiveRun {
 }
 
 impl LiveRun {
-    /// Joins under an evaluator's credentials. `nats` overrides where the bus is.
-    pub(crate) async fn join(creds: &Path, nats: Option<&str>) -> Result<Self> {
-        let swarm = SwarmConfig::default();
+    /// Joins under an evaluator's credentials. `nats` overrides where the bus is; `nat` is the way to peers behind routers.
+    pub(crate) async fn join(
+        creds: &Path,
+        nats: Option<&str>,
+        nat: Option<NatConfig>,
+    ) -> Result<Self> {
+        let mut swarm = SwarmConfig::default();
+        if nat.is_some() {
+            // Behind a router no TCP address is worth telling.
+            swarm.listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        }
+        swarm.nat = nat;
         let seat = Seat::take(creds, Role::Evaluator, nats, swarm).await?;
         // From here on only the dispatch that the learner named is believed.
         answered(async { Ok(seat.desk.descriptor().await?) }).await?;

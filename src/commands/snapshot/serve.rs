@@ -15,6 +15,7 @@ use muster_protocol::id::PeerId;
 
 use super::live::LiveRun;
 use super::parse_file_bytes;
+use crate::commands::NatArgs;
 use crate::gateway::Gateway;
 use crate::gateway::edition::Trust;
 use crate::gateway::shelf::Keeper;
@@ -30,10 +31,10 @@ const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALH
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
     /// Folders that were pulled; with --learner or --run, which know the key
-    #[arg(value_name = "FOLDER", conflicts_with = "creds")]
+    #[arg(value_name = "FOLDER", conflicts_with_all = ["creds", "nat"])]
     folders: Vec<PathBuf>,
     /// The run directory, for its checkpoints; the only one under runs/ by default
-    #[arg(long, value_name = "DIR", conflicts_with = "creds")]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["creds", "nat"])]
     run: Option<PathBuf>,
     /// The key of the run's learner, 64 hexadecimal digits
     #[arg(long, value_name = "KEY", conflicts_with_all = ["run", "creds"], requires = "folders")]
@@ -44,6 +45,8 @@ pub(super) struct ServeArgs {
     /// Where the bus is, instead of what the credentials say
     #[arg(long, value_name = "URL", requires = "creds")]
     nats: Option<String>,
+    #[command(flatten)]
+    nat: NatArgs,
     /// Where versions of a live run are kept
     #[arg(long, value_name = "DIR", default_value = "snapshots")]
     cache: PathBuf,
@@ -102,7 +105,7 @@ pub(super) async fn run(args: ServeArgs) -> Result<()> {
 /// Where versions come from, whose they are, and what tells the process to end.
 async fn open(args: &ServeArgs) -> Result<(Stock, Trust, CancellationToken)> {
     if let Some(creds) = &args.creds {
-        let run = LiveRun::join(creds, args.nats.as_deref()).await?;
+        let run = LiveRun::join(creds, args.nats.as_deref(), args.nat.config()).await?;
         let trust = Trust {
             learner: run.seat.credentials.learner,
             run: run.seat.credentials.run.clone(),
