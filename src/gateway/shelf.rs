@@ -10,8 +10,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::address::Revision;
 use super::edition::{Edition, Trust};
+use super::revision::Revision;
 use super::stock::{Listed, Stock};
 
 /// How often it is looked for a newer version, and how often at most.

@@ -78,7 +78,7 @@ impl Drop for Gateway {
 
 fn field<'a>(head: &'a str, name: &str) -> &'a str {
     let mut fields = head.lines().filter_map(|line| line.split_once(": "));
-    let found = fields.find(|(found, _)| *found == name);
+    let found = fields.find(|(found, _)| found.eq_ignore_ascii_case(name));
     found.unwrap_or_else(|| panic!("no {name} in {head}")).1
 }
 
