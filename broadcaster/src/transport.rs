@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use muster_protocol::id::PeerId;
@@ -19,6 +20,11 @@ use crate::connection::{ConnectionError, Side, handshake};
 #[cfg(feature = "nat")]
 pub(crate) mod nat;
 pub(crate) mod tcp;
+
+/// Paths from here on are long: packets are lost on them, or delayed, for other reasons than a full link, and finding out takes
+/// long. Shorter ones are left to the usual congestion control, since BBR overfills the queues of short ones: 16 peers with
+/// 4 Mbit/s sent 24 % of their packets again with it, and 1.5 % with CUBIC.
+pub(crate) const LONG_PATH: Duration = Duration::from_millis(10);
 
 /// What comes from a peer.
 pub(crate) type Reader = Box<dyn Incoming>;

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -29,6 +30,10 @@ use tokio::time::{sleep, timeout};
 use super::{Arrival, DialError, Streams, Transport};
 use crate::connection::ConnectionError;
 use crate::nat::{NatConfig, NatError, SCHEME};
+
+use self::congestion::ByPath;
+
+mod congestion;
 
 /// What both sides say they speak.
 const ALPN: &[u8] = b"muster/1";
@@ -201,6 +206,7 @@ impl Arrival for Knock {
 /// One stream each way is all that peers open.
 fn quic() -> QuicTransportConfig {
     QuicTransportConfig::builder()
+        .congestion_controller_factory(Arc::new(ByPath))
         .max_concurrent_bidi_streams(1u8.into())
         .max_concurrent_uni_streams(0u8.into())
         .datagram_receive_buffer_size(None)
