@@ -22,8 +22,8 @@ pub(crate) mod nat;
 pub(crate) mod tcp;
 
 /// Paths from here on are long: packets are lost on them, or delayed, for other reasons than a full link, and finding out takes
-/// long. Shorter ones are left to the usual congestion control, since BBR overfills the queues of short ones: 16 peers with
-/// 4 Mbit/s sent 24 % of their packets again with it, and 1.5 % with CUBIC.
+/// long. Over shorter ones BBR overfills the queues: 16 peers with 4 Mbit/s sent 24 % of their packets again with it, and 1.5 %
+/// with CUBIC.
 pub(crate) const LONG_PATH: Duration = Duration::from_millis(10);
 
 /// What comes from a peer.

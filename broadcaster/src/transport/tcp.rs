@@ -1,6 +1,6 @@
 //! TCP: what every peer speaks. The system paces it; where it can, without taking a lost packet for a full link.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use muster_protocol::message::peer::PeerRecord;
 use socket2::SockRef;
-use tokio::io::{AsyncRead, BufReader, ReadBuf};
-use tokio::net::tcp::OwnedReadHalf;
+use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
@@ -29,8 +29,13 @@ const UNSENT_BYTES_MAX: u32 = 32 << 10;
 const WAKE_BYTES_MAX: u32 = 32 << 10;
 /// Bytes read at once where small messages are to be expected: many fit, and a shard passes by but for its first bytes.
 const READ_BYTES: usize = 4 << 10;
-/// Congestion control for long paths, which does not take a lost packet for a full link, where the system has it.
-const CONGESTION: &[u8] = b"bbr";
+/// Congestion control for long paths, which does not take a lost packet for a full link; and for short ones, which does not
+/// overfill their queues. Where the system has them.
+const LONG_PATH_CONTROL: &[u8] = b"bbr";
+const SHORT_PATH_CONTROL: &[u8] = b"cubic";
+/// Bytes sent until the system has seen a path often enough to tell its length from what waits in queues: while everybody
+/// connects at once, opening packets wait too. Until then it is taken for short.
+const PATH_KNOWN_BYTES: usize = 128 << 10;
 
 /// A listening socket, and dialling from any port.
 #[derive(Debug)]
@@ -120,7 +125,68 @@ fn streams(stream: TcpStream) -> Streams {
         inner: BufReader::with_capacity(READ_BYTES, reader),
         wakes_at: 1,
     };
+    let writer = TcpWriter {
+        inner: writer,
+        until_known: PATH_KNOWN_BYTES,
+    };
     tokio::io::join(Box::new(reader), Box::new(writer))
+}
+
+/// What goes out, and how many bytes of it until the path is known.
+#[derive(Debug)]
+struct TcpWriter {
+    inner: OwnedWriteHalf,
+    until_known: usize,
+}
+
+impl TcpWriter {
+    fn wrote(&mut self, bytes: usize) {
+        if self.until_known == 0 {
+            return;
+        }
+        self.until_known = self.until_known.saturating_sub(bytes);
+        if self.until_known == 0 {
+            pace(self.inner.as_ref());
+        }
+    }
+}
+
+impl AsyncWrite for TcpWriter {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.inner).poll_write(context, bytes);
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.wrote(bytes);
+        }
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.inner).poll_write_vectored(context, pieces);
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.wrote(bytes);
+        }
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(context)
+    }
 }
 
 /// What comes in, and at how many bytes the system wakes its reader.
@@ -156,14 +222,23 @@ impl Incoming for TcpReader {
 }
 
 /// Has the system take a shard only as fast as the link does. With the usual buffers whole shards of every connection lie
-/// half sent in the system, and none of them can be passed on. And has it keep its pace over long paths that lose packets.
+/// half sent in the system, and none of them can be passed on.
 fn tune(stream: &TcpStream) {
-    let socket = SockRef::from(stream);
-    if let Err(error) = socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
+    if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
         tracing::debug!(%error, "the system keeps its own bound on unsent bytes");
     }
-    let is_long = options::round_trip(stream).is_ok_and(|round_trip| round_trip >= LONG_PATH);
-    if is_long && let Err(error) = socket.set_tcp_congestion(CONGESTION) {
+    control(stream, SHORT_PATH_CONTROL);
+}
+
+/// Has the system keep its pace over a long path that loses packets.
+fn pace(stream: &TcpStream) {
+    if options::shortest_round_trip(stream).is_some_and(|shortest| shortest >= LONG_PATH) {
+        control(stream, LONG_PATH_CONTROL);
+    }
+}
+
+fn control(stream: &TcpStream, name: &[u8]) {
+    if let Err(error) = SockRef::from(stream).set_tcp_congestion(name) {
         tracing::debug!(%error, "the system keeps its own congestion control");
     }
 }
