@@ -34,7 +34,7 @@ const READ_BYTES: usize = 4 << 10;
 const LONG_PATH_CONTROL: &[u8] = b"bbr";
 const SHORT_PATH_CONTROL: &[u8] = b"cubic";
 /// Bytes sent until the system has seen a path often enough to tell its length from what waits in queues: while everybody
-/// connects at once, opening packets wait too. Until then it is taken for short.
+/// connects at once, opening packets wait too. Until then it is taken for as long as these say.
 const PATH_KNOWN_BYTES: usize = 128 << 10;
 
 /// A listening socket, and dialling from any port.
@@ -146,7 +146,7 @@ impl TcpWriter {
         }
         self.until_known = self.until_known.saturating_sub(bytes);
         if self.until_known == 0 {
-            pace(self.inner.as_ref());
+            control(self.inner.as_ref());
         }
     }
 }
@@ -227,17 +227,16 @@ fn tune(stream: &TcpStream) {
     if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
         tracing::debug!(%error, "the system keeps its own bound on unsent bytes");
     }
-    control(stream, SHORT_PATH_CONTROL);
+    control(stream);
 }
 
-/// Has the system keep its pace over a long path that loses packets.
-fn pace(stream: &TcpStream) {
-    if options::shortest_round_trip(stream).is_some_and(|shortest| shortest >= LONG_PATH) {
-        control(stream, LONG_PATH_CONTROL);
-    }
-}
-
-fn control(stream: &TcpStream, name: &[u8]) {
+/// Has the system control congestion as the path asks for, as far as it is known.
+fn control(stream: &TcpStream) {
+    let is_long = |shortest| shortest >= LONG_PATH;
+    let name = match options::shortest_round_trip(stream).is_some_and(is_long) {
+        true => LONG_PATH_CONTROL,
+        false => SHORT_PATH_CONTROL,
+    };
     if let Err(error) = SockRef::from(stream).set_tcp_congestion(name) {
         tracing::debug!(%error, "the system keeps its own congestion control");
     }
