@@ -293,6 +293,7 @@ fn a_live_run_gives_its_versions_to_an_evaluator_and_obeys_the_lab() {
     ];
     let report = &json_lines(&result(&muster(folder, &words)))[0];
     assert!(report["policy_version"].as_u64() >= listed.last().unwrap()["policy_version"].as_u64());
+    assert!(refusal(&muster(folder, &words)).contains("exists already"));
     result(&muster(
         folder,
         &["snapshot", "verify", "pulled", "--run", "run"],

@@ -121,16 +121,16 @@ impl NewFolder {
     }
 }
 
-/// Makes a whole folder of files beside its place, flushed, and renames it when `fill` has succeeded.
+/// Makes a whole folder of files beside its place, flushed, and renames it when `fill` has succeeded; gives what `fill` gave.
 ///
 /// # Errors
 /// When something is there already and is to stay, there is no room, the system refuses, or `fill` fails; nothing is left
 /// behind then.
-pub fn write_folder<E: From<DiskError>>(
+pub fn write_folder<T, E: From<DiskError>>(
     path: &Path,
     existing: Existing,
-    fill: impl FnOnce(&NewFolder) -> Result<(), E>,
-) -> Result<(), E> {
+    fill: impl FnOnce(&NewFolder) -> Result<T, E>,
+) -> Result<T, E> {
     let occupied = path.symlink_metadata().is_ok();
     if occupied && existing == Existing::Refuse {
         return Err(E::from(DiskError::Exists {
@@ -146,8 +146,11 @@ pub fn write_folder<E: From<DiskError>>(
     let written = create_directory(&new.path)
         .map_err(E::from)
         .and_then(|()| fill(&new))
-        .and_then(|()| Ok(sync_directory(&new.path)?))
-        .and_then(|()| Ok(swap_in(&new.path, path, occupied)?));
+        .and_then(|filled| {
+            sync_directory(&new.path)?;
+            swap_in(&new.path, path, occupied)?;
+            Ok(filled)
+        });
     if written.is_err() {
         remove_quietly(&new.path);
     }

@@ -198,8 +198,8 @@ impl<'a> Fetch<'a> {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Err(FetchError::Stopped),
-                Some((link, event)) = self.inbox.recv() => self.on_event(link, event)?,
                 Ok(()) = self.book.changed() => self.read_book(),
+                Some((link, event)) = self.inbox.recv() => self.on_event(link, event)?,
                 () = tokio::time::sleep_until(wake_at) => {}
             }
             // What else has arrived is taken in before the next decision.

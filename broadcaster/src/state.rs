@@ -25,7 +25,7 @@ pub const HEADER_BYTES_MAX: u64 = 8 << 20;
 /// Most entries of a header's own metadata: `format` and a few notes.
 const METADATA_ENTRIES_MAX: usize = 256;
 /// Bytes of the header's length at the start of a file.
-const LENGTH_BYTES: usize = 8;
+pub(crate) const LENGTH_BYTES: usize = 8;
 /// Labels that keep leaves and inner nodes of the tree apart.
 const LEAF_LABEL: &[u8] = b"muster-tensor-v1\0";
 const NODE_LABEL: &[u8] = b"muster-node-v1\0";

@@ -13,12 +13,10 @@ use serde::Serialize;
 
 use super::{FOLDER_FILES_MAX, WEIGHTS_FILE};
 use crate::state::stream::{Checked, image_spans};
-use crate::state::{StateError, TensorSpan, verify_root};
+use crate::state::{LENGTH_BYTES, StateError, TensorSpan, verify_root};
 
 /// Which tensor is in which file, under the name that Hugging Face libraries look for.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
-/// Bytes of a header's length at the start of a file.
-const LENGTH_BYTES: usize = 8;
 /// Where a header ends is a multiple of this, so that tensors are aligned.
 const ALIGNMENT: usize = 8;
 /// What libraries want to read in a header before they take a file for theirs.

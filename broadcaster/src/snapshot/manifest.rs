@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::layout::{INDEX_FILE, Split, WeightFile};
 use super::{MANIFEST_FILE, Report, SnapshotError, WEIGHTS_FILE};
 use crate::disk;
+use crate::state::LENGTH_BYTES;
 
 /// What the manifest of weights in one file calls itself; another layout gets another name.
 const FORMAT: &str = "muster-snapshot-v1";
@@ -26,8 +27,6 @@ const FORMAT_SPLIT: &str = "muster-snapshot-v2";
 /// Largest manifest read: two envelopes of at most 1 MiB in hexadecimal, a parameter table and hashes of 16,384 rows, and a
 /// header of at most 8 MiB as a string.
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of a header's length at the start of a file.
-const LENGTH_BYTES: usize = 8;
 
 /// What a manifest holds, after all of it was checked.
 #[derive(Debug)]

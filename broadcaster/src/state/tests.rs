@@ -43,7 +43,7 @@ fn sample() -> Vec<u8> {
     ])
 }
 
-fn version_of(bytes: &[u8]) -> Version {
+pub(super) fn version_of(bytes: &[u8]) -> Version {
     let (parameters, part) = describe_state(bytes).unwrap();
     Version {
         descriptor: DescriptorHash([0; 32]),

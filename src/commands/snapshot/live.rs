@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 
 use muster_broadcaster::SwarmConfig;
-use muster_broadcaster::disk::Existing;
+use muster_broadcaster::disk::{DiskError, Existing};
 use muster_broadcaster::follower::{
     Held, Opened, fetch, fetch_file, open_announcement, squashed_deltas,
 };
@@ -111,6 +111,10 @@ impl LiveRun {
         out: &Path,
         file_bytes_max: u64,
     ) -> Result<()> {
+        if out.symlink_metadata().is_ok() {
+            let path = out.to_owned();
+            bail!(DiskError::Exists { path });
+        }
         let source = self.seat.source();
         let opened = self.heard.get(&version).cloned();
         let mut opened =

@@ -1,9 +1,9 @@
-use muster_protocol::id::{DescriptorHash, Generation, PolicyVersion};
-use muster_protocol::message::version::{Codec, Content, state_root};
+use muster_protocol::message::version::{Codec, Content};
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{describe_state, tensor_spans, verify_state};
+use crate::state::tests::version_of;
+use crate::state::{tensor_spans, verify_state};
 
 /// A file of f32 tensors with these numbers of elements, in this order.
 fn file(tensors: &[(&str, usize)]) -> Vec<u8> {
@@ -29,17 +29,7 @@ fn file(tensors: &[(&str, usize)]) -> Vec<u8> {
 
 /// The version and the description in shards of this size.
 fn described(bytes: &[u8], shard_bytes: usize) -> (Version, Object) {
-    let (parameters, part) = describe_state(bytes).unwrap();
-    let version = Version {
-        descriptor: DescriptorHash([0; 32]),
-        generation: Generation(1),
-        version: PolicyVersion(4),
-        parent: None,
-        parameters,
-        parts: vec![part],
-        root: state_root(&[part]),
-        files: Vec::new(),
-    };
+    let version = version_of(bytes);
     let anchor = Object {
         content: Content::Anchor { root: version.root },
         version: version.version,
