@@ -197,7 +197,7 @@ pub fn write(
         StreamError::Read(source) => SnapshotError::Read(source),
         StreamError::State(error) => weights_error(error),
     })?;
-    let plan = Plan::new(
+    let draft = Draft::new(
         contents.run,
         version,
         anchor,
@@ -205,7 +205,7 @@ pub fn write(
         contents.file_bytes_max,
     )?;
     disk::write_folder(folder, existing, |new| {
-        plan.write(new, &mut &*contents.weights)?;
+        draft.write(new, &mut &*contents.weights)?;
         for (name, bytes) in contents.files {
             new.file(name, bytes.len() as u64, |file| file.write_all(bytes))?;
         }
@@ -228,10 +228,10 @@ pub fn copy(
     let source = Statements::read(from, learner, run)?;
     let checked = check_folder(from, &found, &source)?;
     let (version, anchor) = (&source.version, &source.anchor);
-    let plan = Plan::new(run, version, anchor, &checked, file_bytes_max)?;
+    let draft = Draft::new(run, version, anchor, &checked, file_bytes_max)?;
     let files = source.weight_files();
     disk::write_folder(to, existing, |new| {
-        plan.write(new, &mut Joined::new(from, source.split.as_ref(), &files))?;
+        draft.write(new, &mut Joined::new(from, source.split.as_ref(), &files))?;
         for entry in &version.body.files {
             let mut file = check::open(&from.join(&entry.name), 0)?;
             new.file(&entry.name, entry.bytes, |to| {
@@ -299,7 +299,7 @@ fn check_named(contents: &Contents<'_>) -> Result<(), SnapshotError> {
 }
 
 /// What is to be written of weights that were checked.
-struct Plan {
+struct Draft {
     manifest: Vec<u8>,
     /// Bytes of the image that are in none of the files.
     head_bytes: u64,
@@ -307,7 +307,7 @@ struct Plan {
     index: Option<Vec<u8>>,
 }
 
-impl Plan {
+impl Draft {
     fn new(
         run: &RunId,
         version: &Signed<Version>,
