@@ -30,7 +30,7 @@ pub(super) fn answer(
     file: String,
 ) -> Result<Response, Refusal> {
     let leaf = edition.leaves.get(&file).ok_or(Refusal::NoFile)?;
-    let (etag, bytes) = (format!("\"{}\"", leaf.sha256), leaf.bytes);
+    let (etag, bytes) = (etag(leaf), leaf.bytes);
     let described = describe(&edition, leaf, revision, &file);
     if is_known(asked, &etag) {
         return Ok((StatusCode::NOT_MODIFIED, described).into_response());
@@ -77,7 +77,7 @@ fn describe(
     } else {
         "application/octet-stream"
     };
-    let etag = format!("\"{}\"", leaf.sha256);
+    let etag = etag(leaf);
     [
         (LINKED_ETAG, etag.clone()),
         (ETAG, etag),
@@ -87,6 +87,10 @@ fn describe(
         (CACHE_CONTROL, lasting.to_owned()),
         (CONTENT_TYPE, kind.to_owned()),
     ]
+}
+
+fn etag(leaf: &Leaf) -> String {
+    format!("\"{}\"", leaf.sha256)
 }
 
 /// A field's value; what is not ASCII asks for nothing here.
