@@ -7,6 +7,7 @@ mod figures;
 mod policy;
 mod quickstart;
 mod shape;
+mod spread;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};

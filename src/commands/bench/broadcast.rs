@@ -22,7 +22,8 @@ use serde::Serialize;
 use self::host::{Carrier, Plan};
 use self::net::{Between, HOSTS_MAX, Link, Net};
 use self::path::Path;
-use self::race::{Finish, Race, median};
+use self::race::{Finish, Race};
+use super::spread::Spread;
 use crate::machine::load_average;
 use crate::output::say;
 
@@ -175,7 +176,7 @@ pub(super) async fn run(args: BroadcastArgs) -> Result<()> {
             finishes.push(finish.last_seconds);
         }
         if args.runs.get() > 1 && !args.json {
-            let last = median(&mut finishes);
+            let last = Spread::of(finishes).median;
             say(&format!(
                 "{:<10} median of {}: last {last:.1} s = {:.2} of the bound",
                 name(contender),

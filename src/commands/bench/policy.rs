@@ -20,6 +20,7 @@ use muster_policy::{
 };
 
 use super::shape::{Shape, Stored};
+use super::spread::Spread;
 use crate::commands::kernels::Kernels;
 use crate::machine::{CpuTime, load_average, memory_available, peak_memory};
 use crate::output::say;
@@ -133,26 +134,6 @@ struct Report {
 struct Machine {
     read_bytes_per_second: f64,
     multiply_adds_per_second: f64,
-}
-
-/// Median, smallest and largest of the rounds.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-        Self {
-            median: at(values.len() / 2),
-            min: at(0),
-            max: at(values.len().saturating_sub(1)),
-        }
-    }
 }
 
 #[derive(Debug, Serialize)]
@@ -558,12 +539,6 @@ fn print(report: &Report) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_spread_has_the_median_between_its_ends() {
-        let spread = Spread::of(vec![3.0, 1.0, 2.0]);
-        assert_eq!((spread.median, spread.min, spread.max), (2.0, 1.0, 3.0));
-    }
 
     #[test]
     fn shares_are_of_one_step_for_bytes_and_of_every_row_for_products() {

@@ -14,6 +14,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use super::host::{Counted, Done, OBJECT_FILE, PLAN_FILE, Plan, describe};
 use super::net::Net;
+use crate::commands::bench::spread::Spread;
 
 /// The rivals, as the repository has them.
 const RIVALS: &str = include_str!("../../../../tests/reference/broadcast_rivals.py");
@@ -183,29 +184,19 @@ async fn finish_all(runners: &mut [Runner]) -> Result<Vec<f64>> {
     Ok(seconds)
 }
 
-fn sum_up(mut seconds: Vec<f64>, counted: &[Counted]) -> Result<Finish> {
-    let median_seconds = median(&mut seconds);
-    let (Some(first), Some(last), Some(seeder)) =
-        (seconds.first(), seconds.last(), counted.first())
-    else {
-        bail!("nobody fetched anything");
-    };
+fn sum_up(seconds: Vec<f64>, counted: &[Counted]) -> Result<Finish> {
+    let seeder = counted.first().context("nobody had anything")?;
+    let Spread { median, min, max } = Spread::of(seconds);
     let peaks = counted.iter().map(|counted| counted.memory_peak_bytes);
     Ok(Finish {
-        first_seconds: *first,
-        median_seconds,
-        last_seconds: *last,
+        first_seconds: min,
+        median_seconds: median,
+        last_seconds: max,
         seeder_bytes: seeder.sent_bytes,
         twice_bytes: counted.iter().map(|counted| counted.twice_bytes).sum(),
         cpu_seconds: counted.iter().map(|counted| counted.cpu_seconds).sum(),
         memory_peak_bytes: peaks.max().unwrap_or(0),
     })
-}
-
-/// Sorts, and returns the one in the middle; 0 of none.
-pub(super) fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
 /// Bytes that nothing compresses (splitmix64).

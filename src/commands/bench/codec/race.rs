@@ -15,6 +15,8 @@ use muster_broadcaster::codec::{planes, pulse};
 use muster_broadcaster::state::{TensorSpan, tensor_spans};
 use muster_protocol::message::version::Dtype;
 
+use crate::commands::bench::spread::Spread;
+
 /// A coder's figures for one pair.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub(super) struct Figures {
@@ -117,7 +119,7 @@ pub(super) fn race(
         elements,
         methods,
     } = delta.context("nothing was measured")?;
-    let speeds = times.map(|times| parent.len() as f64 / 1e9 / median(times));
+    let speeds = times.map(|times| parent.len() as f64 / 1e9 / Spread::of(times).median);
     let figures = |bytes, at: usize| Figures {
         bytes,
         encode: speeds[at],
@@ -141,11 +143,6 @@ fn seconds<T>(work: impl FnOnce() -> T) -> (T, f64) {
     let begin = Instant::now();
     let done = work();
     (done, begin.elapsed().as_secs_f64())
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn copy_on_all(from: &[u8], to: &mut [u8], threads: NonZeroUsize) -> f64 {
