@@ -59,6 +59,33 @@ pub(super) fn mask(of: &ClassesOf, class: u8) -> u64 {
     gather(&flags)
 }
 
+/// How many weights before this one are in its class.
+#[inline(always)]
+pub(super) fn rank(of: &ClassesOf, i: usize) -> u32 {
+    let class = of[i];
+    let mut sum = 0u8;
+    for (j, of) in of.iter().enumerate() {
+        sum += u8::from(*of == class) & u8::from((j as u8) < i as u8);
+    }
+    u32::from(sum)
+}
+
+/// One weight of a block.
+#[inline(always)]
+pub(super) fn weight_of(bytes: &[u8; BLOCK_BYTES], i: usize) -> u16 {
+    u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])
+}
+
+/// The places of a word's ones, the lowest first; each below [`BLOCK`].
+#[inline(always)]
+pub(super) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let place = (word != 0).then(|| word.trailing_zeros() as usize % BLOCK);
+        word &= word.wrapping_sub(1);
+        place
+    })
+}
+
 /// Which weights of two blocks differ.
 #[inline(always)]
 pub(super) fn changed(parent: &[u8; BLOCK_BYTES], child: &[u8; BLOCK_BYTES]) -> u64 {
@@ -93,7 +120,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn counts_and_masks_agree_with_a_plain_loop(words in proptest::array::uniform32(any::<u32>()), low in 0u8..255) {
+        fn counts_masks_and_ranks_agree_with_a_plain_loop(words in proptest::array::uniform32(any::<u32>()), low in 0u8..255) {
             let mut bytes = [0u8; BLOCK_BYTES];
             for (pair, word) in bytes.chunks_exact_mut(4).zip(&words) {
                 pair.copy_from_slice(&word.to_le_bytes());
@@ -109,6 +136,10 @@ mod tests {
                     expected |= u64::from(usize::from(own) == class) << i;
                 }
                 prop_assert_eq!(mask(&of, class as u8), expected);
+                for i in ones(expected) {
+                    let before = expected & ((1 << i) - 1);
+                    prop_assert_eq!(rank(&of, i), before.count_ones());
+                }
                 prop_assert_eq!(u32::from(*count), expected.count_ones());
             }
         }

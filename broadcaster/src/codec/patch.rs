@@ -10,7 +10,9 @@
 use super::SLICE_ELEMENTS;
 use super::SliceError;
 use super::bits::{BitReader, BitWriter};
-use super::block::{BLOCK, BLOCK_BYTES, CLASSES_MAX, changed, classes_of, counts, mask, weights};
+use super::block::{
+    BLOCK, BLOCK_BYTES, CLASSES_MAX, changed, classes_of, counts, mask, ones, rank, weight_of,
+};
 use super::classes::Classes;
 use super::rans::{Decoder, Encoder, Lookup, Table};
 use super::token::{TOKENS, base, split};
@@ -239,14 +241,15 @@ impl Scan {
         let counts = counts(&of, self.classes.len());
         let differs = changed(parent, child);
         if differs != 0 {
-            self.changes_of(parent, child, &of, differs, &counts);
-            return;
+            self.changes_of(parent, child, &of, differs);
         }
         for (passed, count) in self.passed.iter_mut().zip(&counts) {
-            *passed += u32::from(*count);
+            *passed = passed.wrapping_add(u32::from(*count));
         }
     }
 
+    /// Notes a block's changes, class after class. What a class has passed is counted from the block's beginning meanwhile,
+    /// and so is below zero after a change, until the block is added.
     #[inline(always)]
     fn changes_of(
         &mut self,
@@ -254,37 +257,23 @@ impl Scan {
         child: &[u8; BLOCK_BYTES],
         of: &[u8; BLOCK],
         differs: u64,
-        counts: &[u8; CLASSES_MAX],
     ) {
-        let (parent, child) = (weights(parent), weights(child));
+        let mut in_class = [0u64; CLASSES_MAX];
         let mut touched = 0u32;
-        let mut rest = differs;
-        while rest != 0 {
-            touched |= 1 << of[rest.trailing_zeros() as usize % BLOCK];
-            rest &= rest - 1;
+        for i in ones(differs) {
+            let class = usize::from(of[i]) % CLASSES_MAX;
+            in_class[class] |= 1 << i;
+            touched |= 1 << class;
         }
-        for class in 0..CLASSES_MAX as u8 {
-            let index = usize::from(class);
-            if touched >> class & 1 == 0 {
-                self.passed[index] += u32::from(counts[index]);
-                continue;
+        for class in ones(u64::from(touched)) {
+            let class = class % CLASSES_MAX;
+            for i in ones(in_class[class]) {
+                let rank = rank(of, i);
+                let gap = self.passed[class].wrapping_add(rank);
+                self.passed[class] = 0u32.wrapping_sub(rank + 1);
+                let step = step_between(weight_of(parent, i), weight_of(child, i));
+                self.change(class as u8, gap, step);
             }
-            let members = mask(of, class);
-            let mut rest = members & differs;
-            let mut passed = self.passed[index];
-            let mut before = 0;
-            while rest != 0 {
-                let i = rest.trailing_zeros() as usize % BLOCK;
-                let rank = (members & ((1 << i) - 1)).count_ones();
-                self.change(
-                    class,
-                    passed + rank - before,
-                    step_between(parent[i], child[i]),
-                );
-                (passed, before) = (0, rank + 1);
-                rest &= rest - 1;
-            }
-            self.passed[index] = members.count_ones() - before;
         }
     }
 
