@@ -4,7 +4,7 @@
 //! Neighbouring exponents share a class at both ends of the range, where weights are few or change alike: chosen by the
 //! entropy that a merger costs, against what a class costs in tables.
 
-use super::block::{BLOCK, BLOCK_BYTES, CLASSES_MAX, changed, weights};
+use super::block::{BLOCK_BYTES, CLASSES_MAX, changed, ones, weights};
 
 /// Blocks looked at to choose the classes: 65,536 weights tell the rates of change well enough, in little time.
 const SAMPLED_BLOCKS: usize = 1_024;
@@ -42,15 +42,20 @@ impl Classes {
         shift: u32,
     ) -> Self {
         let stride = parent.len().div_ceil(SAMPLED_BLOCKS).max(1);
-        let mut seen = [Tally::default(); 256];
+        let (mut there, mut moved) = ([0u32; 256], [0u32; 256]);
         for (parent, child) in parent.iter().zip(child).step_by(stride) {
-            let differs = changed(parent, child);
-            for (i, weight) in weights(parent).iter().enumerate().take(BLOCK) {
-                let tally = &mut seen[usize::from((weight & 0x7fff) >> shift)];
-                tally.weights += 1.0;
-                tally.changed += ((differs >> i) & 1) as f64;
+            let exponents = weights(parent).map(|weight| ((weight & 0x7fff) >> shift) as u8);
+            for exponent in exponents {
+                there[usize::from(exponent)] += 1;
+            }
+            for i in ones(changed(parent, child)) {
+                moved[usize::from(exponents[i])] += 1;
             }
         }
+        let seen = std::array::from_fn(|exponent| Tally {
+            weights: f64::from(there[exponent]),
+            changed: f64::from(moved[exponent]),
+        });
         let (low, high) = merged(&seen, CLASS_BITS / stride as f64);
         Self { shift, low, high }
     }
