@@ -100,14 +100,17 @@ pub(super) fn changed(parent: &[u8; BLOCK_BYTES], child: &[u8; BLOCK_BYTES]) -> 
     gather(&differs)
 }
 
-/// The lowest bits of 64 bytes as a word: a product moves the eight bits of eight bytes beside one another.
+/// The lowest bits of 64 bytes as a word. Each shift moves the bits of one half of eight bytes beside those of the other half.
 #[inline(always)]
 fn gather(flags: &[u8; BLOCK]) -> u64 {
     let mut word = 0;
     let (eights, _) = flags.as_chunks::<8>();
     for (index, eight) in eights.iter().enumerate() {
-        let bits = u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
-        word |= bits << (8 * index);
+        let pairs = u64::from_le_bytes(*eight);
+        let pairs = pairs | pairs >> 7;
+        let fours = pairs | pairs >> 14;
+        let eight = (fours | fours >> 28) & 0xff;
+        word |= eight << (8 * index);
     }
     word
 }
