@@ -11,6 +11,9 @@ use anyhow::{Context, Result, bail};
 pub(super) const HOSTS_MAX: usize = 256;
 /// Longest time that a packet may wait at a full link before it is dropped, as a home router does.
 const QUEUE_MS: u64 = 50;
+/// Where the hosts are, and how many bits of an address say so.
+const SUBNET: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 0);
+const SUBNET_BITS: u32 = 16;
 /// What a link may catch up on at once, as time at its rate: a filter that is woken later than this has lost the difference.
 /// With 6 ms a plain connection alone gets 98.7 % of what a link should carry, with 25 ms all of it.
 const BURST_MS: u64 = 25;
@@ -83,10 +86,12 @@ impl Net {
             let namespace = net.namespace(host);
             let address = net.address(host);
             let mut up = vec![
-                format!("addr add {address}/16 dev up0"),
+                format!("addr add {address}/{SUBNET_BITS} dev up0"),
                 "link set up0 up".to_owned(),
                 "link set lo up".to_owned(),
-                format!("route replace 10.77.0.0/16 dev up0 src {address} congctl {CONTROL}"),
+                format!(
+                    "route replace {SUBNET}/{SUBNET_BITS} dev up0 src {address} congctl {CONTROL}"
+                ),
             ];
             if between == Between::Path {
                 // Frames as they would be on a wire, since that is what is delayed and lost.
@@ -107,7 +112,7 @@ impl Net {
     /// Where a host is reached.
     pub(super) fn address(&self, host: usize) -> Ipv4Addr {
         let number = host as u32 + 1;
-        Ipv4Addr::from(0x0a4d_0000 + (number / 250) * 256 + number % 250 + 1)
+        Ipv4Addr::from(u32::from(SUBNET) + (number / 250) * 256 + number % 250 + 1)
     }
 
     /// The name of a host's namespace, for `ip netns exec`.
