@@ -94,7 +94,7 @@ const UNSAFE_FILES: [(&str, &str); 13] = [
         "a function compiled for wider vectors is called after the processor was asked for them",
     ),
     (
-        "policy/src/mapping.rs",
+        "policy/src/weights/mapping.rs",
         "no type says that nobody changes a file while it is mapped",
     ),
     (

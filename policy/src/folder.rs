@@ -13,7 +13,7 @@ use crate::disk::{DiskError, create_folder, read_file, write_atomically};
 use crate::kernels::KernelSet;
 use crate::kernels::fused::Threads;
 use crate::policy::{CONFIG_BYTES_MAX, Policy, PolicyError, read_config, read_model};
-use crate::tokenizer::{CHAT_FILE, Tokenizer, TokenizerError};
+use crate::text::{CHAT_FILE, Tokenizer, TokenizerError};
 use crate::weights::Image;
 
 /// Why a folder is not a model.

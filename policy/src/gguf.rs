@@ -18,9 +18,9 @@ use crate::gguf::description::{Description, ROPE_FACTORS, turned};
 use crate::gguf::reader::{Container, Tensor};
 use crate::gguf::vocabulary::Vocabulary;
 use crate::layout::{Layout, Parameter};
-use crate::mapping::Mapping;
 use crate::policy::WEIGHTS_BYTES_MAX;
-use crate::tokenizer::{CHAT_FILE, Tokenizer, TokenizerError};
+use crate::text::{CHAT_FILE, Tokenizer, TokenizerError};
+use crate::weights::Mapping;
 use crate::weights::{HeaderTensor, Storage, header};
 
 mod blocks;

@@ -9,7 +9,6 @@
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
 )]
 
-mod chat;
 mod config;
 mod decoder;
 mod device;
@@ -20,14 +19,12 @@ mod gguf;
 mod gradient;
 mod kernels;
 mod layout;
-mod mapping;
 mod optimizer;
 mod policy;
 mod sampling;
 mod score;
 mod supervised;
-mod token_bytes;
-mod tokenizer;
+mod text;
 mod weights;
 mod yardstick;
 
@@ -36,7 +33,6 @@ mod testing;
 
 pub use candle_core::Device;
 
-pub use chat::{ChatError, ChatTemplate, Message, Rendering, Speaker};
 pub use config::{Architecture, Config, ConfigError, LayerType, Rope, RopeScaling};
 pub use device::{DeviceError, device};
 pub use disk::{DiskError, read_file, write_atomically};
@@ -55,7 +51,9 @@ pub use policy::{Policy, PolicyError, TokenCost};
 pub use sampling::{Distribution, Sampling, uniform};
 pub use score::{ScoreRow, TokenScore, logprobs, score};
 pub use supervised::{Supervised, supervised};
-pub use token_bytes::TokenBytes;
-pub use tokenizer::{Tokenizer, TokenizerError, character_tokenizer};
+pub use text::{
+    ChatError, ChatTemplate, Message, Rendering, Speaker, TokenBytes, Tokenizer, TokenizerError,
+    character_tokenizer,
+};
 pub use weights::{Image, ImageBytes, Storage, TensorEntry, WeightsError, shard_names};
 pub use yardstick::Yardstick;

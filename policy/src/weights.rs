@@ -13,13 +13,15 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensorError};
 use crate::config::Config;
 use crate::layout::{Layout, Parameter};
 
+pub(crate) use files::Shards;
+pub use files::shard_names;
 pub(crate) use header::{HeaderTensor, header};
-pub(crate) use shards::Shards;
-pub use shards::shard_names;
+pub(crate) use mapping::Mapping;
 
+mod files;
 mod header;
+mod mapping;
 mod published;
-mod shards;
 
 /// How a parameter is stored; it is computed with in float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::token_bytes::TokenBytes;
+use crate::text::TokenBytes;
 
 /// Texts that end an answer, cheap to share.
 #[derive(Debug, Clone)]
@@ -82,7 +82,7 @@ impl StopWatch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::Tokenizer;
+    use crate::text::Tokenizer;
 
     fn first(strings: &[&str], text: &str) -> Option<StopAt> {
         let tokenizer = Tokenizer::characters("abcdé\n ").unwrap();

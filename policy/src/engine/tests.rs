@@ -516,8 +516,8 @@ fn an_answer_ends_with_the_token_that_completes_a_stop_string() {
     let config = tiny();
     let policy = policy(&config, 2, KernelSet::Fused);
     let alphabet: String = ('a'..='z').chain('0'..='8').collect();
-    let tokenizer = crate::tokenizer::Tokenizer::characters(&alphabet).unwrap();
-    let bytes = Arc::new(crate::token_bytes::TokenBytes::new(&tokenizer));
+    let tokenizer = crate::text::Tokenizer::characters(&alphabet).unwrap();
+    let bytes = Arc::new(crate::text::TokenBytes::new(&tokenizer));
     let plain = with_rule(requests(&config, 1.0), WeightsRule::Drain);
     let free = generate(&policy, &slots(8), plain.clone()).unwrap();
     // Strings that the free answers hold: each two characters from the middle of one.

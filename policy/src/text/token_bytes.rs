@@ -6,7 +6,7 @@
 
 use serde_json::Value;
 
-use crate::tokenizer::Tokenizer;
+use super::tokenizer::Tokenizer;
 
 /// What an id without a token stands for, as in decoded text.
 const UNKNOWN: &str = "\u{FFFD}";

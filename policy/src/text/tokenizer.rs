@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::chat::{ChatError, ChatTemplate, Message, Rendering, TEMPLATE_BYTES_MAX};
+use super::chat::{ChatError, ChatTemplate, Message, Rendering, TEMPLATE_BYTES_MAX};
 use crate::config::Config;
 use crate::disk::{DiskError, read_file};
 

@@ -12,9 +12,9 @@ use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
+use super::mapping::Mapping;
 use super::{WeightsError, explained};
 use crate::disk::{DiskError, read_file};
-use crate::mapping::Mapping;
 use crate::policy::{PolicyError, WEIGHTS_BYTES_MAX};
 
 /// The one file of a model that is not split.

@@ -12,8 +12,8 @@ use minijinja::{Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 use serde_json::Value as Json;
 
-use crate::chat::calendar::strftime;
-use crate::chat::python_json::{JsonStyle, python_json};
+use calendar::strftime;
+use python_json::{JsonStyle, python_json};
 
 mod calendar;
 mod python_json;
