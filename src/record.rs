@@ -7,12 +7,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use muster_learner::metrics::{
+use muster_protocol::id::PeerId;
+use muster_protocol::message::fate::Fate;
+use muster_protocol::record::{
     EvalLine, JsonLinesError, JsonLinesReader, Line, RolloutLine, SelectionLine, StepMetrics,
     read_all,
 };
-use muster_protocol::id::PeerId;
-use muster_protocol::message::fate::Fate;
 
 use crate::text::printable;
 
@@ -324,9 +324,9 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>, RecordError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use muster_learner::metrics::JsonLines;
     use muster_protocol::id::{GroupHash, PolicyVersion, TicketId};
     use muster_protocol::message::group::FinishReason;
+    use muster_protocol::record::JsonLines;
 
     fn selection(ticket: u64, fate: Fate, reason: &str) -> SelectionLine {
         SelectionLine {

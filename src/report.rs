@@ -5,8 +5,8 @@ mod chart;
 
 use std::path::{Path, PathBuf};
 
-use muster_learner::metrics::StepMetrics;
 use muster_protocol::message::fate::Fate;
+use muster_protocol::record::StepMetrics;
 
 use crate::record::{RecordError, RunRecord, WorkerTally};
 use crate::summary;
@@ -327,7 +327,7 @@ fn workers_table(record: &RunRecord) -> String {
 }
 
 fn evals_table(record: &RunRecord) -> String {
-    let row = |eval: &muster_learner::metrics::EvalLine| {
+    let row = |eval: &muster_protocol::record::EvalLine| {
         format!(
             "<tr><th scope=\"row\">{}</th><td>{}</td><td>{}</td><td>{}</td></tr>\n",
             eval.policy_version,

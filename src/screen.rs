@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use muster_learner::metrics::JsonLinesError;
+use muster_protocol::record::JsonLinesError;
 
 use crate::record::{RecordReader, RunRecord};
 use plain::Plain;
@@ -205,7 +205,7 @@ fn to_stderr(line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use muster_learner::metrics::{JsonLines, Line as _, StepMetrics};
+    use muster_protocol::record::{JsonLines, Line as _, StepMetrics};
 
     #[test]
     fn a_screen_follows_the_files_of_a_run_whoever_writes_them() {

@@ -92,8 +92,8 @@ pub(crate) fn summary(
 mod tests {
     use super::*;
     use crate::record::Reason;
-    use muster_learner::metrics::{EvalLine, StepMetrics};
     use muster_protocol::id::PolicyVersion;
+    use muster_protocol::record::{EvalLine, StepMetrics};
 
     fn eval(version: u64, accuracy: f64) -> EvalLine {
         let policy_version = PolicyVersion(version);

@@ -6,7 +6,6 @@
 
 pub mod advantage;
 pub mod dispatch;
-pub mod metrics;
 pub mod objective;
 pub mod policy_stepper;
 pub mod resolver;

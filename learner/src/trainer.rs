@@ -36,10 +36,10 @@ use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
+use muster_protocol::record::{JsonLinesError, StepMetrics};
 use muster_protocol::subject::{Log, Role};
 
 use crate::advantage::AdvantageConfig;
-use crate::metrics::{JsonLinesError, StepMetrics};
 use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
 use crate::stepper::{StepError, StepOutput, Stepper};
 

@@ -8,13 +8,13 @@ use bytes::Bytes;
 use clap::Args;
 
 use muster_broadcaster::follower::Follow;
-use muster_learner::metrics::{EvalLine, JsonLines};
 use muster_policy::{
     Config, Device, Image, KernelSet, Layout, ModelFolder, Policy, RunningModel, Storage, Threads,
     Tokenizer,
 };
 use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::control::Phase;
+use muster_protocol::record::{EvalLine, JsonLines};
 use muster_protocol::subject::Role;
 use muster_rewards::{RewardConfig, Split, Task};
 
@@ -188,7 +188,7 @@ fn starting_image(dir: &RunDir, storage: Storage) -> Result<Bytes> {
 }
 
 fn evaluated(dir: &Path) -> Result<std::collections::BTreeSet<u64>> {
-    let lines = muster_learner::metrics::read_all::<EvalLine>(&dir.join("eval.jsonl"))?;
+    let lines = muster_protocol::record::read_all::<EvalLine>(&dir.join("eval.jsonl"))?;
     Ok(lines
         .into_iter()
         .map(|line| line.policy_version.0)

@@ -294,7 +294,7 @@ fn is_complete(config: &RunConfig, dir: &RunDir) -> Result<bool> {
     {
         return Ok(false);
     }
-    let lines = muster_learner::metrics::read_all::<muster_learner::metrics::EvalLine>(
+    let lines = muster_protocol::record::read_all::<muster_protocol::record::EvalLine>(
         &dir.root().join("eval.jsonl"),
     )?;
     Ok(lines.iter().any(|line| line.policy_version.0 == steps))

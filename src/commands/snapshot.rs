@@ -13,8 +13,8 @@ use muster_broadcaster::follower::Opened;
 use muster_broadcaster::snapshot::{
     FILE_BYTES_MAX, Report, SnapshotError, copy, run_named, verify, weights_bytes,
 };
-use muster_learner::metrics::{EvalLine, Line as _, read_all};
 use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
+use muster_protocol::record::{EvalLine, Line as _, read_all};
 
 use self::live::LiveRun;
 use super::NatArgs;

@@ -1,8 +1,8 @@
 //! The page is whole, needs nothing but itself, and is not at the mercy of what peers wrote.
 
 use super::*;
-use muster_learner::metrics::{EvalLine, JsonLines, Line, SelectionLine};
 use muster_protocol::id::{PeerId, PolicyVersion, TicketId};
+use muster_protocol::record::{EvalLine, JsonLines, Line, SelectionLine};
 
 const HOSTILE: &str = "</td><script src=//x.example/a.js></script><img onerror='x'> & \"q\"";
 

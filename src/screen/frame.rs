@@ -1,6 +1,6 @@
 //! What the display says: lines of text from a run's record and its processes. Pure.
 
-use muster_learner::metrics::{EvalLine, StepMetrics};
+use muster_protocol::record::{EvalLine, StepMetrics};
 
 use super::{Process, ProcessState, Status};
 use crate::record::RunRecord;

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use muster_broadcaster::snapshot;
-use muster_learner::metrics::{EvalLine, RolloutLine, SelectionLine, StepMetrics, read_all};
 use muster_protocol::credentials::Roster;
 use muster_protocol::id::{GroupHash, TicketId};
 use muster_protocol::message::fate::Fate;
+use muster_protocol::record::{EvalLine, RolloutLine, SelectionLine, StepMetrics, read_all};
 use muster_protocol::subject::Role;
 
 use super::run::{BATCH_GROUPS, Run, STEPS};

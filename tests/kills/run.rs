@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use muster_learner::metrics::{SelectionLine, read_all};
+use muster_protocol::record::{SelectionLine, read_all};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

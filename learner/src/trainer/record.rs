@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use muster_protocol::id::{GroupHash, PolicyVersion, TicketId};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{FinishReason, Group};
+use muster_protocol::record::{JsonLines, JsonLinesError, RolloutLine, SelectionLine, StepMetrics};
 
-use crate::metrics::{JsonLines, JsonLinesError, RolloutLine, SelectionLine, StepMetrics};
 use crate::resolver::Selected;
 
 /// The open logs of a run directory.

@@ -14,12 +14,12 @@ use muster_protocol::message::control::{ControlEvent, ControlState};
 use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::message::group::Group;
 use muster_protocol::message::version::{Announcement, Version};
+use muster_protocol::record::StepMetrics;
 use muster_protocol::subject::{Log, Queue};
 
 use super::archive::Archive;
 use super::batch::Intake;
 use super::{CHUNK, Trainer, TrainerError};
-use crate::metrics::StepMetrics;
 use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
 use crate::stepper::Stepper;
 

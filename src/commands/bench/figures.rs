@@ -234,8 +234,8 @@ fn seconds_until(record: &RunRecord, version: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use muster_learner::metrics::{EvalLine, StepMetrics};
     use muster_protocol::id::PolicyVersion;
+    use muster_protocol::record::{EvalLine, StepMetrics};
 
     /// A run of 40 steps of 2 s, evaluated before, in the middle and after.
     fn figures(accuracies: [f64; 3], control: Option<&str>) -> Figures {

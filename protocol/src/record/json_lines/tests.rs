@@ -2,8 +2,8 @@
 
 use super::super::{EvalLine, SelectionLine, StepMetrics};
 use super::*;
-use muster_protocol::id::{PolicyVersion, TicketId};
-use muster_protocol::message::fate::Fate;
+use crate::id::{PolicyVersion, TicketId};
+use crate::message::fate::Fate;
 use proptest::prelude::*;
 
 fn eval(version: u64) -> EvalLine {

@@ -4,9 +4,9 @@
 
 mod json_lines;
 
-use muster_protocol::id::{GroupHash, PeerId, PolicyVersion, TicketId};
-use muster_protocol::message::fate::{Fate, FateRecord};
-use muster_protocol::message::group::FinishReason;
+use crate::id::{GroupHash, PeerId, PolicyVersion, TicketId};
+use crate::message::fate::{Fate, FateRecord};
+use crate::message::group::FinishReason;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
