@@ -28,7 +28,7 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use muster_broadcaster::SwarmConfig;
-use muster_broadcaster::nat::NatConfig;
+use muster_broadcaster::transport::nat::NatConfig;
 
 /// An asynchronous RL post-training swarm.
 #[derive(Debug, Parser)]

@@ -11,7 +11,8 @@ use tokio_util::task::TaskTracker;
 
 use muster_broadcaster::follower::{Follow, Follower, Opened, fetch_file, first_version};
 use muster_broadcaster::squash::SquashConfig;
-use muster_broadcaster::{Source, Swarm, SwarmConfig, presence, squasher};
+use muster_broadcaster::swarm::presence;
+use muster_broadcaster::{ObjectSource, Swarm, SwarmConfig, squasher};
 use muster_policy::{Config, Tokenizer};
 use muster_protocol::bus::nats::{NatsBus, NatsConfig};
 use muster_protocol::clock::{SharedClock, SystemClock};
@@ -109,7 +110,7 @@ impl Seat {
     }
 
     /// Where this member's weights come from.
-    pub fn source(&self) -> Arc<dyn Source> {
+    pub fn source(&self) -> Arc<dyn ObjectSource> {
         Arc::new(self.swarm.clone())
     }
 

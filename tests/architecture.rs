@@ -117,10 +117,10 @@ const SYSTEM_FILES: [&str; 4] = [
 
 /// Files that decide: values, the time and seeded chance in, values out. The shells beside them act.
 const DECIDING: [&str; 18] = [
-    "broadcaster/src/plan.rs",
-    "broadcaster/src/plan/exchange.rs",
-    "broadcaster/src/plan/requests.rs",
-    "broadcaster/src/uploads.rs",
+    "broadcaster/src/swarm/plan.rs",
+    "broadcaster/src/swarm/plan/exchange.rs",
+    "broadcaster/src/swarm/plan/requests.rs",
+    "broadcaster/src/swarm/uploads.rs",
     "learner/src/advantage.rs",
     "learner/src/dispatch.rs",
     "learner/src/dispatch/admission.rs",

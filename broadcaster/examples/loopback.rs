@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use muster_broadcaster::object::describe_object;
-use muster_broadcaster::uploads::Sharing;
+use muster_broadcaster::swarm::uploads::Sharing;
 use muster_broadcaster::{Swarm, SwarmConfig};
 use muster_protocol::clock::SystemClock;
 use muster_protocol::id::{PeerId, PolicyVersion, StateRoot};

@@ -20,8 +20,8 @@ use muster_protocol::message::version::{
 use crate::codec::delta::apply;
 use crate::route::cheapest;
 use crate::state::{HEADER_BYTES_MAX, describe_state, verify_state};
-use crate::survey::Holdings;
-use crate::swarm::{FetchError, Source};
+use crate::swarm::survey::Holdings;
+use crate::swarm::{FetchError, ObjectSource};
 
 /// Most threads that apply a delta: the machine has other work, and eight keep up with any network.
 const APPLY_THREADS_MAX: usize = 8;
@@ -136,14 +136,14 @@ impl Opened {
 
     /// Adds deltas that members described, by which a shorter route may lead here. Nothing is believed of them; those of
     /// `source`'s struck members, and what is larger than the weights, are left out.
-    pub fn add_squashed(&mut self, source: &dyn Source, deltas: Vec<Signed<Object>>) {
+    pub fn add_squashed(&mut self, source: &dyn ObjectSource, deltas: Vec<Signed<Object>>) {
         let version = &self.version.body;
         let whole = version.parameter_bytes().saturating_add(HEADER_BYTES_MAX);
         for delta in deltas.into_iter().take(SQUASHED_MAX) {
             let is_usable = delta.body.delta().is_some()
                 && delta.body.version <= version.version
                 && delta.body.bytes <= whole
-                && !source.is_struck(&delta.author);
+                && !source.is_distrusted(&delta.author);
             let mut known = self.objects.iter();
             if is_usable && !known.any(|known| known.body == delta.body) {
                 self.objects.push(delta);
@@ -152,11 +152,11 @@ impl Opened {
     }
 
     /// Leaves an object out, and with it all by a member who described what is not so.
-    fn leave_out(&mut self, source: &dyn Source, culprit: &Signed<Object>, stray: &Stray) {
+    fn leave_out(&mut self, source: &dyn ObjectSource, culprit: &Signed<Object>, stray: &Stray) {
         let author = culprit.author;
         let is_liar = stray.is_untrue && author != self.version.author;
         if is_liar {
-            source.strike(author, &culprit.body, &stray.error.to_string());
+            source.distrust(author, &culprit.body, &stray.error.to_string());
         }
         self.objects
             .retain(|object| object.body != culprit.body && !(is_liar && object.author == author));
@@ -209,7 +209,7 @@ pub fn open_announcement(desk: &Desk, announcement: &Announcement) -> Result<Ope
 /// # Errors
 /// When the bytes do not come or are not what was signed.
 pub async fn fetch(
-    source: &dyn Source,
+    source: &dyn ObjectSource,
     mut opened: Opened,
     parent: Option<&Held>,
 ) -> Result<Held, FollowError> {
@@ -262,7 +262,7 @@ struct Stray {
 
 /// Goes by the objects of a route, and checks where it led.
 async fn travel(
-    source: &dyn Source,
+    source: &dyn ObjectSource,
     version: &Signed<Version>,
     route: &[Signed<Object>],
     held: Option<&(StateRoot, Bytes)>,
@@ -310,7 +310,7 @@ async fn travel(
 
 /// An object's bytes. What the learner described is waited for; what others did only while somebody holds it.
 async fn come_by(
-    source: &dyn Source,
+    source: &dyn ObjectSource,
     object: &Signed<Object>,
     learner: PeerId,
 ) -> Result<Bytes, FollowError> {
@@ -321,7 +321,7 @@ async fn come_by(
             fetched = &mut fetched => return Ok(fetched?),
             () = tokio::time::sleep(FORSAKEN_LOOK) => {}
         }
-        if object.author != learner && source.is_forsaken(&object.body) {
+        if object.author != learner && source.is_unreachable(&object.body) {
             return Err(FollowError::Forsaken {
                 object: object.body.id(),
             });
@@ -367,7 +367,7 @@ async fn arrive(
 
 /// Goes by a route again, looking at every step where it led: the first object whose description is not true.
 async fn first_untrue(
-    source: &dyn Source,
+    source: &dyn ObjectSource,
     route: &[Signed<Object>],
     held: Option<&(StateRoot, Bytes)>,
 ) -> Option<usize> {
@@ -425,7 +425,7 @@ fn apply_threads() -> NonZeroUsize {
 }
 
 /// Whoever got a version by deltas can serve it as a whole, where it was described so.
-async fn pass_on(source: &dyn Source, anchor: &Object, image: &Bytes) {
+async fn pass_on(source: &dyn ObjectSource, anchor: &Object, image: &Bytes) {
     if let Err(error) = source.offer(anchor, image.clone()).await {
         debug!(%error, "the weights are not passed on as a whole");
     }
@@ -450,7 +450,7 @@ pub async fn off_loop_if_large<T: Send + 'static>(
 /// # Errors
 /// When the version has no such file, or its bytes do not come.
 pub async fn fetch_file(
-    source: &dyn Source,
+    source: &dyn ObjectSource,
     opened: &Opened,
     name: &str,
 ) -> Result<Bytes, FollowError> {

@@ -19,7 +19,7 @@ use muster_protocol::message::ask::{Answer, Ask};
 use muster_protocol::message::version::{Announcement, Content, Object, SQUASH_STRIDES};
 use muster_protocol::subject::Log;
 
-use crate::swarm::Source;
+use crate::swarm::ObjectSource;
 
 pub use crate::adopt::{
     FollowError, Held, Opened, fetch, fetch_file, off_loop_if_large, open_announcement,
@@ -96,7 +96,7 @@ impl Follower {
     /// When these credentials may not hear the news.
     pub async fn start(
         desk: Desk,
-        source: Arc<dyn Source>,
+        source: Arc<dyn ObjectSource>,
         follow: Follow,
         tracker: &TaskTracker,
         shutdown: CancellationToken,
@@ -159,7 +159,7 @@ impl Follower {
 
 struct Task {
     desk: Desk,
-    source: Arc<dyn Source>,
+    source: Arc<dyn ObjectSource>,
     follow: Follow,
     news: Subscription,
     newest_sender: watch::Sender<Option<Arc<Held>>>,
@@ -356,7 +356,7 @@ impl Task {
                 fetched = &mut fetched => break fetched,
                 () = tokio::time::sleep(RETRY) => {}
             }
-            if !route.iter().any(|object| source.is_forsaken(object)) {
+            if !route.iter().any(|object| source.is_unreachable(object)) {
                 continue;
             }
             while let Ok(Some(heard)) = tokio::time::timeout(Duration::ZERO, self.news.next()).await

@@ -23,20 +23,35 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::fetch;
-use crate::meter::{Stats, Strike};
-use crate::nat::{self, NatConfig, NatError};
-use crate::node::{Node, Parts, on_blocking_thread};
-use crate::server::Server;
 use crate::squash::SquashConfig;
 use crate::store::{Store, StoreConfig, StoreError};
-use crate::survey::{Holdings, survey};
+use crate::swarm::metrics::{FalseDescription, Stats};
+use crate::swarm::node::{Node, NodeParts, on_blocking_thread};
+use crate::swarm::server::Server;
+use crate::swarm::survey::{Holdings, survey};
+use crate::swarm::uploads::{Sharing, Uploads};
+use crate::transport::Transports;
+use crate::transport::interface::Transport;
+use crate::transport::nat::{self, NatConfig, NatError};
 use crate::transport::tcp::Tcp;
-use crate::transport::{Transport, Transports};
-use crate::uploads::{Sharing, Uploads};
-use crate::wire::Chooser;
+use crate::transport::wire::Chooser;
 
-pub use crate::fetch::FetchError;
+pub use crate::swarm::fetch::FetchError;
+pub use crate::swarm::source::ObjectSource;
+
+mod connection_limits;
+mod fetch;
+mod link;
+pub mod metrics;
+mod node;
+pub mod plan;
+pub mod presence;
+mod rate;
+mod server;
+mod slots;
+mod source;
+pub mod survey;
+pub mod uploads;
 
 /// How a peer takes part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,48 +120,6 @@ pub enum SwarmError {
     Store(#[from] StoreError),
 }
 
-/// Where objects come from: peers, or a simulation of them.
-#[async_trait]
-pub trait Source: Send + Sync + std::fmt::Debug {
-    /// Fetches a whole object.
-    ///
-    /// # Errors
-    /// When it cannot be had; what arrived is kept for the next attempt.
-    async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError>;
-
-    /// Offers a whole object that was put together here, so that others can have it of this peer too.
-    ///
-    /// # Errors
-    /// When it cannot be held.
-    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), StoreError> {
-        tracing::trace!(object = %object.id().short(), bytes = bytes.len(), "not passed on");
-        Ok(())
-    }
-
-    /// Says that a version needs an object, which is then kept as long as that version is, if it is held.
-    fn keep_for(&self, object: &Object, version: PolicyVersion) {
-        tracing::trace!(object = %object.id().short(), %version, "needed");
-    }
-
-    /// Whether the object is being fetched and nobody within reach holds what is missing of it.
-    fn is_forsaken(&self, object: &Object) -> bool {
-        tracing::trace!(object = %object.id().short(), "hoped for");
-        false
-    }
-
-    /// Says that a member described an object that is not what it says. Its descriptions are not used any more.
-    fn strike(&self, maker: PeerId, object: &Object, reason: &str) {
-        let object = object.id();
-        tracing::warn!(maker = %maker.short(), object = %object.short(), reason, "a member's description is not true");
-    }
-
-    /// Whether a member was struck.
-    fn is_struck(&self, maker: &PeerId) -> bool {
-        tracing::trace!(maker = %maker.short(), "believed so far");
-        false
-    }
-}
-
 /// A peer of the swarm.
 #[derive(Debug, Clone)]
 pub struct Swarm {
@@ -180,7 +153,7 @@ impl Swarm {
         }
         let transports = Transports::new(ways);
         let store = on_blocking_thread(|| Store::open(config.store)).await?;
-        let node = Arc::new(Node::new(Parts {
+        let node = Arc::new(Node::new(NodeParts {
             identity,
             clock,
             store,
@@ -256,8 +229,8 @@ impl Swarm {
     ///
     /// # Cancel safety
     /// A cancelled call misses nothing.
-    pub async fn is_lonely(&self) {
-        self.node.lonely.notified().await;
+    pub async fn peers_wanted(&self) {
+        self.node.peers_wanted.notified().await;
     }
 
     /// Forgets where a peer can be reached.
@@ -325,7 +298,7 @@ impl Swarm {
 }
 
 #[async_trait]
-impl Source for Swarm {
+impl ObjectSource for Swarm {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         Swarm::fetch(self, object).await
     }
@@ -338,22 +311,22 @@ impl Source for Swarm {
         Swarm::keep_for(self, &object.id(), version);
     }
 
-    fn is_forsaken(&self, object: &Object) -> bool {
-        self.node.is_forsaken(&object.id())
+    fn is_unreachable(&self, object: &Object) -> bool {
+        self.node.is_unreachable(&object.id())
     }
 
-    fn strike(&self, maker: PeerId, object: &Object, reason: &str) {
-        let strike = Strike {
+    fn distrust(&self, maker: PeerId, object: &Object, reason: &str) {
+        let strike = FalseDescription {
             object: object.id(),
             reason: reason.to_owned(),
             at: self.node.clock.now(),
         };
         tracing::warn!(maker = %maker.short(), %strike, "member struck");
-        self.node.meter.strike(maker, strike);
+        self.node.meter.distrust(maker, strike);
     }
 
-    fn is_struck(&self, maker: &PeerId) -> bool {
-        self.node.meter.is_struck(maker)
+    fn is_distrusted(&self, maker: &PeerId) -> bool {
+        self.node.meter.is_distrusted(maker)
     }
 }
 

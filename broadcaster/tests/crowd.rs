@@ -7,9 +7,13 @@ use std::collections::VecDeque;
 
 use muster_broadcaster::bitmap::Bitmap;
 use muster_broadcaster::overlay::partners;
-use muster_broadcaster::plan::{Action, Answer, Ask, Patience, Plan, ShardVerdict};
-use muster_broadcaster::uploads::{Decision, Outcome, Sharing, Uploads, Wanted};
-use muster_broadcaster::wire::{Chooser, RequestId};
+use muster_broadcaster::swarm::plan::{
+    Action, FetchPlan, Patience, PeerReply, PeerRequest, ShardVerdict,
+};
+use muster_broadcaster::swarm::uploads::{
+    SendOutcome, Sharing, UploadDecision, Uploads, WantedShard,
+};
+use muster_broadcaster::transport::wire::{Chooser, RequestId};
 use muster_protocol::id::{ObjectId, PeerId};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
@@ -59,7 +63,7 @@ enum What {
 
 struct Host {
     /// `None` when it has everything.
-    plan: Option<Plan>,
+    plan: Option<FetchPlan>,
     held: Bitmap,
     uploads: Uploads,
     queue: VecDeque<(u32, u32, Wish)>,
@@ -126,7 +130,7 @@ fn number(peer: &PeerId) -> u32 {
 }
 
 impl Host {
-    fn new(host: u32, shards: u32, plan: Plan) -> Self {
+    fn new(host: u32, shards: u32, plan: FetchPlan) -> Self {
         let (held, sharing) = match host {
             0 => (Bitmap::full(shards), Sharing::FirstCopies),
             _ => (Bitmap::empty(shards), Sharing::OnDemand),
@@ -152,7 +156,7 @@ impl Crowd {
         let count = peers as usize + 1;
         let hosts = (0..=peers).map(|host| {
             let nothing = Bitmap::empty(shards);
-            let mut plan = Plan::new(SHARD_BYTES, nothing, Patience::default(), rng.random());
+            let mut plan = FetchPlan::new(SHARD_BYTES, nothing, Patience::default(), rng.random());
             for other in partners(count, host as usize) {
                 plan.add_source(name(other as u32), 0);
             }
@@ -242,25 +246,25 @@ impl Crowd {
                 return;
             };
             match self.decide(host, by, &wish, now_ms) {
-                Decision::Missing => self.tell(by, host, request, What::Missing),
-                Decision::Busy { retry_ms, .. } => {
+                UploadDecision::Missing => self.tell(by, host, request, What::Missing),
+                UploadDecision::Busy { retry_ms, .. } => {
                     self.tell(by, host, request, What::Busy(retry_ms as u32));
                 }
-                Decision::Send { shard } => self.send(host, by, request, shard),
+                UploadDecision::Send { shard } => self.send(host, by, request, shard),
             }
         }
     }
 
-    fn decide(&mut self, host: u32, by: u32, wish: &Wish, now_ms: u64) -> Decision {
+    fn decide(&mut self, host: u32, by: u32, wish: &Wish, now_ms: u64) -> UploadDecision {
         let sender = &mut self.hosts[host as usize];
         let except = match wish {
             Wish::AnyBut(except) => Bitmap::from_bytes(except, self.shards),
             Wish::Shard(_) | Wish::Have => None,
         };
         let wanted = match (wish, &except) {
-            (Wish::Shard(shard), _) => Wanted::Shard(*shard),
-            (_, Some(except)) => Wanted::AnyBut(except),
-            (_, None) => return Decision::Missing,
+            (Wish::Shard(shard), _) => WantedShard::Shard(*shard),
+            (_, Some(except)) => WantedShard::AnyBut(except),
+            (_, None) => return UploadDecision::Missing,
         };
         let (uploads, held) = (&mut sender.uploads, &sender.held);
         uploads.decide(now_ms, name(by), OBJECT, held, wanted)
@@ -270,7 +274,7 @@ impl Crowd {
         let now_us = self.now_us;
         let sender = &mut self.hosts[host as usize];
         let (uploads, now_ms) = (&mut sender.uploads, now_us / 1_000);
-        uploads.finish(now_ms, &name(by), &OBJECT, shard, Outcome::Sent);
+        uploads.finish(now_ms, &name(by), &OBJECT, shard, SendOutcome::Sent);
         sender.is_sending = true;
         sender.sent += 1;
         self.at(now_us + SHARD_US, host, Event::Sent);
@@ -292,25 +296,25 @@ impl Crowd {
         };
         let receiver = &mut self.hosts[host as usize];
         let answer = match what {
-            What::Held(shards) => Answer::Held {
+            What::Held(shards) => PeerReply::Held {
                 request,
                 shards,
                 chooser,
             },
             What::Shard(shard) => {
                 receiver.held.insert(shard);
-                Answer::Shard {
+                PeerReply::Shard {
                     request,
                     shard,
                     verdict: ShardVerdict::Good,
                 }
             }
-            What::Busy(retry_ms) => Answer::Busy {
+            What::Busy(retry_ms) => PeerReply::Busy {
                 request,
                 retry_ms,
                 holders: Vec::new(),
             },
-            What::Missing => Answer::Missing { request },
+            What::Missing => PeerReply::Missing { request },
         };
         let Some(plan) = &mut receiver.plan else {
             return;
@@ -333,7 +337,7 @@ impl Crowd {
         let actions = plan.decide(now_ms);
         let wakes_at_ms = plan.wake_at_ms(now_ms);
         for action in actions {
-            let Action::Ask {
+            let Action::PeerRequest {
                 source,
                 request: RequestId(request),
                 ask,
@@ -342,9 +346,9 @@ impl Crowd {
                 continue;
             };
             let wish = match ask {
-                Ask::Have => Wish::Have,
-                Ask::Shard(shard) => Wish::Shard(shard),
-                Ask::AnyBut(except) => Wish::AnyBut(except.as_bytes().to_vec()),
+                PeerRequest::Have => Wish::Have,
+                PeerRequest::Shard(shard) => Wish::Shard(shard),
+                PeerRequest::AnyBut(except) => Wish::AnyBut(except.as_bytes().to_vec()),
             };
             let asked = Event::Asked {
                 by: host,

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use muster_broadcaster::bitmap::Bitmap;
-use muster_broadcaster::connection::{Side, handshake, read_frame, write_message, write_shard};
 use muster_broadcaster::object::{describe_object, shard_count, shard_range};
-use muster_broadcaster::uploads::Sharing;
-use muster_broadcaster::wire::{Chooser, Frame, MESSAGE_BYTES_MAX, Message};
+use muster_broadcaster::swarm::uploads::Sharing;
+use muster_broadcaster::transport::connection::{
+    Side, handshake, read_frame, write_message, write_shard,
+};
+use muster_broadcaster::transport::wire::{Chooser, Frame, MESSAGE_BYTES_MAX, Message};
 use muster_broadcaster::{Swarm, SwarmConfig};
 use muster_protocol::clock::SystemClock;
 use muster_protocol::id::{PeerId, PolicyVersion, StateRoot, UnixMillis};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use muster_broadcaster::uploads::Sharing;
+use muster_broadcaster::swarm::uploads::Sharing;
 use muster_learner::policy_stepper::{ModelConfig, PolicyStepper};
 use muster_learner::trainer::{Trainer, TrainerParts, TrainerSettings};
 use muster_policy::ModelFolder;

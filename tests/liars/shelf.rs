@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use muster_broadcaster::{FetchError, Source, Swarm};
+use muster_broadcaster::{FetchError, ObjectSource, Swarm};
 use muster_learner::trainer::announce::Outlet;
 use muster_protocol::id::{ObjectId, PolicyVersion};
 use muster_protocol::message::version::{Content, Object};
@@ -63,7 +63,7 @@ impl Outlet for Shelf {
 }
 
 #[async_trait]
-impl Source for Shelf {
+impl ObjectSource for Shelf {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         let found = self.objects.lock().unwrap().get(&object.id()).cloned();
         found.ok_or(FetchError::Stopped)

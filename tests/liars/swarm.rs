@@ -13,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use muster_broadcaster::follower::{Follow, Follower};
-use muster_broadcaster::uploads::Sharing;
-use muster_broadcaster::{Source, Swarm, SwarmConfig, presence};
+use muster_broadcaster::swarm::presence;
+use muster_broadcaster::swarm::uploads::Sharing;
+use muster_broadcaster::{ObjectSource, Swarm, SwarmConfig};
 use muster_learner::dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
 use muster_learner::policy_stepper::{ModelConfig, PolicyStepper};
 use muster_learner::trainer::{Trainer, TrainerParts, TrainerSettings};
@@ -364,7 +365,7 @@ impl Running {
 
     async fn follower(&self, name: &str, follow: Follow) -> Follower {
         let seat = self.seat(name);
-        let source: Arc<dyn Source> = match &seat.swarm {
+        let source: Arc<dyn ObjectSource> = match &seat.swarm {
             Some(swarm) => Arc::new(swarm.clone()),
             None => self.shelf.clone(),
         };

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use muster_broadcaster::{FetchError, Source};
+use muster_broadcaster::{FetchError, ObjectSource};
 use muster_learner::trainer::announce::Outlet;
 use muster_protocol::id::{ObjectId, PolicyVersion};
 use muster_protocol::message::version::Object;
@@ -48,7 +48,7 @@ pub struct Reach {
 }
 
 #[async_trait]
-impl Source for Reach {
+impl ObjectSource for Reach {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         let (millis, fails) = {
             let mut chance = self.chance.lock().unwrap();

@@ -24,7 +24,7 @@ struct Shelf {
 }
 
 #[async_trait]
-impl Source for Shelf {
+impl ObjectSource for Shelf {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         self.taken.lock().unwrap().push(object.bytes);
         let found = self.objects.get(&object.id()).cloned();
@@ -36,11 +36,11 @@ impl Source for Shelf {
         Ok(())
     }
 
-    fn strike(&self, maker: PeerId, _object: &Object, _reason: &str) {
+    fn distrust(&self, maker: PeerId, _object: &Object, _reason: &str) {
         self.struck.lock().unwrap().push(maker);
     }
 
-    fn is_struck(&self, maker: &PeerId) -> bool {
+    fn is_distrusted(&self, maker: &PeerId) -> bool {
         self.struck.lock().unwrap().contains(maker)
     }
 }

@@ -16,7 +16,7 @@ use super::*;
 use crate::codec::delta::encode;
 use crate::follower::{Follow, Follower};
 use crate::state::describe_state;
-use crate::{Source, SwarmConfig};
+use crate::{ObjectSource, SwarmConfig};
 
 /// Weights of 65,536 bf16 numbers, of which each version moves the same sixteenth, scattered as in training: what is far from
 /// the last version is not more than what is near.
@@ -186,7 +186,7 @@ impl Run {
             meet(&swarm, &PeerId([number as u8; 32]), peer.peer_record());
         }
         let desk = self.desk(user, Role::Seeder, &identity);
-        let source: Arc<dyn Source> = Arc::new(swarm.clone());
+        let source: Arc<dyn ObjectSource> = Arc::new(swarm.clone());
         let stop = self.shutdown.child_token();
         let follower = Follower::start(desk.clone(), source, Follow::Newest, &self.tracker, stop);
         Member {

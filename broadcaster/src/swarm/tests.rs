@@ -12,9 +12,9 @@ use tokio::io::AsyncWriteExt;
 
 use self::liar::Lie;
 use super::*;
-use crate::connection::{ConnectionError, Side, handshake, read_frame, write_message};
 use crate::object::describe_object;
-use crate::wire::{Frame, MESSAGE_BYTES_MAX, Message, RequestId};
+use crate::transport::connection::{ConnectionError, Side, handshake, read_frame, write_message};
+use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message, RequestId};
 
 /// A peer and its identity.
 struct Peer {

@@ -1,291 +1,58 @@
-//! QUIC that finds its way through home routers: both sides send to where the other is seen from outside, so that each router
-//! takes what comes for an answer. Where they are seen, and when to start, they tell one another over a relay.
+//! The transport for peers behind home routers: QUIC with hole punching.
 //!
-//! The endpoint has a key of its own, derived from the machine's seed. A peer's signed record says which, TLS proves it, and the
-//! handshake over the streams then proves the peer's key as over TCP. Invariant: relays are those of this peer's configuration,
-//! never those that a record names.
+//! Only builds with the cargo feature `nat` contain `nat/quic.rs`; other builds answer with [`NatError::Absent`].
 
-use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
-use std::pin::Pin;
-use std::str::FromStr;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::Duration;
 
-use async_trait::async_trait;
-use iroh::endpoint::{Connection, Incoming, QuicTransportConfig, RecvStream, SendStream, presets};
-use iroh::tls::CaTlsConfig;
-use iroh::{Endpoint, EndpointAddr, EndpointId, RelayMode, RelayUrl, SecretKey, TransportAddr};
 use muster_protocol::identity::Identity;
-use muster_protocol::limits::TEXT_BYTES_MAX;
-use muster_protocol::message::peer::PeerRecord;
-use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
-use tokio::io::AsyncWrite;
-use tokio::runtime::Handle;
-use tokio::time::{sleep, timeout};
 
-use super::{Arrival, DialError, Streams, Transport};
-use crate::connection::ConnectionError;
-use crate::nat::{NatConfig, NatError, SCHEME};
+use crate::transport::interface::Transport;
 
-use self::congestion::ByPath;
+pub use crate::transport::nat::config::{NatConfig, NatError};
 
-mod congestion;
+pub(crate) mod config;
+#[cfg(feature = "nat")]
+mod quic;
 
-/// What both sides say they speak.
-const ALPN: &[u8] = b"muster/1";
-/// Most places in one address: the interfaces of a machine and its outside.
-const PLACES_MAX: usize = 16;
-/// Longest address of a relay, so that beside it an address of ours has room for places.
-const RELAY_BYTES_MAX: usize = 256;
-/// How long a connection may take: some round trips over a relay at the other end of the world, and a lost packet.
-const CONNECT: Duration = Duration::from_secs(10);
-/// How long a direct way is waited for before shards go over the relay, whose uplink is somebody else's.
-const DIRECT: Duration = Duration::from_secs(5);
-/// How often it is looked at.
-const LOOK: Duration = Duration::from_millis(20);
-/// How long what was said last may take to arrive once nobody listens for an answer.
-const LINGER: Duration = Duration::from_secs(2);
-/// Bytes of a connection under way or waiting: 50 Mbit/s at 80 ms. More would lie half sent and could not be passed on.
-const UNSENT_BYTES_MAX: u64 = 512 << 10;
-/// How long to wait after the endpoint's end before asking it again.
-const CLOSED_PAUSE: Duration = Duration::from_secs(1);
-
-/// A QUIC endpoint.
-#[derive(Debug)]
-pub(crate) struct Nat {
-    endpoint: Endpoint,
-    relays: Vec<RelayUrl>,
+/// The address, for a peer's record, of the peer that listens for QUIC at `place`. For peers that know each other's addresses
+/// beforehand and need no relay.
+///
+/// # Errors
+/// In a build without QUIC.
+pub fn address(identity: &Identity, place: SocketAddr) -> Result<String, NatError> {
+    #[cfg(feature = "nat")]
+    return Ok(quic::address(identity, place));
+    #[cfg(not(feature = "nat"))]
+    return Err(absent(&(identity, place)));
 }
 
-impl Nat {
-    /// Listens; finds its relay and its outside address meanwhile.
-    ///
-    /// # Errors
-    /// When the configuration or the address cannot be used.
-    pub(crate) async fn listen(config: &NatConfig, identity: &Identity) -> Result<Self, NatError> {
-        let relay = |url: &String| {
-            let failed = |reason: String| NatError::Relay {
-                url: url.clone(),
-                reason,
-            };
-            if url.len() > RELAY_BYTES_MAX {
-                return Err(failed(format!("over {RELAY_BYTES_MAX} bytes")));
-            }
-            RelayUrl::from_str(url).map_err(|error| failed(error.to_string()))
-        };
-        let relays: Vec<RelayUrl> = config.relays.iter().map(relay).collect::<Result<_, _>>()?;
-        let failed = |reason: String| NatError::Listen { reason };
-        let mut builder = Endpoint::builder(presets::Minimal)
-            .secret_key(SecretKey::from_bytes(identity.transport_secret()))
-            .alpns(vec![ALPN.to_vec()])
-            .transport_config(quic())
-            .relay_mode(match relays.is_empty() {
-                true => RelayMode::Disabled,
-                false => RelayMode::custom(relays.clone()),
-            });
-        if let Some(listen) = config.listen {
-            builder = builder
-                .clear_ip_transports()
-                .bind_addr(listen)
-                .map_err(|error| failed(error.to_string()))?;
-        }
-        if let Some(path) = &config.relay_roots {
-            builder = builder.ca_tls_config(CaTlsConfig::custom_roots(roots(path).await?));
-        }
-        let endpoint = builder.bind().await;
-        let endpoint = endpoint.map_err(|error| failed(error.to_string()))?;
-        Ok(Self { endpoint, relays })
-    }
-
-    /// Where a record says that the peer is. Of relays only our own count: nobody sends us to a server of theirs.
-    fn whereabouts(&self, record: &PeerRecord) -> Option<(String, EndpointAddr)> {
-        let address = record
-            .addresses
-            .iter()
-            .find(|text| text.starts_with(SCHEME))?;
-        let mut parts = address.strip_prefix(SCHEME)?.split(',');
-        let mut place = EndpointAddr::new(EndpointId::from_str(parts.next()?).ok()?);
-        for part in parts.take(PLACES_MAX) {
-            if let Ok(address) = SocketAddr::from_str(part) {
-                place = place.with_ip_addr(address);
-            } else if let Some(relay) = self.relays.iter().find(|url| url.as_str() == part) {
-                place = place.with_relay_url(relay.clone());
-            }
-        }
-        Some((address.clone(), place))
-    }
+/// Starts the transport of this configuration.
+///
+/// # Errors
+/// In a build without QUIC, or when the configuration cannot be used.
+pub(crate) async fn transport(
+    config: &NatConfig,
+    identity: &Identity,
+) -> Result<Arc<dyn Transport>, NatError> {
+    #[cfg(feature = "nat")]
+    return Ok(Arc::new(quic::Quic::listen(config, identity).await?));
+    #[cfg(not(feature = "nat"))]
+    return std::future::ready(Err(absent(&(config, identity)))).await;
 }
 
-#[async_trait]
-impl Transport for Nat {
-    async fn dial(&self, record: &PeerRecord) -> Result<Streams, DialError> {
-        let (address, place) = self.whereabouts(record).ok_or(DialError::NoAddress)?;
-        let unreachable = |reason: String| DialError::Unreachable {
-            address: address.clone(),
-            reason,
-        };
-        let connecting = async {
-            let connection = self.endpoint.connect(place, ALPN).await;
-            let connection = connection.map_err(|error| error.to_string())?;
-            let streams = connection.open_bi().await;
-            let (writer, reader) = streams.map_err(|error| error.to_string())?;
-            Ok((connection, writer, reader))
-        };
-        let late = |_| unreachable(format!("no answer within {} s", CONNECT.as_secs()));
-        let connected = timeout(CONNECT, connecting).await.map_err(late)?;
-        let (connection, writer, reader) = connected.map_err(unreachable)?;
-        if timeout(DIRECT, direct(&connection)).await.is_err() {
-            tracing::debug!(%address, "no direct way: shards go over a relay");
-        }
-        Ok(streams(connection, writer, reader))
-    }
-
-    async fn accept(&self) -> io::Result<Box<dyn Arrival>> {
-        let Some(incoming) = self.endpoint.accept().await else {
-            sleep(CLOSED_PAUSE).await;
-            return Err(io::Error::from(io::ErrorKind::NotConnected));
-        };
-        Ok(Box::new(Knock(incoming)))
-    }
-
-    fn addresses(&self) -> Vec<String> {
-        let own = self.endpoint.addr();
-        let mut text = format!("{SCHEME}{}", own.id);
-        for place in own.addrs.iter().take(PLACES_MAX) {
-            let place = match place {
-                TransportAddr::Relay(url) => url.to_string(),
-                TransportAddr::Ip(address) => address.to_string(),
-                _ => continue,
-            };
-            if text.len() + 1 + place.len() <= TEXT_BYTES_MAX {
-                text = text + "," + &place;
-            }
-        }
-        vec![text]
-    }
-
-    async fn close(&self) {
-        self.endpoint.close().await;
-    }
+#[cfg(not(feature = "nat"))]
+fn absent<T>(_unused: &T) -> NatError {
+    NatError::Absent
 }
 
-/// What [`Nat::addresses`] says of a peer that is seen at `place` alone.
-pub(crate) fn address(identity: &Identity, place: SocketAddr) -> String {
-    let id = SecretKey::from_bytes(identity.transport_secret()).public();
-    format!("{SCHEME}{id},{place}")
-}
+#[cfg(all(test, not(feature = "nat")))]
+mod tests {
+    use super::*;
 
-struct Knock(Incoming);
-
-#[async_trait]
-impl Arrival for Knock {
-    async fn open(self: Box<Self>) -> Result<Streams, ConnectionError> {
-        let opening = async {
-            let connection = self.0.accept().map_err(io::Error::other)?;
-            let connection = connection.await.map_err(io::Error::other)?;
-            let (writer, reader) = connection.accept_bi().await.map_err(io::Error::other)?;
-            Ok(streams(connection, writer, reader))
-        };
-        let late = |_| ConnectionError::Late {
-            step: "the opening",
-            limit_ms: (CONNECT + DIRECT).as_millis() as u64,
-        };
-        timeout(CONNECT + DIRECT, opening).await.map_err(late)?
-    }
-
-    fn turn_away(self: Box<Self>, _frame: &[u8]) {
-        // Before its handshake a QUIC connection can be told no, and no more.
-        self.0.refuse();
+    #[tokio::test]
+    async fn a_build_without_the_feature_says_so() {
+        let refused = transport(&NatConfig::default(), &Identity::generate()).await;
+        assert!(matches!(refused, Err(NatError::Absent)), "{refused:?}");
     }
 }
-
-/// One stream each way is all that peers open.
-fn quic() -> QuicTransportConfig {
-    QuicTransportConfig::builder()
-        .congestion_controller_factory(Arc::new(ByPath))
-        .max_concurrent_bidi_streams(1u8.into())
-        .max_concurrent_uni_streams(0u8.into())
-        .datagram_receive_buffer_size(None)
-        .send_window(UNSENT_BYTES_MAX)
-        .build()
-}
-
-async fn roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, NatError> {
-    let failed = |reason: String| NatError::Roots {
-        path: path.to_owned(),
-        reason,
-    };
-    let text = tokio::fs::read(path).await;
-    let text = text.map_err(|error| failed(error.to_string()))?;
-    let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
-    match roots {
-        Ok(roots) if roots.is_empty() => Err(failed("it holds no certificate".to_owned())),
-        roots => roots.map_err(|error| failed(error.to_string())),
-    }
-}
-
-/// Returns when what is sent goes straight to the peer.
-async fn direct(connection: &Connection) {
-    let is_direct = || {
-        let paths = connection.paths();
-        paths.iter().any(|path| path.is_selected() && path.is_ip())
-    };
-    while !is_direct() {
-        sleep(LOOK).await;
-    }
-}
-
-fn streams(connection: Connection, stream: SendStream, reader: RecvStream) -> Streams {
-    let writer = Outgoing { stream, connection };
-    tokio::io::join(Box::new(reader), Box::new(writer))
-}
-
-impl super::Incoming for RecvStream {}
-
-/// What goes out. Dropped, it still delivers what was said last, as a system does for a socket: a connection whose last handle
-/// is gone ends at once.
-struct Outgoing {
-    stream: SendStream,
-    connection: Connection,
-}
-
-impl AsyncWrite for Outgoing {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        AsyncWrite::poll_write(Pin::new(&mut self.stream), context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        AsyncWrite::poll_flush(Pin::new(&mut self.stream), context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        AsyncWrite::poll_shutdown(Pin::new(&mut self.stream), context)
-    }
-}
-
-impl Drop for Outgoing {
-    fn drop(&mut self) {
-        // A stream that the other side has closed has nothing left to deliver.
-        if self.stream.finish().is_err() {
-            return;
-        }
-        let (stopped, connection) = (self.stream.stopped(), self.connection.clone());
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(async move {
-                timeout(LINGER, stopped).await.ok();
-                drop(connection);
-            });
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

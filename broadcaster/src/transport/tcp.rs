@@ -14,9 +14,10 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use super::{Arrival, DialError, Incoming, LONG_PATH, Streams, Transport};
-use crate::connection::ConnectionError;
-use crate::nat::SCHEME;
+use crate::transport::connection::ConnectionError;
+use crate::transport::interface::{Arrival, DialError, LONG_PATH, Transport};
+use crate::transport::nat::config::SCHEME;
+use crate::transport::stream::{Incoming, Streams};
 
 mod options;
 

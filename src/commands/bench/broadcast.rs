@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
-use muster_broadcaster::uploads::Sharing;
+use muster_broadcaster::swarm::uploads::Sharing;
 use serde::Serialize;
 
 use self::host::{Carrier, Plan};

@@ -13,11 +13,11 @@ use muster_broadcaster::disk::{DiskError, Existing};
 use muster_broadcaster::follower::{
     Held, Opened, fetch, fetch_file, open_announcement, squashed_deltas,
 };
-use muster_broadcaster::nat::NatConfig;
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::route::cheapest;
 use muster_broadcaster::snapshot::{Contents, FOLDER_FILES_MAX, write};
-use muster_broadcaster::survey::Holdings;
+use muster_broadcaster::swarm::survey::Holdings;
+use muster_broadcaster::transport::nat::NatConfig;
 use muster_protocol::desk::DeskError;
 use muster_protocol::envelope::open;
 use muster_protocol::id::PolicyVersion;

@@ -25,9 +25,9 @@ fn next_version(length: usize) -> (Object, Bytes) {
     (object, bytes)
 }
 
-async fn is_forsaken_within(swarm: &Swarm, object: &Object, limit: Duration) {
+async fn becomes_unreachable_within(swarm: &Swarm, object: &Object, limit: Duration) {
     let waiting = async {
-        while !Source::is_forsaken(swarm, object) {
+        while !ObjectSource::is_unreachable(swarm, object) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
@@ -60,7 +60,7 @@ async fn an_object_that_its_only_holder_lets_go_is_forsaken_though_others_have_p
     let (newer, bytes) = next_version(50_000);
     learner.swarm.offer(&newer, bytes.clone()).await.unwrap();
     for peer in [&a, &b] {
-        is_forsaken_within(&peer.swarm, &object, Duration::from_secs(10)).await;
+        becomes_unreachable_within(&peer.swarm, &object, Duration::from_secs(10)).await;
         assert!(peer.swarm.held(&object.id()).is_none());
         assert_eq!(peer.swarm.fetch(&newer).await.unwrap(), bytes);
     }
@@ -80,12 +80,12 @@ async fn an_object_that_comes_back_is_fetched_to_its_end() {
     wait_until(|| worker.swarm.stats().total.bytes_down > 0).await;
     let (newer, newer_bytes) = next_version(50_000);
     first.swarm.offer(&newer, newer_bytes).await.unwrap();
-    is_forsaken_within(&worker.swarm, &object, Duration::from_secs(10)).await;
+    becomes_unreachable_within(&worker.swarm, &object, Duration::from_secs(10)).await;
     let second = Peer::worker().await;
     second.swarm.offer(&object, bytes.clone()).await.unwrap();
     worker.knows(&[&second]);
     assert_eq!(fetching.await.unwrap().unwrap(), bytes);
-    assert!(!Source::is_forsaken(&worker.swarm, &object));
+    assert!(!ObjectSource::is_unreachable(&worker.swarm, &object));
 }
 
 #[tokio::test(flavor = "multi_thread")]

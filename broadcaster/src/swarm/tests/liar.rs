@@ -4,9 +4,9 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::bitmap::Bitmap;
-use crate::connection::{Side, handshake, read_frame, write_message, write_shard};
 use crate::object::{shard_count, shard_range};
-use crate::wire::{Frame, MESSAGE_BYTES_MAX, Message};
+use crate::transport::connection::{Side, handshake, read_frame, write_message, write_shard};
+use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message};
 
 /// What it does with those who connect.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use iroh::endpoint::{Controller, ControllerFactory, ControllerMetrics, RttEstimator};
 use noq_proto::congestion::{Bbr3Config, CubicConfig};
 
-use crate::transport::LONG_PATH;
+use crate::transport::interface::LONG_PATH;
 
 /// Makes the control of each path.
 #[derive(Debug)]

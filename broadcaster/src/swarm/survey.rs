@@ -13,11 +13,11 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::bitmap::Bitmap;
-use crate::connection::{misplaced, read_frame, write_message};
-use crate::node::Node;
 use crate::object::shard_count;
-use crate::transport::DialError;
-use crate::wire::{Frame, MESSAGE_BYTES_MAX, Message, RequestId};
+use crate::swarm::node::Node;
+use crate::transport::connection::{misplaced, read_frame, write_message};
+use crate::transport::interface::DialError;
+use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message, RequestId};
 
 /// How long one peer may take to answer for all objects: whoever is slower is of little use to a fetch either.
 const PEER_WAIT: Duration = Duration::from_secs(5);

@@ -10,13 +10,16 @@ use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::Object;
 use tokio::sync::mpsc;
 
-use crate::connection::{ConnectionError, misplaced, read_large_frame, write_message};
-use crate::meter::Moved;
-use crate::node::Node;
-use crate::plan::{Answer, ShardVerdict};
 use crate::store::{Inserted, StoreError};
-use crate::transport::{Connection, DialError, Reader, Writer};
-use crate::wire::{Frame, MESSAGE_BYTES_MAX, Message, SHARD_PREFIX_BYTES};
+use crate::swarm::metrics::Moved;
+use crate::swarm::node::Node;
+use crate::swarm::plan::{PeerReply, ShardVerdict};
+use crate::transport::connection::{
+    Connection, ConnectionError, misplaced, read_large_frame, write_message,
+};
+use crate::transport::interface::DialError;
+use crate::transport::stream::{Reader, Writer};
+use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message, SHARD_PREFIX_BYTES};
 
 /// Requests waiting to be written: more than a plan ever has in flight with one peer.
 pub(crate) const ASKS_MAX: usize = 16;
@@ -34,7 +37,7 @@ pub(crate) enum LinkEvent {
         asks: mpsc::Sender<Message>,
     },
     /// The peer has answered.
-    Answer(Answer),
+    PeerReply(PeerReply),
     /// A shard was good and could not be kept.
     Unkept(StoreError),
     /// It is over.
@@ -111,7 +114,7 @@ impl Link {
                             return Err(LinkError::Closed);
                         }
                     };
-                    LinkEvent::Answer(Answer::Shard {
+                    LinkEvent::PeerReply(PeerReply::Shard {
                         request,
                         shard,
                         verdict,
@@ -121,19 +124,19 @@ impl Link {
                     request,
                     shards,
                     chooser,
-                }) => LinkEvent::Answer(Answer::Held {
+                }) => LinkEvent::PeerReply(PeerReply::Held {
                     request,
                     shards,
                     chooser,
                 }),
                 Frame::Message(Message::Missing { request }) => {
-                    LinkEvent::Answer(Answer::Missing { request })
+                    LinkEvent::PeerReply(PeerReply::Missing { request })
                 }
                 Frame::Message(Message::Busy {
                     request,
                     retry_ms,
                     holders,
-                }) => LinkEvent::Answer(Answer::Busy {
+                }) => LinkEvent::PeerReply(PeerReply::Busy {
                     request,
                     retry_ms,
                     holders,

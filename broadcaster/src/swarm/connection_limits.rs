@@ -12,7 +12,7 @@ pub(crate) const CONNECTIONS_PER_PEER_MAX: usize = 16;
 
 /// Places for connections.
 #[derive(Debug)]
-pub(crate) struct Seats {
+pub(crate) struct ConnectionLimits {
     pub(crate) places: Arc<Semaphore>,
     pub(crate) connections_max: u32,
     by_peer: Mutex<BTreeMap<PeerId, usize>>,
@@ -20,13 +20,13 @@ pub(crate) struct Seats {
 
 /// A connection's place; it is free again when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct ConnectionPermit {
     pub(crate) peer: PeerId,
-    seats: Arc<Seats>,
+    limits: Arc<ConnectionLimits>,
     _place: OwnedSemaphorePermit,
 }
 
-impl Seats {
+impl ConnectionLimits {
     pub(crate) fn new(connections_max: NonZeroU32) -> Self {
         let connections_max = connections_max.get();
         Self {
@@ -36,30 +36,33 @@ impl Seats {
         }
     }
 
-    /// Seats a peer, if it has not taken all that are for one.
+    /// ConnectionLimits a peer, if it has not taken all that are for one.
     pub(crate) fn take(
-        seats: &Arc<Self>,
+        limits: &Arc<Self>,
         peer: PeerId,
         place: OwnedSemaphorePermit,
-    ) -> Option<Seat> {
-        let mut by_peer = seats.by_peer.lock().unwrap_or_else(PoisonError::into_inner);
+    ) -> Option<ConnectionPermit> {
+        let mut by_peer = limits
+            .by_peer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let taken = by_peer.entry(peer).or_default();
         if *taken >= CONNECTIONS_PER_PEER_MAX {
             return None;
         }
         *taken += 1;
-        Some(Seat {
+        Some(ConnectionPermit {
             peer,
-            seats: Arc::clone(seats),
+            limits: Arc::clone(limits),
             _place: place,
         })
     }
 }
 
-impl Drop for Seat {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut by_peer = self
-            .seats
+            .limits
             .by_peer
             .lock()
             .unwrap_or_else(PoisonError::into_inner);

@@ -17,7 +17,7 @@ use muster_protocol::id::{ObjectId, PeerId};
 use serde::{Deserialize, Serialize};
 
 use crate::bitmap::Bitmap;
-use crate::wire::HOLDERS_MAX;
+use crate::transport::wire::HOLDERS_MAX;
 
 /// Shortest time that peers get to exchange a round's shards, and that a peer has to be stuck: many polls of one another and
 /// a transfer on a local net, on a machine whose processors have other work.
@@ -62,7 +62,7 @@ pub enum Sharing {
 
 /// What a peer asks for.
 #[derive(Debug, Clone, Copy)]
-pub enum Wanted<'a> {
+pub enum WantedShard<'a> {
     /// This shard.
     Shard(u32),
     /// Any but these.
@@ -71,7 +71,7 @@ pub enum Wanted<'a> {
 
 /// What is done about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Decision {
+pub enum UploadDecision {
     /// Send it. [`Uploads::finish`] must follow.
     Send {
         /// Which.
@@ -90,7 +90,7 @@ pub enum Decision {
 
 /// How sending a shard ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum SendOutcome {
     /// All of it left.
     Sent,
     /// The connection broke: it counts as never sent.
@@ -161,8 +161,8 @@ impl Uploads {
         peer: PeerId,
         object: ObjectId,
         held: &Bitmap,
-        wanted: Wanted<'_>,
-    ) -> Decision {
+        wanted: WantedShard<'_>,
+    ) -> UploadDecision {
         let uploads = self
             .objects
             .entry(object)
@@ -173,7 +173,7 @@ impl Uploads {
             "an object has one size"
         );
         let Some(shard) = uploads.least_sent(&peer, held, wanted) else {
-            return Decision::Missing;
+            return UploadDecision::Missing;
         };
         let wait_ms = match self.sharing {
             Sharing::OnDemand => None,
@@ -185,13 +185,13 @@ impl Uploads {
         };
         if let Some(wait_ms) = wait_ms {
             let retry_ms = wait_ms.max(RETRY_MS_MIN);
-            return Decision::Busy {
+            return UploadDecision::Busy {
                 retry_ms,
                 holders: uploads.holders(&peer, shard),
             };
         }
         uploads.begin(now_ms, peer, shard);
-        Decision::Send { shard }
+        UploadDecision::Send { shard }
     }
 
     /// Notes how sending a shard ended.
@@ -201,15 +201,15 @@ impl Uploads {
         peer: &PeerId,
         object: &ObjectId,
         shard: u32,
-        outcome: Outcome,
+        outcome: SendOutcome,
     ) {
         let Some(uploads) = self.objects.get_mut(object) else {
             return;
         };
         match outcome {
-            Outcome::Sent if uploads.round == 1 => uploads.note_pass(now_ms),
-            Outcome::Sent => {}
-            Outcome::Failed => uploads.undo(peer, shard),
+            SendOutcome::Sent if uploads.round == 1 => uploads.note_pass(now_ms),
+            SendOutcome::Sent => {}
+            SendOutcome::Failed => uploads.undo(peer, shard),
         }
     }
 
@@ -239,10 +239,10 @@ impl ObjectUploads {
     }
 
     /// The shard that is wanted, held and sent least; one that this peer was sent before comes last.
-    fn least_sent(&self, peer: &PeerId, held: &Bitmap, wanted: Wanted<'_>) -> Option<u32> {
+    fn least_sent(&self, peer: &PeerId, held: &Bitmap, wanted: WantedShard<'_>) -> Option<u32> {
         match wanted {
-            Wanted::Shard(shard) => held.contains(shard).then_some(shard),
-            Wanted::AnyBut(except) => held
+            WantedShard::Shard(shard) => held.contains(shard).then_some(shard),
+            WantedShard::AnyBut(except) => held
                 .iter()
                 .filter(|shard| !except.contains(*shard))
                 .min_by_key(|shard| (self.was_sent(peer, *shard), self.copies[*shard as usize])),
@@ -325,8 +325,8 @@ impl ObjectUploads {
     }
 
     /// Notes which shards were passed on, by what a peer does not want and was not sent.
-    fn note_spread(&mut self, peer: &PeerId, wanted: Wanted<'_>) {
-        let Wanted::AnyBut(except) = wanted else {
+    fn note_spread(&mut self, peer: &PeerId, wanted: WantedShard<'_>) {
+        let WantedShard::AnyBut(except) = wanted else {
             return;
         };
         let news = except
@@ -347,10 +347,10 @@ impl ObjectUploads {
     }
 
     /// Notes what a peer has from others by now: what it does not want, less what it was sent from here.
-    fn note_progress(&mut self, now_ms: u64, peer: PeerId, wanted: Wanted<'_>) {
+    fn note_progress(&mut self, now_ms: u64, peer: PeerId, wanted: WantedShard<'_>) {
         let elsewhere = match wanted {
-            Wanted::Shard(_) => 0,
-            Wanted::AnyBut(except) => {
+            WantedShard::Shard(_) => 0,
+            WantedShard::AnyBut(except) => {
                 let not_ours = |shard: &u32| !self.was_sent(&peer, *shard);
                 u32::try_from(except.iter().filter(not_ours).count()).unwrap_or(u32::MAX)
             }

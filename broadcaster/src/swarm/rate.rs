@@ -6,14 +6,14 @@
 use std::num::NonZeroU64;
 
 /// How much is written before the bucket is asked again, so that many uploads share a rate evenly.
-pub const PIECE_BYTES: usize = 16 << 10;
+pub(crate) const PIECE_BYTES: usize = 16 << 10;
 
 /// The largest burst is this share of a second of the rate: short enough that a home link's other users do not notice.
 const BURST_SHARE: f64 = 0.05;
 
 /// A rate and what is left of it.
 #[derive(Debug, Clone)]
-pub struct TokenBucket {
+pub(crate) struct TokenBucket {
     bytes_per_ms: f64,
     burst_bytes: f64,
     tokens: f64,
@@ -22,7 +22,7 @@ pub struct TokenBucket {
 
 impl TokenBucket {
     /// A bucket that lets `bytes_per_second` through, full at `now_ms`.
-    pub fn new(bytes_per_second: NonZeroU64, now_ms: u64) -> Self {
+    pub(crate) fn new(bytes_per_second: NonZeroU64, now_ms: u64) -> Self {
         let rate = bytes_per_second.get() as f64;
         let burst_bytes = rate * BURST_SHARE;
         Self {
@@ -34,7 +34,7 @@ impl TokenBucket {
     }
 
     /// Takes `bytes` and says how many milliseconds to wait before they may be sent.
-    pub fn take(&mut self, bytes: usize, now_ms: u64) -> u64 {
+    pub(crate) fn take(&mut self, bytes: usize, now_ms: u64) -> u64 {
         let passed_ms = now_ms.saturating_sub(self.filled_at_ms) as f64;
         self.filled_at_ms = self.filled_at_ms.max(now_ms);
         self.tokens = (self.tokens + passed_ms * self.bytes_per_ms).min(self.burst_bytes);

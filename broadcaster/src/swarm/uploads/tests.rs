@@ -9,11 +9,17 @@ fn peer(number: u8) -> PeerId {
 }
 
 /// Asks and, if it is sent, finishes at once.
-fn ask(uploads: &mut Uploads, now_ms: u64, number: u8, got: &mut Bitmap) -> Decision {
+fn ask(uploads: &mut Uploads, now_ms: u64, number: u8, got: &mut Bitmap) -> UploadDecision {
     let held = Bitmap::full(got.length());
-    let decision = uploads.decide(now_ms, peer(number), OBJECT, &held, Wanted::AnyBut(got));
-    if let Decision::Send { shard } = decision {
-        uploads.finish(now_ms, &peer(number), &OBJECT, shard, Outcome::Sent);
+    let decision = uploads.decide(
+        now_ms,
+        peer(number),
+        OBJECT,
+        &held,
+        WantedShard::AnyBut(got),
+    );
+    if let UploadDecision::Send { shard } = decision {
+        uploads.finish(now_ms, &peer(number), &OBJECT, shard, SendOutcome::Sent);
         assert!(got.insert(shard));
     }
     decision
@@ -26,10 +32,10 @@ fn the_first_pass_sends_every_shard_once_whoever_asks() {
     for turn in 0..10 {
         let who = turn % 3;
         let decision = ask(&mut uploads, 5, who as u8, &mut got[who]);
-        assert!(matches!(decision, Decision::Send { .. }));
+        assert!(matches!(decision, UploadDecision::Send { .. }));
     }
     assert_eq!(got.iter().map(Bitmap::count).sum::<u32>(), 10);
-    let Decision::Busy { retry_ms, holders } = ask(&mut uploads, 105, 0, &mut got[0]) else {
+    let UploadDecision::Busy { retry_ms, holders } = ask(&mut uploads, 105, 0, &mut got[0]) else {
         panic!("a second copy before the grace has passed")
     };
     assert_eq!(retry_ms, GRACE_MS_MIN - 100);
@@ -45,12 +51,12 @@ fn a_peer_alone_among_the_dead_gets_everything_after_one_grace() {
     }
     assert!(matches!(
         ask(&mut uploads, 0, 2, &mut alive),
-        Decision::Busy { .. }
+        UploadDecision::Busy { .. }
     ));
     for _ in 0..10 {
         assert!(matches!(
             ask(&mut uploads, GRACE_MS_MIN, 2, &mut alive),
-            Decision::Send { .. }
+            UploadDecision::Send { .. }
         ));
     }
     assert!(alive.is_full());
@@ -63,7 +69,7 @@ fn exchange(uploads: &mut Uploads, now_ms: u64, got: &mut [Bitmap; 3], is_honest
         let mut is_any_sent = false;
         for number in 1..=3 {
             let decision = ask(uploads, now_ms, number, &mut got[usize::from(number) - 1]);
-            is_any_sent |= matches!(decision, Decision::Send { .. });
+            is_any_sent |= matches!(decision, UploadDecision::Send { .. });
         }
         let [one, two, three] = got;
         one.insert_all(three);
@@ -93,7 +99,7 @@ fn what_a_peer_keeps_to_itself_goes_to_those_who_pass_it_on_at_once() {
     let later_ms = GRACE_MS_MIN + (ASKING_PATIENCES + 1) * GRACE_MS_MAX;
     assert!(matches!(
         ask(&mut uploads, later_ms, 2, &mut got[1]),
-        Decision::Send { .. }
+        UploadDecision::Send { .. }
     ));
 }
 
@@ -117,15 +123,18 @@ fn a_peer_that_gets_on_with_others_is_sent_no_second_copy_however_slowly_it_does
     for shard in 0..7 {
         let now_ms = u64::from(shard) * (GRACE_MS_MIN - 1);
         let asked = ask(&mut uploads, now_ms, 2, &mut second);
-        assert!(matches!(asked, Decision::Busy { .. }), "at {now_ms} ms");
+        assert!(
+            matches!(asked, UploadDecision::Busy { .. }),
+            "at {now_ms} ms"
+        );
         second.insert(shard);
     }
     // Then nothing more: it has waited for long enough when it is as long as for a stuck one.
     let stuck_ms = 7 * (GRACE_MS_MIN - 1);
     let asked = ask(&mut uploads, stuck_ms, 2, &mut second);
-    assert!(matches!(asked, Decision::Busy { .. }));
+    assert!(matches!(asked, UploadDecision::Busy { .. }));
     let asked = ask(&mut uploads, stuck_ms + GRACE_MS_MIN, 2, &mut second);
-    assert!(matches!(asked, Decision::Send { .. }), "{asked:?}");
+    assert!(matches!(asked, UploadDecision::Send { .. }), "{asked:?}");
 }
 
 #[test]
@@ -139,9 +148,9 @@ fn a_peer_that_drips_cannot_hold_another_back_for_ever() {
     loop {
         let now_ms = u64::from(shard) * (GRACE_MS_MIN - 1);
         match ask(&mut uploads, now_ms, 2, &mut second) {
-            Decision::Busy { .. } => second.insert(shard),
+            UploadDecision::Busy { .. } => second.insert(shard),
             decided => {
-                assert!(matches!(decided, Decision::Send { .. }));
+                assert!(matches!(decided, UploadDecision::Send { .. }));
                 break;
             }
         };
@@ -158,7 +167,7 @@ fn the_grace_is_as_long_as_the_first_pass_took_less_the_time_in_which_nobody_ask
         ask(&mut uploads, 1_000, 1, &mut first);
         ask(&mut uploads, second_at_ms, 1, &mut first);
         let waiting = ask(&mut uploads, second_at_ms + 1_000, 2, &mut Bitmap::empty(2));
-        let Decision::Busy { retry_ms, .. } = waiting else {
+        let UploadDecision::Busy { retry_ms, .. } = waiting else {
             panic!("{waiting:?}")
         };
         assert_eq!(retry_ms, grace_ms);
@@ -175,27 +184,30 @@ fn a_peer_that_asks_again_for_what_it_got_waits_longer_than_others() {
             peer(number),
             OBJECT,
             &held,
-            Wanted::AnyBut(&nothing),
+            WantedShard::AnyBut(&nothing),
         )
     };
-    assert_eq!(decide(0, 1), Decision::Send { shard: 0 });
-    assert!(matches!(decide(0, 2), Decision::Busy { .. }));
-    assert!(matches!(decide(GRACE_MS_MIN, 1), Decision::Busy { .. }));
-    assert_eq!(decide(GRACE_MS_MIN, 2), Decision::Send { shard: 0 });
-    assert_eq!(decide(10 * REPEAT_MS, 1), Decision::Send { shard: 0 });
+    assert_eq!(decide(0, 1), UploadDecision::Send { shard: 0 });
+    assert!(matches!(decide(0, 2), UploadDecision::Busy { .. }));
+    assert!(matches!(
+        decide(GRACE_MS_MIN, 1),
+        UploadDecision::Busy { .. }
+    ));
+    assert_eq!(decide(GRACE_MS_MIN, 2), UploadDecision::Send { shard: 0 });
+    assert_eq!(decide(10 * REPEAT_MS, 1), UploadDecision::Send { shard: 0 });
 }
 
 #[test]
 fn a_shard_that_did_not_leave_counts_as_never_sent() {
     let mut uploads = Uploads::new(Sharing::FirstCopies);
     let held = Bitmap::full(1);
-    let decision = uploads.decide(0, peer(1), OBJECT, &held, Wanted::Shard(0));
-    assert_eq!(decision, Decision::Send { shard: 0 });
-    uploads.finish(0, &peer(1), &OBJECT, 0, Outcome::Failed);
+    let decision = uploads.decide(0, peer(1), OBJECT, &held, WantedShard::Shard(0));
+    assert_eq!(decision, UploadDecision::Send { shard: 0 });
+    uploads.finish(0, &peer(1), &OBJECT, 0, SendOutcome::Failed);
     for number in [1, 2] {
-        let again = uploads.decide(1, peer(number), OBJECT, &held, Wanted::Shard(0));
-        assert_eq!(again, Decision::Send { shard: 0 });
-        uploads.finish(1, &peer(number), &OBJECT, 0, Outcome::Failed);
+        let again = uploads.decide(1, peer(number), OBJECT, &held, WantedShard::Shard(0));
+        assert_eq!(again, UploadDecision::Send { shard: 0 });
+        uploads.finish(1, &peer(number), &OBJECT, 0, SendOutcome::Failed);
     }
 }
 
@@ -205,12 +217,12 @@ fn what_is_not_held_is_missing() {
     let mut held = Bitmap::empty(4);
     held.insert(2);
     let mut decide = |wanted| uploads.decide(0, peer(1), OBJECT, &held, wanted);
-    assert_eq!(decide(Wanted::Shard(1)), Decision::Missing);
-    assert_eq!(decide(Wanted::Shard(99)), Decision::Missing);
-    assert_eq!(decide(Wanted::AnyBut(&held)), Decision::Missing);
+    assert_eq!(decide(WantedShard::Shard(1)), UploadDecision::Missing);
+    assert_eq!(decide(WantedShard::Shard(99)), UploadDecision::Missing);
+    assert_eq!(decide(WantedShard::AnyBut(&held)), UploadDecision::Missing);
     assert_eq!(
-        decide(Wanted::AnyBut(&Bitmap::empty(4))),
-        Decision::Send { shard: 2 }
+        decide(WantedShard::AnyBut(&Bitmap::empty(4))),
+        UploadDecision::Send { shard: 2 }
     );
 }
 
@@ -231,14 +243,14 @@ proptest! {
         while got.iter().any(|bitmap| !bitmap.is_full()) {
             for number in 0..greedy {
                 let who = peer(100 + number);
-                let decision = uploads.decide(now_ms, who, OBJECT, &held, Wanted::AnyBut(&nothing));
-                if let Decision::Send { shard } = decision {
-                    uploads.finish(now_ms, &who, &OBJECT, shard, Outcome::Sent);
+                let decision = uploads.decide(now_ms, who, OBJECT, &held, WantedShard::AnyBut(&nothing));
+                if let UploadDecision::Send { shard } = decision {
+                    uploads.finish(now_ms, &who, &OBJECT, shard, SendOutcome::Sent);
                     sent[shard as usize] += 1;
                 }
             }
             for (number, bitmap) in got.iter_mut().enumerate() {
-                if let Decision::Send { shard } = ask(&mut uploads, now_ms, number as u8, bitmap) {
+                if let UploadDecision::Send { shard } = ask(&mut uploads, now_ms, number as u8, bitmap) {
                     sent[shard as usize] += 1;
                 }
             }

@@ -1,7 +1,7 @@
 //! A peer that a plan may ask, and what it has shown of itself so far.
 
 use crate::bitmap::Bitmap;
-use crate::wire::Chooser;
+use crate::transport::wire::Chooser;
 
 /// How often a peer that lacks something is asked what it has by now: at once after news, ever less without.
 pub(super) const POLL_MS_MIN: u64 = 20;
@@ -22,7 +22,7 @@ pub(super) const CHOOSER_MS_MAX: u64 = 2_000;
 
 /// A connected peer.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct PeerState {
     pub(super) held: Bitmap,
     pub(super) chooser: Option<Chooser>,
     /// Shards asked for and not yet answered.
@@ -39,7 +39,7 @@ pub(super) struct Source {
     pub(super) usual_ms: Option<u64>,
 }
 
-impl Source {
+impl PeerState {
     /// A peer that has said nothing yet.
     pub(super) fn new(shards: u32, now_ms: u64) -> Self {
         Self {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use muster_protocol::id::PeerId;
 
-use crate::wire::RequestId;
+use crate::transport::wire::RequestId;
 
 /// What a request is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

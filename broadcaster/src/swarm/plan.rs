@@ -8,8 +8,8 @@
 //! hashes. Invariants: a banned peer is never asked; requests in flight are bounded, per peer and in all.
 
 mod exchange;
+mod peer_state;
 mod requests;
-mod source;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,15 +17,15 @@ use muster_protocol::id::PeerId;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
-use self::requests::{Asked, Pending, Requests};
-use self::source::{
+use self::peer_state::{
     BUSY_MS_MAX, CHOOSER_MS_MAX, POLL_MS_EACH, POLL_MS_MAX, POLL_MS_MAX_WITH_NEWS, POLL_MS_MIN,
-    Source,
+    PeerState,
 };
+use self::requests::{Asked, Pending, Requests};
 use crate::bitmap::Bitmap;
-use crate::wire::{Chooser, RequestId};
+use crate::transport::wire::{Chooser, RequestId};
 
-pub use exchange::{Action, Answer, Ask, Fault, Hope, ShardVerdict};
+pub use exchange::{Action, Availability, Fault, PeerReply, PeerRequest, ShardVerdict};
 
 /// Shards asked of a new peer at once; one more for each that it delivers.
 const WINDOW_MIN: usize = 1;
@@ -84,7 +84,7 @@ struct Turn {
 
 /// The fetch of one object.
 #[derive(Debug)]
-pub struct Plan {
+pub struct FetchPlan {
     shard_bytes: u64,
     patience: Patience,
     held: Bitmap,
@@ -92,7 +92,7 @@ pub struct Plan {
     open: Bitmap,
     /// How many sources hold each shard.
     holders: Vec<u16>,
-    sources: BTreeMap<PeerId, Source>,
+    sources: BTreeMap<PeerId, PeerState>,
     requests: Requests,
     /// Requests for shards in flight, of all sources.
     pending: usize,
@@ -108,7 +108,7 @@ pub struct Plan {
     rng: ChaCha12Rng,
 }
 
-impl Plan {
+impl FetchPlan {
     /// The fetch of an object with shards of `shard_bytes`, of which `held` are here.
     pub fn new(shard_bytes: u32, held: Bitmap, patience: Patience, seed: u64) -> Self {
         let shards = held.length() as usize;
@@ -146,15 +146,15 @@ impl Plan {
     }
 
     /// From whom the missing shards may come, by the peers' own word.
-    pub fn hope(&self) -> Hope {
+    pub fn hope(&self) -> Availability {
         let lacks = |shard| !self.held.contains(shard);
-        let mut hope = Hope::Nobody;
+        let mut hope = Availability::Nobody;
         for source in self.sources.values() {
             if source.pending > 0 || source.held.iter().any(lacks) {
-                return Hope::Holders;
+                return Availability::Holders;
             }
             if source.chooser.is_some() {
-                hope = Hope::Fetchers;
+                hope = Availability::Fetchers;
             }
         }
         hope
@@ -191,7 +191,7 @@ impl Plan {
             return false;
         }
         self.sources
-            .insert(peer, Source::new(self.held.length(), now_ms));
+            .insert(peer, PeerState::new(self.held.length(), now_ms));
         true
     }
 
@@ -218,8 +218,8 @@ impl Plan {
     }
 
     /// Takes an answer in.
-    pub fn on_answer(&mut self, peer: PeerId, answer: Answer, now_ms: u64) {
-        if let Answer::Shard {
+    pub fn on_answer(&mut self, peer: PeerId, answer: PeerReply, now_ms: u64) {
+        if let PeerReply::Shard {
             shard,
             verdict: ShardVerdict::Bad,
             ..
@@ -229,7 +229,7 @@ impl Plan {
             return self.drop_source(peer, Fault::BadShard { shard });
         }
         // A good shard counts even when it comes from a peer that was given up a moment ago.
-        if let Answer::Shard { shard, .. } = answer {
+        if let PeerReply::Shard { shard, .. } = answer {
             self.held.insert(shard);
             self.open.remove(shard);
         }
@@ -246,20 +246,20 @@ impl Plan {
         };
         match (answer, pending.asked) {
             (
-                Answer::Held {
+                PeerReply::Held {
                     shards, chooser, ..
                 },
                 Asked::Have,
             ) => {
                 self.on_held(peer, &shards, chooser, now_ms);
             }
-            (Answer::Shard { shard, .. }, Asked::Shard(asked)) if asked == shard => {
+            (PeerReply::Shard { shard, .. }, Asked::Shard(asked)) if asked == shard => {
                 self.on_shard(peer, pending, now_ms);
             }
-            (Answer::Shard { .. }, Asked::Any) => self.on_shard(peer, pending, now_ms),
-            (Answer::Missing { .. }, asked) => self.on_missing(peer, asked, now_ms),
+            (PeerReply::Shard { .. }, Asked::Any) => self.on_shard(peer, pending, now_ms),
+            (PeerReply::Missing { .. }, asked) => self.on_missing(peer, asked, now_ms),
             (
-                Answer::Busy {
+                PeerReply::Busy {
                     retry_ms, holders, ..
                 },
                 Asked::Shard(_) | Asked::Any,
@@ -292,9 +292,9 @@ impl Plan {
             let before = actions.len();
             for peer in &peers {
                 if let Some(ask) = self.next_ask(peer, &turn) {
-                    turn.fresh += usize::from(ask != Ask::Have);
+                    turn.fresh += usize::from(ask != PeerRequest::Have);
                     let request = self.record(*peer, &ask, now_ms);
-                    actions.push(Action::Ask {
+                    actions.push(Action::PeerRequest {
                         source: *peer,
                         request,
                         ask,
@@ -342,11 +342,11 @@ impl Plan {
         }
     }
 
-    fn next_ask(&mut self, peer: &PeerId, turn: &Turn) -> Option<Ask> {
+    fn next_ask(&mut self, peer: &PeerId, turn: &Turn) -> Option<PeerRequest> {
         let now_ms = turn.now_ms;
         let source = self.sources.get(peer)?;
         if !source.is_polled && !source.held.is_full() && source.poll_at_ms <= now_ms {
-            return Some(Ask::Have);
+            return Some(PeerRequest::Have);
         }
         let chooser = source.chooser?;
         let no_room = source.pending >= self.window(peer, source)
@@ -359,12 +359,12 @@ impl Plan {
             Chooser::Asker => self
                 .rarest(peer)
                 .or_else(|| turn.is_any_overdue.then(|| self.overdue(peer, turn))?)
-                .map(Ask::Shard),
-            Chooser::Holder => self.any_but(turn).map(Ask::AnyBut),
+                .map(PeerRequest::Shard),
+            Chooser::Holder => self.any_but(turn).map(PeerRequest::AnyBut),
         }
     }
 
-    fn window(&self, peer: &PeerId, source: &Source) -> usize {
+    fn window(&self, peer: &PeerId, source: &PeerState) -> usize {
         match self.slow.contains(peer) {
             true => 1,
             false => {
@@ -467,11 +467,11 @@ impl Plan {
         self.patience.request_ms + WINDOW_MAX as u64 * self.shard_bytes / BYTES_PER_MS_MIN
     }
 
-    fn record(&mut self, peer: PeerId, ask: &Ask, now_ms: u64) -> RequestId {
+    fn record(&mut self, peer: PeerId, ask: &PeerRequest, now_ms: u64) -> RequestId {
         let asked = match ask {
-            Ask::Have => Asked::Have,
-            Ask::Shard(shard) => Asked::Shard(*shard),
-            Ask::AnyBut(_) => Asked::Any,
+            PeerRequest::Have => Asked::Have,
+            PeerRequest::Shard(shard) => Asked::Shard(*shard),
+            PeerRequest::AnyBut(_) => Asked::Any,
         };
         if let Some(source) = self.sources.get_mut(&peer) {
             match asked {

@@ -15,11 +15,11 @@ use tokio::task::JoinError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::meter::Meter;
-use crate::rate::TokenBucket;
 use crate::store::{Inserted, Store, StoreError};
+use crate::swarm::metrics::Meter;
+use crate::swarm::rate::TokenBucket;
+use crate::swarm::uploads::Uploads;
 use crate::transport::Transports;
-use crate::uploads::Uploads;
 
 /// Hashing more than this takes longer than a task should keep a thread of the runtime (BLAKE3: about 4 GB/s).
 const HASHED_INLINE_BYTES_MAX: usize = 256 << 10;
@@ -43,14 +43,14 @@ pub(crate) struct Node {
     /// One fetch of an object at a time: the second waits and then finds it here.
     fetches: Mutex<BTreeMap<ObjectId, Arc<Semaphore>>>,
     /// Objects being fetched that no peer within reach holds.
-    forsaken: Mutex<BTreeSet<ObjectId>>,
+    unreachable: Mutex<BTreeSet<ObjectId>>,
     /// Told when a fetch wants other peers than those that are known.
-    pub(crate) lonely: tokio::sync::Notify,
+    pub(crate) peers_wanted: tokio::sync::Notify,
     started: Instant,
 }
 
 /// What a node is made of.
-pub(crate) struct Parts {
+pub(crate) struct NodeParts {
     pub(crate) identity: Identity,
     pub(crate) clock: SharedClock,
     pub(crate) store: Store,
@@ -63,7 +63,7 @@ pub(crate) struct Parts {
 }
 
 impl Node {
-    pub(crate) fn new(parts: Parts) -> Self {
+    pub(crate) fn new(parts: NodeParts) -> Self {
         Self {
             identity: parts.identity,
             clock: parts.clock,
@@ -79,8 +79,8 @@ impl Node {
                 .upload_bytes_per_second
                 .map(|rate| Mutex::new(TokenBucket::new(rate, 0))),
             fetches: Mutex::new(BTreeMap::new()),
-            forsaken: Mutex::new(BTreeSet::new()),
-            lonely: tokio::sync::Notify::new(),
+            unreachable: Mutex::new(BTreeSet::new()),
+            peers_wanted: tokio::sync::Notify::new(),
             started: Instant::now(),
         }
     }
@@ -112,24 +112,26 @@ impl Node {
         })
     }
 
-    fn forsaken(&self) -> MutexGuard<'_, BTreeSet<ObjectId>> {
-        self.forsaken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn unreachable(&self) -> MutexGuard<'_, BTreeSet<ObjectId>> {
+        self.unreachable
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether an object is being fetched that no peer within reach holds.
-    pub(crate) fn is_forsaken(&self, object: &ObjectId) -> bool {
-        self.forsaken().contains(object)
+    pub(crate) fn is_unreachable(&self, object: &ObjectId) -> bool {
+        self.unreachable().contains(object)
     }
 
     /// Somebody may hold the object, or it is not fetched any more.
-    pub(crate) fn is_found(&self, object: &ObjectId) {
-        self.forsaken().remove(object);
+    pub(crate) fn mark_reachable(&self, object: &ObjectId) {
+        self.unreachable().remove(object);
     }
 
     /// Nobody within reach holds the object: perhaps there are peers that are not known yet.
-    pub(crate) fn is_missed(&self, object: ObjectId) {
-        if self.forsaken().insert(object) {
-            self.lonely.notify_one();
+    pub(crate) fn mark_unreachable(&self, object: ObjectId) {
+        if self.unreachable().insert(object) {
+            self.peers_wanted.notify_one();
         }
     }
 

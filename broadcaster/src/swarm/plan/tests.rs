@@ -10,14 +10,14 @@ fn peer(number: u8) -> PeerId {
     PeerId([number; 32])
 }
 
-fn plan(shards: u32) -> Plan {
-    Plan::new(SHARD_BYTES, Bitmap::empty(shards), Patience::default(), 1)
+fn plan(shards: u32) -> FetchPlan {
+    FetchPlan::new(SHARD_BYTES, Bitmap::empty(shards), Patience::default(), 1)
 }
 
 /// The requests of this peer among the actions.
-fn asks(actions: &[Action], of: PeerId) -> Vec<(RequestId, Ask)> {
+fn asks(actions: &[Action], of: PeerId) -> Vec<(RequestId, PeerRequest)> {
     let ask = |action: &Action| match action {
-        Action::Ask {
+        Action::PeerRequest {
             source,
             request,
             ask,
@@ -29,19 +29,19 @@ fn asks(actions: &[Action], of: PeerId) -> Vec<(RequestId, Ask)> {
 
 /// Adds a peer, has it say what it holds, and returns what it is asked then.
 fn join(
-    plan: &mut Plan,
+    plan: &mut FetchPlan,
     number: u8,
     held: &Bitmap,
     chooser: Chooser,
     now_ms: u64,
-) -> Vec<(RequestId, Ask)> {
+) -> Vec<(RequestId, PeerRequest)> {
     assert!(plan.add_source(peer(number), now_ms));
     let actions = plan.decide(now_ms);
     let request = match asks(&actions, peer(number))[..] {
-        [(request, Ask::Have)] => request,
+        [(request, PeerRequest::Have)] => request,
         ref other => panic!("a new peer was asked {other:?}"),
     };
-    let answer = Answer::Held {
+    let answer = PeerReply::Held {
         request,
         shards: held.as_bytes().to_vec(),
         chooser,
@@ -50,10 +50,10 @@ fn join(
     asks(&plan.decide(now_ms), peer(number))
 }
 
-fn shard_numbers(asks: &[(RequestId, Ask)]) -> Vec<u32> {
-    let number = |ask: &(RequestId, Ask)| match ask.1 {
-        Ask::Shard(shard) => Some(shard),
-        Ask::Have | Ask::AnyBut(_) => None,
+fn shard_numbers(asks: &[(RequestId, PeerRequest)]) -> Vec<u32> {
+    let number = |ask: &(RequestId, PeerRequest)| match ask.1 {
+        PeerRequest::Shard(shard) => Some(shard),
+        PeerRequest::Have | PeerRequest::AnyBut(_) => None,
     };
     asks.iter().filter_map(number).collect()
 }
@@ -79,7 +79,7 @@ fn the_rarest_shard_is_asked_for_first() {
     let shards = common.as_bytes().to_vec();
     plan.on_answer(
         peer(2),
-        Answer::Held {
+        PeerReply::Held {
             request,
             shards,
             chooser: Chooser::Asker,
@@ -94,12 +94,12 @@ fn the_rarest_shard_is_asked_for_first() {
 fn a_bad_shard_bans_and_its_requests_go_to_others() {
     let mut plan = plan(4);
     let asked = join(&mut plan, 1, &Bitmap::full(4), Chooser::Asker, 0);
-    let (request, Ask::Shard(shard)) = asked[0].clone() else {
+    let (request, PeerRequest::Shard(shard)) = asked[0].clone() else {
         panic!("{asked:?}")
     };
     plan.on_answer(
         peer(1),
-        Answer::Shard {
+        PeerReply::Shard {
             request,
             shard,
             verdict: ShardVerdict::Bad,
@@ -164,12 +164,12 @@ fn a_peer_that_chooses_is_not_asked_for_what_a_quick_peer_has() {
     two.insert(0);
     two.insert(1);
     let asked = join(&mut plan, 1, &two, Chooser::Asker, 0);
-    let (request, Ask::Shard(shard)) = asked[0].clone() else {
+    let (request, PeerRequest::Shard(shard)) = asked[0].clone() else {
         panic!("{asked:?}")
     };
     plan.on_answer(
         peer(1),
-        Answer::Shard {
+        PeerReply::Shard {
             request,
             shard,
             verdict: ShardVerdict::Good,
@@ -177,13 +177,13 @@ fn a_peer_that_chooses_is_not_asked_for_what_a_quick_peer_has() {
         1,
     );
     let any = join(&mut plan, 2, &Bitmap::full(4), Chooser::Holder, 1);
-    let [(busy, Ask::AnyBut(except))] = &any[..] else {
+    let [(busy, PeerRequest::AnyBut(except))] = &any[..] else {
         panic!("{any:?}")
     };
     assert_eq!(except.iter().collect::<Vec<_>>(), [0, 1]);
     plan.on_answer(
         peer(2),
-        Answer::Busy {
+        PeerReply::Busy {
             request: *busy,
             retry_ms: 100,
             holders: vec![],
@@ -196,10 +196,10 @@ fn a_peer_that_chooses_is_not_asked_for_what_a_quick_peer_has() {
 
 #[test]
 fn answers_to_nothing_and_bitmaps_of_another_length_end_a_connection() {
-    let stray = Answer::Missing {
+    let stray = PeerReply::Missing {
         request: RequestId(77),
     };
-    let wrong = |request| Answer::Held {
+    let wrong = |request| PeerReply::Held {
         request,
         shards: vec![0; 9],
         chooser: Chooser::Asker,
@@ -228,7 +228,7 @@ fn requests_in_flight_are_bounded_by_their_bytes() {
         (2 << 20, 32),
         (16 << 20, REQUESTS_MIN),
     ] {
-        let plan = Plan::new(shard_bytes, Bitmap::empty(9), Patience::default(), 1);
+        let plan = FetchPlan::new(shard_bytes, Bitmap::empty(9), Patience::default(), 1);
         assert_eq!(plan.requests_max(), expected);
     }
 }
@@ -250,8 +250,14 @@ enum Manner {
     Leaves,
 }
 
-fn answer_of(manner: Manner, nth: u64, shards: u32, request: RequestId, ask: &Ask) -> Vec<Answer> {
-    let good = |shard| Answer::Shard {
+fn answer_of(
+    manner: Manner,
+    nth: u64,
+    shards: u32,
+    request: RequestId,
+    ask: &PeerRequest,
+) -> Vec<PeerReply> {
+    let good = |shard| PeerReply::Shard {
         request,
         shard,
         verdict: ShardVerdict::Good,
@@ -265,38 +271,38 @@ fn answer_of(manner: Manner, nth: u64, shards: u32, request: RequestId, ask: &As
     let full = Bitmap::full(shards).as_bytes().to_vec();
     match (manner, ask) {
         (Manner::Silent, _) => vec![],
-        (Manner::Babbles, _) if nth > 3 => vec![Answer::Missing {
+        (Manner::Babbles, _) if nth > 3 => vec![PeerReply::Missing {
             request: RequestId(u32::MAX),
         }],
-        (_, Ask::Have) => vec![Answer::Held {
+        (_, PeerRequest::Have) => vec![PeerReply::Held {
             request,
             shards: full,
             chooser,
         }],
-        (Manner::ServesRubbish, Ask::Shard(shard)) => {
-            vec![Answer::Shard {
+        (Manner::ServesRubbish, PeerRequest::Shard(shard)) => {
+            vec![PeerReply::Shard {
                 request,
                 shard: *shard,
                 verdict: ShardVerdict::Bad,
             }]
         }
-        (Manner::ClaimsAndLacks, Ask::Shard(_)) => vec![Answer::Missing { request }],
-        (Manner::AlwaysBusy, Ask::Shard(_)) if nth > 1 => {
-            vec![Answer::Busy {
+        (Manner::ClaimsAndLacks, PeerRequest::Shard(_)) => vec![PeerReply::Missing { request }],
+        (Manner::AlwaysBusy, PeerRequest::Shard(_)) if nth > 1 => {
+            vec![PeerReply::Busy {
                 request,
                 retry_ms: 1,
                 holders: vec![peer(0)],
             }]
         }
-        (_, Ask::Shard(shard)) => vec![good(*shard)],
-        (Manner::Chooses, Ask::AnyBut(_)) if nth.is_multiple_of(3) => {
-            vec![Answer::Busy {
+        (_, PeerRequest::Shard(shard)) => vec![good(*shard)],
+        (Manner::Chooses, PeerRequest::AnyBut(_)) if nth.is_multiple_of(3) => {
+            vec![PeerReply::Busy {
                 request,
                 retry_ms: 300,
                 holders: vec![peer(3)],
             }]
         }
-        (_, Ask::AnyBut(except)) => missing(except).map(good).into_iter().collect(),
+        (_, PeerRequest::AnyBut(except)) => missing(except).map(good).into_iter().collect(),
     }
 }
 
@@ -321,7 +327,7 @@ proptest! {
         honest in prop::sample::select(vec![Manner::Honest, Manner::Chooses]),
         seed: u64,
     ) {
-        let mut plan = Plan::new(SHARD_BYTES, Bitmap::empty(shards), Patience::default(), seed);
+        let mut plan = FetchPlan::new(SHARD_BYTES, Bitmap::empty(shards), Patience::default(), seed);
         let mut manners: BTreeMap<PeerId, (Manner, u64)> =
             others.iter().zip(1..).map(|(other, number)| (peer(number), *other)).collect();
         manners.insert(peer(100), (honest, 40));
@@ -329,7 +335,7 @@ proptest! {
         let mut banned = BTreeSet::new();
         let mut counts: BTreeMap<PeerId, u64> = BTreeMap::new();
         // Answers on their way, by the time at which they arrive.
-        let mut arriving: BTreeMap<(u64, u32), (PeerId, Vec<Answer>)> = BTreeMap::new();
+        let mut arriving: BTreeMap<(u64, u32), (PeerId, Vec<PeerReply>)> = BTreeMap::new();
         let (mut now_ms, mut sequence, mut steps) = (0, 0, 0);
         while !plan.is_finished() {
             for peer in manners.keys().filter(|peer| !gone.contains(*peer)) {
@@ -338,7 +344,7 @@ proptest! {
             }
             for action in plan.decide(now_ms) {
                 match action {
-                    Action::Ask { source, request, ask } => {
+                    Action::PeerRequest { source, request, ask } => {
                         prop_assert!(!banned.contains(&source), "a banned peer is asked");
                         let (manner, delay_ms) = manners[&source];
                         let nth = counts.entry(source).and_modify(|n| *n += 1).or_insert(0);

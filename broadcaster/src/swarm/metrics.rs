@@ -42,7 +42,7 @@ pub struct Ban {
 /// Why a member's descriptions are not used any more.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("described object {} falsely: {reason}", object.short())]
-pub struct Strike {
+pub struct FalseDescription {
     /// Of which object.
     pub object: ObjectId,
     /// What was found.
@@ -63,7 +63,7 @@ pub struct Stats {
     /// Banned peers, by handshake key.
     pub bans: BTreeMap<PeerId, Ban>,
     /// Members who described what is not so, by the key of their statements.
-    pub strikes: BTreeMap<PeerId, Strike>,
+    pub strikes: BTreeMap<PeerId, FalseDescription>,
     /// Connections that ended in a refusal, a broken protocol or a failed handshake.
     pub connections_refused: u64,
     /// Requests answered with "ask others first".
@@ -118,7 +118,7 @@ impl Meter {
     }
 
     /// Strikes a member, as many as bans are remembered.
-    pub fn strike(&self, member: PeerId, strike: Strike) {
+    pub fn distrust(&self, member: PeerId, strike: FalseDescription) {
         let mut stats = self.lock();
         if stats.strikes.len() >= BANS_MAX {
             let oldest = stats.strikes.iter().min_by_key(|(_, strike)| strike.at);
@@ -129,7 +129,7 @@ impl Meter {
     }
 
     /// Whether a member is struck.
-    pub fn is_struck(&self, member: &PeerId) -> bool {
+    pub fn is_distrusted(&self, member: &PeerId) -> bool {
         self.lock().strikes.contains_key(member)
     }
 

@@ -14,8 +14,8 @@ use muster_protocol::id::PeerId;
 use muster_protocol::identity::{Identity, is_signed_by};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::transport::Reader;
-use crate::wire::{
+use crate::transport::stream::{Reader, Streams, Writer};
+use crate::transport::wire::{
     self, Frame, GREETING_BYTES_MAX, Message, Refusal, RequestId, WIRE_VERSIONS, WireError,
 };
 
@@ -83,6 +83,33 @@ pub enum Side {
     },
     /// Accepted it.
     Acceptor,
+}
+
+/// Streams to a peer that has proved its key.
+pub(crate) struct Connection {
+    pub(crate) peer: PeerId,
+    pub(crate) reader: Reader,
+    pub(crate) writer: Writer,
+}
+
+impl Connection {
+    /// Does the handshake over new streams.
+    ///
+    /// # Errors
+    /// When the peer proves no key, or another one than expected.
+    pub(crate) async fn prove(
+        mut streams: Streams,
+        identity: &Identity,
+        side: Side,
+    ) -> Result<Self, ConnectionError> {
+        let peer = handshake(&mut streams, identity, side).await?;
+        let (reader, writer) = streams.into_inner();
+        Ok(Self {
+            peer,
+            reader,
+            writer,
+        })
+    }
 }
 
 struct Greeting {

@@ -3,11 +3,11 @@
 use muster_protocol::id::PeerId;
 
 use crate::bitmap::Bitmap;
-use crate::wire::{Chooser, RequestId};
+use crate::transport::wire::{Chooser, RequestId};
 
 /// What a peer answers, as the plan sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub enum PeerReply {
     /// Which shards it holds.
     Held {
         /// What it answers.
@@ -44,7 +44,7 @@ pub enum Answer {
 
 /// From whom missing shards may come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hope {
+pub enum Availability {
     /// Peers that say they hold some, or were asked for some.
     Holders,
     /// Peers that have only what is here, and may come by more.
@@ -66,13 +66,13 @@ pub enum ShardVerdict {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Send this request.
-    Ask {
+    PeerRequest {
         /// To whom.
         source: PeerId,
         /// Its number.
         request: RequestId,
         /// What to ask.
-        ask: Ask,
+        ask: PeerRequest,
     },
     /// End the connection; the plan has forgotten the peer already.
     Drop {
@@ -85,7 +85,7 @@ pub enum Action {
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ask {
+pub enum PeerRequest {
     /// Which shards do you hold?
     Have,
     /// This one, please.
@@ -117,14 +117,14 @@ pub enum Fault {
     },
 }
 
-impl Answer {
+impl PeerReply {
     /// The request that it answers.
     pub fn request(&self) -> RequestId {
         match self {
-            Answer::Held { request, .. }
-            | Answer::Shard { request, .. }
-            | Answer::Missing { request }
-            | Answer::Busy { request, .. } => *request,
+            PeerReply::Held { request, .. }
+            | PeerReply::Shard { request, .. }
+            | PeerReply::Missing { request }
+            | PeerReply::Busy { request, .. } => *request,
         }
     }
 }

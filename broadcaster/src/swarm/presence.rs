@@ -32,7 +32,7 @@ pub fn keep(desk: Desk, swarm: Swarm, tracker: &TaskTracker, shutdown: Cancellat
                 biased;
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(pause) => pause = (pause * 3 / 2).min(PAUSE_MAX),
-                () = lonely(&swarm) => pause = PAUSE_MIN,
+                () = peers_wanted(&swarm) => pause = PAUSE_MIN,
             }
         }
     });
@@ -42,9 +42,9 @@ pub fn keep(desk: Desk, swarm: Swarm, tracker: &TaskTracker, shutdown: Cancellat
 ///
 /// # Cancel safety
 /// A cancelled call may miss one wish; the next pause is not long.
-async fn lonely(swarm: &Swarm) {
+async fn peers_wanted(swarm: &Swarm) {
     tokio::time::sleep(PAUSE_MIN).await;
-    swarm.is_lonely().await;
+    swarm.peers_wanted().await;
 }
 
 /// Tells dispatch of this peer and meets those that it names. Returns how many.

@@ -1,7 +1,7 @@
 //! The serving half: accepts peers, has them prove who they are, and answers what they ask.
 //!
-//! Shards of one connection leave one after the other, and of all connections a few at once ([`crate::slots`]). A peer that
-//! sends faster than it is answered waits in its own socket. Decides nothing about shards: that is [`crate::uploads`].
+//! Shards of one connection leave one after the other, and of all connections a few at once ([`crate::swarm::slots`]). A peer that
+//! sends faster than it is answered waits in its own socket. Decides nothing about shards: that is [`crate::swarm::uploads`].
 //! Invariant: connections are bounded, in all and per peer, and so are their requests.
 
 use std::num::NonZeroU32;
@@ -17,22 +17,29 @@ use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use crate::bitmap::Bitmap;
-use crate::connection::{ConnectionError, Side, misplaced, read_frame, write_message, write_shard};
-use crate::meter::Moved;
-use crate::node::Node;
 use crate::object::shard_count;
-use crate::rate::PIECE_BYTES;
-use crate::seats::{CONNECTIONS_PER_PEER_MAX, Seat, Seats};
-use crate::slots::{Slot, Slots};
-use crate::transport::{Arrival, Connection, Reader, Transport, Writer};
-use crate::uploads::{Decision, Outcome, Wanted};
-use crate::wire::{self, Chooser, Frame, MESSAGE_BYTES_MAX, Message, Refusal, RequestId};
+use crate::swarm::connection_limits::{
+    CONNECTIONS_PER_PEER_MAX, ConnectionLimits, ConnectionPermit,
+};
+use crate::swarm::metrics::Moved;
+use crate::swarm::node::Node;
+use crate::swarm::rate::PIECE_BYTES;
+use crate::swarm::slots::{Slot, Slots};
+use crate::swarm::uploads::{SendOutcome, UploadDecision, WantedShard};
+use crate::transport::connection::{
+    Connection, ConnectionError, Side, misplaced, read_frame, write_message, write_shard,
+};
+use crate::transport::interface::{Arrival, Transport};
+use crate::transport::stream::{Reader, Writer};
+use crate::transport::wire::{
+    self, Chooser, Frame, MESSAGE_BYTES_MAX, Message, Refusal, RequestId,
+};
 
 /// How long a connection may ask nothing: a fetcher that needs nothing for so long can connect again.
 const IDLE: Duration = Duration::from_secs(60);
 /// How long a write may take, besides what its bytes need at the slowest rate: a reader that stops reading is gone.
 const WRITE: Duration = Duration::from_secs(10);
-/// The slowest rate: 16 KiB/s, as in [`crate::plan`].
+/// The slowest rate: 16 KiB/s, as in [`crate::swarm::plan`].
 const BYTES_PER_MS_MIN: u64 = 16;
 /// Requests of one connection waiting for their answers, of each kind; whoever asks more waits in its own socket.
 const REQUESTS_MAX: usize = 32;
@@ -44,7 +51,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) struct Server {
     pub(crate) node: Arc<Node>,
     pub(crate) chooser: Chooser,
-    seats: Arc<Seats>,
+    limits: Arc<ConnectionLimits>,
     slots: Slots,
 }
 
@@ -53,7 +60,7 @@ impl Server {
         Self {
             node,
             chooser,
-            seats: Arc::new(Seats::new(connections_max)),
+            limits: Arc::new(ConnectionLimits::new(connections_max)),
             slots: Slots::default(),
         }
     }
@@ -79,9 +86,9 @@ impl Server {
     }
 
     fn admit(self: &Arc<Self>, arrival: Box<dyn Arrival>, tracker: &TaskTracker) {
-        let Ok(place) = Arc::clone(&self.seats.places).try_acquire_owned() else {
+        let Ok(place) = Arc::clone(&self.limits.places).try_acquire_owned() else {
             self.node.meter.connection_refused();
-            return turn_away(arrival, self.seats.connections_max);
+            return turn_away(arrival, self.limits.connections_max);
         };
         let server = Arc::clone(self);
         tracker.spawn(async move {
@@ -106,12 +113,12 @@ impl Server {
         let streams = arrival.open().await?;
         let mut connection =
             Connection::prove(streams, &self.node.identity, Side::Acceptor).await?;
-        let refusal = match Seats::take(&self.seats, connection.peer, place) {
+        let refusal = match ConnectionLimits::take(&self.limits, connection.peer, place) {
             _ if self.node.meter.is_banned(&connection.peer) => Refusal::Banned,
             None => Refusal::Full {
                 connections_max: CONNECTIONS_PER_PEER_MAX as u32,
             },
-            Some(seat) => return self.answer_all(connection, &seat).await,
+            Some(permit) => return self.answer_all(connection, &permit).await,
         };
         write_message(&mut connection.writer, &Message::Refused(refusal.clone())).await?;
         Err(ConnectionError::Refused(refusal))
@@ -119,14 +126,18 @@ impl Server {
 
     /// Reads requests and writes answers side by side, so that what a peer is told about us never waits behind the shards
     /// that it asked for.
-    async fn answer_all(&self, connection: Connection, seat: &Seat) -> Result<(), ConnectionError> {
+    async fn answer_all(
+        &self,
+        connection: Connection,
+        permit: &ConnectionPermit,
+    ) -> Result<(), ConnectionError> {
         let Connection { reader, writer, .. } = connection;
         let (says, said) = mpsc::channel(REQUESTS_MAX);
         let (wants, wanted) = mpsc::channel(REQUESTS_MAX);
         // Neither half is started anew, so that a half that loses the race loses nothing that matters.
         tokio::select! {
             read = self.read_requests(reader, &says, &wants) => read,
-            written = self.write_answers(writer, seat.peer, said, wanted) => written,
+            written = self.write_answers(writer, permit.peer, said, wanted) => written,
         }
     }
 
@@ -134,7 +145,7 @@ impl Server {
         &self,
         mut reader: Reader,
         says: &mpsc::Sender<Message>,
-        wants: &mpsc::Sender<Want>,
+        wants: &mpsc::Sender<ShardRequest>,
     ) -> Result<(), ConnectionError> {
         loop {
             let mut reading = pin!(read_frame(&mut reader, MESSAGE_BYTES_MAX));
@@ -151,7 +162,7 @@ impl Server {
                     let answer = self.held(request, &object);
                     says.send(answer).await.is_ok()
                 }
-                other => wants.send(Want::of(other)?).await.is_ok(),
+                other => wants.send(ShardRequest::of(other)?).await.is_ok(),
             };
             if !taken {
                 return Ok(());
@@ -164,7 +175,7 @@ impl Server {
         mut writer: Writer,
         peer: PeerId,
         mut said: mpsc::Receiver<Message>,
-        mut wanted: mpsc::Receiver<Want>,
+        mut wanted: mpsc::Receiver<ShardRequest>,
     ) -> Result<(), ConnectionError> {
         loop {
             let want = tokio::select! {
@@ -217,16 +228,16 @@ impl Server {
         &self,
         writer: &mut Writer,
         peer: PeerId,
-        want: Want,
+        want: ShardRequest,
         slot: Slot<'_>,
     ) -> Result<(), ConnectionError> {
         let request = want.request;
         match self.decide(peer, want.object, want.shard, &want.except)? {
-            Decision::Missing => {
+            UploadDecision::Missing => {
                 drop(slot);
                 self.say(writer, &Message::Missing { request }).await
             }
-            Decision::Busy { retry_ms, holders } => {
+            UploadDecision::Busy { retry_ms, holders } => {
                 drop(slot);
                 self.node.meter.answered_busy();
                 let retry_ms = u32::try_from(retry_ms).unwrap_or(u32::MAX);
@@ -237,7 +248,7 @@ impl Server {
                 };
                 self.say(writer, &busy).await
             }
-            Decision::Send { shard } => {
+            UploadDecision::Send { shard } => {
                 let sending = self.send(writer, peer, request, (want.object, shard));
                 slot.hold(sending).await
             }
@@ -264,12 +275,12 @@ impl Server {
         object: ObjectId,
         shard: Option<u32>,
         except: &[u8],
-    ) -> Result<Decision, ConnectionError> {
+    ) -> Result<UploadDecision, ConnectionError> {
         let (Some(description), Some(held)) = (
             self.node.store.object(&object),
             self.node.store.held(&object),
         ) else {
-            return Ok(Decision::Missing);
+            return Ok(UploadDecision::Missing);
         };
         let except = match shard {
             Some(_) => None,
@@ -281,9 +292,9 @@ impl Server {
             )?),
         };
         let wanted = match (shard, &except) {
-            (Some(shard), _) => Wanted::Shard(shard),
-            (None, Some(except)) => Wanted::AnyBut(except),
-            (None, None) => return Ok(Decision::Missing),
+            (Some(shard), _) => WantedShard::Shard(shard),
+            (None, Some(except)) => WantedShard::AnyBut(except),
+            (None, None) => return Ok(UploadDecision::Missing),
         };
         let now_ms = self.node.now_ms();
         Ok(self
@@ -304,14 +315,14 @@ impl Server {
             peer,
             object,
             shard,
-            outcome: Outcome::Failed,
+            outcome: SendOutcome::Failed,
         };
         let Some(bytes) = self.node.store.shard(&object, shard) else {
             return self.say(stream, &Message::Missing { request }).await;
         };
         let length = bytes.len();
         self.upload(stream, request, shard, bytes).await?;
-        sending.outcome = Outcome::Sent;
+        sending.outcome = SendOutcome::Sent;
         self.node.meter.moved(&object, &peer, Moved::Up, length);
         Ok(())
     }
@@ -351,7 +362,7 @@ struct Sending<'a> {
     peer: PeerId,
     object: ObjectId,
     shard: u32,
-    outcome: Outcome,
+    outcome: SendOutcome,
 }
 
 impl Drop for Sending<'_> {
@@ -365,7 +376,7 @@ impl Drop for Sending<'_> {
 
 /// A request for a shard.
 #[derive(Debug)]
-struct Want {
+struct ShardRequest {
     request: RequestId,
     object: ObjectId,
     /// Which; any but `except` otherwise.
@@ -373,7 +384,7 @@ struct Want {
     except: Vec<u8>,
 }
 
-impl Want {
+impl ShardRequest {
     fn of(frame: Frame) -> Result<Self, ConnectionError> {
         match frame {
             Frame::Message(Message::Want {

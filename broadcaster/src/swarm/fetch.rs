@@ -1,7 +1,7 @@
 //! The fetch of one object: connects to the peers that are known, as they become known, does what the plan decides, and
 //! hands out the whole.
 //!
-//! The decisions are in [`crate::plan`]; here are sockets, timers and the book of peers. Shards are kept and served to
+//! The decisions are in [`crate::swarm::plan`]; here are sockets, timers and the book of peers. Shards are kept and served to
 //! others from the moment they are verified; a fetch that fails leaves them in the store for the next one.
 
 use std::collections::BTreeMap;
@@ -15,23 +15,24 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::bitmap::Bitmap;
-use crate::link::{Link, LinkError, LinkEvent, LinkId};
-use crate::meter::Ban;
-use crate::node::{Book, Node};
-use crate::plan::{
-    Action, Answer, Ask, BYTES_PER_MS_MIN, Fault, Hope, Patience, Plan, ShardVerdict,
-};
 use crate::store::StoreError;
-use crate::wire::{Message, RequestId};
+use crate::swarm::link::{Link, LinkError, LinkEvent, LinkId};
+use crate::swarm::metrics::Ban;
+use crate::swarm::node::{Book, Node};
+use crate::swarm::plan::{
+    Action, Availability, BYTES_PER_MS_MIN, Fault, FetchPlan, Patience, PeerReply, PeerRequest,
+    ShardVerdict,
+};
+use crate::transport::wire::{Message, RequestId};
 
 /// Reports of all links waiting to be looked at; a link waits when there is no room, and its peer with it.
 const EVENTS_MAX: usize = 256;
 /// Wait before a peer that could not be reached is tried again; doubles with each failure in a row.
 const REDIAL_MS_MIN: u64 = 100;
 const REDIAL_MS_MAX: u64 = 10_000;
-/// How long nobody within reach may hold what is missing, or come by it, before the object counts as forsaken: longer than
+/// How long nobody within reach may hold what is missing, or come by it, before the object counts as unreachable: longer than
 /// a handshake and an answer take.
-const FORSAKEN_MS: u64 = 1_500;
+const UNREACHABLE_MS: u64 = 1_500;
 /// Longest sleep of the loop: a fetch without peers looks at its own patience this often.
 const SLEEP_MS_MAX: u64 = 1_000;
 
@@ -80,7 +81,7 @@ struct Pin<'a> {
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
         self.node.store.unpin(&self.id);
-        self.node.is_found(&self.id);
+        self.node.mark_reachable(&self.id);
     }
 }
 
@@ -141,7 +142,7 @@ struct Fetch<'a> {
     node: &'a Arc<Node>,
     object: &'a Arc<Object>,
     id: ObjectId,
-    plan: Plan,
+    plan: FetchPlan,
     book: watch::Receiver<Book>,
     dials: BTreeMap<PeerId, Dial>,
     links: BTreeMap<LinkId, AbortHandle>,
@@ -164,7 +165,7 @@ impl<'a> Fetch<'a> {
             request_ms: node.request_ms,
         };
         Self {
-            plan: Plan::new(object.shard_bytes, held, patience, rand::random()),
+            plan: FetchPlan::new(object.shard_bytes, held, patience, rand::random()),
             book: node.book.subscribe(),
             dials: BTreeMap::new(),
             links: BTreeMap::new(),
@@ -224,24 +225,24 @@ impl<'a> Fetch<'a> {
     /// that only promise are believed as long as any request may take, and peers that fetch too while they get on.
     fn check_hope(&mut self, now_ms: u64) {
         let hope = self.plan.hope();
-        if hope != Hope::Nobody {
+        if hope != Availability::Nobody {
             self.hope_at_ms = now_ms;
         }
         let (since_ms, patience_ms) = match hope {
-            Hope::Holders => (
+            Availability::Holders => (
                 self.progress_at_ms,
                 self.node.request_ms + self.slowest_ms(),
             ),
-            Hope::Fetchers => {
+            Availability::Fetchers => {
                 let news_at_ms = self.plan.news_at_ms().max(self.progress_at_ms);
-                (news_at_ms, FORSAKEN_MS + self.plan.next_shard_ms())
+                (news_at_ms, UNREACHABLE_MS + self.plan.next_shard_ms())
             }
-            Hope::Nobody => (self.hope_at_ms, FORSAKEN_MS),
+            Availability::Nobody => (self.hope_at_ms, UNREACHABLE_MS),
         };
         if now_ms.saturating_sub(since_ms) < patience_ms {
-            self.node.is_found(&self.id);
+            self.node.mark_reachable(&self.id);
         } else {
-            self.node.is_missed(self.id);
+            self.node.mark_unreachable(self.id);
         }
     }
 
@@ -326,7 +327,7 @@ impl<'a> Fetch<'a> {
     fn act(&mut self, now_ms: u64) {
         for action in self.plan.decide(now_ms) {
             match action {
-                Action::Ask {
+                Action::PeerRequest {
                     source,
                     request,
                     ask,
@@ -336,16 +337,16 @@ impl<'a> Fetch<'a> {
         }
     }
 
-    fn ask(&mut self, source: PeerId, request: RequestId, ask: Ask) {
+    fn ask(&mut self, source: PeerId, request: RequestId, ask: PeerRequest) {
         let object = self.id;
         let message = match ask {
-            Ask::Have => Message::Have { request, object },
-            Ask::Shard(shard) => Message::Want {
+            PeerRequest::Have => Message::Have { request, object },
+            PeerRequest::Shard(shard) => Message::Want {
                 request,
                 object,
                 shard,
             },
-            Ask::AnyBut(except) => Message::WantAny {
+            PeerRequest::AnyBut(except) => Message::WantAny {
                 request,
                 object,
                 except: except.as_bytes().to_vec(),
@@ -383,7 +384,7 @@ impl<'a> Fetch<'a> {
             LinkEvent::Unkept(error) => return Err(error.into()),
             _ if !self.links.contains_key(&link) => {}
             LinkEvent::Up { source, asks } => self.on_up(link, source, asks, now_ms),
-            LinkEvent::Answer(answer) => self.on_answer(link, answer, now_ms),
+            LinkEvent::PeerReply(answer) => self.on_answer(link, answer, now_ms),
             LinkEvent::Down(error) => self.on_down(link, &error),
         }
         Ok(())
@@ -401,7 +402,7 @@ impl<'a> Fetch<'a> {
         }
     }
 
-    fn on_answer(&mut self, link: LinkId, answer: Answer, now_ms: u64) {
+    fn on_answer(&mut self, link: LinkId, answer: PeerReply, now_ms: u64) {
         let source = self
             .partners
             .iter()
@@ -409,7 +410,7 @@ impl<'a> Fetch<'a> {
         let Some(source) = source.map(|(source, _)| *source) else {
             return;
         };
-        if let Answer::Shard {
+        if let PeerReply::Shard {
             verdict: ShardVerdict::Good,
             ..
         } = answer
