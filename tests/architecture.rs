@@ -74,7 +74,7 @@ const UNSAFE_FILES: [(&str, &str); 13] = [
         "threads use blocks of one memory, each those that no other writes",
     ),
     (
-        "policy/src/kernels/fused/matmul.rs",
+        "policy/src/kernels/matmul.rs",
         "the matrix product of the `gemm` crate takes pointers and strides",
     ),
     (
@@ -86,11 +86,11 @@ const UNSAFE_FILES: [(&str, &str); 13] = [
         "threads write columns of one matrix, each its own, which no slice can say; and fill memory that the system cleared",
     ),
     (
-        "policy/src/kernels/fused/team.rs",
+        "policy/src/kernels/threads.rs",
         "a loop's body borrows from its caller while other threads run it",
     ),
     (
-        "policy/src/kernels/fused/vector.rs",
+        "policy/src/kernels/simd.rs",
         "a function compiled for wider vectors is called after the processor was asked for them",
     ),
     (

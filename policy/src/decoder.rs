@@ -6,9 +6,9 @@
 use std::ops::Range;
 use std::rc::Rc;
 
+use crate::error::PolicyError;
 use crate::kernels::{Batch, Kernels, Paged};
 use crate::layout::{Block, Layout, Linear};
-use crate::policy::PolicyError;
 
 /// Hidden states after the last norm, `[M, hidden]`, at `wanted` `[M]` (indices into the packed batch, rising).
 ///

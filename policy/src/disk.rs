@@ -4,6 +4,12 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+/// Largest `config.json` read: the longest in use have a few KiB.
+pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// Largest weight file read, 1 TiB. It stops a read that follows a device file; no model comes near it.
+pub(crate) const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
+
 /// Why a file was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {

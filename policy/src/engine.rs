@@ -1,7 +1,7 @@
 //! Generation: an engine that lives as long as its worker. Groups of requests are submitted at any time, rows of
 //! different lengths, prompts and versions decode together, and a finished row's slot is taken by the next request.
 //!
-//! [`scheduler`] decides (pure), [`machine`] computes, this file draws tokens and keeps the answers. Knows nothing of
+//! [`scheduler`] decides (pure), [`executor`] computes, this file draws tokens and keeps the answers. Knows nothing of
 //! rewards or leases. Invariant: a completion depends on its own request and the versions that it ran under only, up to
 //! the rounding of the products it shares with other rows; keys and values belong to one version.
 
@@ -11,13 +11,16 @@ use std::sync::Arc;
 
 use crate::config::Config;
 use crate::device::free_bytes;
+use crate::error::PolicyError;
 use crate::kernels::BLOCK;
-use crate::kernels::fused::Threads;
-use crate::policy::{Policy, PolicyError, check_temperature};
+use crate::kernels::threads::Threads;
+use crate::policy::{Policy, Prepared, check_temperature};
 use crate::sampling::{Sampling, uniform};
 
 use draws::{Draw, Drawn};
-use machine::{Machine, Outcome, machine};
+use executor::candle::CandleExecutor;
+use executor::fused::FusedExecutor;
+use executor::{Executor, Outcome};
 pub use scheduler::ScheduleStats;
 use scheduler::{Epoch, Feed, Limits, Scheduler, Sequence};
 use stops::StopWatch;
@@ -25,7 +28,7 @@ pub use stops::{StopAt, StopStrings};
 
 mod blocks;
 mod draws;
-mod machine;
+mod executor;
 mod scheduler;
 mod stops;
 
@@ -218,7 +221,7 @@ struct Gathering {
 /// A long-lived generator. It lives on one thread; [`Policy`]s come in and completions go out.
 pub struct Engine {
     scheduler: Scheduler,
-    machine: Box<dyn Machine>,
+    executor: Box<dyn Executor>,
     live: BTreeMap<Epoch, Live>,
     underway: BTreeMap<Sequence, Underway>,
     groups: BTreeMap<GroupId, Gathering>,
@@ -266,12 +269,15 @@ impl Engine {
             blocks,
             block: BLOCK,
         };
-        let mut machine = machine(&policy, blocks)?;
-        machine.adopt(0, &policy);
+        let mut executor: Box<dyn Executor> = match policy.prepared() {
+            Prepared::Fused(weights) => Box::new(FusedExecutor::new(&policy, weights, blocks)?),
+            Prepared::Candle(weights) => Box::new(CandleExecutor::new(&policy, weights, blocks)?),
+        };
+        executor.adopt(0, &policy);
         let threads = policy.threads().clone();
         Ok(Self {
             scheduler: Scheduler::new(limits),
-            machine,
+            executor,
             live: BTreeMap::from([(0, Live { policy, version })]),
             underway: BTreeMap::new(),
             groups: BTreeMap::new(),
@@ -400,7 +406,7 @@ impl Engine {
             return Err(PolicyError::OtherShape { version });
         }
         let epoch = newest + 1;
-        self.machine.adopt(epoch, &policy);
+        self.executor.adopt(epoch, &policy);
         self.live.insert(epoch, Live { policy, version });
         for (sequence, underway) in &self.underway {
             if underway.request.weights == WeightsRule::InFlight {
@@ -417,12 +423,12 @@ impl Engine {
             return;
         };
         let scheduler = &mut self.scheduler;
-        let machine = &mut self.machine;
+        let executor = &mut self.executor;
         self.live.retain(|&epoch, _| {
             let used = epoch == newest || scheduler.uses_epoch(epoch);
             if !used {
                 scheduler.forget_epoch(epoch);
-                machine.forget(epoch);
+                executor.forget(epoch);
             }
             used
         });
@@ -435,13 +441,13 @@ impl Engine {
     pub fn step(&mut self) -> Result<Vec<Answered>, PolicyError> {
         let plan = self.scheduler.plan();
         let Self {
-            machine,
+            executor,
             underway,
             threads,
             live,
             ..
         } = self;
-        let outcomes = machine.run(&plan, &|feeds, logits| {
+        let outcomes = executor.run(&plan, &|feeds, logits| {
             let epoch = feeds.first().map_or(0, |feed| feed.epoch); // of all that are computed together
             let version = live.get(&epoch).map_or(0, |live| live.version);
             let draws: Vec<Draw> = draws_of(feeds, underway).collect();

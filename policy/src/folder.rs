@@ -9,10 +9,11 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::config::{Config, ConfigError, TokenIds};
-use crate::disk::{DiskError, create_folder, read_file, write_atomically};
+use crate::disk::{CONFIG_BYTES_MAX, DiskError, create_folder, read_file, write_atomically};
+use crate::error::PolicyError;
 use crate::kernels::KernelSet;
-use crate::kernels::fused::Threads;
-use crate::policy::{CONFIG_BYTES_MAX, Policy, PolicyError, read_config, read_model};
+use crate::kernels::threads::Threads;
+use crate::policy::{Policy, read_config, read_model};
 use crate::text::{CHAT_FILE, Tokenizer, TokenizerError};
 use crate::weights::Image;
 

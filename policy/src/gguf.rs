@@ -12,13 +12,13 @@ use half::bf16;
 use serde_json::json;
 
 use crate::config::{Config, ConfigError, TokenIds};
+use crate::disk::WEIGHTS_BYTES_MAX;
 use crate::disk::{DiskError, create_folder, write_atomically};
 use crate::gguf::blocks::ELEMENTS_AT_ONCE;
 use crate::gguf::description::{Description, ROPE_FACTORS, turned};
 use crate::gguf::reader::{Container, Tensor};
 use crate::gguf::vocabulary::Vocabulary;
 use crate::layout::{Layout, Parameter};
-use crate::policy::WEIGHTS_BYTES_MAX;
 use crate::text::{CHAT_FILE, Tokenizer, TokenizerError};
 use crate::weights::Mapping;
 use crate::weights::{HeaderTensor, Storage, header};

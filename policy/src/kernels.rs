@@ -9,12 +9,16 @@ use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::gradient::Gradients;
+use self::gradients::Gradients;
+use crate::error::PolicyError;
 use crate::layout::{Attention, Block, HeadNorms, Linear};
-use crate::policy::PolicyError;
 
 pub(crate) mod candle;
 pub(crate) mod fused;
+pub(crate) mod gradients;
+pub(crate) mod matmul;
+pub(crate) mod simd;
+pub(crate) mod threads;
 
 /// Which implementation of the operations runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

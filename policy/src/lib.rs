@@ -14,19 +14,18 @@ mod decoder;
 mod device;
 mod disk;
 mod engine;
+mod error;
 mod folder;
 mod gguf;
-mod gradient;
 mod kernels;
 mod layout;
-mod optimizer;
 mod policy;
+mod roofline;
 mod sampling;
 mod score;
-mod supervised;
 mod text;
+mod training;
 mod weights;
-mod yardstick;
 
 #[cfg(test)]
 mod testing;
@@ -40,20 +39,22 @@ pub use engine::{
     Answered, Completion, Engine, EngineConfig, Finish, GenerationRequest, GroupId, ScheduleStats,
     Span, StopAt, StopStrings, WeightsRule, generate,
 };
+pub use error::PolicyError;
 pub use folder::{FolderError, ModelFolder, RunningModel};
 pub use gguf::{GgufError, GgufImport, import_gguf};
-pub use gradient::{Coefficients, Gradients, Pass, TrainRow, gradients};
 pub use kernels::KernelSet;
-pub use kernels::fused::Threads;
+pub use kernels::gradients::Gradients;
+pub use kernels::threads::Threads;
 pub use layout::{Layout, Parameter};
-pub use optimizer::{AdamW, Master, OptimizerError, Update};
-pub use policy::{Policy, PolicyError, TokenCost};
+pub use policy::{Policy, TokenCost};
+pub use roofline::Roofline;
 pub use sampling::{Distribution, Sampling, uniform};
 pub use score::{ScoreRow, TokenScore, logprobs, score};
-pub use supervised::{Supervised, supervised};
 pub use text::{
     ChatError, ChatTemplate, Message, Rendering, Speaker, TokenBytes, Tokenizer, TokenizerError,
     character_tokenizer,
 };
+pub use training::optimizer::{AdamW, Master, OptimizerError, Update};
+pub use training::pass::{Coefficients, Pass, TrainRow, gradients};
+pub use training::supervised::{Supervised, supervised};
 pub use weights::{Image, ImageBytes, Storage, TensorEntry, WeightsError, shard_names};
-pub use yardstick::Yardstick;

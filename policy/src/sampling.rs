@@ -4,7 +4,7 @@
 //! temperature and nothing else. Knows no model: logits in, tokens and probabilities out. Invariant: worker and critic
 //! run this same code, so that honest answers differ by no more than their logits do.
 
-use crate::kernels::fused::vector::{LANES, exp_f64, largest, vectorised};
+use crate::kernels::simd::{LANES, exp_f64, largest, vectorised};
 
 /// Tokens per block of the cumulative sum, which is scanned in two levels so that large vocabularies stay cheap.
 const BLOCK: usize = 64;

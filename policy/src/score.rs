@@ -7,10 +7,12 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use crate::decoder;
+use crate::error::PolicyError;
 use crate::kernels::candle::Candle;
-use crate::kernels::fused::{Fused, Threads};
+use crate::kernels::fused::Fused;
+use crate::kernels::threads::Threads;
 use crate::kernels::{Batch, Kernels, Text};
-use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
+use crate::policy::{Policy, Prepared, check_temperature};
 use crate::sampling::Distribution;
 
 /// Tokens of one forward pass; more rows are scored in several, over the same memory. Enough that reading the weights costs

@@ -9,8 +9,8 @@ use rand_chacha::ChaCha8Rng;
 use crate::config::{Architecture, Config, LayerType, Rope, RopeScaling};
 use crate::kernels::KernelSet;
 use crate::layout::Layout;
-use crate::optimizer::Master;
 use crate::policy::Policy;
+use crate::training::optimizer::Master;
 use crate::weights::{Image, Storage};
 
 /// Two layers, grouped heads, sizes that are no multiples of a vector.

@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 
 use super::scheduler::Sequence;
-use crate::kernels::fused::Threads;
+use crate::kernels::threads::Threads;
 use crate::sampling::Distribution;
 
 /// Logits that are worth handing to another thread: some tens of microseconds.

@@ -482,7 +482,7 @@ fn an_answer_that_goes_on_over_stale_keys_and_values_stands_out() {
         engine.step().unwrap();
     }
     // The dishonest swap: new weights under the old epoch, so that nothing is read again.
-    engine.machine.adopt(0, &new);
+    engine.executor.adopt(0, &new);
     engine.live.insert(
         0,
         Live {
@@ -581,7 +581,7 @@ impl StaleCase {
     fn policies(&self) -> [Policy; 2] {
         let config = Config::parse(&self.config.to_string()).unwrap();
         self.weights_seeds.map(|seed| {
-            let master = crate::optimizer::Master::init(&config, seed).unwrap();
+            let master = crate::training::optimizer::Master::init(&config, seed).unwrap();
             let values: Vec<f32> = master.values().iter().map(|v| v * self.scale).collect();
             let layout = crate::layout::Layout::new(&config);
             let storage = crate::weights::Storage::F32;
@@ -609,7 +609,7 @@ impl StaleCase {
         for _ in 0..self.swap_after {
             engine.step().unwrap();
         }
-        engine.machine.adopt(0, &new);
+        engine.executor.adopt(0, &new);
         engine.live.insert(
             0,
             Live {

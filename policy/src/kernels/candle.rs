@@ -11,10 +11,10 @@ use std::sync::Arc;
 use candle_core::{D, DType, Device, Tensor, Var};
 
 use crate::config::{Activation, Config, Rope};
-use crate::gradient::Gradients;
+use crate::error::PolicyError;
+use crate::kernels::gradients::Gradients;
 use crate::kernels::{BLOCK, Kernels, Paged, Row, Selected};
 use crate::layout::{Attention, Block, HeadNorms, Layout, Linear};
-use crate::policy::PolicyError;
 
 /// Parameters on a device, one variable per block.
 #[derive(Debug)]

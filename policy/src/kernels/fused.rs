@@ -7,35 +7,35 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::gradient::Gradients;
+use crate::error::PolicyError;
+use crate::kernels::gradients::Gradients;
+use crate::kernels::matmul::{Matrix, Onto, multiply};
+use crate::kernels::threads::Threads;
 use crate::kernels::{Kernels, Paged, Row, Selected};
 use crate::layout::{Attention, Block, HeadNorms, Linear};
-use crate::policy::PolicyError;
 
+pub(crate) use array::Array;
 use attention::Turn;
 use buffer::Buffer;
 pub(crate) use buffer::Pool;
 pub(crate) use cache::CacheLayer;
 use head::Shaping;
-use matmul::{Matrix, Onto, multiply};
 use tape::{Record, Tape};
 
 pub(crate) use model::FusedWeights;
-pub use team::Threads;
 
+mod array;
 mod attention;
 mod buffer;
 mod cache;
 mod elementwise;
 mod head;
-pub(crate) mod matmul;
+mod heads;
 mod memory;
 mod model;
 mod panels;
 mod rotary;
 mod tape;
-mod team;
-pub(crate) mod vector;
 
 /// Elements of a norm, and of an activation with its exponential, that are worth handing to another thread: some
 /// microseconds.
@@ -45,25 +45,6 @@ const EXPONENTIALS: usize = 1 << 12;
 /// Rows of `width` that have so many elements.
 fn rows_of(width: usize, elements: usize) -> usize {
     (elements / width.max(1)).max(1)
-}
-
-/// An activation `[N, width]`.
-#[derive(Debug, Clone)]
-pub(crate) struct Array {
-    /// Names it on the tape.
-    id: usize,
-    width: usize,
-    data: Rc<Buffer>,
-}
-
-impl Array {
-    fn rows(&self) -> usize {
-        self.data.len() / self.width
-    }
-
-    fn matrix(&self) -> Matrix<'_> {
-        Matrix::new(&self.data, self.rows(), self.width)
-    }
 }
 
 /// One pass over the decoder.

@@ -3,10 +3,10 @@ use std::sync::Arc;
 
 use super::*;
 use crate::engine::{Completion, EngineConfig, GenerationRequest, generate};
-use crate::gradient::{TrainRow, gradients};
 use crate::sampling::Sampling;
 use crate::score::{ScoreRow, TokenScore, score};
 use crate::testing::{families, image, policy, texts, tiny};
+use crate::training::pass::{TrainRow, gradients};
 use crate::weights::Storage;
 
 fn threads(count: usize) -> Threads {

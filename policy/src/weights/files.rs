@@ -14,8 +14,8 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 
 use super::mapping::Mapping;
 use super::{WeightsError, explained};
-use crate::disk::{DiskError, read_file};
-use crate::policy::{PolicyError, WEIGHTS_BYTES_MAX};
+use crate::disk::{DiskError, WEIGHTS_BYTES_MAX, read_file};
+use crate::error::PolicyError;
 
 /// The one file of a model that is not split.
 const SINGLE: &str = "model.safetensors";

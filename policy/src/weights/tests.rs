@@ -2,8 +2,8 @@ use proptest::prelude::*;
 use safetensors::tensor::{SafeTensors, TensorView};
 
 use super::*;
-use crate::optimizer::Master;
 use crate::testing::{gemma3, image, tiny, untied};
+use crate::training::optimizer::Master;
 
 /// The image's tensors, changed, as another program would write them.
 fn rewritten(

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use muster_policy::{
     Device, EngineConfig, GenerationRequest, ModelFolder, Policy, Sampling, ScoreRow, Threads,
-    TokenCost, TrainRow, Yardstick, generate, gradients, score,
+    TokenCost, TrainRow, Roofline, generate, gradients, score,
 };
 
 use super::shape::{Shape, Stored};
@@ -72,7 +72,7 @@ pub(super) struct PolicyArgs {
         long,
         value_name = "WHAT,…",
         value_delimiter = ',',
-        default_value = "yardstick,decode,prefill,score,train,first"
+        default_value = "roofline,decode,prefill,score,train,first"
     )]
     measure: Vec<What>,
     /// Rounds, of which medians are taken
@@ -92,7 +92,7 @@ pub(super) struct PolicyArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
     /// The machine itself: reading memory, multiplying matrices
-    Yardstick,
+    Roofline,
     /// Answers of rows that decode together
     Decode,
     /// Prompts
@@ -117,7 +117,7 @@ struct Report {
     /// Bytes of weights that inference reads for a token.
     weight_bytes: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
-    yardstick: Option<Machine>,
+    roofline: Option<Machine>,
     figures: Vec<Figure>,
     #[serde(skip_serializing_if = "Option::is_none")]
     first_token_seconds: Option<Spread>,
@@ -266,7 +266,7 @@ impl<'a> Bench<'a> {
         }
         let peak_bytes_trained = peak_memory().filter(|_| self.wants(What::Train));
         // Last, since the memory that is swept is none that the policy needs.
-        let yardstick = self.wants(What::Yardstick).then(|| self.machine());
+        let roofline = self.wants(What::Roofline).then(|| self.machine());
         let cost = self.policy.token_cost();
         let figures = series.into_iter();
         Ok(Report {
@@ -277,9 +277,9 @@ impl<'a> Bench<'a> {
             answer_tokens: self.answer,
             rounds: self.args.rounds.get(),
             weight_bytes: cost.weight_bytes,
-            yardstick,
+            roofline,
             figures: figures
-                .map(|series| series.figure(yardstick, cost))
+                .map(|series| series.figure(roofline, cost))
                 .collect(),
             first_token_seconds: (!first.is_empty()).then(|| Spread::of(first)),
             peak_bytes,
@@ -291,7 +291,7 @@ impl<'a> Bench<'a> {
 
     fn machine(&self) -> Machine {
         let sweep = memory_available().map_or(SWEEP_BYTES, |bytes| SWEEP_BYTES.min(bytes / 4));
-        let found = Yardstick::measure(&self.threads, sweep as usize);
+        let found = Roofline::measure(&self.threads, sweep as usize);
         Machine {
             read_bytes_per_second: found.read_bytes_per_second,
             multiply_adds_per_second: found.multiply_adds_per_second,
@@ -490,7 +490,7 @@ fn print(report: &Report) -> Result<()> {
         report.answer_tokens,
         report.rounds
     ))?;
-    if let Some(machine) = report.yardstick {
+    if let Some(machine) = report.roofline {
         say(&format!(
             "this machine reads {:.1} GB/s and does {:.0} billion multiply-adds a second",
             machine.read_bytes_per_second / 1e9,

@@ -10,54 +10,20 @@ use std::ops::Range;
 
 use super::cache::{CacheLayer, CachedHead};
 use super::elementwise;
+use super::heads::Heads;
 use super::rotary::{Angles, Rotary};
-use super::team::Threads;
-use super::vector::{
+use crate::kernels::Row;
+use crate::kernels::simd::{
     LANES, add_scaled, dot, exp, exp_shifted, largest, row_product, tanh, vectorised,
 };
-use crate::kernels::Row;
-use crate::layout::{Attention, Block, HeadNorms};
+use crate::kernels::threads::Threads;
+use crate::layout::Attention;
 
 /// Positions are padded to a multiple of this where keys lie transposed, so that no scores are computed one by one.
 const PADDING: usize = LANES;
 
 /// Work that is worth handing to another thread, in multiply-adds: some microseconds, since these products are short.
 const PART: usize = 1 << 16;
-
-/// Sizes of one attention layer.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) query: usize,
-    pub(crate) key: usize,
-    pub(crate) dim: usize,
-}
-
-impl Heads {
-    /// Width of q, k and v of one token together.
-    pub(crate) fn width(self) -> usize {
-        (self.query + 2 * self.key) * self.dim
-    }
-
-    /// Query heads that share one key head.
-    fn group(self) -> usize {
-        self.query / self.key
-    }
-
-    /// Where key head `j` starts within a token; its values start `key·dim` later.
-    pub(super) fn key_offset(self, j: usize) -> usize {
-        (self.query + j) * self.dim
-    }
-
-    pub(super) fn value_offset(self, j: usize) -> usize {
-        (self.query + self.key + j) * self.dim
-    }
-
-    /// The norms on q and k, and the columns of a token that each works on.
-    pub(crate) fn normed(self, norms: &HeadNorms) -> [(&Block, Range<usize>); 2] {
-        let (keys, values) = (self.key_offset(0), self.value_offset(0));
-        [(&norms.query, 0..keys), (&norms.key, keys..values)]
-    }
-}
 
 /// Whether angles are added or taken off again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 
-use super::attention::Heads;
+use super::heads::Heads;
 use super::memory::Memory;
-use super::vector::row_product;
 use crate::kernels::BLOCK;
+use crate::kernels::simd::row_product;
 
 /// Keys `[blocks, KV, D, BLOCK]` and values `[blocks, KV, BLOCK, D]`.
 ///

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::vector::{dot, exp, tanh, vectorised};
 use crate::config::Activation;
-use crate::kernels::fused::matmul::Onto;
+use crate::kernels::matmul::Onto;
+use crate::kernels::simd::{dot, exp, tanh, vectorised};
 
 /// `√(2/π)`, of the tanh form of the Gaussian error linear unit.
 const GELU_SLOPE: f32 = 0.797_884_6;

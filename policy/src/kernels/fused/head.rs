@@ -1,9 +1,9 @@
 //! The head: log-probabilities of chosen tokens from hidden states, never keeping more than a chunk of logits.
 
 use super::elementwise::soft_cap;
-use super::matmul::{Matrix, Onto, multiply};
-use super::vector::{dot, exp_shifted, largest, vectorised};
 use crate::kernels::Selected;
+use crate::kernels::matmul::{Matrix, Onto, multiply};
+use crate::kernels::simd::{dot, exp_shifted, largest, vectorised};
 
 /// What is made of logits before the softmax.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -7,13 +7,13 @@
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
-use super::attention::Heads;
 use super::elementwise::NormConstants;
-use super::matmul::{Matrix, Onto};
+use super::heads::Heads;
 use super::panels::{Kept, Panels};
 use super::rotary::Rotary;
-use super::team::Threads;
 use crate::config::{Config, Family};
+use crate::kernels::matmul::{Matrix, Onto};
+use crate::kernels::threads::Threads;
 use crate::layout::{Block, Layout};
 use crate::weights::{Format, Image, StoredTensor};
 

@@ -9,23 +9,16 @@ use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::matmul::Onto;
-use super::team::{Split, Threads};
-use super::vector::{Width, multiply_add, vectorised, width};
+use crate::kernels::matmul::Onto;
+use crate::kernels::simd::{Width, multiply_add, vectorised, width};
+use crate::kernels::threads::{Split, Threads};
 
 pub(crate) use lane::Kept;
-use lane::{Full, Half, Lane, Quantised, TOGETHER, widen_narrow, widen_wide};
+use lane::{Full, Half, Lane, NARROW, Quantised, TOGETHER, WIDE, widen_narrow, widen_wide};
 
 use crate::weights::StoredTensor;
 
 mod lane;
-
-/// Columns of a panel where vectors have sixteen elements: two registers for each of eight rows and the weights take
-/// eighteen of thirty-two.
-const WIDE: usize = 32;
-/// Columns where vectors have eight elements or fewer: two registers for each of six rows and the weights take fourteen of
-/// sixteen.
-const NARROW: usize = 16;
 
 /// Work that is worth handing to another thread, in multiply-adds: some microseconds.
 const PART: usize = 1 << 18;

@@ -7,13 +7,15 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::array::Array;
 use super::attention::{self, Attended, Turn};
 use super::buffer::{Buffer, Pool};
+use super::elementwise;
 use super::head::{self, Shaping};
-use super::matmul::{Matrix, Onto, multiply};
-use super::{Array, FusedWeights, elementwise};
-use crate::gradient::Gradients;
+use super::model::FusedWeights;
 use crate::kernels::Row;
+use crate::kernels::gradients::Gradients;
+use crate::kernels::matmul::{Matrix, Onto, multiply};
 use crate::layout::{Attention, Block, HeadNorms, Linear};
 
 /// One operation and what its derivative needs. Numbers name arrays.

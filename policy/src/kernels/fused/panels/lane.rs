@@ -6,9 +6,15 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::{NARROW, WIDE};
-use crate::kernels::fused::vector::vectorised;
+use crate::kernels::simd::vectorised;
 use crate::weights::{Format, StoredTensor};
+
+/// Columns of a panel where vectors have sixteen elements: two registers for each of eight rows and the weights take
+/// eighteen of thirty-two.
+pub(super) const WIDE: usize = 32;
+/// Columns where vectors have eight elements or fewer: two registers for each of six rows and the weights take fourteen of
+/// sixteen.
+pub(super) const NARROW: usize = 16;
 
 /// Inputs transposed together when panels are made, so that what is written stays in the first level of cache, and inputs
 /// that share a scale.

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use half::bf16;
 
 use super::*;
-use crate::kernels::fused::matmul::{Matrix, multiply};
+use crate::kernels::matmul::{Matrix, multiply};
 use crate::weights::{Storage, StoredTensor};
 
 /// Whole numbers, so that every sum is exact and every order of it gives the same.

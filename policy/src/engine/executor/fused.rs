@@ -10,12 +10,14 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Draws, Machine, Outcome, by_epoch, run_rows};
+use super::{Draws, Executor, Outcome, by_epoch, run_rows};
 use crate::engine::scheduler::{Epoch, Feed, Plan};
-use crate::kernels::fused::{CacheLayer, Fused, FusedWeights, Pool, Threads};
+use crate::error::PolicyError;
+use crate::kernels::fused::{CacheLayer, Fused, FusedWeights, Pool};
+use crate::kernels::threads::Threads;
 use crate::kernels::{BLOCK, Kernels, Paged};
 use crate::layout::Layout;
-use crate::policy::{Policy, PolicyError, Prepared};
+use crate::policy::{Policy, Prepared};
 
 /// Tokens of a part, at least, where every thread has one; fewer would not be worth reading the weights for.
 const TOKENS_MIN: usize = 2;
@@ -24,7 +26,7 @@ const TOKENS_MIN: usize = 2;
 const TOKENS_ENOUGH: usize = 32;
 
 /// The fused kernels of every epoch.
-pub(super) struct Dealt {
+pub(in crate::engine) struct FusedExecutor {
     layers: Vec<Arc<CacheLayer>>,
     weights: BTreeMap<Epoch, Arc<FusedWeights>>,
     layout: Arc<Layout>,
@@ -44,8 +46,8 @@ thread_local! {
     static BENCH: RefCell<Bench> = RefCell::default();
 }
 
-impl Dealt {
-    pub(super) fn new(
+impl FusedExecutor {
+    pub(in crate::engine) fn new(
         policy: &Policy,
         weights: &Arc<FusedWeights>,
         blocks: usize,
@@ -80,7 +82,7 @@ impl Dealt {
     }
 }
 
-impl Machine for Dealt {
+impl Executor for FusedExecutor {
     fn adopt(&mut self, epoch: Epoch, policy: &Policy) {
         if let Prepared::Fused(weights) = policy.prepared() {
             self.weights.insert(epoch, Arc::clone(weights));

@@ -9,9 +9,9 @@ use safetensors::tensor::SafeTensors;
 
 use super::{Master, OptimizerError};
 use crate::config::Config;
+use crate::disk::WEIGHTS_BYTES_MAX;
 use crate::disk::{read_file, write_atomically};
 use crate::layout::Layout;
-use crate::policy::WEIGHTS_BYTES_MAX;
 use crate::weights::{HeaderTensor, Storage, header};
 
 /// Name and version of the format.

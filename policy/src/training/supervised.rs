@@ -2,8 +2,9 @@
 
 use std::num::NonZeroUsize;
 
-use crate::gradient::{Pass, TrainRow, gradients};
-use crate::policy::{Policy, PolicyError};
+use crate::error::PolicyError;
+use crate::policy::Policy;
+use crate::training::pass::{Pass, TrainRow, gradients};
 
 /// A training pass and its loss.
 #[derive(Debug, Clone)]

@@ -3,10 +3,11 @@ use std::num::NonZeroUsize;
 use candle_core::Device;
 
 use super::*;
-use crate::gradient::TrainRow;
 use crate::kernels::KernelSet;
 use crate::policy::Policy;
 use crate::testing::{texts, tiny, untied};
+use crate::training::pass::TrainRow;
+use crate::training::supervised::supervised;
 
 fn gradients(master: &Master, seed: u64) -> Gradients {
     let config = master.config();
@@ -19,7 +20,7 @@ fn gradients(master: &Master, seed: u64) -> Gradients {
             targets: std::iter::once(1..text.len()).collect(),
         })
         .collect();
-    crate::supervised(&policy, &rows, NonZeroUsize::MIN)
+    supervised(&policy, &rows, NonZeroUsize::MIN)
         .unwrap()
         .pass
         .gradients

@@ -1,6 +1,8 @@
 // One range of targets is the usual case here.
 #![allow(clippy::single_range_in_vec_init)]
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -9,6 +11,7 @@ use super::*;
 use crate::config::Config;
 use crate::kernels::KernelSet;
 use crate::kernels::candle::CandleWeights;
+use crate::layout::{Block, Layout};
 use crate::testing::{BOTH, families, gemma3, image, policy, texts, tiny};
 
 const TEMPERATURE: f32 = 0.8;
@@ -388,7 +391,9 @@ fn cross_entropy_falls_when_its_gradient_is_followed() {
         for _ in 0..8 {
             let image = master.image(crate::Storage::F32).unwrap();
             let policy = Policy::from_image(&config, &image, KernelSet::Fused, &Device::Cpu);
-            let supervised = crate::supervised(&policy.unwrap(), &rows, NonZeroUsize::MIN).unwrap();
+            let supervised =
+                crate::training::supervised::supervised(&policy.unwrap(), &rows, NonZeroUsize::MIN)
+                    .unwrap();
             losses.push(supervised.loss);
             master.step(&supervised.pass.gradients, &settings).unwrap();
         }

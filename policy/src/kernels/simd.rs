@@ -32,17 +32,17 @@ macro_rules! vectorised {
                 fn avx2($($arg: $kind),*) $(-> $out)? {
                     portable::<true>($($arg),*)
                 }
-                match $crate::kernels::fused::vector::width() {
+                match $crate::kernels::simd::width() {
                     // Safety: `width` has found these features on this machine; the body itself is safe code.
                     #[allow(unsafe_code)]
-                    $crate::kernels::fused::vector::Width::Avx512 => {
+                    $crate::kernels::simd::Width::Avx512 => {
                         return unsafe { avx512($($arg),*) };
                     }
                     #[allow(unsafe_code)]
-                    $crate::kernels::fused::vector::Width::Avx2 => {
+                    $crate::kernels::simd::Width::Avx2 => {
                         return unsafe { avx2($($arg),*) };
                     }
-                    $crate::kernels::fused::vector::Width::Portable => {}
+                    $crate::kernels::simd::Width::Portable => {}
                 }
             }
             portable::<false>($($arg),*)

@@ -3,21 +3,18 @@
 //! Knows no requests; what is drawn from logits is decided by who asks. Invariant: one epoch's rows are computed with that
 //! epoch's weights alone.
 
-use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use super::draws::Drawn;
 use super::scheduler::{Epoch, Feed, Plan, Sequence};
 use crate::decoder;
-use crate::kernels::candle::{self, Candle};
+use crate::error::PolicyError;
 use crate::kernels::{Batch, Kernels, Paged, Row};
 use crate::layout::Layout;
-use crate::policy::{Policy, PolicyError, Prepared};
+use crate::policy::Policy;
 
-use dealt::Dealt;
-
-mod dealt;
+pub(super) mod candle;
+pub(super) mod fused;
 
 /// Elements of logits held at once; a step over more rows asks the head several times.
 const LOGITS_MAX: usize = 1 << 22;
@@ -36,7 +33,7 @@ pub(super) struct Outcome {
 pub(super) type Draws<'a> = dyn Fn(&[&Feed], &[f32]) -> Vec<Outcome> + Sync + 'a;
 
 /// Runs plans, whatever the kernels.
-pub(super) trait Machine {
+pub(super) trait Executor {
     /// Takes weights on as an epoch.
     fn adopt(&mut self, epoch: Epoch, policy: &Policy);
 
@@ -45,56 +42,6 @@ pub(super) trait Machine {
 
     /// One forward pass for every epoch of the plan; what was drawn from it, in the order of the feeds.
     fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError>;
-}
-
-/// A machine for a policy's kernels, with memory of so many blocks.
-pub(super) fn machine(policy: &Policy, blocks: usize) -> Result<Box<dyn Machine>, PolicyError> {
-    Ok(match policy.prepared() {
-        Prepared::Fused(weights) => Box::new(Dealt::new(policy, weights, blocks)?),
-        Prepared::Candle(weights) => Box::new(Whole {
-            cache: Candle::inference(weights).cache(blocks)?,
-            kernels: BTreeMap::new(),
-            layout: Arc::clone(policy.layout()),
-            logits: Vec::new(),
-        }),
-    })
-}
-
-/// Candle's operations over all rows of an epoch at once.
-struct Whole {
-    cache: Paged<candle::CacheLayer>,
-    kernels: BTreeMap<Epoch, Candle>,
-    layout: Arc<Layout>,
-    logits: Vec<f32>,
-}
-
-impl Machine for Whole {
-    fn adopt(&mut self, epoch: Epoch, policy: &Policy) {
-        if let Prepared::Candle(weights) = policy.prepared() {
-            self.kernels.insert(epoch, Candle::inference(weights));
-        }
-    }
-
-    fn forget(&mut self, epoch: Epoch) {
-        self.kernels.remove(&epoch);
-    }
-
-    fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError> {
-        if let Some(any) = self.kernels.values().next() {
-            for &(from, to) in &plan.copies {
-                any.copy_block(&mut self.cache, from, to)?;
-            }
-        }
-        let mut drawn = Vec::new();
-        for feeds in by_epoch(plan) {
-            let Some(kernels) = self.kernels.get_mut(&feeds[0].epoch) else {
-                continue; // no epoch is planned before its weights are adopted
-            };
-            let memory = (&mut self.cache, &mut self.logits);
-            drawn.extend(run_rows(kernels, &self.layout, memory, feeds, draws)?);
-        }
-        Ok(drawn)
-    }
 }
 
 /// The feeds of each epoch; none is empty.

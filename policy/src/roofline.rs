@@ -7,9 +7,9 @@ use std::hint::black_box;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::kernels::fused::Threads;
-use crate::kernels::fused::matmul::{Matrix, Onto, multiply};
-use crate::kernels::fused::vector::vectorised;
+use crate::kernels::matmul::{Matrix, Onto, multiply};
+use crate::kernels::simd::vectorised;
+use crate::kernels::threads::Threads;
 
 /// Measurements of each kind; the best one counts, since whatever disturbs makes a machine slower and never faster.
 const REPEATS: usize = 5;
@@ -25,14 +25,14 @@ const PRODUCTS: usize = 8;
 
 /// What a machine can do.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Yardstick {
+pub struct Roofline {
     /// Bytes that all threads together read from memory in a second, doing nothing else.
     pub read_bytes_per_second: f64,
     /// Multiplications with additions that they do in a second, in products of f32 matrices that lie in cache.
     pub multiply_adds_per_second: f64,
 }
 
-impl Yardstick {
+impl Roofline {
     /// Reads `bytes` of memory several times, which should be far more than any cache holds, and multiplies.
     pub fn measure(threads: &Threads, bytes: usize) -> Self {
         Self {
@@ -101,10 +101,10 @@ mod tests {
 
     #[test]
     fn a_machine_reads_and_multiplies_at_a_finite_speed() {
-        let yardstick = Yardstick::measure(&Threads::one(), 1 << 20);
+        let roofline = Roofline::measure(&Threads::one(), 1 << 20);
         for speed in [
-            yardstick.read_bytes_per_second,
-            yardstick.multiply_adds_per_second,
+            roofline.read_bytes_per_second,
+            roofline.multiply_adds_per_second,
         ] {
             assert!(speed > 1e6 && speed.is_finite(), "{speed}");
         }

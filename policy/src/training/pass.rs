@@ -8,14 +8,14 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use crate::decoder;
+use crate::error::PolicyError;
 use crate::kernels::candle::Candle;
 use crate::kernels::fused::Fused;
+use crate::kernels::gradients::Gradients;
 use crate::kernels::{Batch, KernelSet, Kernels, Text};
-use crate::layout::{Block, Layout, Parameter};
-use crate::policy::{Policy, PolicyError, Prepared, check_temperature};
+use crate::policy::{Policy, Prepared, check_temperature};
 
 /// A text to train on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -259,65 +259,6 @@ impl Shard<'_> {
             });
         }
         Ok(slopes)
-    }
-}
-
-/// Derivative of a loss by every parameter, flat, in the order of the parameter table.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Gradients {
-    layout: Arc<Layout>,
-    values: Vec<f32>,
-    /// For each parameter, whether a derivative reached it. One that none reached would stand still in silence.
-    reached: Vec<bool>,
-}
-
-impl Gradients {
-    /// Nothing reached yet.
-    pub fn zeros(layout: &Arc<Layout>) -> Self {
-        Self {
-            layout: Arc::clone(layout),
-            values: vec![0.0; layout.len()],
-            reached: vec![false; layout.parameters().len()],
-        }
-    }
-
-    /// The parameter table.
-    pub fn layout(&self) -> &Arc<Layout> {
-        &self.layout
-    }
-
-    /// Every derivative, flat.
-    pub fn values(&self) -> &[f32] {
-        &self.values
-    }
-
-    /// Every derivative, flat, to scale or clip.
-    pub fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.values
-    }
-
-    /// Each parameter with its derivative, or with none if no derivative reached it.
-    pub fn iter(&self) -> impl Iterator<Item = (&Parameter, Option<&[f32]>)> {
-        let parameters = self.layout.parameters().iter().zip(&self.reached);
-        parameters.map(|(parameter, &reached)| {
-            (parameter, reached.then(|| &self.values[parameter.range()]))
-        })
-    }
-
-    /// Adds the gradients of another part of the same batch.
-    pub fn add(&mut self, other: &Self) {
-        for (sum, value) in self.values.iter_mut().zip(&other.values) {
-            *sum += value;
-        }
-        for (sum, reached) in self.reached.iter_mut().zip(&other.reached) {
-            *sum |= reached;
-        }
-    }
-
-    /// The derivatives of a block, to be written or added to; its parameters count as reached.
-    pub(crate) fn block_mut(&mut self, block: &Block) -> &mut [f32] {
-        self.reached[block.parameters.clone()].fill(true);
-        &mut self.values[block.range()]
     }
 }
 

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, ConfigError};
 use crate::disk::DiskError;
-use crate::gradient::Gradients;
-use crate::kernels::fused::vector::vectorised;
+use crate::kernels::gradients::Gradients;
+use crate::kernels::simd::vectorised;
 use crate::layout::{Layout, Parameter};
 use crate::weights::{Image, Storage, WeightsError};
 

@@ -1,0 +1,64 @@
+//! Plans on the `candle` kernels: one forward pass over all rows of the same weights.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Draws, Executor, Outcome, by_epoch, run_rows};
+use crate::engine::scheduler::{Epoch, Plan};
+use crate::error::PolicyError;
+use crate::kernels::candle::{CacheLayer, Candle, CandleWeights};
+use crate::kernels::{Kernels, Paged};
+use crate::layout::Layout;
+use crate::policy::{Policy, Prepared};
+
+/// Candle's operations over all rows of an epoch at once.
+pub(in crate::engine) struct CandleExecutor {
+    cache: Paged<CacheLayer>,
+    kernels: BTreeMap<Epoch, Candle>,
+    layout: Arc<Layout>,
+    logits: Vec<f32>,
+}
+
+impl CandleExecutor {
+    pub(in crate::engine) fn new(
+        policy: &Policy,
+        weights: &Arc<CandleWeights>,
+        blocks: usize,
+    ) -> Result<Self, PolicyError> {
+        Ok(Self {
+            cache: Candle::inference(weights).cache(blocks)?,
+            kernels: BTreeMap::new(),
+            layout: Arc::clone(policy.layout()),
+            logits: Vec::new(),
+        })
+    }
+}
+
+impl Executor for CandleExecutor {
+    fn adopt(&mut self, epoch: Epoch, policy: &Policy) {
+        if let Prepared::Candle(weights) = policy.prepared() {
+            self.kernels.insert(epoch, Candle::inference(weights));
+        }
+    }
+
+    fn forget(&mut self, epoch: Epoch) {
+        self.kernels.remove(&epoch);
+    }
+
+    fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError> {
+        if let Some(any) = self.kernels.values().next() {
+            for &(from, to) in &plan.copies {
+                any.copy_block(&mut self.cache, from, to)?;
+            }
+        }
+        let mut drawn = Vec::new();
+        for feeds in by_epoch(plan) {
+            let Some(kernels) = self.kernels.get_mut(&feeds[0].epoch) else {
+                continue; // no epoch is planned before its weights are adopted
+            };
+            let memory = (&mut self.cache, &mut self.logits);
+            drawn.extend(run_rows(kernels, &self.layout, memory, feeds, draws)?);
+        }
+        Ok(drawn)
+    }
+}
