@@ -15,8 +15,8 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use muster_policy::{
-    Device, EngineConfig, GenerationRequest, ModelFolder, Policy, Sampling, ScoreRow, Threads,
-    TokenCost, TrainRow, Roofline, generate, gradients, score,
+    Device, EngineConfig, GenerationRequest, ModelFolder, Policy, Roofline, Sampling, ScoreRow,
+    Threads, TokenCost, TrainRow, generate, gradients, score,
 };
 
 use super::shape::{Shape, Stored};
