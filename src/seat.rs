@@ -17,7 +17,7 @@ use muster_policy::{Config, Tokenizer};
 use muster_protocol::bus::nats::{NatsBus, NatsConfig};
 use muster_protocol::clock::{SharedClock, SystemClock};
 use muster_protocol::credentials::Credentials;
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::id::ContentHash;
 use muster_protocol::identity::Identity;
 use muster_protocol::subject::Role;
@@ -32,7 +32,7 @@ pub struct Seat {
     /// Its keys.
     pub identity: Identity,
     /// Its way to dispatch.
-    pub desk: Desk,
+    pub client: DispatchClient,
     /// Its place among the peers.
     pub swarm: Swarm,
     squash: SquashConfig,
@@ -73,7 +73,7 @@ impl Seat {
             None => credentials.nats.clone(),
         };
         let bus = NatsBus::connect(config).await?;
-        let desk = Desk::new(
+        let client = DispatchClient::new(
             bus,
             identity.clone(),
             credentials.run.clone(),
@@ -91,7 +91,7 @@ impl Seat {
         )
         .await?;
         presence::keep(
-            desk.clone(),
+            client.clone(),
             swarm.clone(),
             &tracker,
             shutdown.child_token(),
@@ -100,7 +100,7 @@ impl Seat {
         Ok(Self {
             credentials,
             identity,
-            desk,
+            client,
             swarm,
             squash,
             clock,
@@ -120,13 +120,13 @@ impl Seat {
     /// When the credentials may not hear of them.
     pub async fn follow(&self, follow: Follow) -> Result<Follower> {
         let shutdown = self.shutdown.child_token();
-        let (desk, source) = (self.desk.clone(), self.source());
-        let follower = Follower::start(desk, source, follow, &self.tracker, shutdown).await?;
+        let (client, source) = (self.client.clone(), self.source());
+        let follower = Follower::start(client, source, follow, &self.tracker, shutdown).await?;
         if self.credentials.role.squashes() {
-            let (desk, swarm) = (self.desk.clone(), self.swarm.clone());
+            let (client, swarm) = (self.client.clone(), self.swarm.clone());
             let shutdown = self.shutdown.child_token();
             squasher::keep(
-                desk,
+                client,
                 swarm,
                 follower.watch(),
                 self.squash,
@@ -142,8 +142,8 @@ impl Seat {
     /// # Errors
     /// When the files do not come, or are not what the run's descriptor says.
     pub async fn model(&self) -> Result<(Config, Tokenizer, Opened)> {
-        let descriptor = self.desk.descriptor().await?;
-        let opened = first_version(&self.desk).await?;
+        let descriptor = self.client.descriptor().await?;
+        let opened = first_version(&self.client).await?;
         let config = self.file(&opened, "config.json").await?;
         let tokenizer = self.file(&opened, "tokenizer.json").await?;
         let settings = self.file(&opened, "tokenizer_config.json").await.ok();
@@ -176,7 +176,7 @@ impl Seat {
         {
             tracing::debug!("some tasks did not end in time");
         }
-        self.desk.bus().close().await;
+        self.client.bus().close().await;
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tracing::{debug, warn};
 
-use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{ContentHash, ObjectId, PeerId, PolicyVersion, StateRoot};
 use muster_protocol::limits::SQUASHED_MAX;
@@ -85,7 +85,7 @@ pub enum FollowError {
     },
     /// Dispatch cannot be asked.
     #[error(transparent)]
-    Desk(#[from] DeskError),
+    Dispatch(#[from] DispatchClientError),
 }
 
 /// An announcement whose signatures and authors were checked.
@@ -163,15 +163,18 @@ impl Opened {
     }
 }
 
-/// Opens an announcement, believing only `desk`'s learner about the version. Objects may be described by anybody: their
+/// Opens an announcement, believing only `client`'s learner about the version. Objects may be described by anybody: their
 /// bytes are checked against what the learner signed.
 ///
 /// # Errors
 /// When it is not the learner's, or a newcomer could not reach the version by what is in it.
-pub fn open_announcement(desk: &Desk, announcement: &Announcement) -> Result<Opened, FollowError> {
-    let version = open::<Version>(announcement.version.clone().into(), desk.run())?;
+pub fn open_announcement(
+    client: &DispatchClient,
+    announcement: &Announcement,
+) -> Result<Opened, FollowError> {
+    let version = open::<Version>(announcement.version.clone().into(), client.run())?;
     let number = version.body.version;
-    if version.author != desk.learner() {
+    if version.author != client.learner() {
         return Err(FollowError::NotTheLearner(number));
     }
     // Objects are described by anybody: what is larger than the weights and a header leads nowhere faster.
@@ -185,7 +188,7 @@ pub fn open_announcement(desk: &Desk, announcement: &Announcement) -> Result<Ope
         files: Vec::new(),
     };
     for bytes in &announcement.objects {
-        let object = open::<Object>(bytes.to_vec().into(), desk.run())?;
+        let object = open::<Object>(bytes.to_vec().into(), client.run())?;
         match object.body.content {
             Content::File { .. } => opened.files.push(object),
             Content::Anchor { .. } | Content::Delta { .. } if object.body.bytes <= whole => {

@@ -12,10 +12,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use muster_protocol::bus::{BusError, Subscription};
-use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::{Signed, open};
 use muster_protocol::id::PolicyVersion;
-use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::message::ask::{Ask, Reply};
 use muster_protocol::message::version::{Announcement, Content, Object, SQUASH_STRIDES};
 use muster_protocol::subject::Log;
 
@@ -50,22 +50,22 @@ pub enum Follow {
 ///
 /// # Errors
 /// When asking again cannot help, or what was announced is not the learner's.
-pub async fn first_version(desk: &Desk) -> Result<Opened, FollowError> {
+pub async fn first_version(client: &DispatchClient) -> Result<Opened, FollowError> {
     loop {
-        match desk
+        match client
             .ask_until_answered(Ask::Latest { version: None })
             .await?
         {
-            Answer::Version(Some(announcement)) => return open_announcement(desk, &announcement),
-            Answer::Version(None) => tokio::time::sleep(RETRY).await,
-            _ => return Err(DeskError::Unexpected.into()),
+            Reply::Version(Some(announcement)) => return open_announcement(client, &announcement),
+            Reply::Version(None) => tokio::time::sleep(RETRY).await,
+            _ => return Err(DispatchClientError::Unexpected.into()),
         }
     }
 }
 
 /// The deltas that members made and described, from version `from` on. None when dispatch does not say.
-pub async fn squashed_deltas(desk: &Desk, from: PolicyVersion) -> Vec<Signed<Object>> {
-    let described = match desk.deltas(from, None).await {
+pub async fn squashed_deltas(client: &DispatchClient, from: PolicyVersion) -> Vec<Signed<Object>> {
+    let described = match client.deltas(from, None).await {
         Ok(described) => described,
         Err(error) => {
             debug!(%error, "squashed deltas are not known");
@@ -74,7 +74,7 @@ pub async fn squashed_deltas(desk: &Desk, from: PolicyVersion) -> Vec<Signed<Obj
     };
     let mut deltas = Vec::new();
     for bytes in described {
-        match open::<Object>(bytes, desk.run()) {
+        match open::<Object>(bytes, client.run()) {
             Ok(delta) => deltas.push(delta),
             Err(error) => warn!(%error, "a squashed delta's description cannot be used"),
         }
@@ -95,20 +95,20 @@ impl Follower {
     /// # Errors
     /// When these credentials may not hear the news.
     pub async fn start(
-        desk: Desk,
+        client: DispatchClient,
         source: Arc<dyn ObjectSource>,
         follow: Follow,
         tracker: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Result<Self, BusError> {
-        let news = desk
+        let news = client
             .bus()
-            .subscribe(&desk.subjects().news(Log::Versions))
+            .subscribe(&client.subjects().news(Log::Versions))
             .await?;
         let (newest_sender, newest) = watch::channel(None);
         let (each_sender, each) = mpsc::channel(BACKLOG_MAX);
         let task = Task {
-            desk,
+            client,
             source,
             follow,
             news,
@@ -158,7 +158,7 @@ impl Follower {
 }
 
 struct Task {
-    desk: Desk,
+    client: DispatchClient,
     source: Arc<dyn ObjectSource>,
     follow: Follow,
     news: Subscription,
@@ -201,7 +201,7 @@ impl Task {
 
     async fn ask(&mut self) {
         self.patience = (self.patience * 2).min(PATIENCE.1);
-        match self.desk.latest().await {
+        match self.client.latest().await {
             Ok(Some(announcement)) => self.take_in(&announcement).await,
             Ok(None) => {}
             Err(error) => debug!(%error, "the newest version is not known"),
@@ -216,7 +216,7 @@ impl Task {
     }
 
     async fn take_in(&mut self, announcement: &Announcement) {
-        let opened = match open_announcement(&self.desk, announcement) {
+        let opened = match open_announcement(&self.client, announcement) {
             Ok(opened) => opened,
             Err(error) => return warn!(%error, "news of a version cannot be used"),
         };
@@ -247,9 +247,9 @@ impl Task {
             let ask = Ask::Latest {
                 version: Some(version),
             };
-            let opened = match self.desk.ask_until_answered(ask).await {
-                Ok(Answer::Version(Some(announcement))) => {
-                    open_announcement(&self.desk, &announcement)
+            let opened = match self.client.ask_until_answered(ask).await {
+                Ok(Reply::Version(Some(announcement))) => {
+                    open_announcement(&self.client, &announcement)
                 }
                 Ok(_) => {
                     debug!(%version, "a version is not announced any more");
@@ -312,7 +312,7 @@ impl Task {
                 opened.add_squashed(self.source.as_ref(), deltas);
             }
         }
-        let deltas = squashed_deltas(&self.desk, from).await;
+        let deltas = squashed_deltas(&self.client, from).await;
         opened.add_squashed(self.source.as_ref(), deltas);
         opened
     }
@@ -320,15 +320,16 @@ impl Task {
     /// The objects by which an earlier version was announced.
     async fn announced_with(&self, version: PolicyVersion) -> Vec<Signed<Object>> {
         let version = Some(version);
-        match self.desk.ask(Ask::Latest { version }).await {
-            Ok(Answer::Version(Some(announcement))) => open_announcement(&self.desk, &announcement)
-                .map_or_else(
+        match self.client.ask(Ask::Latest { version }).await {
+            Ok(Reply::Version(Some(announcement))) => {
+                open_announcement(&self.client, &announcement).map_or_else(
                     |error| {
                         warn!(%error, "an earlier announcement cannot be used");
                         Vec::new()
                     },
                     |opened| opened.objects,
-                ),
+                )
+            }
             Ok(_) => Vec::new(),
             Err(error) => {
                 debug!(%error, "an earlier version is not known");

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
 
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::Signed;
 use muster_protocol::id::{PolicyVersion, StateRoot};
 use muster_protocol::message::version::{Content, Object, SQUASH_STRIDES};
@@ -44,7 +44,7 @@ enum SquashError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Desk(#[from] muster_protocol::desk::DeskError),
+    Dispatch(#[from] muster_protocol::dispatch_client::DispatchClientError),
     #[error(transparent)]
     Envelope(#[from] muster_protocol::envelope::EnvelopeError),
     #[error("the thread that made it ended: {0}")]
@@ -74,7 +74,7 @@ struct Job {
 
 /// Makes squashed deltas of the versions in `newest` on `tracker` until `shutdown`.
 pub fn keep(
-    desk: Desk,
+    client: DispatchClient,
     swarm: Swarm,
     newest: watch::Receiver<Option<Arc<Held>>>,
     config: SquashConfig,
@@ -82,7 +82,7 @@ pub fn keep(
     shutdown: CancellationToken,
 ) {
     let squasher = Squasher {
-        desk,
+        client,
         swarm,
         newest,
         config,
@@ -101,7 +101,7 @@ pub fn keep(
 }
 
 struct Squasher {
-    desk: Desk,
+    client: DispatchClient,
     swarm: Swarm,
     newest: watch::Receiver<Option<Arc<Held>>>,
     config: SquashConfig,
@@ -178,8 +178,8 @@ impl Squasher {
         let from = kept.find(|known| known.version.0 == begins)?.clone();
         let objects: Vec<&Object> = held.objects.iter().map(|object| &object.body).collect();
         let chain = chain_bytes(&objects, from.root, to.root)?;
-        let own = self.desk.identity().peer_id();
-        let learner = self.desk.learner();
+        let own = self.client.identity().peer_id();
+        let learner = self.client.learner();
         let others = self.swarm.known().into_iter();
         let others = others.filter(|other| *other != learner);
         let turn_ms = turn_ms(from.root, to.root, &own, others)?;
@@ -193,7 +193,7 @@ impl Squasher {
 
     async fn on_turn(&mut self, job: Job) {
         let (from, to) = (job.from.version, job.to.version);
-        let known = squashed_deltas(&self.desk, PolicyVersion(0)).await;
+        let known = squashed_deltas(&self.client, PolicyVersion(0)).await;
         self.tell_again(&known).await;
         let content = Content::Delta {
             from: job.from.root,
@@ -219,7 +219,11 @@ impl Squasher {
     async fn tell_again(&self, known: &[Signed<Object>]) {
         let is_known = |delta: &&Signed<Object>| known.iter().any(|known| known.body == delta.body);
         for delta in self.made.iter().filter(|delta| !is_known(delta)) {
-            if let Err(error) = self.desk.deltas(PolicyVersion(0), Some(&delta.bytes)).await {
+            if let Err(error) = self
+                .client
+                .deltas(PolicyVersion(0), Some(&delta.bytes))
+                .await
+            {
                 debug!(%error, "an earlier squashed delta is not wanted any more");
             }
         }
@@ -248,9 +252,9 @@ impl Squasher {
         let object = describing.await??;
         // Offered before it is described, so that whoever hears of it finds it.
         self.swarm.offer(&object, delta).await?;
-        let signed = self.desk.sign(object)?;
+        let signed = self.client.sign(object)?;
         let from = PolicyVersion(0);
-        self.desk.deltas(from, Some(&signed.bytes)).await?;
+        self.client.deltas(from, Some(&signed.bytes)).await?;
         Ok(signed)
     }
 }

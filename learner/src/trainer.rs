@@ -29,7 +29,7 @@ use tracing::{info, warn};
 use muster_broadcaster::snapshot;
 use muster_protocol::bus::{BusError, Delivery};
 use muster_protocol::credentials::Roster;
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{Generation, GroupHash, PolicyVersion, StateRoot, TicketId};
 use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
@@ -121,7 +121,7 @@ pub struct TrainerSettings {
 /// What the trainer needs to start.
 pub struct TrainerParts {
     /// The trainer's way to the bus, under the learner's keys.
-    pub desk: Desk,
+    pub client: DispatchClient,
     /// The lab's members.
     pub roster: Roster,
     /// The run directory.
@@ -140,7 +140,7 @@ pub struct TrainerParts {
 
 /// The trainer, connected.
 pub struct Trainer {
-    desk: Desk,
+    client: DispatchClient,
     opener: Arc<Opener>,
     dir: PathBuf,
     /// Away while a step runs.
@@ -175,7 +175,7 @@ impl Trainer {
     /// When the bus refuses, the run was opened otherwise, or the run directory cannot be used.
     pub async fn start(parts: TrainerParts) -> Result<Self, TrainerError> {
         let TrainerParts {
-            desk,
+            client,
             roster,
             dir,
             mut stepper,
@@ -184,22 +184,22 @@ impl Trainer {
             files,
             settings,
         } = parts;
-        let bus = desk.bus().clone();
+        let bus = client.bus().clone();
         bus.create_streams().await?;
-        let started = desk.sign(ControlEvent::Started {
+        let started = client.sign(ControlEvent::Started {
             role: Role::Trainer,
         })?;
         // A key of its own for every start: two starts under one key would share a generation.
         let key = format!("s-{:016x}", rand::random::<u64>());
         let sequence = bus.append(Log::Control, &key, None, started.bytes).await?;
         let generation = Generation(sequence.sequence());
-        let (descriptor, control, control_read) = open_run(&desk, descriptor).await?;
+        let (descriptor, control, control_read) = open_run(&client, descriptor).await?;
         let archive = Archive::open(&dir)?;
         let saved = restore_state(stepper.as_mut(), &archive, descriptor.body.async_level).await?;
         let version = saved.unwrap_or_default();
         let hash = descriptor_hash(&descriptor.bytes);
         let announcer = Announcer::new(
-            desk.clone(),
+            client.clone(),
             outlet.clone(),
             hash,
             generation,
@@ -213,7 +213,7 @@ impl Trainer {
             advantage: settings.advantage,
         };
         let opener = Opener {
-            run: desk.run().clone(),
+            run: client.run().clone(),
             dispatch: descriptor.body.dispatch,
             roster,
             archive: archive.clone(),
@@ -222,7 +222,7 @@ impl Trainer {
             opener: Arc::new(opener),
             record: RunRecord::open(&dir, version)?,
             resolver: Resolver::new(config, version, Default::default()),
-            desk,
+            client,
             dir,
             stepper: Some(stepper),
             outlet,
@@ -297,10 +297,15 @@ impl Trainer {
             (Fate::Duplicate, Some(group)) => format!("d-{}-{}", record.ticket, group.short()),
             _ => format!("f-{}", record.ticket),
         };
-        let signed = self.desk.sign(record)?;
+        let signed = self.client.sign(record)?;
         loop {
             let bytes = signed.bytes.clone();
-            match self.desk.bus().append(Log::Fates, &key, None, bytes).await {
+            match self
+                .client
+                .bus()
+                .append(Log::Fates, &key, None, bytes)
+                .await
+            {
                 Ok(_) => return Ok(()),
                 Err(error) if error.is_transient() => {
                     // Given up here, the decision would be lost: nothing else remembers it.
@@ -418,8 +423,8 @@ impl Trainer {
             return Ok(());
         }
         let step = self.resolver.version();
-        let event = self.desk.sign(ControlEvent::Finished { step })?;
-        let bus = self.desk.bus();
+        let event = self.client.sign(ControlEvent::Finished { step })?;
+        let bus = self.client.bus();
         bus.append(
             Log::Control,
             &format!("finished-{step}"),
@@ -427,7 +432,7 @@ impl Trainer {
             event.bytes.clone(),
         )
         .await?;
-        bus.publish(&self.desk.subjects().news(Log::Control), event.bytes)
+        bus.publish(&self.client.subjects().news(Log::Control), event.bytes)
             .await?;
         self.control.phase = Phase::Finished;
         info!(%step, uploaded = self.outlet.uploaded(), "the run is finished");
@@ -435,10 +440,10 @@ impl Trainer {
     }
 
     async fn read_logs(&mut self) -> Result<(), TrainerError> {
-        let bus = self.desk.bus().clone();
+        let bus = self.client.bus().clone();
         for record in bus.read(Log::Control, self.control_read, CHUNK).await? {
             self.control_read = record.sequence;
-            let event = open::<ControlEvent>(record.payload, self.desk.run())?;
+            let event = open::<ControlEvent>(record.payload, self.client.run())?;
             self.control.apply(record.sequence, event.body);
         }
         if self.control.trainer > self.generation {
@@ -451,7 +456,7 @@ impl Trainer {
             };
             self.fates_read = last.sequence;
             for record in records {
-                let fate = open::<FateRecord>(record.payload, self.desk.run())?.body;
+                let fate = open::<FateRecord>(record.payload, self.client.run())?.body;
                 self.record.fate(&fate)?;
             }
         }

@@ -13,7 +13,7 @@ pub mod bus;
 pub mod child;
 pub mod clock;
 pub mod credentials;
-pub mod desk;
+pub mod dispatch_client;
 pub mod envelope;
 pub mod id;
 pub mod identity;

@@ -16,11 +16,11 @@ use tracing::{debug, info, warn};
 
 use muster_broadcaster::follower::Follower;
 use muster_policy::{StopAt, TokenScore};
-use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{GroupHash, LeaseId, PolicyVersion};
 use muster_protocol::limits::FINDINGS_MAX;
-use muster_protocol::message::ask::{Answer as DeskAnswer, Ask, WaitReason};
+use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::critique::CritiqueLease;
 use muster_protocol::message::descriptor::{Descriptor, Thresholds};
 use muster_protocol::message::group::{Group, Rollout, Segment};
@@ -43,7 +43,7 @@ const REMEMBERED_MAX: usize = 65_536;
 pub enum CriticError {
     /// Dispatch cannot be asked, or refuses this critic.
     #[error("the critic cannot go on: {0}")]
-    Desk(#[from] DeskError),
+    Dispatch(#[from] DispatchClientError),
     /// The model failed.
     #[error("the model failed: {0}")]
     Scorer(#[from] ScorerError),
@@ -61,7 +61,7 @@ pub enum CriticError {
 /// What a critic needs to start.
 pub struct CriticParts {
     /// Its way to dispatch.
-    pub desk: Desk,
+    pub client: DispatchClient,
     /// Its model.
     pub scorer: Box<dyn Scorer>,
     /// Where weights come from; follows every version.
@@ -122,7 +122,7 @@ impl Critic {
     /// # Errors
     /// When dispatch cannot be asked or the descriptor cannot be used.
     pub async fn start(parts: CriticParts) -> Result<Self, CriticError> {
-        let descriptor = parts.desk.descriptor().await?;
+        let descriptor = parts.client.descriptor().await?;
         let unusable = |error: &dyn std::fmt::Display| CriticError::Rewards(error.to_string());
         let config: RewardConfig =
             serde_json::from_str(&descriptor.body.rewards).map_err(|error| unusable(&error))?;
@@ -167,8 +167,8 @@ impl Critic {
             class: self.parts.class,
             groups_max: self.parts.groups_max,
         };
-        match self.parts.desk.ask(ask).await {
-            Ok(DeskAnswer::CritiqueLeases(leases)) => {
+        match self.parts.client.ask(ask).await {
+            Ok(Reply::CritiqueLeases(leases)) => {
                 let opened = leases
                     .into_iter()
                     .filter_map(|lease| self.open(lease))
@@ -176,14 +176,14 @@ impl Critic {
                 self.judge(opened).await?;
                 Ok(Some(Duration::ZERO))
             }
-            Ok(DeskAnswer::Wait { retry_ms, reason }) => {
+            Ok(Reply::Wait { retry_ms, reason }) => {
                 if reason == WaitReason::CoolDown {
                     warn!("dispatch gives this critic no more groups: it contradicted the others");
                 }
                 Ok(Some(Duration::from_millis(retry_ms)))
             }
-            Ok(DeskAnswer::Finished) => Ok(None),
-            Ok(_) => Err(DeskError::Unexpected.into()),
+            Ok(Reply::Finished) => Ok(None),
+            Ok(_) => Err(DispatchClientError::Unexpected.into()),
             Err(error) if error.is_transient() => Ok(Some(ASK_RETRY)),
             Err(error) => Err(error.into()),
         }
@@ -202,7 +202,7 @@ impl Critic {
     }
 
     fn open(&self, bytes: ByteBuf) -> Option<Opened> {
-        let run = self.parts.desk.run();
+        let run = self.parts.client.run();
         let opened = || -> Result<Option<Opened>, EnvelopeError> {
             let case = open::<CritiqueLease>(bytes.into_vec().into(), run)?;
             let lease = open::<Lease>(case.body.lease.into(), run)?;
@@ -250,7 +250,9 @@ impl Critic {
             let scored: Option<Vec<_>> =
                 case.audit.then(|| scores_of(&case.group.body, &mut scores));
             let verdict = self.verdict(case, scored.as_deref())?;
-            verdicts.push(ByteBuf::from(self.parts.desk.sign(verdict)?.bytes.to_vec()));
+            verdicts.push(ByteBuf::from(
+                self.parts.client.sign(verdict)?.bytes.to_vec(),
+            ));
         }
         self.report(verdicts).await
     }
@@ -340,22 +342,22 @@ impl Critic {
         }
         match self
             .parts
-            .desk
+            .client
             .ask_until_answered(Ask::Verdict { verdicts })
             .await
         {
-            Ok(DeskAnswer::Recorded { refused }) => {
+            Ok(Reply::Recorded { refused }) => {
                 for reason in refused {
                     debug!(%reason, "a verdict was not recorded");
                 }
                 Ok(())
             }
-            Ok(DeskAnswer::Wait { retry_ms, .. }) => {
+            Ok(Reply::Wait { retry_ms, .. }) => {
                 // Dispatch lost its bus for a moment: the groups are given out again after their time.
                 tokio::time::sleep(Duration::from_millis(retry_ms)).await;
                 Ok(())
             }
-            Ok(_) => Err(DeskError::Unexpected.into()),
+            Ok(_) => Err(DispatchClientError::Unexpected.into()),
             Err(error) => Err(error.into()),
         }
     }

@@ -20,10 +20,10 @@ use tracing::{debug, info, warn};
 use muster_broadcaster::follower::{Follower, Held};
 use muster_protocol::bus::{BusError, Subscription};
 use muster_protocol::clock::SharedClock;
-use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{DescriptorHash, LeaseId, PeerId};
-use muster_protocol::message::ask::{Answer, Ask, WaitReason};
+use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{Group, Rollout};
@@ -46,7 +46,7 @@ const CROWD_WAIT: Duration = Duration::from_millis(250);
 pub enum WorkerError {
     /// Dispatch cannot be asked, or refuses this worker.
     #[error("the worker cannot go on: {0}")]
-    Desk(#[from] DeskError),
+    Dispatch(#[from] DispatchClientError),
     /// The bus is gone.
     #[error("the worker lost its bus: {0}")]
     Bus(#[from] BusError),
@@ -85,7 +85,7 @@ pub struct Credit {
 /// What a worker needs to start.
 pub struct WorkerParts {
     /// Its way to dispatch.
-    pub desk: Desk,
+    pub client: DispatchClient,
     /// Time.
     pub clock: SharedClock,
     /// Its model.
@@ -116,7 +116,7 @@ pub struct Worker {
 
 /// What came of talking to dispatch.
 enum Errand {
-    Asked(Result<Answer, DeskError>),
+    Asked(Result<Reply, DispatchClientError>),
     Submitted(Result<u64, WorkerError>),
 }
 
@@ -150,14 +150,14 @@ impl Worker {
     /// # Errors
     /// When dispatch cannot be asked or the descriptor is not to be trusted.
     pub async fn start(parts: WorkerParts) -> Result<Self, WorkerError> {
-        let descriptor: Signed<Descriptor> = parts.desk.descriptor().await?;
+        let descriptor: Signed<Descriptor> = parts.client.descriptor().await?;
         let (class, classes) = (parts.class, &descriptor.body.classes);
         if !classes.contains(&class) {
             let taken = class_names(classes);
             return Err(WorkerError::Class { class, taken });
         }
-        let note = parts.desk.subjects().note(parts.desk.bus().user());
-        let notes = parts.desk.bus().subscribe(&note).await?;
+        let note = parts.client.subjects().note(parts.client.bus().user());
+        let notes = parts.client.bus().subscribe(&note).await?;
         Ok(Self {
             descriptor: descriptor_hash(&descriptor.bytes),
             dispatch: descriptor.body.dispatch,
@@ -278,9 +278,9 @@ impl Worker {
             class: self.parts.class,
             rollouts_max: room,
         };
-        let desk = self.parts.desk.clone();
+        let client = self.parts.client.clone();
         self.asking = true;
-        let asked = async move { Errand::Asked(desk.ask(ask).await) };
+        let asked = async move { Errand::Asked(client.ask(ask).await) };
         self.errands.push(asked.boxed());
     }
 
@@ -296,10 +296,10 @@ impl Worker {
             Ok(_) => ASK_RETRY_MS.0,
         };
         match asked {
-            Ok(Answer::Leases(leases)) => self.take(leases).await?,
-            Ok(Answer::Wait { retry_ms, reason }) => self.wait(retry_ms, reason),
-            Ok(Answer::Finished) => return Ok(true),
-            Ok(_) => return Err(DeskError::Unexpected.into()),
+            Ok(Reply::Leases(leases)) => self.take(leases).await?,
+            Ok(Reply::Wait { retry_ms, reason }) => self.wait(retry_ms, reason),
+            Ok(Reply::Finished) => return Ok(true),
+            Ok(_) => return Err(DispatchClientError::Unexpected.into()),
             Err(error) if error.is_transient() => {
                 debug!(%error, "no lease");
                 self.pause(self.ask_retry_ms, Wake::AtNewWeights);
@@ -364,8 +364,8 @@ impl Worker {
 
     /// Opens leases that are this worker's own, of this run's dispatch, descriptor and rule for seeds.
     fn open_leases(&self, leases: Vec<ByteBuf>) -> Vec<Signed<Lease>> {
-        let run = self.parts.desk.run();
-        let me = self.parts.desk.identity().peer_id();
+        let run = self.parts.client.run();
+        let me = self.parts.client.identity().peer_id();
         let adopted = self.adopted.as_ref();
         let adopted = adopted.map(|held| held.version.body.reference());
         let opened = leases.into_iter().filter_map(|bytes| {
@@ -386,7 +386,7 @@ impl Worker {
     }
 
     fn on_note(&mut self, bytes: bytes::Bytes) {
-        let Ok(record) = open::<FateRecord>(bytes, self.parts.desk.run()) else {
+        let Ok(record) = open::<FateRecord>(bytes, self.parts.client.run()) else {
             return;
         };
         match record.body.fate {
@@ -402,7 +402,7 @@ impl Worker {
 
 /// A group on its way to dispatch.
 struct Submission {
-    desk: Desk,
+    client: DispatchClient,
     clock: SharedClock,
     lease: Signed<Lease>,
     group: Signed<Group>,
@@ -426,9 +426,9 @@ impl Submission {
             commitments: Vec::new(),
         };
         Ok(Self {
-            desk: parts.desk.clone(),
+            client: parts.client.clone(),
             clock: parts.clock.clone(),
-            group: parts.desk.sign(group)?,
+            group: parts.client.sign(group)?,
             lease,
             tokens,
         })
@@ -443,11 +443,11 @@ impl Submission {
                 lease: ByteBuf::from(self.lease.bytes.to_vec()),
                 group: ByteBuf::from(self.group.bytes.to_vec()),
             };
-            match self.desk.ask(ask).await {
-                Ok(Answer::Accepted { .. }) => return Ok(self.tokens),
-                Ok(Answer::Wait { .. }) => {}
-                Ok(_) => return Err(DeskError::Unexpected.into()),
-                Err(DeskError::Refused(reason)) => {
+            match self.client.ask(ask).await {
+                Ok(Reply::Accepted { .. }) => return Ok(self.tokens),
+                Ok(Reply::Wait { .. }) => {}
+                Ok(_) => return Err(DispatchClientError::Unexpected.into()),
+                Err(DispatchClientError::Refused(reason)) => {
                     warn!(ticket = %lease.ticket.id, %reason, "a group was refused");
                     return Ok(0);
                 }

@@ -42,14 +42,14 @@ pub async fn run(args: CriticArgs) -> Result<()> {
     .await?;
     let joined = async {
         let (config, tokenizer, _) = seat.model().await?;
-        let descriptor = seat.desk.descriptor().await?;
+        let descriptor = seat.client.descriptor().await?;
         let kept = descriptor.body.async_level as usize + VERSIONS_BEYOND;
         let kernels = Kernels::for_device(&device);
         let class = kernels.class(&device)?;
         let scorer = PolicyScorer::new(config, kernels.set(), device, tokenizer, kept)
             .for_classes(&descriptor.body.classes);
         let critic = Critic::start(CriticParts {
-            desk: seat.desk.clone(),
+            client: seat.client.clone(),
             scorer: Box::new(scorer),
             follower: seat.follow(Follow::Every).await?,
             class,

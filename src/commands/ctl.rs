@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 
 use muster_protocol::bus::nats::{NatsBus, NatsConfig};
 use muster_protocol::credentials::Credentials;
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::message::control::{ControlEvent, Phase};
 use muster_protocol::subject::Log;
 
@@ -67,9 +67,9 @@ fn name(phase: Phase) -> &'static str {
 async fn switch(which: &Which, wanted: Phase, event: ControlEvent) -> Result<()> {
     let dir = RunDir::named(which.run.as_deref())?;
     dir.load_config()?;
-    let desk = desk(&dir).await?;
-    let switched = tokio::time::timeout(PATIENCE, order(&desk, wanted, event)).await;
-    desk.bus().close().await;
+    let client = client(&dir).await?;
+    let switched = tokio::time::timeout(PATIENCE, order(&client, wanted, event)).await;
+    client.bus().close().await;
     let news = switched.with_context(|| {
         let seconds = PATIENCE.as_secs();
         format!(
@@ -80,7 +80,7 @@ async fn switch(which: &Which, wanted: Phase, event: ControlEvent) -> Result<()>
 }
 
 /// Dispatch's own way to the bus: the control log is the lab's.
-async fn desk(dir: &RunDir) -> Result<Desk> {
+async fn client(dir: &RunDir) -> Result<DispatchClient> {
     let credentials = Credentials::load(&dir.credentials("dispatch"))?;
     let identity = credentials.identity();
     let login_seed = identity
@@ -91,7 +91,7 @@ async fn desk(dir: &RunDir) -> Result<Desk> {
     let bus = NatsBus::connect(config)
         .await
         .with_context(|| format!("the run in {} does not answer", dir.root().display()))?;
-    Ok(Desk::new(
+    Ok(DispatchClient::new(
         bus,
         identity,
         credentials.run,
@@ -99,24 +99,26 @@ async fn desk(dir: &RunDir) -> Result<Desk> {
     ))
 }
 
-async fn order(desk: &Desk, wanted: Phase, event: ControlEvent) -> Result<String> {
-    let before = desk.control().await?.phase;
+async fn order(client: &DispatchClient, wanted: Phase, event: ControlEvent) -> Result<String> {
+    let before = client.control().await?.phase;
     if before == wanted {
         return Ok(format!("is {} already", name(wanted)));
     }
     if before == Phase::Finished {
         bail!("the run is finished: raise `run.steps` in a new run to go further");
     }
-    let record = desk.sign(event)?.bytes;
+    let record = client.sign(event)?.bytes;
     // Every order counts: two under one key would be taken for one.
     let key = format!("ctl-{:016x}", rand::random::<u64>());
-    desk.bus()
+    client
+        .bus()
         .append(Log::Control, &key, None, record.clone())
         .await?;
-    desk.bus()
-        .publish(&desk.subjects().news(Log::Control), record)
+    client
+        .bus()
+        .publish(&client.subjects().news(Log::Control), record)
         .await?;
-    while desk.control().await?.phase != wanted {
+    while client.control().await?.phase != wanted {
         tokio::time::sleep(LOOK_EVERY).await;
     }
     Ok(format!("is {}", name(wanted)))

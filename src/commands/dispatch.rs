@@ -68,7 +68,7 @@ pub async fn run(args: DispatchArgs) -> Result<()> {
     .await?;
     let secret = blake3_derive(seat.credentials.seed.secret_bytes());
     let service = DispatchService::start(DispatchParts {
-        bus: seat.desk.bus().clone(),
+        bus: seat.client.bus().clone(),
         identity: seat.identity.clone(),
         run: seat.credentials.run.clone(),
         learner: seat.credentials.learner,

@@ -130,7 +130,7 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
     let seat = Seat::take(creds, Role::Evaluator, nats, Default::default()).await?;
     let joined = async {
         let (model, tokenizer, _) = seat.model().await?;
-        let descriptor = seat.desk.descriptor().await?;
+        let descriptor = seat.client.descriptor().await?;
         let ends = Ends::of(&descriptor.body.sampling, &tokenizer);
         Ok::<_, anyhow::Error>((model, tokenizer, ends))
     };
@@ -164,7 +164,7 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
             () = seat.shutdown.cancelled() => break,
             () = follower.changed() => { follower.latest(); }
             () = tokio::time::sleep(LOOK_EVERY) => {
-                let finished = matches!(seat.desk.control().await, Ok(state) if state.phase == Phase::Finished);
+                let finished = matches!(seat.client.control().await, Ok(state) if state.phase == Phase::Finished);
                 if finished && evaluator.done.contains(&evaluator.steps) {
                     break;
                 }

@@ -51,7 +51,7 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
     .await?;
     let joined = async {
         let (config, tokenizer, _) = seat.model().await?;
-        let sampling = seat.desk.descriptor().await?.body.sampling;
+        let sampling = seat.client.descriptor().await?.body.sampling;
         let task = Task {
             tokens_max: sampling.tokens_max,
             tokenizer,
@@ -65,7 +65,7 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
         };
         let answerer = PolicyAnswerer::new(config, kernels.set(), device, engine, task);
         let worker = Worker::start(WorkerParts {
-            desk: seat.desk.clone(),
+            client: seat.client.clone(),
             clock: seat.clock.clone(),
             answerer: Box::new(answerer),
             follower: seat.follow(Follow::Newest).await?,

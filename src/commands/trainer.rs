@@ -69,7 +69,7 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
     )
     .await?;
     let trainer = Trainer::start(TrainerParts {
-        desk: seat.desk.clone(),
+        client: seat.client.clone(),
         roster,
         dir: args.run.clone(),
         stepper: Box::new(stepper),

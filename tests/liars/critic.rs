@@ -7,10 +7,10 @@ use std::time::Duration;
 use serde_bytes::ByteBuf;
 
 use muster_broadcaster::follower::open_announcement;
-use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::open;
 use muster_protocol::id::{ContentHash, GroupHash};
-use muster_protocol::message::ask::{Answer, Ask, WaitReason};
+use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::critique::CritiqueLease;
 use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::NumericClass;
@@ -51,19 +51,19 @@ pub struct Deeds {
 
 pub struct Inflator {
     pub making: Making,
-    pub desk: Desk,
+    pub client: DispatchClient,
     pub start: Arc<Start>,
     pub deeds: Arc<Mutex<Deeds>>,
 }
 
 impl Inflator {
     /// Judges until the run is over.
-    pub async fn run(self) -> Result<(), DeskError> {
-        self.desk.descriptor().await?;
+    pub async fn run(self) -> Result<(), DispatchClientError> {
+        self.client.descriptor().await?;
         let mut held: Vec<VersionRef> = Vec::new();
         loop {
-            if let Ok(Some(announcement)) = self.desk.latest().await {
-                let newest = open_announcement(&self.desk, &announcement).unwrap();
+            if let Ok(Some(announcement)) = self.client.latest().await {
+                let newest = open_announcement(&self.client, &announcement).unwrap();
                 let newest = newest.version.body.reference();
                 if held.last() != Some(&newest) {
                     held.push(newest);
@@ -76,35 +76,35 @@ impl Inflator {
                 class: NumericClass::F32Cpu,
                 groups_max: 2,
             };
-            match self.desk.ask(ask).await {
-                Ok(Answer::CritiqueLeases(leases)) => self.judge(leases).await?,
-                Ok(Answer::Wait { reason, .. }) => {
+            match self.client.ask(ask).await {
+                Ok(Reply::CritiqueLeases(leases)) => self.judge(leases).await?,
+                Ok(Reply::Wait { reason, .. }) => {
                     if reason == WaitReason::CoolDown {
                         self.deeds.lock().unwrap().turned_away += 1;
                     }
                     tokio::time::sleep(PAUSE).await;
                 }
-                Ok(Answer::Finished) => return Ok(()),
-                Ok(_) => return Err(DeskError::Unexpected),
+                Ok(Reply::Finished) => return Ok(()),
+                Ok(_) => return Err(DispatchClientError::Unexpected),
                 Err(error) if error.is_transient() => tokio::time::sleep(PAUSE).await,
                 Err(error) => return Err(error),
             }
         }
     }
 
-    async fn judge(&self, leases: Vec<ByteBuf>) -> Result<(), DeskError> {
+    async fn judge(&self, leases: Vec<ByteBuf>) -> Result<(), DispatchClientError> {
         let mut verdicts = Vec::new();
         for lease in leases {
-            let case = open::<CritiqueLease>(lease.into_vec().into(), self.desk.run())?.body;
-            let verdict = self.desk.sign(self.verdict(&case)?)?;
+            let case = open::<CritiqueLease>(lease.into_vec().into(), self.client.run())?.body;
+            let verdict = self.client.sign(self.verdict(&case)?)?;
             verdicts.push(ByteBuf::from(verdict.bytes.to_vec()));
         }
-        self.desk.ask(Ask::Verdict { verdicts }).await?;
+        self.client.ask(Ask::Verdict { verdicts }).await?;
         Ok(())
     }
 
-    fn verdict(&self, case: &CritiqueLease) -> Result<Verdict, DeskError> {
-        let group = open::<Group>(case.group.clone().into(), self.desk.run())?;
+    fn verdict(&self, case: &CritiqueLease) -> Result<Verdict, DispatchClientError> {
+        let group = open::<Group>(case.group.clone().into(), self.client.run())?;
         let hash = GroupHash::of(&group.bytes);
         let honest: Vec<f32> = group
             .body

@@ -11,10 +11,10 @@ use serde_bytes::ByteBuf;
 
 use muster_broadcaster::follower::open_announcement;
 use muster_protocol::bus::BusError;
-use muster_protocol::desk::{Desk, DeskError};
+use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::{EnvelopeError, Invalid, Kind, Signed, Statement, open};
 use muster_protocol::limits::{GROUP_BYTES_MAX, PAYLOAD_BYTES_MAX, PROTOCOL_VERSIONS};
-use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::message::ask::{Ask, Reply};
 use muster_protocol::message::group::{FinishReason, Group, Rollout};
 use muster_protocol::message::lease::{Lease, NumericClass};
 use muster_protocol::message::version::VersionRef;
@@ -42,27 +42,27 @@ impl Statement for Unchecked {
 }
 
 /// The newest version, once there is one.
-pub async fn newest(desk: &Desk) -> VersionRef {
-    desk.descriptor().await.unwrap();
+pub async fn newest(client: &DispatchClient) -> VersionRef {
+    client.descriptor().await.unwrap();
     loop {
-        if let Ok(Some(announcement)) = desk.latest().await {
-            let opened = open_announcement(desk, &announcement).unwrap();
+        if let Ok(Some(announcement)) = client.latest().await {
+            let opened = open_announcement(client, &announcement).unwrap();
             return opened.version.body.reference();
         }
         tokio::time::sleep(PAUSE).await;
     }
 }
 
-/// A lease of `desk`'s own.
-async fn lease(desk: &Desk) -> Signed<Lease> {
+/// A lease of `client`'s own.
+async fn lease(client: &DispatchClient) -> Signed<Lease> {
     loop {
         let ask = Ask::Lease {
-            held: newest(desk).await,
+            held: newest(client).await,
             class: NumericClass::F32Cpu,
             rollouts_max: 8,
         };
-        if let Ok(Answer::Leases(mut leases)) = desk.ask(ask).await {
-            return open(leases.remove(0).into_vec().into(), desk.run()).unwrap();
+        if let Ok(Reply::Leases(mut leases)) = client.ask(ask).await {
+            return open(leases.remove(0).into_vec().into(), client.run()).unwrap();
         }
         tokio::time::sleep(PAUSE).await;
     }
@@ -89,17 +89,21 @@ fn group(lease: &Lease, logprobs: Vec<f32>) -> Group {
     }
 }
 
-async fn submit(desk: &Desk, lease: &Signed<Lease>, group: &Bytes) -> Result<Answer, DeskError> {
+async fn submit(
+    client: &DispatchClient,
+    lease: &Signed<Lease>,
+    group: &Bytes,
+) -> Result<Reply, DispatchClientError> {
     let bytes = |bytes: &Bytes| ByteBuf::from(bytes.to_vec());
     let (lease, group) = (bytes(&lease.bytes), bytes(group));
-    desk.ask(Ask::Submit { lease, group }).await
+    client.ask(Ask::Submit { lease, group }).await
 }
 
 /// Sends bytes of one's own making where submissions go.
-async fn send(desk: &Desk, payload: Bytes) -> Result<Answer, BusError> {
-    let subject = desk.subjects().ask(Verb::Submit, desk.bus().user());
-    let answer = desk.bus().request(&subject, payload, ANSWER_WAIT).await?;
-    Ok(open::<Answer>(answer, desk.run()).unwrap().body)
+async fn send(client: &DispatchClient, payload: Bytes) -> Result<Reply, BusError> {
+    let subject = client.subjects().ask(Verb::Submit, client.bus().user());
+    let answer = client.bus().request(&subject, payload, ANSWER_WAIT).await?;
+    Ok(open::<Reply>(answer, client.run()).unwrap().body)
 }
 
 #[track_caller]
@@ -111,9 +115,9 @@ fn assert_sentence(text: &str, words: &str) {
 }
 
 #[track_caller]
-fn assert_refused(answer: Result<Answer, DeskError>, words: &str) {
+fn assert_refused(answer: Result<Reply, DispatchClientError>, words: &str) {
     match answer {
-        Err(DeskError::Refused(reason)) => assert_sentence(&reason, words),
+        Err(DispatchClientError::Refused(reason)) => assert_sentence(&reason, words),
         other => panic!("answered {other:?} where {words:?} was expected"),
     }
 }
@@ -141,7 +145,7 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on
         ..Plan::new(config, start())
     };
     let mut running = Running::start(plan).await;
-    let (mallory, other) = (running.desk("worker-2"), running.desk("worker-3"));
+    let (mallory, other) = (running.client("worker-2"), running.client("worker-3"));
     let mine = lease(&mallory).await;
     let length = mine.body.ticket.sampling.tokens_max as usize;
     let honest = group(&mine.body, vec![-1.0; length]);
@@ -193,7 +197,7 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on
     };
     let question = mallory.sign(ask(&signed)).unwrap().bytes;
     match send(&mallory, of_another_version(&question)).await.unwrap() {
-        Answer::UpgradeRequired { served } => assert_eq!(served, PROTOCOL_VERSIONS),
+        Reply::UpgradeRequired { served } => assert_eq!(served, PROTOCOL_VERSIONS),
         answer => panic!("an unknown protocol version was answered {answer:?}"),
     }
     let garbage = [&question[..1], b"garbage"].concat(); // the version of the question stands first
@@ -207,7 +211,7 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on
         ),
     ] {
         match send(&mallory, payload).await.unwrap() {
-            Answer::Refused { reason } => assert_sentence(&reason, words),
+            Reply::Refused { reason } => assert_sentence(&reason, words),
             answer => panic!("answered {answer:?} where {words:?} was expected"),
         }
     }
@@ -224,7 +228,7 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on
 
     // The lease outlived all of this; what answers it is judged like any other group.
     let answer = submit(&mallory, &mine, &signed).await.unwrap();
-    assert!(matches!(answer, Answer::Accepted { .. }), "{answer:?}");
+    assert!(matches!(answer, Reply::Accepted { .. }), "{answer:?}");
     let steps = running.view().await.steps;
     running
         .until("three steps after the last refusal", |view| {

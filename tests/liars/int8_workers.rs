@@ -3,7 +3,7 @@
 
 use std::num::NonZeroU64;
 
-use muster_protocol::desk::DeskError;
+use muster_protocol::dispatch_client::DispatchClientError;
 use muster_protocol::message::ask::Ask;
 use muster_protocol::message::fate::Fate;
 use muster_protocol::message::lease::NumericClass;
@@ -90,15 +90,15 @@ async fn are_refused_by_a_run_that_does_not_list_their_class() {
     let mut plan = plan(&[WorkerKind::Honest, WorkerKind::Absent]);
     plan.config.dispatch.classes = small().dispatch.classes;
     let running = Running::start(plan).await;
-    let desk = running.desk("worker-2");
-    let held = newest(&desk).await;
+    let client = running.client("worker-2");
+    let held = newest(&client).await;
     let ask = Ask::Lease {
         held,
         class: NumericClass::Int8Cpu,
         rollouts_max: 8,
     };
-    match desk.ask(ask).await {
-        Err(DeskError::Refused(reason)) => assert_eq!(
+    match client.ask(ask).await {
+        Err(DispatchClientError::Refused(reason)) => assert_eq!(
             reason,
             "this run takes answers of class f32-cpu, f32-cuda, not int8-cpu"
         ),

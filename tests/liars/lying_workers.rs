@@ -6,7 +6,7 @@
 
 use std::num::NonZeroU64;
 
-use muster_protocol::message::ask::{Answer, Ask, WaitReason};
+use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::lease::NumericClass;
 
@@ -163,15 +163,15 @@ async fn the_liar_is_sent_away_and_the_run_ends(lie: Lie) {
             view.count(liar, Fate::Rejected) >= failures_max
         })
         .await;
-    let desk = running.desk(LIAR);
-    let held = newest(&desk).await;
+    let client = running.client(LIAR);
+    let held = newest(&client).await;
     let ask = Ask::Lease {
         held,
         class: NumericClass::F32Cpu,
         rollouts_max: 8,
     };
-    let answer = desk.ask(ask).await.unwrap();
-    let Answer::Wait { reason, .. } = answer else {
+    let answer = client.ask(ask).await.unwrap();
+    let Reply::Wait { reason, .. } = answer else {
         panic!("{lie:?}: the liar was answered {answer:?}");
     };
     assert_eq!(reason, WaitReason::CoolDown);

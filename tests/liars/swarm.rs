@@ -25,7 +25,7 @@ use muster_protocol::bus::memory::{MemoryBus, MemoryConfig};
 use muster_protocol::bus::nats::{NatsBus, NatsConfig};
 use muster_protocol::clock::{SharedClock, SystemClock};
 use muster_protocol::credentials::{Member, Roster};
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::open;
 use muster_protocol::id::PeerId;
 use muster_protocol::identity::{Identity, MachineSeed};
@@ -125,7 +125,7 @@ impl Plan {
 struct Seat {
     name: String,
     identity: Identity,
-    desk: Desk,
+    client: DispatchClient,
     swarm: Option<Swarm>,
 }
 
@@ -233,20 +233,20 @@ impl Running {
             }
         };
         let learner = roster.first(Role::Trainer).unwrap().peer;
-        let desk = Desk::new(bus, identity.clone(), run, learner);
+        let client = DispatchClient::new(bus, identity.clone(), run, learner);
         let swarm = match self.plan.weights {
             Weights::Shelf => None,
-            Weights::Peers => Some(self.join_peers(role, &identity, &desk).await),
+            Weights::Peers => Some(self.join_peers(role, &identity, &client).await),
         };
         self.seats.push(Seat {
             name,
             identity,
-            desk,
+            client,
             swarm,
         });
     }
 
-    async fn join_peers(&self, role: Role, identity: &Identity, desk: &Desk) -> Swarm {
+    async fn join_peers(&self, role: Role, identity: &Identity, client: &DispatchClient) -> Swarm {
         let mut config = SwarmConfig::default();
         if role == Role::Trainer {
             config.sharing = Sharing::FirstCopies;
@@ -257,7 +257,7 @@ impl Running {
         let swarm = Swarm::start(config, identity.clone(), clock(), &self.tracker, stop);
         let swarm = swarm.await.unwrap();
         let stop = self.shutdown.child_token();
-        presence::keep(desk.clone(), swarm.clone(), &self.tracker, stop);
+        presence::keep(client.clone(), swarm.clone(), &self.tracker, stop);
         swarm
     }
 
@@ -267,8 +267,8 @@ impl Running {
     }
 
     /// A member's way to dispatch.
-    pub fn desk(&self, name: &str) -> Desk {
-        self.seat(name).desk.clone()
+    pub fn client(&self, name: &str) -> DispatchClient {
+        self.seat(name).client.clone()
     }
 
     /// A member's key.
@@ -318,7 +318,7 @@ impl Running {
         let stepper = PolicyStepper::new(model, train, &start.model.image, steps, async_level);
         let trainer = self.seat("trainer");
         let parts = TrainerParts {
-            desk: trainer.desk.clone(),
+            client: trainer.client.clone(),
             roster: roster.clone(),
             dir: self.dir.path().to_owned(),
             stepper: Box::new(stepper.unwrap()),
@@ -335,7 +335,7 @@ impl Running {
         };
         let dispatch = self.seat("dispatch");
         let service = DispatchParts {
-            bus: dispatch.desk.bus().clone(),
+            bus: dispatch.client.bus().clone(),
             identity: dispatch.identity.clone(),
             run: config.run.name.clone(),
             learner: trainer.identity.peer_id(),
@@ -370,7 +370,7 @@ impl Running {
             None => self.shelf.clone(),
         };
         let stop = self.shutdown.child_token();
-        Follower::start(seat.desk.clone(), source, follow, &self.tracker, stop)
+        Follower::start(seat.client.clone(), source, follow, &self.tracker, stop)
             .await
             .unwrap()
     }
@@ -402,7 +402,7 @@ impl Running {
             self.ledger.clone(),
         );
         let parts = WorkerParts {
-            desk: self.desk(&name),
+            client: self.client(&name),
             clock: clock(),
             answerer: Box::new(InTurn::new(suspect, rollouts_max.get())),
             follower: self.follower(&name, Follow::Newest).await,
@@ -416,7 +416,7 @@ impl Running {
 
     async fn start_critic(&mut self, number: usize, kind: CriticKind) {
         let name = format!("critic-{}", number + 1);
-        let (stop, desk) = (self.shutdown.clone(), self.desk(&name));
+        let (stop, client) = (self.shutdown.clone(), self.client(&name));
         let making = match kind {
             CriticKind::Honest => None,
             CriticKind::Inflates => Some(Making::Inflated),
@@ -426,7 +426,7 @@ impl Running {
             let (start, deeds) = (self.plan.start.clone(), self.deeds.clone());
             let inflator = Inflator {
                 making,
-                desk,
+                client,
                 start,
                 deeds,
             };
@@ -444,7 +444,7 @@ impl Running {
         let scorer = PolicyScorer::new(config, KernelSet::Fused, Device::Cpu, tokenizer, kept)
             .for_classes(&self.plan.config.dispatch.classes);
         let parts = CriticParts {
-            desk,
+            client,
             scorer: Box::new(scorer),
             follower: self.follower(&name, Follow::Every).await,
             class: NumericClass::F32Cpu,
@@ -471,17 +471,19 @@ impl Running {
 
     /// What the run has come to so far.
     pub async fn view(&self) -> View {
-        let desk = &self.seat("trainer").desk;
-        let bus = desk.bus();
+        let client = &self.seat("trainer").client;
+        let bus = client.bus();
         let mut fates = Vec::new();
         let mut after = 0;
         loop {
             let records = bus.read(Log::Fates, after, 256).await.unwrap();
             let Some(last) = records.last() else { break };
             after = last.sequence;
-            let opened = records
-                .into_iter()
-                .map(|record| open::<FateRecord>(record.payload, desk.run()).unwrap().body);
+            let opened = records.into_iter().map(|record| {
+                open::<FateRecord>(record.payload, client.run())
+                    .unwrap()
+                    .body
+            });
             fates.extend(opened);
         }
         let versions = bus.last(Log::Versions).await.unwrap();
@@ -518,7 +520,7 @@ impl Running {
 
     /// Waits until the streams are there to be looked at.
     async fn opened(&self) {
-        let bus = self.seat("trainer").desk.bus().clone();
+        let bus = self.seat("trainer").client.bus().clone();
         while bus.last(Log::Control).await.ok().flatten().is_none() {
             assert!(
                 self.began.elapsed() < self.plan.patience,

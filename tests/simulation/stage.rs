@@ -23,10 +23,10 @@ use muster_learner::dispatch::service::{
 use muster_learner::dispatch::workers::ConductConfig;
 use muster_learner::trainer::objects::BroadcastConfig;
 use muster_learner::trainer::{Trainer, TrainerError, TrainerParts, TrainerSettings};
-use muster_protocol::bus::memory::{MemoryBus, MemoryConfig, MemoryCounters, Weather};
+use muster_protocol::bus::memory::{MemoryBus, MemoryConfig, MemoryCounters, NetworkFaults};
 use muster_protocol::bus::{QueueBounds, SharedBus};
 use muster_protocol::clock::{SharedClock, TimerClock};
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::{Statement, open};
 use muster_protocol::id::{ContentHash, PolicyVersion, RunId, TicketId, UnixMillis};
 use muster_protocol::message::batch::Batch;
@@ -72,7 +72,7 @@ pub struct Play {
     pub verdicts: u32,
     pub dispatch_deaths: u64,
     pub trainer_deaths: u64,
-    pub weather: Weather,
+    pub faults: NetworkFaults,
 }
 
 impl Play {
@@ -85,7 +85,7 @@ impl Play {
             verdicts: 1 + (seed % 2) as u32,
             dispatch_deaths: seed / 2 % 2 * 2,
             trainer_deaths: seed / 4 % 2 * 2,
-            weather: Weather {
+            faults: NetworkFaults {
                 delay: (Duration::from_micros(200), Duration::from_millis(4)),
                 loss: 0.05,
                 duplication: 0.02,
@@ -281,7 +281,7 @@ impl Stage {
         let bounds = QueueBounds::default();
         let config = MemoryConfig {
             seed: play.seed,
-            weather: play.weather,
+            faults: play.faults,
             bounds,
         };
         Self {
@@ -340,7 +340,7 @@ impl Stage {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         let virtual_seconds = began.elapsed().as_secs_f64();
-        self.bus.set_weather(Weather::default());
+        self.bus.set_faults(NetworkFaults::default());
         let record = Record {
             fates: self.read::<FateRecord>(&monitor, Log::Fates).await,
             batches: self.read::<Batch>(&monitor, Log::Batches).await,
@@ -396,13 +396,13 @@ impl Stage {
         }
     }
 
-    fn desk(&self, player: &Player, role: Role) -> Desk {
+    fn client(&self, player: &Player, role: Role) -> DispatchClient {
         let mut bus = self.bus.connect(&player.user, role);
         if role.is_lab() {
             bus = Arc::new(Watched::new(bus, self.ledger.clone()));
         }
         let learner = cast().trainer.identity.peer_id();
-        Desk::new(bus, player.identity.clone(), self.run.clone(), learner)
+        DispatchClient::new(bus, player.identity.clone(), self.run.clone(), learner)
     }
 
     fn chance(&self, purpose: &str, player: &Player, life: u64) -> StdRng {
@@ -431,9 +431,9 @@ impl Stage {
     }
 
     async fn dispatch_once(&self, shutdown: &CancellationToken) -> Result<(), DispatchError> {
-        let desk = self.desk(&cast().dispatch, Role::Dispatch);
+        let client = self.client(&cast().dispatch, Role::Dispatch);
         let parts = DispatchParts {
-            bus: desk.bus().clone(),
+            bus: client.bus().clone(),
             identity: cast().dispatch.identity.clone(),
             run: self.run.clone(),
             learner: cast().trainer.identity.peer_id(),
@@ -478,7 +478,7 @@ impl Stage {
 
     async fn trainer_once(&self, shutdown: &CancellationToken) -> Result<(), TrainerError> {
         let parts = TrainerParts {
-            desk: self.desk(&cast().trainer, Role::Trainer),
+            client: self.client(&cast().trainer, Role::Trainer),
             roster: cast().roster.clone(),
             dir: self.dir.clone(),
             stepper: Box::new(TableStepper::new(self.play.seed)),
@@ -499,11 +499,11 @@ impl Stage {
 
     async fn critic(self, player: &'static Player, life: u64, shutdown: CancellationToken) {
         let tracker = TaskTracker::new();
-        let desk = self.desk(player, Role::Critic);
+        let client = self.client(player, Role::Critic);
         let source = self.reach("critic-shelf", player, life);
         let judged = async {
             let follower = Follower::start(
-                desk.clone(),
+                client.clone(),
                 source,
                 Follow::Every,
                 &tracker,
@@ -515,7 +515,7 @@ impl Stage {
                 held: BTreeMap::new(),
             };
             let parts = CriticParts {
-                desk: desk.clone(),
+                client: client.clone(),
                 scorer: Box::new(scorer),
                 follower: follower.await.map_err(|error| error.to_string())?,
                 class: NumericClass::F32Cpu,
@@ -537,7 +537,7 @@ impl Stage {
 
     async fn worker(self, player: &'static Player, life: u64, shutdown: CancellationToken) {
         let tracker = TaskTracker::new();
-        let desk = self.desk(player, Role::Worker);
+        let client = self.client(player, Role::Worker);
         let source = self.reach("worker-shelf", player, life);
         let (chance, ledger) = (self.chance("worker", player, life), self.ledger.clone());
         let answerer: Box<dyn Answerer> = match Cast::lie(player.number) {
@@ -552,14 +552,14 @@ impl Stage {
         };
         let worked = async {
             let follower = Follower::start(
-                desk.clone(),
+                client.clone(),
                 source,
                 Follow::Newest,
                 &tracker,
                 shutdown.child_token(),
             );
             let parts = WorkerParts {
-                desk: desk.clone(),
+                client: client.clone(),
                 clock: self.clock.clone(),
                 answerer,
                 follower: follower.await.map_err(|error| error.to_string())?,

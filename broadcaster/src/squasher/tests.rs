@@ -6,7 +6,7 @@ use muster_protocol::clock::SystemClock;
 use muster_protocol::envelope::{open, seal};
 use muster_protocol::id::{DescriptorHash, Generation, PeerId, RunId};
 use muster_protocol::identity::Identity;
-use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::message::ask::{Ask, Reply};
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::{Announcement, Version, state_root};
 use muster_protocol::subject::{Log, Role, Subjects};
@@ -68,14 +68,14 @@ async fn answer(mut requests: Requests, run: RunId, desks: Arc<Mutex<Desks>>) {
         let answer = {
             let mut desks = desks.lock().unwrap_or_else(PoisonError::into_inner);
             match ask.body {
-                Ask::Latest { version: None } => Answer::Version(desks.announced.last().cloned()),
+                Ask::Latest { version: None } => Reply::Version(desks.announced.last().cloned()),
                 Ask::Latest {
                     version: Some(version),
-                } => Answer::Version(desks.announced.get(version.0 as usize).cloned()),
+                } => Reply::Version(desks.announced.get(version.0 as usize).cloned()),
                 Ask::Deltas { mine, .. } => {
                     desks.asked += 1;
                     desks.described.extend(mine);
-                    Answer::Deltas(desks.described.clone())
+                    Reply::Deltas(desks.described.clone())
                 }
                 other => panic!("nobody asks {other:?} here"),
             }
@@ -114,9 +114,9 @@ impl Run {
         }
     }
 
-    fn desk(&self, user: &str, role: Role, identity: &Identity) -> Desk {
+    fn client(&self, user: &str, role: Role, identity: &Identity) -> DispatchClient {
         let bus = self.bus.connect(user, role);
-        Desk::new(
+        DispatchClient::new(
             bus,
             identity.clone(),
             self.run.clone(),
@@ -185,22 +185,22 @@ impl Run {
         for (number, peer) in peers.iter().enumerate() {
             meet(&swarm, &PeerId([number as u8; 32]), peer.peer_record());
         }
-        let desk = self.desk(user, Role::Seeder, &identity);
+        let client = self.client(user, Role::Seeder, &identity);
         let source: Arc<dyn ObjectSource> = Arc::new(swarm.clone());
         let stop = self.shutdown.child_token();
-        let follower = Follower::start(desk.clone(), source, Follow::Newest, &self.tracker, stop);
+        let follower = Follower::start(client.clone(), source, Follow::Newest, &self.tracker, stop);
         Member {
             follower: follower.await.unwrap(),
-            desk,
+            client,
             swarm,
         }
     }
 
     fn squash(&self, member: &Member) {
-        let (desk, swarm) = (member.desk.clone(), member.swarm.clone());
+        let (client, swarm) = (member.client.clone(), member.swarm.clone());
         let (newest, config) = (member.follower.watch(), SquashConfig::default());
         let stop = self.shutdown.child_token();
-        keep(desk, swarm, newest, config, &self.tracker, stop);
+        keep(client, swarm, newest, config, &self.tracker, stop);
     }
 
     /// What members described so far, opened.
@@ -219,7 +219,7 @@ fn meet(swarm: &Swarm, peer: &PeerId, record: PeerRecord) {
 
 struct Member {
     follower: Follower,
-    desk: Desk,
+    client: DispatchClient,
     swarm: Swarm,
 }
 
@@ -263,7 +263,7 @@ async fn a_seeder_squashes_what_it_holds_and_a_late_peer_fetches_fewer_bytes_by_
     let delta = until(|| run.described().pop()).await;
     let (from, to) = (root_of(0), root_of(4));
     assert_eq!(delta.body.content, Content::Delta { from, to });
-    assert_eq!(delta.author, seeder.desk.identity().peer_id());
+    assert_eq!(delta.author, seeder.client.identity().peer_id());
     let singles: u64 = run.trail[1..].iter().map(|object| object.body.bytes).sum();
     assert!(
         delta.body.bytes < singles,
@@ -335,8 +335,8 @@ async fn descriptions_of_another_run_and_broken_ones_are_not_used() {
         ByteBuf::from(forged),
         ByteBuf::from(own),
     ];
-    let desk = run.desk("SEEDER", Role::Seeder, &maker);
-    let known = squashed_deltas(&desk, PolicyVersion(0)).await;
+    let client = run.client("SEEDER", Role::Seeder, &maker);
+    let known = squashed_deltas(&client, PolicyVersion(0)).await;
     assert_eq!(known.len(), 1);
     run.shutdown.cancel();
 }

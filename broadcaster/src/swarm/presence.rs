@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::open;
 use muster_protocol::message::peer::PeerRecord;
 
@@ -20,11 +20,16 @@ const PAUSE_MIN: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// Keeps `swarm` known to the run's peers on `tracker` until `shutdown`.
-pub fn keep(desk: Desk, swarm: Swarm, tracker: &TaskTracker, shutdown: CancellationToken) {
+pub fn keep(
+    client: DispatchClient,
+    swarm: Swarm,
+    tracker: &TaskTracker,
+    shutdown: CancellationToken,
+) {
     tracker.spawn(async move {
         let mut pause = PAUSE_MIN;
         loop {
-            match meet_all(&desk, &swarm).await {
+            match meet_all(&client, &swarm).await {
                 Ok(met) => debug!(met, "peers"),
                 Err(error) => debug!(%error, "peers are not known"),
             }
@@ -48,11 +53,14 @@ async fn peers_wanted(swarm: &Swarm) {
 }
 
 /// Tells dispatch of this peer and meets those that it names. Returns how many.
-async fn meet_all(desk: &Desk, swarm: &Swarm) -> Result<usize, muster_protocol::desk::DeskError> {
-    let mine = desk.sign(swarm.peer_record())?;
+async fn meet_all(
+    client: &DispatchClient,
+    swarm: &Swarm,
+) -> Result<usize, muster_protocol::dispatch_client::DispatchClientError> {
+    let mine = client.sign(swarm.peer_record())?;
     let mut met = 0;
-    for bytes in desk.peers(Some(&mine.bytes)).await? {
-        let record = open::<PeerRecord>(bytes, desk.run())?;
+    for bytes in client.peers(Some(&mine.bytes)).await? {
+        let record = open::<PeerRecord>(bytes, client.run())?;
         swarm.meet(record.author, record.body);
         met += 1;
     }

@@ -11,7 +11,7 @@ use serde_bytes::ByteBuf;
 use muster_broadcaster::follower::off_loop_if_large;
 use muster_broadcaster::object::describe_object;
 use muster_broadcaster::swarm::Swarm;
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::Signed;
 use muster_protocol::id::{ContentHash, DescriptorHash, Generation, PolicyVersion, StateRoot};
 use muster_protocol::message::version::{
@@ -80,7 +80,7 @@ pub struct Announced {
 
 /// Makes versions known.
 pub struct Announcer {
-    desk: Desk,
+    client: DispatchClient,
     outlet: std::sync::Arc<dyn Outlet>,
     descriptor: DescriptorHash,
     generation: Generation,
@@ -103,7 +103,7 @@ impl Announcer {
     /// # Errors
     /// When a file cannot be described or held.
     pub async fn new(
-        desk: Desk,
+        client: DispatchClient,
         outlet: std::sync::Arc<dyn Outlet>,
         descriptor: DescriptorHash,
         generation: Generation,
@@ -115,7 +115,7 @@ impl Announcer {
         for file in files {
             let hash = ContentHash::of(&file.bytes);
             let object = describe_object(Content::File { hash }, PolicyVersion(0), &file.bytes);
-            let object = desk.sign(object.map_err(failed)?)?;
+            let object = client.sign(object.map_err(failed)?)?;
             outlet
                 .offer(&object.body, file.bytes.clone())
                 .await
@@ -125,7 +125,7 @@ impl Announcer {
             entries.push(FileEntry { name, bytes, hash });
         }
         Ok(Self {
-            desk,
+            client,
             outlet,
             descriptor,
             generation,
@@ -202,7 +202,7 @@ impl Announcer {
         };
         self.parent = Some((root, kept));
         Ok(Announced {
-            version: self.desk.sign(body)?,
+            version: self.client.sign(body)?,
             anchor,
             objects,
             bytes,
@@ -226,7 +226,7 @@ impl Announcer {
             describe_object(Content::Anchor { root }, version, &hashed)
         });
         let object = object.await.map_err(failed)?.map_err(failed)?;
-        Ok(self.desk.sign(object)?)
+        Ok(self.client.sign(object)?)
     }
 
     async fn offer(
@@ -237,7 +237,7 @@ impl Announcer {
             return Ok(None);
         };
         self.outlet.offer(&object, bytes).await.map_err(failed)?;
-        Ok(Some(self.desk.sign(object)?))
+        Ok(Some(self.client.sign(object)?))
     }
 
     /// Appends a version to the log and tells everybody.
@@ -255,13 +255,13 @@ impl Announcer {
         let record = Bytes::from(announcement.encode().map_err(failed)?);
         let number = announced.version.body.version;
         let key = format!("v-{}-{number}", self.generation);
-        self.desk
+        self.client
             .bus()
             .append(Log::Versions, &key, None, record.clone())
             .await?;
-        self.desk
+        self.client
             .bus()
-            .publish(&self.desk.subjects().news(Log::Versions), record)
+            .publish(&self.client.subjects().news(Log::Versions), record)
             .await?;
         Ok(())
     }

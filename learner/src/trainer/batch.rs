@@ -47,7 +47,7 @@ impl Trainer {
             audited: selected.candidate.audited,
             rewards: selected.candidate.rewards.clone(),
         };
-        let manifest = self.desk.sign(Batch {
+        let manifest = self.client.sign(Batch {
             descriptor: descriptor_hash(&self.descriptor.bytes),
             generation: self.generation,
             step,
@@ -58,7 +58,7 @@ impl Trainer {
         loop {
             let expected = Some(self.batches_read);
             match self
-                .desk
+                .client
                 .bus()
                 .append(Log::Batches, &key, expected, manifest.bytes.clone())
                 .await
@@ -93,7 +93,7 @@ impl Trainer {
 
     /// Whether the newest manifest is this one: its confirmation was lost on the way.
     async fn manifest_is_stored(&mut self, manifest: &Signed<Batch>) -> Result<bool, TrainerError> {
-        let last = self.desk.bus().last(Log::Batches).await?;
+        let last = self.client.bus().last(Log::Batches).await?;
         let Some(record) = last.filter(|record| record.payload == manifest.bytes) else {
             return Ok(false);
         };

@@ -61,7 +61,7 @@ impl Trainer {
             .iter()
             .map(|file| (file.name.clone(), file.bytes.clone()))
             .collect();
-        let run = self.desk.run().clone();
+        let run = self.client.run().clone();
         let written = off_loop_if_large(image.len(), move || {
             let contents = Contents {
                 run: &run,

@@ -111,7 +111,7 @@ struct Spent {
 impl Trainer {
     /// Takes groups of the ready queue, at most a chunk, and waits up to `wait` for the first; returns how many came.
     pub(super) async fn take_groups(&mut self, wait: Duration) -> Result<usize, TrainerError> {
-        let deliveries = self.desk.bus().take(Queue::Ready, CHUNK, wait).await?;
+        let deliveries = self.client.bus().take(Queue::Ready, CHUNK, wait).await?;
         let count = deliveries.len();
         if count == 0 {
             return Ok(0);

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use tokio::time::Instant;
 use tracing::warn;
 
-use muster_protocol::desk::Desk;
+use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{PolicyVersion, StateRoot};
 use muster_protocol::message::batch::Batch;
@@ -65,7 +65,7 @@ impl Trainer {
             advantage: self.settings.advantage,
         };
         self.resolver = Resolver::new(config, version, ended);
-        self.desk.bus().reclaim(Queue::Ready).await?;
+        self.client.bus().reclaim(Queue::Ready).await?;
         self.step_ended = Instant::now();
         Ok(())
     }
@@ -74,7 +74,7 @@ impl Trainer {
         let mut roots = BTreeMap::new();
         let mut after = 0;
         loop {
-            let records = self.desk.bus().read(Log::Versions, after, CHUNK).await?;
+            let records = self.client.bus().read(Log::Versions, after, CHUNK).await?;
             let Some(last) = records.last() else {
                 return Ok(roots);
             };
@@ -82,7 +82,7 @@ impl Trainer {
             for record in records {
                 let announcement =
                     Announcement::decode(&record.payload).map_err(EnvelopeError::from)?;
-                let version = open::<Version>(announcement.version.into(), self.desk.run())?;
+                let version = open::<Version>(announcement.version.into(), self.client.run())?;
                 roots.insert(version.body.version, version.body.root);
             }
         }
@@ -93,14 +93,14 @@ impl Trainer {
         let mut manifests = BTreeMap::new();
         loop {
             let records = self
-                .desk
+                .client
                 .bus()
                 .read(Log::Batches, self.batches_read, CHUNK)
                 .await?;
             let Some(last) = records.last() else { break };
             self.batches_read = last.sequence;
             for record in records {
-                let batch = open::<Batch>(record.payload, self.desk.run())?.body;
+                let batch = open::<Batch>(record.payload, self.client.run())?.body;
                 manifests.insert(batch.step, batch);
             }
         }
@@ -119,7 +119,7 @@ impl Trainer {
         let began = Instant::now();
         let mut batch = Vec::with_capacity(manifest.groups.len());
         for entry in &manifest.groups {
-            let group = open::<Group>(self.archive.group(entry.group)?, self.desk.run())?;
+            let group = open::<Group>(self.archive.group(entry.group)?, self.client.run())?;
             let candidate = Candidate {
                 ticket: entry.ticket,
                 group: entry.group,
@@ -162,33 +162,33 @@ impl Trainer {
 
 /// Opens the run under `descriptor`, or checks that it was opened under the same.
 pub(super) async fn open_run(
-    desk: &Desk,
+    client: &DispatchClient,
     descriptor: Descriptor,
 ) -> Result<(Signed<Descriptor>, ControlState, u64), TrainerError> {
     let mut control = ControlState::default();
     let mut read = 0;
     loop {
-        let records = desk.bus().read(Log::Control, read, CHUNK).await?;
+        let records = client.bus().read(Log::Control, read, CHUNK).await?;
         let Some(last) = records.last() else { break };
         read = last.sequence;
         for record in records {
-            let event = open::<ControlEvent>(record.payload, desk.run())?;
+            let event = open::<ControlEvent>(record.payload, client.run())?;
             control.apply(record.sequence, event.body);
         }
     }
     if control.descriptor.is_empty() {
-        let signed = desk.sign(descriptor)?;
-        let event = desk.sign(ControlEvent::Opened {
+        let signed = client.sign(descriptor)?;
+        let event = client.sign(ControlEvent::Opened {
             descriptor: signed.bytes.to_vec(),
         })?;
-        let stored = desk
+        let stored = client
             .bus()
             .append(Log::Control, "opened", None, event.bytes)
             .await?;
         control.descriptor = signed.bytes.to_vec();
         return Ok((signed, control, stored.sequence()));
     }
-    let signed = open::<Descriptor>(control.descriptor.clone().into(), desk.run())?;
+    let signed = open::<Descriptor>(control.descriptor.clone().into(), client.run())?;
     match changed(&signed.body, &descriptor) {
         Some(what) => Err(TrainerError::Changed { what }),
         None => Ok((signed, control, read)),

@@ -26,7 +26,7 @@ mod network;
 mod routes;
 mod store;
 
-pub use self::network::Weather;
+pub use self::network::NetworkFaults;
 
 /// How a simulated bus behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -34,7 +34,7 @@ pub struct MemoryConfig {
     /// Where all chance comes from.
     pub seed: u64,
     /// What happens to messages on their way.
-    pub weather: Weather,
+    pub faults: NetworkFaults,
     /// Other bounds of the queues than their own.
     pub bounds: QueueBounds,
 }
@@ -111,9 +111,9 @@ impl MemoryBus {
     }
 
     /// Changes what happens to messages sent from now on.
-    pub fn set_weather(&self, weather: Weather) {
+    pub fn set_faults(&self, faults: NetworkFaults) {
         self.shared
-            .with_core(|core, _| core.network.set_weather(weather));
+            .with_core(|core, _| core.network.set_faults(faults));
     }
 
     /// Sends a request whose answer goes to an address of the sender's choice, as anybody can who writes his own client.

@@ -142,7 +142,7 @@ pub enum WaitReason {
 
 /// An answer, signed by dispatch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Answer {
+pub enum Reply {
     /// Signed leases.
     Leases(Vec<ByteBuf>),
     /// Signed critique leases.
@@ -190,18 +190,18 @@ pub enum Answer {
     Deltas(Vec<ByteBuf>),
 }
 
-impl Statement for Answer {
+impl Statement for Reply {
     const KIND: Kind = Kind::Reply;
     const BYTES_MAX: usize = CARRIER_BYTES_MAX + 4_096;
 
     fn validate(&self) -> Result<(), Invalid> {
         match self {
-            Answer::Peers(peers) => at_most("peers", peers.len(), PEERS_MAX),
-            Answer::Leases(leases) | Answer::CritiqueLeases(leases) => {
+            Reply::Peers(peers) => at_most("peers", peers.len(), PEERS_MAX),
+            Reply::Leases(leases) | Reply::CritiqueLeases(leases) => {
                 at_most("leases", leases.len(), LEASES_MAX)
             }
-            Answer::Receipts(receipts) => at_most("receipts", receipts.len(), RECEIPTS_MAX),
-            Answer::Deltas(deltas) => at_most("deltas", deltas.len(), SQUASHED_MAX),
+            Reply::Receipts(receipts) => at_most("receipts", receipts.len(), RECEIPTS_MAX),
+            Reply::Deltas(deltas) => at_most("deltas", deltas.len(), SQUASHED_MAX),
             _ => Ok(()),
         }
     }

@@ -9,7 +9,7 @@ use muster_protocol::id::{
     ContentHash, DescriptorHash, Generation, GroupHash, LeaseId, PeerId, PolicyVersion, StateRoot,
     TicketId, UnixMillis,
 };
-use muster_protocol::message::ask::{Answer, Ask, WaitReason};
+use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::batch::{Batch, BatchEntry};
 use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
@@ -122,8 +122,8 @@ pub fn asks() -> Vec<(&'static str, Ask)> {
     ]
 }
 
-pub fn answers() -> Vec<(&'static str, Answer)> {
-    let wait = |reason| Answer::Wait {
+pub fn answers() -> Vec<(&'static str, Reply)> {
+    let wait = |reason| Reply::Wait {
         retry_ms: 250,
         reason,
     };
@@ -134,10 +134,10 @@ pub fn answers() -> Vec<(&'static str, Answer)> {
         descriptor: envelope("descriptor").into_vec(),
     };
     vec![
-        ("leases", Answer::Leases(vec![envelope("lease")])),
+        ("leases", Reply::Leases(vec![envelope("lease")])),
         (
             "critique_leases",
-            Answer::CritiqueLeases(vec![envelope("critique lease")]),
+            Reply::CritiqueLeases(vec![envelope("critique lease")]),
         ),
         ("wait_nothing_open", wait(WaitReason::NothingOpen)),
         ("wait_backpressure", wait(WaitReason::Backpressure)),
@@ -147,34 +147,34 @@ pub fn answers() -> Vec<(&'static str, Answer)> {
         ("wait_cool_down", wait(WaitReason::CoolDown)),
         (
             "accepted",
-            Answer::Accepted {
+            Reply::Accepted {
                 group: GroupHash(bytes_of("group")),
             },
         ),
         (
             "recorded",
-            Answer::Recorded {
+            Reply::Recorded {
                 refused: vec!["verdict 2 is late".to_owned()],
             },
         ),
-        ("version_none", Answer::Version(None)),
-        ("version", Answer::Version(Some(announcement()))),
-        ("peers", Answer::Peers(vec![envelope("peer")])),
-        ("receipts", Answer::Receipts(vec![envelope("fate")])),
-        ("control", Answer::Control(state)),
-        ("descriptor", Answer::Descriptor(envelope("descriptor"))),
-        ("finished", Answer::Finished),
+        ("version_none", Reply::Version(None)),
+        ("version", Reply::Version(Some(announcement()))),
+        ("peers", Reply::Peers(vec![envelope("peer")])),
+        ("receipts", Reply::Receipts(vec![envelope("fate")])),
+        ("control", Reply::Control(state)),
+        ("descriptor", Reply::Descriptor(envelope("descriptor"))),
+        ("finished", Reply::Finished),
         (
             "refused",
-            Answer::Refused {
+            Reply::Refused {
                 reason: "lease 7 is over".to_owned(),
             },
         ),
         (
             "upgrade_required",
-            Answer::UpgradeRequired { served: vec![1, 2] },
+            Reply::UpgradeRequired { served: vec![1, 2] },
         ),
-        ("deltas", Answer::Deltas(vec![envelope("delta")])),
+        ("deltas", Reply::Deltas(vec![envelope("delta")])),
     ]
 }
 

@@ -25,7 +25,7 @@ use serde::de::DeserializeOwned;
 use muster_protocol::envelope::{EnvelopeError, Kind, Statement, open, seal};
 use muster_protocol::id::RunId;
 use muster_protocol::identity::{Identity, MachineSeed};
-use muster_protocol::message::ask::{Answer, Ask, WaitReason};
+use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::batch::Batch;
 use muster_protocol::message::control::ControlEvent;
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
@@ -185,7 +185,7 @@ fn every_kind_of_statement_has_golden_bytes() {
     let held: Vec<Kind> = all_cases().iter().map(|case| case.kind).collect();
     let statements = [
         Ask::KIND,
-        Answer::KIND,
+        Reply::KIND,
         Ticket::KIND,
         Lease::KIND,
         Group::KIND,
@@ -245,10 +245,10 @@ where
 fn every_variant_of_what_is_said_is_among_the_golden_messages() {
     let asks: Vec<Ask> = cases::asks().into_iter().map(|(_, ask)| ask).collect();
     assert_all_variants(&asks);
-    let answers: Vec<Answer> = cases::answers().into_iter().map(|(_, a)| a).collect();
+    let answers: Vec<Reply> = cases::answers().into_iter().map(|(_, a)| a).collect();
     assert_all_variants(&answers);
     let reasons = answers.iter().filter_map(|answer| match answer {
-        Answer::Wait { reason, .. } => Some(*reason),
+        Reply::Wait { reason, .. } => Some(*reason),
         _ => None,
     });
     assert_all_variants::<WaitReason>(&reasons.collect::<Vec<_>>());

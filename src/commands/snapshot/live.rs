@@ -18,10 +18,10 @@ use muster_broadcaster::route::cheapest;
 use muster_broadcaster::snapshot::{Contents, FOLDER_FILES_MAX, write};
 use muster_broadcaster::swarm::survey::Holdings;
 use muster_broadcaster::transport::nat::NatConfig;
-use muster_protocol::desk::DeskError;
+use muster_protocol::dispatch_client::DispatchClientError;
 use muster_protocol::envelope::open;
 use muster_protocol::id::PolicyVersion;
-use muster_protocol::message::ask::{Answer, Ask};
+use muster_protocol::message::ask::{Ask, Reply};
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::{Content, Object};
 use muster_protocol::subject::Role;
@@ -57,7 +57,7 @@ impl LiveRun {
         swarm.nat = nat;
         let seat = Seat::take(creds, Role::Evaluator, nats, swarm).await?;
         // From here on only the dispatch that the learner named is believed.
-        answered(async { Ok(seat.desk.descriptor().await?) }).await?;
+        answered(async { Ok(seat.client.descriptor().await?) }).await?;
         let heard = BTreeMap::new();
         Ok(Self { seat, heard })
     }
@@ -121,7 +121,7 @@ impl LiveRun {
             opened.with_context(|| format!("nothing was heard of version {version}"))?;
         refuse_tiny_files(opened.version.body.parameter_bytes(), file_bytes_max)?;
         // From nothing the way is an anchor and single steps; members may have made shorter ones.
-        let squashed = squashed_deltas(&self.seat.desk, PolicyVersion(0)).await;
+        let squashed = squashed_deltas(&self.seat.client, PolicyVersion(0)).await;
         opened.add_squashed(source.as_ref(), squashed);
         let holdings = self.survey([&opened].into_iter()).await?;
         if !opened.keep_held(&holdings) {
@@ -149,7 +149,7 @@ impl LiveRun {
                 let body = &held.version.body;
                 let content = Content::Anchor { root: body.root };
                 self.seat
-                    .desk
+                    .client
                     .sign(describe_object(content, body.version, &held.image)?)?
             }
         };
@@ -181,8 +181,8 @@ impl LiveRun {
     /// Asks the peers that dispatch names what they hold of these versions.
     async fn survey(&self, versions: impl Iterator<Item = &Opened>) -> Result<Holdings> {
         let mut peers = Vec::new();
-        for bytes in answered(async { Ok(self.seat.desk.peers(None).await?) }).await? {
-            match open::<PeerRecord>(bytes, self.seat.desk.run()) {
+        for bytes in answered(async { Ok(self.seat.client.peers(None).await?) }).await? {
+            match open::<PeerRecord>(bytes, self.seat.client.run()) {
                 Ok(record) => peers.push(record.body),
                 Err(error) => tracing::debug!(%error, "a peer's record cannot be used"),
             }
@@ -204,12 +204,12 @@ impl LiveRun {
     }
 
     async fn ask(&self, version: Option<PolicyVersion>) -> Result<Option<Opened>> {
-        let desk = &self.seat.desk;
+        let client = &self.seat.client;
         answered(async {
-            match desk.ask_until_answered(Ask::Latest { version }).await? {
-                Answer::Version(Some(told)) => Ok(Some(open_announcement(desk, &told)?)),
-                Answer::Version(None) => Ok(None),
-                _ => Err(DeskError::Unexpected.into()),
+            match client.ask_until_answered(Ask::Latest { version }).await? {
+                Reply::Version(Some(told)) => Ok(Some(open_announcement(client, &told)?)),
+                Reply::Version(None) => Ok(None),
+                _ => Err(DispatchClientError::Unexpected.into()),
             }
         })
         .await

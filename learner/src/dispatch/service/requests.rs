@@ -14,7 +14,7 @@ use muster_protocol::credentials::Member;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, TicketId, UnixMillis};
 use muster_protocol::limits::{GROUP_BYTES_MAX, PEERS_MAX, SQUASHED_MAX, TEXT_BYTES_MAX};
-use muster_protocol::message::ask::{Answer, Ask, LEASES_MAX, WaitReason};
+use muster_protocol::message::ask::{Ask, LEASES_MAX, Reply, WaitReason};
 use muster_protocol::message::control::Phase;
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
 use muster_protocol::message::fate::Fate;
@@ -37,7 +37,7 @@ const BUS_RETRY_MS: u64 = 500;
 /// What becomes of a request.
 enum Decided {
     /// This is said.
-    Answer(Answer),
+    Reply(Reply),
     /// The group is stored first; then it is accepted.
     Store {
         /// Its key in the intake queue.
@@ -76,20 +76,20 @@ impl DispatchService {
     }
 
     /// Stores the groups among what was decided; returns the answers, in order.
-    async fn stored(&mut self, decided: Vec<Decided>) -> Result<Vec<Answer>, DispatchError> {
+    async fn stored(&mut self, decided: Vec<Decided>) -> Result<Vec<Reply>, DispatchError> {
         let any = decided
             .iter()
             .any(|decided| matches!(decided, Decided::Store { .. }));
         let bus = &self.bus;
         let storing = decided.into_iter().map(|decided| async move {
             match decided {
-                Decided::Answer(answer) => Ok(answer),
+                Decided::Reply(answer) => Ok(answer),
                 Decided::Store {
                     key,
                     admitted,
                     group,
                 } => match bus.enqueue(Queue::Intake, &key, admitted).await {
-                    Ok(_) => Ok(Answer::Accepted { group }),
+                    Ok(_) => Ok(Reply::Accepted { group }),
                     Err(error) => wait_for_bus(error),
                 },
             }
@@ -115,26 +115,26 @@ impl DispatchService {
         let ask = match open::<Ask>(request.payload.clone(), &self.run) {
             Ok(ask) => ask,
             Err(EnvelopeError::UpgradeRequired { served, .. }) => {
-                return Ok(Decided::Answer(Answer::UpgradeRequired {
+                return Ok(Decided::Reply(Reply::UpgradeRequired {
                     served: served.to_vec(),
                 }));
             }
-            Err(error) => return Ok(Decided::Answer(refused(error))),
+            Err(error) => return Ok(Decided::Reply(refused(error))),
         };
         let verb = ask.body.verb();
         let Some(member) = self.roster.by_user(request.user()).cloned() else {
-            return Ok(Decided::Answer(refused(
+            return Ok(Decided::Reply(refused(
                 "this user is not a member of the run",
             )));
         };
         if member.peer != ask.author {
             let reason = "the message is signed by another key than the member's";
-            return Ok(Decided::Answer(refused(reason)));
+            return Ok(Decided::Reply(refused(reason)));
         }
         let expected = self.subjects.ask(verb, request.user());
         if expected != request.subject || !member.role.verbs().contains(&verb) {
             let reason = format!("the role {} may not ask for {}", member.role, verb.token());
-            return Ok(Decided::Answer(refused(reason)));
+            return Ok(Decided::Reply(refused(reason)));
         }
         let answer = match ask.body {
             Ask::Submit { lease, group } => return self.on_submit(&member, lease, group),
@@ -150,11 +150,11 @@ impl DispatchService {
             Ask::Latest { version } => self.on_latest(version),
             Ask::Peers { mine } => self.on_peers(&member, mine),
             Ask::Receipt { leases } => self.on_receipt(&leases),
-            Ask::Control => Answer::Control(self.control.clone()),
-            Ask::Descriptor => Answer::Descriptor(ByteBuf::from(self.descriptor.bytes.to_vec())),
+            Ask::Control => Reply::Control(self.control.clone()),
+            Ask::Descriptor => Reply::Descriptor(ByteBuf::from(self.descriptor.bytes.to_vec())),
             Ask::Deltas { from, mine } => self.on_deltas(&member, from, mine),
         };
-        Ok(Decided::Answer(answer))
+        Ok(Decided::Reply(answer))
     }
 
     fn on_lease(
@@ -163,9 +163,9 @@ impl DispatchService {
         held: VersionRef,
         class: NumericClass,
         rollouts_max: u32,
-    ) -> Result<Answer, DispatchError> {
+    ) -> Result<Reply, DispatchError> {
         if self.control.phase == Phase::Finished {
-            return Ok(Answer::Finished);
+            return Ok(Reply::Finished);
         }
         if let Some(classes) = self.core.refuses(class) {
             let classes = class_names(classes);
@@ -188,7 +188,7 @@ impl DispatchService {
                 Err(_) => break,
             }
         }
-        Ok(Answer::Leases(leases))
+        Ok(Reply::Leases(leases))
     }
 
     fn on_submit(
@@ -201,7 +201,7 @@ impl DispatchService {
             Ok((lease, group)) => return self.on_group(member, &lease, &group),
             Err(reason) => refused(reason),
         };
-        Ok(Decided::Answer(answer))
+        Ok(Decided::Reply(answer))
     }
 
     fn opened_submission(
@@ -225,9 +225,9 @@ impl DispatchService {
         group: &Signed<Group>,
     ) -> Result<Decided, DispatchError> {
         let hash = GroupHash::of(&group.bytes);
-        let accepted = Answer::Accepted { group: hash };
+        let accepted = Reply::Accepted { group: hash };
         if self.accepted.entries.get(&lease.body.id) == Some(&hash) {
-            return Ok(Decided::Answer(accepted));
+            return Ok(Decided::Reply(accepted));
         }
         let answer = match self.core.admit(&lease.body, group) {
             Admission::Admit { audit } => {
@@ -259,7 +259,7 @@ impl DispatchService {
             }
             Admission::Refuse(mismatch) => refused(mismatch),
         };
-        Ok(Decided::Answer(answer))
+        Ok(Decided::Reply(answer))
     }
 
     fn on_critique(
@@ -267,9 +267,9 @@ impl DispatchService {
         member: &Member,
         held: &[VersionRef],
         groups_max: u32,
-    ) -> Result<Answer, DispatchError> {
+    ) -> Result<Reply, DispatchError> {
         if self.control.phase == Phase::Finished && self.core.court().is_empty() {
-            return Ok(Answer::Finished);
+            return Ok(Reply::Finished);
         }
         self.core.critic_asks(&member.peer);
         let mut leases = Vec::new();
@@ -293,7 +293,7 @@ impl DispatchService {
             }
             leases.push(ByteBuf::from(signed.bytes.to_vec()));
         }
-        Ok(Answer::CritiqueLeases(leases))
+        Ok(Reply::CritiqueLeases(leases))
     }
 
     fn critique_lease(
@@ -319,7 +319,7 @@ impl DispatchService {
         &mut self,
         member: &Member,
         verdicts: Vec<ByteBuf>,
-    ) -> Result<Answer, DispatchError> {
+    ) -> Result<Reply, DispatchError> {
         let mut refused = Vec::new();
         for bytes in verdicts {
             match open::<Verdict>(bytes.into_vec().into(), &self.run) {
@@ -331,7 +331,7 @@ impl DispatchService {
                 Err(error) => refused.push(error.to_string()),
             }
         }
-        Ok(Answer::Recorded { refused })
+        Ok(Reply::Recorded { refused })
     }
 
     /// Takes in one verdict; returns why it was refused, if it was.
@@ -394,17 +394,17 @@ impl DispatchService {
         self.end_ticket(record)
     }
 
-    fn on_latest(&self, version: Option<PolicyVersion>) -> Answer {
+    fn on_latest(&self, version: Option<PolicyVersion>) -> Reply {
         let wanted = |known: &VersionRef| version.is_none_or(|wanted| known.version == wanted);
         let found = self
             .announcements
             .iter()
             .rev()
             .find(|(known, _)| wanted(known));
-        Answer::Version(found.map(|(_, announcement)| announcement.clone()))
+        Reply::Version(found.map(|(_, announcement)| announcement.clone()))
     }
 
-    fn on_peers(&mut self, member: &Member, mine: Option<ByteBuf>) -> Answer {
+    fn on_peers(&mut self, member: &Member, mine: Option<ByteBuf>) -> Reply {
         if let Some(bytes) = mine {
             let bytes = Bytes::from(bytes.into_vec());
             match open::<PeerRecord>(bytes.clone(), &self.run) {
@@ -430,10 +430,10 @@ impl DispatchService {
         let others = next.into_iter().chain(partners(known.len(), place));
         let records = others.take(PEERS_MAX).filter_map(|other| known.get(other));
         let records = records.map(|(_, known)| ByteBuf::from(known.record.to_vec()));
-        Answer::Peers(records.collect())
+        Reply::Peers(records.collect())
     }
 
-    fn on_deltas(&mut self, member: &Member, from: PolicyVersion, mine: Option<ByteBuf>) -> Answer {
+    fn on_deltas(&mut self, member: &Member, from: PolicyVersion, mine: Option<ByteBuf>) -> Reply {
         if let Some(bytes) = mine {
             if !member.role.squashes() {
                 let reason = format!("the role {} describes no deltas", member.role);
@@ -450,41 +450,41 @@ impl DispatchService {
             }
         }
         let told = self.squashed.from(from).take(SQUASHED_MAX);
-        Answer::Deltas(
+        Reply::Deltas(
             told.map(|object| ByteBuf::from(object.bytes.to_vec()))
                 .collect(),
         )
     }
 
-    fn on_receipt(&self, leases: &[LeaseId]) -> Answer {
+    fn on_receipt(&self, leases: &[LeaseId]) -> Reply {
         let known = leases
             .iter()
             .filter_map(|lease| self.receipts.entries.get(lease));
-        Answer::Receipts(known.map(|bytes| ByteBuf::from(bytes.to_vec())).collect())
+        Reply::Receipts(known.map(|bytes| ByteBuf::from(bytes.to_vec())).collect())
     }
 }
 
 /// What to say when the bus does not answer for a moment.
-fn wait_for_bus(error: BusError) -> Result<Answer, DispatchError> {
+fn wait_for_bus(error: BusError) -> Result<Reply, DispatchError> {
     if !error.is_transient() {
         return Err(error.into());
     }
     debug!(%error, "an answer waits for the bus");
-    Ok(Answer::Wait {
+    Ok(Reply::Wait {
         retry_ms: BUS_RETRY_MS,
         reason: WaitReason::Starting,
     })
 }
 
-fn waiting(wait: Wait) -> Answer {
-    Answer::Wait {
+fn waiting(wait: Wait) -> Reply {
+    Reply::Wait {
         retry_ms: wait.retry_ms,
         reason: wait.reason,
     }
 }
 
-fn refused(reason: impl ToString) -> Answer {
-    Answer::Refused {
+fn refused(reason: impl ToString) -> Reply {
+    Reply::Refused {
         reason: reason
             .to_string()
             .chars()

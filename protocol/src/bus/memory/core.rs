@@ -99,7 +99,7 @@ impl Core {
         let queue = |queue: &Queue| (*queue, QueueStore::new(config.bounds.of(*queue)));
         let log = |log: &Log| (*log, LogStore::new(log.limits()));
         Self {
-            network: Network::new(config.seed, config.weather),
+            network: Network::new(config.seed, config.faults),
             counters: MemoryCounters::default(),
             queues: Queue::ALL.iter().map(queue).collect(),
             logs: Log::ALL.iter().map(log).collect(),

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 /// How bad the network is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Weather {
+pub struct NetworkFaults {
     /// Shortest and longest delay of one hop, drawn evenly between them.
     pub delay: (Duration, Duration),
     /// Share of news, requests and answers that are lost, each hop alone.
@@ -19,7 +19,7 @@ pub struct Weather {
     pub durable_loss: f64,
 }
 
-impl Default for Weather {
+impl Default for NetworkFaults {
     /// A perfect network: nothing is lost, nothing takes time.
     fn default() -> Self {
         Self {
@@ -35,7 +35,7 @@ impl Default for Weather {
 #[derive(Debug)]
 pub(super) struct Network {
     rng: ChaCha8Rng,
-    weather: Weather,
+    faults: NetworkFaults,
 }
 
 /// Whether a message of a durable call arrives.
@@ -46,23 +46,23 @@ pub(super) enum Hop {
 }
 
 impl Network {
-    pub(super) fn new(seed: u64, weather: Weather) -> Self {
+    pub(super) fn new(seed: u64, faults: NetworkFaults) -> Self {
         Self {
             rng: ChaCha8Rng::seed_from_u64(seed),
-            weather,
+            faults,
         }
     }
 
-    pub(super) fn set_weather(&mut self, weather: Weather) {
-        self.weather = weather;
+    pub(super) fn set_faults(&mut self, faults: NetworkFaults) {
+        self.faults = faults;
     }
 
     /// The delays after which the copies of a message arrive: none when it is lost, two when it is doubled.
     pub(super) fn copies(&mut self) -> Vec<Duration> {
-        if self.happens(self.weather.loss) {
+        if self.happens(self.faults.loss) {
             return Vec::new();
         }
-        let copies = if self.happens(self.weather.duplication) {
+        let copies = if self.happens(self.faults.duplication) {
             2
         } else {
             1
@@ -72,7 +72,7 @@ impl Network {
 
     /// One way of a durable call.
     pub(super) fn durable_hop(&mut self) -> Hop {
-        if self.happens(self.weather.durable_loss) {
+        if self.happens(self.faults.durable_loss) {
             return Hop::Lost;
         }
         Hop::Arrives(self.delay())
@@ -88,7 +88,7 @@ impl Network {
     }
 
     fn delay(&mut self) -> Duration {
-        let (shortest, longest) = self.weather.delay;
+        let (shortest, longest) = self.faults.delay;
         if longest <= shortest {
             shortest
         } else {
@@ -152,12 +152,12 @@ mod tests {
 
     #[test]
     fn the_shares_are_those_asked_for() {
-        let weather = Weather {
+        let faults = NetworkFaults {
             loss: 0.05,
             duplication: 0.1,
-            ..Weather::default()
+            ..NetworkFaults::default()
         };
-        let mut network = Network::new(7, weather);
+        let mut network = Network::new(7, faults);
         let mut counts = [0u32; 3];
         for _ in 0..100_000 {
             counts[network.copies().len()] += 1;
@@ -171,9 +171,9 @@ mod tests {
         let delay = (Duration::from_millis(2), Duration::from_millis(5));
         let mut network = Network::new(
             7,
-            Weather {
+            NetworkFaults {
                 delay,
-                ..Weather::default()
+                ..NetworkFaults::default()
             },
         );
         for _ in 0..1_000 {

@@ -12,9 +12,9 @@ fn text(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
 }
 
-fn stormy(seed: u64) -> MemoryConfig {
+fn faulty(seed: u64) -> MemoryConfig {
     let delay = (Duration::from_millis(1), Duration::from_millis(50));
-    let weather = Weather {
+    let faults = NetworkFaults {
         delay,
         loss: 0.05,
         duplication: 0.05,
@@ -22,7 +22,7 @@ fn stormy(seed: u64) -> MemoryConfig {
     };
     MemoryConfig {
         seed,
-        weather,
+        faults,
         ..MemoryConfig::default()
     }
 }
@@ -83,15 +83,15 @@ async fn small_swarm(config: MemoryConfig) -> ([u8; 32], Duration, MemoryCounter
 
 #[tokio::test(start_paused = true)]
 async fn equal_seeds_give_equal_traces_and_other_seeds_others() {
-    let first = small_swarm(stormy(1)).await;
-    assert_eq!(first, small_swarm(stormy(1)).await);
-    assert_ne!(first.0, small_swarm(stormy(2)).await.0);
+    let first = small_swarm(faulty(1)).await;
+    assert_eq!(first, small_swarm(faulty(1)).await);
+    assert_ne!(first.0, small_swarm(faulty(2)).await.0);
 }
 
 #[tokio::test(start_paused = true)]
 async fn waiting_costs_virtual_time_alone() {
     let begin = std::time::Instant::now();
-    let (_, virtual_time, counters) = small_swarm(stormy(3)).await;
+    let (_, virtual_time, counters) = small_swarm(faulty(3)).await;
     assert!(virtual_time > Duration::from_secs(60), "{virtual_time:?}");
     assert!(begin.elapsed() < Duration::from_secs(20));
     assert!(counters.lost > 0 && counters.doubled > 0, "{counters:?}");
@@ -99,15 +99,15 @@ async fn waiting_costs_virtual_time_alone() {
 
 #[tokio::test(start_paused = true)]
 async fn the_share_of_lost_requests_is_the_one_asked_for() {
-    let weather = Weather {
+    let faults = NetworkFaults {
         loss: 0.05,
-        ..Weather::default()
+        ..NetworkFaults::default()
     };
     let bus = MemoryBus::new(
         &run(),
         MemoryConfig {
             seed: 4,
-            weather,
+            faults,
             ..MemoryConfig::default()
         },
     );
@@ -140,15 +140,15 @@ async fn the_share_of_lost_requests_is_the_one_asked_for() {
 
 #[tokio::test(start_paused = true)]
 async fn a_write_whose_confirmation_was_lost_is_recognised_when_it_is_repeated() {
-    let weather = Weather {
+    let faults = NetworkFaults {
         durable_loss: 0.3,
-        ..Weather::default()
+        ..NetworkFaults::default()
     };
     let bus = MemoryBus::new(
         &run(),
         MemoryConfig {
             seed: 5,
-            weather,
+            faults,
             ..MemoryConfig::default()
         },
     );
@@ -229,14 +229,14 @@ async fn a_dropped_connection_hears_and_serves_no_more() {
 #[tokio::test(start_paused = true)]
 async fn news_is_heard_in_the_order_in_which_it_was_sent() {
     let delay = (Duration::from_millis(1), Duration::from_millis(100));
-    let weather = Weather {
+    let faults = NetworkFaults {
         delay,
-        ..Weather::default()
+        ..NetworkFaults::default()
     };
     let bus = MemoryBus::new(
         &run(),
         MemoryConfig {
-            weather,
+            faults,
             ..MemoryConfig::default()
         },
     );

@@ -10,7 +10,7 @@ use crate::bus::{BusError, SharedBus};
 use crate::envelope::{EnvelopeError, Signed, Statement, open, seal};
 use crate::id::{PeerId, PolicyVersion, RunId};
 use crate::identity::Identity;
-use crate::message::ask::{Answer, Ask};
+use crate::message::ask::{Ask, Reply};
 use crate::message::control::ControlState;
 use crate::message::descriptor::Descriptor;
 use crate::message::version::Announcement;
@@ -23,7 +23,7 @@ const RETRY_MS: (u64, u64) = (50, 2_000);
 
 /// Why asking did not give an answer.
 #[derive(Debug, thiserror::Error)]
-pub enum DeskError {
+pub enum DispatchClientError {
     /// The bus did not carry it.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -59,7 +59,7 @@ pub enum DeskError {
     Unexpected,
 }
 
-impl DeskError {
+impl DispatchClientError {
     /// Whether asking again later may help.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Bus(error) if error.is_transient())
@@ -78,18 +78,22 @@ struct Inner {
 
 /// A cheap handle by which one member asks.
 #[derive(Clone)]
-pub struct Desk {
+pub struct DispatchClient {
     inner: Arc<Inner>,
 }
 
-impl std::fmt::Debug for Desk {
+impl std::fmt::Debug for DispatchClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Desk({:?} in {})", self.inner.identity, self.inner.run)
+        write!(
+            f,
+            "DispatchClient({:?} in {})",
+            self.inner.identity, self.inner.run
+        )
     }
 }
 
-impl Desk {
-    /// A member's desk. `learner` is whom the member's credentials trust.
+impl DispatchClient {
+    /// A member's client. `learner` is whom the member's credentials trust.
     pub fn new(bus: SharedBus, identity: Identity, run: RunId, learner: PeerId) -> Self {
         let subjects = Subjects::of(&run);
         let (dispatch, sequence) = (OnceLock::new(), AtomicU64::new(0));
@@ -144,7 +148,7 @@ impl Desk {
     ///
     /// # Errors
     /// When no usable answer came, or dispatch refused.
-    pub async fn ask(&self, ask: Ask) -> Result<Answer, DeskError> {
+    pub async fn ask(&self, ask: Ask) -> Result<Reply, DispatchClientError> {
         let subject = self.inner.subjects.ask(ask.verb(), self.inner.bus.user());
         let question = self.sign(ask)?;
         let bytes = self
@@ -152,18 +156,18 @@ impl Desk {
             .bus
             .request(&subject, question.bytes, ANSWER_WAIT)
             .await?;
-        let answer = open::<Answer>(bytes, &self.inner.run)?;
+        let answer = open::<Reply>(bytes, &self.inner.run)?;
         if let Some(expected) = self.inner.dispatch.get()
             && answer.author != *expected
         {
-            return Err(DeskError::Impostor {
+            return Err(DispatchClientError::Impostor {
                 found: answer.author,
                 expected: *expected,
             });
         }
         match answer.body {
-            Answer::Refused { reason } => Err(DeskError::Refused(reason)),
-            Answer::UpgradeRequired { served } => Err(DeskError::UpgradeRequired(served)),
+            Reply::Refused { reason } => Err(DispatchClientError::Refused(reason)),
+            Reply::UpgradeRequired { served } => Err(DispatchClientError::UpgradeRequired(served)),
             answer => Ok(answer),
         }
     }
@@ -172,7 +176,7 @@ impl Desk {
     ///
     /// # Errors
     /// When asking again cannot help.
-    pub async fn ask_until_answered(&self, ask: Ask) -> Result<Answer, DeskError> {
+    pub async fn ask_until_answered(&self, ask: Ask) -> Result<Reply, DispatchClientError> {
         let mut pause_ms = RETRY_MS.0;
         loop {
             match self.ask(ask.clone()).await {
@@ -191,19 +195,19 @@ impl Desk {
     ///
     /// # Errors
     /// When it is signed by another, or asking again cannot help.
-    pub async fn descriptor(&self) -> Result<Signed<Descriptor>, DeskError> {
-        let Answer::Descriptor(bytes) = self.ask_until_answered(Ask::Descriptor).await? else {
-            return Err(DeskError::Unexpected);
+    pub async fn descriptor(&self) -> Result<Signed<Descriptor>, DispatchClientError> {
+        let Reply::Descriptor(bytes) = self.ask_until_answered(Ask::Descriptor).await? else {
+            return Err(DispatchClientError::Unexpected);
         };
         let descriptor = open::<Descriptor>(bytes.into_vec().into(), &self.inner.run)?;
         if descriptor.author != self.inner.learner {
             let (found, expected) = (descriptor.author, self.inner.learner);
-            return Err(DeskError::WrongLearner { found, expected });
+            return Err(DispatchClientError::WrongLearner { found, expected });
         }
         let dispatch = *self.inner.dispatch.get_or_init(|| descriptor.body.dispatch);
         if dispatch != descriptor.body.dispatch {
             let found = descriptor.body.dispatch;
-            return Err(DeskError::Impostor {
+            return Err(DispatchClientError::Impostor {
                 found,
                 expected: dispatch,
             });
@@ -215,10 +219,10 @@ impl Desk {
     ///
     /// # Errors
     /// When no usable answer came.
-    pub async fn latest(&self) -> Result<Option<Announcement>, DeskError> {
+    pub async fn latest(&self) -> Result<Option<Announcement>, DispatchClientError> {
         match self.ask(Ask::Latest { version: None }).await? {
-            Answer::Version(announcement) => Ok(announcement),
-            _ => Err(DeskError::Unexpected),
+            Reply::Version(announcement) => Ok(announcement),
+            _ => Err(DispatchClientError::Unexpected),
         }
     }
 
@@ -226,10 +230,10 @@ impl Desk {
     ///
     /// # Errors
     /// When no usable answer came.
-    pub async fn control(&self) -> Result<ControlState, DeskError> {
+    pub async fn control(&self) -> Result<ControlState, DispatchClientError> {
         match self.ask(Ask::Control).await? {
-            Answer::Control(state) => Ok(state),
-            _ => Err(DeskError::Unexpected),
+            Reply::Control(state) => Ok(state),
+            _ => Err(DispatchClientError::Unexpected),
         }
     }
 
@@ -242,11 +246,11 @@ impl Desk {
         &self,
         from: PolicyVersion,
         mine: Option<&[u8]>,
-    ) -> Result<Vec<bytes::Bytes>, DeskError> {
+    ) -> Result<Vec<bytes::Bytes>, DispatchClientError> {
         let mine = mine.map(|bytes| ByteBuf::from(bytes.to_vec()));
         match self.ask(Ask::Deltas { from, mine }).await? {
-            Answer::Deltas(deltas) => Ok(deltas.into_iter().map(|d| d.into_vec().into()).collect()),
-            _ => Err(DeskError::Unexpected),
+            Reply::Deltas(deltas) => Ok(deltas.into_iter().map(|d| d.into_vec().into()).collect()),
+            _ => Err(DispatchClientError::Unexpected),
         }
     }
 
@@ -254,11 +258,14 @@ impl Desk {
     ///
     /// # Errors
     /// When no usable answer came.
-    pub async fn peers(&self, mine: Option<&[u8]>) -> Result<Vec<bytes::Bytes>, DeskError> {
+    pub async fn peers(
+        &self,
+        mine: Option<&[u8]>,
+    ) -> Result<Vec<bytes::Bytes>, DispatchClientError> {
         let mine = mine.map(|bytes| ByteBuf::from(bytes.to_vec()));
         match self.ask(Ask::Peers { mine }).await? {
-            Answer::Peers(peers) => Ok(peers.into_iter().map(|p| p.into_vec().into()).collect()),
-            _ => Err(DeskError::Unexpected),
+            Reply::Peers(peers) => Ok(peers.into_iter().map(|p| p.into_vec().into()).collect()),
+            _ => Err(DispatchClientError::Unexpected),
         }
     }
 }
