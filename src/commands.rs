@@ -204,7 +204,7 @@ fn log_to_screen(screen: &crate::screen::Screen) {
 
 /// What is logged unless `MUSTER_LOG` says otherwise.
 const LOG_FILTER: &str = "warn,muster=info,muster_protocol=info,muster_rollout=info,muster_rewards=info,\
-                          muster_learner=info,muster_broadcaster=info";
+                          muster_dispatch=info,muster_learner=info,muster_broadcaster=info";
 
 /// Runs a role to its end on a runtime of its own.
 fn in_process(role: impl Future<Output = Result<()>>) -> Result<()> {

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use muster_dispatch::audit::AuditConfig;
+use muster_dispatch::judging::CritiqueConfig;
+use muster_dispatch::workers::ConductConfig;
 use muster_learner::advantage::AdvantageConfig;
-use muster_learner::dispatch::audit::AuditConfig;
-use muster_learner::dispatch::judging::CritiqueConfig;
-use muster_learner::dispatch::workers::ConductConfig;
 use muster_learner::policy_stepper::TrainConfig;
 use muster_learner::trainer::objects::BroadcastConfig;
 use muster_policy::{KernelSet, Storage};

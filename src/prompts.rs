@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 
-use muster_learner::dispatch::prompts::{Prompt, PromptSource, Reference};
+use muster_dispatch::prompts::{Prompt, PromptSource, Reference};
 use muster_policy::{Message, Rendering, Tokenizer, TokenizerError};
 use muster_protocol::id::TicketId;
 use muster_rewards::{Split, Task};

@@ -22,7 +22,6 @@ pub mod codec;
 pub mod disk;
 pub mod follower;
 pub mod object;
-pub mod overlay;
 pub mod route;
 pub mod snapshot;
 pub mod squash;

@@ -1,11 +1,10 @@
-//! RESOLVE: dispatch and the trainer.
+//! RESOLVE: the trainer.
 #![cfg_attr(
     test,
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
 )]
 
 pub mod advantage;
-pub mod dispatch;
 pub mod objective;
 pub mod policy_stepper;
 pub mod resolver;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use muster_learner::dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
+use muster_dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
 use muster_policy::ModelFolder;
 use muster_protocol::credentials::Roster;
 use muster_protocol::id::PeerId;

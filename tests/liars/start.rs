@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
-use muster_learner::dispatch::prompts::{Prompt, PromptSource, Reference};
+use muster_dispatch::prompts::{Prompt, PromptSource, Reference};
 use muster_learner::trainer::announce::RunFile;
 use muster_policy::ModelFolder;
 use muster_protocol::credentials::Roster;

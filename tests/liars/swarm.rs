@@ -16,7 +16,7 @@ use muster_broadcaster::follower::{Follow, Follower};
 use muster_broadcaster::swarm::presence;
 use muster_broadcaster::swarm::uploads::Sharing;
 use muster_broadcaster::{ObjectSource, Swarm, SwarmConfig};
-use muster_learner::dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
+use muster_dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
 use muster_learner::policy_stepper::{ModelConfig, PolicyStepper};
 use muster_learner::trainer::{Trainer, TrainerParts, TrainerSettings};
 use muster_policy::{Device, EngineConfig, KernelSet};

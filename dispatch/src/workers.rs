@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use muster_protocol::id::{LeaseId, PeerId, UnixMillis};
 
-use super::audit::AuditRecord;
+use crate::audit::AuditRecord;
 
 /// When a worker or critic is paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,7 +16,7 @@ use muster_protocol::subject::Queue;
 
 use super::outgoing::acknowledged;
 use super::{CHUNK, DispatchError, DispatchService};
-use crate::dispatch::fate_of;
+use crate::state::fate_of;
 
 /// Messages that were taken and are of no use any more.
 #[derive(Default)]

@@ -10,7 +10,7 @@ use muster_protocol::message::ask::WaitReason;
 /// Shortest time after which a waiting member asks again.
 const RETRY_MS_MIN: u64 = 20;
 /// Longest time after which a waiting member asks again.
-pub(super) const RETRY_MS_MAX: u64 = 20_000;
+pub(crate) const RETRY_MS_MAX: u64 = 20_000;
 /// Requests per second that dispatch wants to see from all waiting members of a kind together: a ticket that opens finds a
 /// worker within 20 ms, and a thousand workers cost a hundredth of a core.
 const ASKS_PER_SECOND: u64 = 50;
@@ -30,7 +30,7 @@ pub struct Wait {
 
 impl Wait {
     /// A wait until `until`, whoever else waits.
-    pub(super) fn until(until: UnixMillis, now: UnixMillis, reason: WaitReason) -> Self {
+    pub(crate) fn until(until: UnixMillis, now: UnixMillis, reason: WaitReason) -> Self {
         let retry_ms = until.0.saturating_sub(now.0).max(RETRY_MS_MIN);
         Self { retry_ms, reason }
     }

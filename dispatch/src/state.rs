@@ -1,18 +1,4 @@
-//! Dispatch: hands out tickets as leases, admits groups, has them judged, and passes them on to the trainer.
-//!
-//! This file is the decisions, pure: values, the time and randomness in, values out. [`service`] does the talking. It
-//! never imports the policy: a group is tokens and numbers here. Every ticket belongs to dispatch until its group is in
-//! the ready queue, and to the trainer from then on; whoever owns it decides its one fate.
-
-pub mod admission;
-pub mod audit;
-pub mod judging;
-pub mod prompts;
-pub mod service;
-pub mod squashed;
-pub mod tickets;
-pub mod waiting;
-pub mod workers;
+//! What dispatch knows and decides, pure: values, the time and randomness in, values out.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,12 +13,12 @@ use muster_protocol::message::ticket::Ticket;
 use muster_protocol::message::version::VersionRef;
 use muster_protocol::seed::{SeedBinding, lease_seed};
 
-use admission::Mismatch;
-use audit::{AuditConfig, Draws, is_drawn};
-use judging::{Case, Court, CritiqueConfig, Outcome};
-use tickets::{Budget, Stage, TicketTable};
-use waiting::{Crowd, RETRY_MS_MAX, Wait};
-use workers::{Conduct, ConductConfig, Pause};
+use crate::admission::{Mismatch, check};
+use crate::audit::{AuditConfig, Draws, is_drawn};
+use crate::judging::{Case, Court, CritiqueConfig, Outcome, VerdictRefusal};
+use crate::tickets::{Budget, Stage, TicketTable};
+use crate::waiting::{Crowd, RETRY_MS_MAX, Wait};
+use crate::workers::{Conduct, ConductConfig, Pause};
 
 /// What dispatch decides by.
 #[derive(Debug, Clone)]
@@ -288,9 +274,7 @@ impl Dispatch {
     /// Decides about a group that `author` submitted for a lease signed by dispatch.
     pub fn admit(&mut self, lease: &Lease, group: &Signed<Group>) -> Admission {
         let hash = GroupHash::of(&group.bytes);
-        if let Err(mismatch) =
-            admission::check(&group.body, &group.author, lease, self.config.vocabulary)
-        {
+        if let Err(mismatch) = check(&group.body, &group.author, lease, self.config.vocabulary) {
             if group.author != lease.worker {
                 return Admission::Refuse(mismatch);
             }
@@ -418,7 +402,7 @@ impl Dispatch {
     pub fn judged(
         &mut self,
         verdict: Signed<muster_protocol::message::verdict::Verdict>,
-    ) -> Result<Outcome, judging::VerdictRefusal> {
+    ) -> Result<Outcome, VerdictRefusal> {
         let outcome = self.court.record(verdict)?;
         if let Outcome::Settled {
             case,

@@ -1,4 +1,4 @@
-//! Dispatch on the bus: opens what comes in, asks the decisions of [`super`], makes their consequences durable, answers.
+//! Dispatch on the bus: opens what comes in, asks the decisions of [`crate::state`], makes their consequences durable, answers.
 //!
 //! One task owns all state. The order in every handler is: make durable, then acknowledge what it replaces, then answer.
 //! So a kill at any instant loses nothing: whatever was not acknowledged is handed out again and decided again, and
@@ -34,9 +34,9 @@ use muster_protocol::message::lease::Lease;
 use muster_protocol::message::version::{Announcement, Version, VersionRef};
 use muster_protocol::subject::{Log, Queue, Role, Subjects};
 
-use super::prompts::PromptSource;
-use super::squashed::SquashedDeltas;
-use super::{Dispatch, DispatchConfig, fate_of};
+use crate::prompts::PromptSource;
+use crate::squashed::SquashedDeltas;
+use crate::state::{Dispatch, DispatchConfig, fate_of};
 use outgoing::Outgoing;
 
 /// How often time alone is looked at: leases that ran out, tickets to issue, logs to read.
@@ -105,11 +105,11 @@ pub struct DispatchSettings {
     /// How long a worker may take over a lease, in milliseconds.
     pub lease_ms: u64,
     /// How often groups are re-checked.
-    pub audit: super::audit::AuditConfig,
+    pub audit: crate::audit::AuditConfig,
     /// How groups are judged.
-    pub critique: super::judging::CritiqueConfig,
+    pub critique: crate::judging::CritiqueConfig,
     /// When members are paused.
-    pub conduct: super::workers::ConductConfig,
+    pub conduct: crate::workers::ConductConfig,
 }
 
 struct KnownPeer {
@@ -547,7 +547,7 @@ fn core_config(
 ) -> DispatchConfig {
     DispatchConfig {
         run: run.clone(),
-        budget: super::tickets::Budget {
+        budget: crate::tickets::Budget {
             batch_groups: settings.batch_groups,
             async_level: descriptor.async_level,
             steps: settings.steps,

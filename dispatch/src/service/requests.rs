@@ -8,7 +8,6 @@ use futures_util::future::join_all;
 use serde_bytes::ByteBuf;
 use tracing::{debug, info, warn};
 
-use muster_broadcaster::overlay::partners;
 use muster_protocol::bus::{BusError, Request};
 use muster_protocol::credentials::Member;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
@@ -27,9 +26,10 @@ use muster_protocol::subject::Queue;
 
 use super::outgoing::Outgoing;
 use super::{DispatchError, DispatchService, KnownPeer};
-use crate::dispatch::judging::{Case, Outcome};
-use crate::dispatch::waiting::Wait;
-use crate::dispatch::{Admission, fate_of};
+use crate::judging::{Case, Outcome};
+use crate::overlay::partners;
+use crate::state::{Admission, fate_of};
+use crate::waiting::Wait;
 
 /// How long a member waits when the bus did not take what its request would have stored.
 const BUS_RETRY_MS: u64 = 500;

@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 
 use muster_broadcaster::bitmap::Bitmap;
-use muster_broadcaster::overlay::partners;
 use muster_broadcaster::swarm::plan::{
     Action, FetchPlan, Patience, PeerReply, PeerRequest, ShardVerdict,
 };
@@ -14,6 +13,7 @@ use muster_broadcaster::swarm::uploads::{
     SendOutcome, Sharing, UploadDecision, Uploads, WantedShard,
 };
 use muster_broadcaster::transport::wire::{Chooser, RequestId};
+use muster_dispatch::overlay::partners;
 use muster_protocol::id::{ObjectId, PeerId};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
