@@ -113,7 +113,7 @@ async fn swarm(
     for (_, worker) in &peers[1..] {
         peers
             .iter()
-            .for_each(|(peer, swarm)| worker.meet(*peer, swarm.peer_record()));
+            .for_each(|(peer, swarm)| worker.add_peer(*peer, swarm.peer_record()));
         let (worker, object) = (worker.clone(), object.clone());
         fetches.spawn(async move { worker.fetch(&object).await });
     }
@@ -121,7 +121,7 @@ async fn swarm(
         assert_eq!(fetched??.len(), bytes.len(), "fetched something else");
     }
     let seconds = begun.elapsed().as_secs_f64();
-    let uploaded = peers[0].1.stats().total.bytes_up as f64 / bytes.len() as f64;
+    let uploaded = peers[0].1.metrics().total.bytes_uploaded as f64 / bytes.len() as f64;
     shutdown.cancel();
     tracker.close();
     tracker.wait().await;

@@ -180,7 +180,7 @@ impl Squasher {
         let chain = chain_bytes(&objects, from.root, to.root)?;
         let own = self.client.identity().peer_id();
         let learner = self.client.learner();
-        let others = self.swarm.known().into_iter();
+        let others = self.swarm.known_peers().into_iter();
         let others = others.filter(|other| *other != learner);
         let turn_ms = turn_ms(from.root, to.root, &own, others)?;
         Some(Job {

@@ -1,9 +1,8 @@
-//! The public face of the broadcaster: one peer that offers what it has, fetches what it lacks, and serves both.
+//! The public face of the broadcaster: a peer that offers objects, fetches objects, and serves them to other peers.
 //!
-//! A [`Swarm`] is a cheap handle; its server runs on the caller's task tracker until the shutdown. Who the other peers are
-//! is told from outside ([`Swarm::meet`]), from records that those peers have signed. What is fetched is verified shard by
-//! shard against its description; whether the description leads to a version that the learner signed is for
-//! [`crate::state`] to say.
+//! A [`Swarm`] is a cheap handle; its server runs on the caller's task tracker until the shutdown. The caller adds the other
+//! peers ([`Swarm::add_peer`]) from records that those peers have signed. Each fetched shard is checked against the object's
+//! description; whether that description belongs to a version signed by the learner is checked by [`crate::adopt`].
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -25,7 +24,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::squash::SquashConfig;
 use crate::store::{Store, StoreConfig, StoreError};
-use crate::swarm::metrics::{FalseDescription, Stats};
+use crate::swarm::bounded::make_room;
+use crate::swarm::metrics::{FalseDescription, Metrics};
 use crate::swarm::node::{Node, NodeParts, on_blocking_thread};
 use crate::swarm::server::Server;
 use crate::swarm::survey::{Holdings, survey};
@@ -39,6 +39,7 @@ use crate::transport::wire::Chooser;
 pub use crate::swarm::fetch::FetchError;
 pub use crate::swarm::source::ObjectSource;
 
+mod bounded;
 mod connection_limits;
 mod fetch;
 mod link;
@@ -53,29 +54,33 @@ mod source;
 pub mod survey;
 pub mod uploads;
 
+const CONNECTIONS: NonZeroU32 = NonZeroU32::new(256).unwrap();
+const STALL_MS: NonZeroU64 = NonZeroU64::new(60_000).unwrap();
+const REQUEST_MS: NonZeroU64 = NonZeroU64::new(10_000).unwrap();
+
 /// How a peer takes part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SwarmConfig {
-    /// Where to listen. Loopback and any free port by default: to be reached from elsewhere is a decision.
+    /// Where to listen. Default: loopback and any free port, so that other machines reach this one only if told to.
     pub listen: SocketAddr,
-    /// `host:port` under which others reach this peer. By default what it listens on, unless that is every interface.
+    /// `host:port` under which other peers reach this one. Default: the listening address, unless it is every interface.
     pub advertise: Vec<String>,
-    /// Most bytes of shards uploaded per second, of all connections; no limit by default.
+    /// Upload cap over all connections, in bytes of shards per second. Default: none.
     pub upload_bytes_per_second: Option<NonZeroU64>,
-    /// How freely shards are given; on demand by default.
+    /// How freely shards are given. Default: on demand.
     pub sharing: Sharing,
-    /// Most connections accepted at once. 256: each costs a socket and the kernel's buffers, about 100 MB in all.
+    /// Most incoming connections at once. Default: 256; each costs a socket and its buffers, about 100 MB in all.
     pub connections_max: NonZeroU32,
-    /// A fetch fails when nothing arrived for this long. 60 s: longer than any peer may make others wait.
+    /// A fetch fails when no shard has arrived for this long. Default: 60 s, longer than a busy peer may ask others to wait.
     pub stall_ms: NonZeroU64,
-    /// How long one request may take, besides the time that its bytes need. 10 s: some round trips of the worst link.
+    /// How long one request may take, besides the time that its bytes need. Default: 10 s, several round trips of a slow link.
     pub request_ms: NonZeroU64,
-    /// How it is reached behind a home router; not at all by default. Needs a build with the feature `nat`.
+    /// How this peer is reached behind a home router. Default: not at all. Needs a build with the feature `nat`.
     pub nat: Option<NatConfig>,
-    /// How much is kept, and where.
+    /// How many shards are kept, and where.
     pub store: StoreConfig,
-    /// How much is lent to squashed deltas.
+    /// The resources for making squashed deltas.
     pub squash: SquashConfig,
 }
 
@@ -86,9 +91,9 @@ impl Default for SwarmConfig {
             advertise: Vec::new(),
             upload_bytes_per_second: None,
             sharing: Sharing::default(),
-            connections_max: NonZeroU32::MIN.saturating_add(255),
-            stall_ms: NonZeroU64::MIN.saturating_add(59_999),
-            request_ms: NonZeroU64::MIN.saturating_add(9_999),
+            connections_max: CONNECTIONS,
+            stall_ms: STALL_MS,
+            request_ms: REQUEST_MS,
             nat: None,
             store: StoreConfig::default(),
             squash: SquashConfig::default(),
@@ -99,23 +104,17 @@ impl Default for SwarmConfig {
 /// Why a peer could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum SwarmError {
-    /// The address is taken or not ours.
     #[error(
         "cannot listen on {address} ({source}): choose another address, or port 0 for any free one"
     )]
     Listen {
-        /// Which.
         address: SocketAddr,
-        /// What the system said.
         source: io::Error,
     },
-    /// The way through routers could not be opened.
     #[error("{0}")]
     Nat(#[from] NatError),
-    /// What others would be told about us breaks a rule.
     #[error("own peer record is not valid ({0}): change `advertise`")]
     Record(#[from] Invalid),
-    /// The store could not be opened.
     #[error("{0}")]
     Store(#[from] StoreError),
 }
@@ -146,12 +145,12 @@ impl Swarm {
         let tcp = Tcp::listen(config.listen, config.advertise).await;
         let tcp = tcp.map_err(failed)?;
         let address = tcp.local_address();
-        // TCP first: the system sends and paces it, and nobody relays it. Who is behind a router announces no TCP address.
-        let mut ways: Vec<Arc<dyn Transport>> = vec![Arc::new(tcp)];
+        // TCP first: the system paces it and no relay carries it. A peer behind a router announces no TCP address.
+        let mut transports: Vec<Arc<dyn Transport>> = vec![Arc::new(tcp)];
         if let Some(config) = &config.nat {
-            ways.push(nat::transport(config, &identity).await?);
+            transports.push(nat::transport(config, &identity).await?);
         }
-        let transports = Transports::new(ways);
+        let transports = Transports::new(transports);
         let store = on_blocking_thread(|| Store::open(config.store)).await?;
         let node = Arc::new(Node::new(NodeParts {
             identity,
@@ -170,91 +169,81 @@ impl Swarm {
         };
         let server = Server::new(Arc::clone(&node), chooser, config.connections_max);
         let server = Arc::new(server);
-        for way in transports.iter() {
-            tracker.spawn(Arc::clone(&server).run(Arc::clone(way), tracker.clone()));
+        for transport in transports.iter() {
+            tracker.spawn(Arc::clone(&server).run(Arc::clone(transport), tracker.clone()));
         }
         let swarm = Self { node, address };
         swarm.peer_record().validate()?;
         Ok(swarm)
     }
 
-    /// Where this peer listens, the port chosen.
+    /// The TCP address on which this peer listens, with the port that the system chose.
     pub fn local_address(&self) -> SocketAddr {
         self.address
     }
 
-    /// What to sign and tell others, so that they can reach this peer. Without an address when it listens on every
-    /// interface and was not told under which name it is known: it can fetch then, and nobody can dial it.
+    /// The record that tells other peers how to reach this one; the caller signs it. It has no address if this peer listens on
+    /// every interface and `advertise` is empty: such a peer can fetch, and no peer can dial it.
     pub fn peer_record(&self) -> PeerRecord {
-        let addresses = self.node.transports.iter().map(|way| way.addresses());
+        let transports = self.node.transports.iter();
         PeerRecord {
             handshake: self.node.identity.handshake_id(),
-            addresses: addresses.flatten().collect(),
+            addresses: transports
+                .flat_map(|transport| transport.addresses())
+                .collect(),
             issued: self.node.clock.now(),
         }
     }
 
-    /// Offers a whole object to the swarm. Verifies it first, on a thread that may block.
+    /// Verifies a whole object on a thread that may block, and offers it to the swarm.
     ///
     /// # Errors
-    /// When the bytes are not the object, there is no room, or the disk fails.
+    /// When the bytes do not match the description, there is no room, or the disk fails.
     pub async fn offer(&self, object: &Object, bytes: Bytes) -> Result<ObjectId, StoreError> {
         let object = object.clone();
-        let offered = self
-            .node
-            .blocking(move |store| store.offer(&object, bytes))
-            .await;
-        self.forget_dropped();
+        let offering = self.node.blocking(move |store| store.offer(&object, bytes));
+        let offered = offering.await;
+        self.forget_dropped_uploads();
         offered
     }
 
-    /// Learns where a peer can be reached. `peer` has signed `record`. A newer record replaces an older one; a fetch in
-    /// progress uses it at once. When the book is full the record said longest ago goes.
-    pub fn meet(&self, peer: PeerId, record: PeerRecord) {
-        self.node.book.send_if_modified(|book| {
+    /// Adds a peer to the address book; `peer` has signed `record`. A newer record replaces an older one, and a fetch in
+    /// progress uses it at once. When the book is full, the oldest record goes.
+    pub fn add_peer(&self, peer: PeerId, record: PeerRecord) {
+        self.node.address_book.send_if_modified(|book| {
             let known = book.get(&peer);
             if known.is_some_and(|known| known.issued >= record.issued) {
                 return false;
             }
-            if known.is_none() && book.len() >= PEERS_MAX {
-                let oldest = book.iter().min_by_key(|(_, record)| record.issued);
-                oldest.map(|(peer, _)| *peer).map(|peer| book.remove(&peer));
-            }
+            make_room(book, &peer, PEERS_MAX, |record| record.issued);
             book.insert(peer, record);
             true
         });
     }
 
-    /// Returns when a fetch finds that nobody within reach holds its object: it is time to look for other peers.
+    /// Waits until a fetch finds that no reachable peer holds its object, so that more peers are wanted.
     ///
     /// # Cancel safety
     /// A cancelled call misses nothing.
-    pub async fn peers_wanted(&self) {
+    pub async fn wait_until_peers_wanted(&self) {
         self.node.peers_wanted.notified().await;
     }
 
-    /// Forgets where a peer can be reached.
-    pub fn part(&self, peer: &PeerId) {
-        self.node
-            .book
-            .send_if_modified(|book| book.remove(peer).is_some());
-    }
-
-    /// Fetches an object from the peers that are known, or become known meanwhile. The caller has checked that its version
-    /// is one that the learner signed. Two fetches of one object share the work.
+    /// Fetches an object from the peers in the address book, including those added meanwhile. The caller has checked that the
+    /// object belongs to a version signed by the learner. Two fetches of one object share the work.
     ///
     /// # Cancel safety
-    /// Safe: what arrived is in the store, and the next fetch goes on with it.
+    /// Safe: shards that arrived stay in the store, and the next fetch continues from them.
     ///
     /// # Errors
-    /// When nothing arrives any more, or what arrives cannot be kept.
+    /// When no shard arrives any more, or a shard cannot be stored.
     pub async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
         let fetched = Box::pin(fetch::fetch(&self.node, object)).await;
-        self.forget_dropped();
+        self.forget_dropped_uploads();
         fetched
     }
 
-    /// Asks `peers`, all at once, which shards of `objects` they hold. Whoever does not answer holds nothing.
+    /// Asks `peers`, all at once, which shards of `objects` they hold. A peer that does not answer counts as holding nothing.
     pub async fn survey(&self, peers: Vec<PeerRecord>, objects: &[Object]) -> Holdings {
         survey(&self.node, peers, objects).await
     }
@@ -264,33 +253,29 @@ impl Swarm {
         self.node.store.whole(object)
     }
 
-    /// Says that `version` needs an object, which is then kept as long as that version is. False when it is not here.
+    /// Keeps an object for as long as the store keeps `version`. False if the object is not here.
     pub fn keep_for(&self, object: &ObjectId, version: PolicyVersion) -> bool {
         self.node.store.keep_for(object, version)
     }
 
-    /// Keeps an object whatever comes, until [`Self::unpin`]. False when it is not here.
-    pub fn pin(&self, object: &ObjectId) -> bool {
+    /// Keeps an object for ever. False if it is not here.
+    #[cfg(test)]
+    pub(crate) fn pin(&self, object: &ObjectId) -> bool {
         self.node.store.pin(object)
     }
 
-    /// Lets an object go when room is needed.
-    pub fn unpin(&self, object: &ObjectId) {
-        self.node.store.unpin(object);
+    /// The peers in the address book.
+    pub(crate) fn known_peers(&self) -> Vec<PeerId> {
+        self.node.address_book.borrow().keys().copied().collect()
     }
 
-    /// The members whose addresses are known.
-    pub fn known(&self) -> Vec<PeerId> {
-        self.node.book.borrow().keys().copied().collect()
+    /// The counters since the start.
+    pub fn metrics(&self) -> Metrics {
+        self.node.counters.snapshot()
     }
 
-    /// What went in and out, and who was banned.
-    pub fn stats(&self) -> Stats {
-        self.node.meter.stats()
-    }
-
-    /// What was sent of objects that are gone is of no more use.
-    fn forget_dropped(&self) {
+    /// Forgets the upload records of objects that the store has dropped.
+    fn forget_dropped_uploads(&self) {
         self.node
             .uploads()
             .retain(|object| self.node.store.contains(object));
@@ -316,17 +301,17 @@ impl ObjectSource for Swarm {
     }
 
     fn distrust(&self, maker: PeerId, object: &Object, reason: &str) {
-        let strike = FalseDescription {
+        let description = FalseDescription {
             object: object.id(),
             reason: reason.to_owned(),
             at: self.node.clock.now(),
         };
-        tracing::warn!(maker = %maker.short(), %strike, "member struck");
-        self.node.meter.distrust(maker, strike);
+        tracing::warn!(maker = %maker.short(), %description, "a peer's descriptions are ignored from now on");
+        self.node.counters.distrust(maker, description);
     }
 
     fn is_distrusted(&self, maker: &PeerId) -> bool {
-        self.node.meter.is_distrusted(maker)
+        self.node.counters.is_distrusted(maker)
     }
 }
 

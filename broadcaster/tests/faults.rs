@@ -175,7 +175,7 @@ async fn broadcast(
     let (mut honest, mut others) = (JoinSet::new(), JoinSet::new());
     for (offence, peer) in &peers {
         for (id, record) in records.iter().filter(|(id, _)| *id != peer.id()) {
-            peer.swarm.meet(*id, record.clone());
+            peer.swarm.add_peer(*id, record.clone());
         }
         let size = object.bytes;
         let (swarm, object, bytes) = (peer.swarm.clone(), object.clone(), bytes.clone());
@@ -198,7 +198,7 @@ async fn broadcast(
     let mut learner_sent = 0;
     while !honest.is_empty() {
         if let Some(alive) = &learner {
-            learner_sent = alive.swarm.stats().total.bytes_up;
+            learner_sent = alive.swarm.metrics().total.bytes_uploaded;
             if trouble == Trouble::LearnerDies && learner_sent >= object.bytes {
                 learner = None;
             }
@@ -217,7 +217,7 @@ async fn broadcast(
 
 /// Ends a peer when it has received a third of the object.
 async fn vanish(swarm: Swarm, bytes: u64, shutdown: CancellationToken) {
-    while swarm.stats().total.bytes_down < bytes / 3 {
+    while swarm.metrics().total.bytes_downloaded < bytes / 3 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     shutdown.cancel();
@@ -237,7 +237,7 @@ async fn honest_peers_get_the_right_bytes_among_offenders_and_ban_who_serves_wro
     let corrupt = corrupt.unwrap().1.identity.handshake_id();
     let mut bans = 0;
     for (_, peer) in ended.peers.iter().filter(|(offence, _)| offence.is_none()) {
-        for (banned, ban) in peer.swarm.stats().bans {
+        for (banned, ban) in peer.swarm.metrics().bans {
             assert_eq!(banned, corrupt, "an honest peer was banned: {ban}");
             assert!(ban.to_string().starts_with("served a bad shard"), "{ban}");
             bans += 1;
@@ -300,7 +300,7 @@ async fn an_upload_cap_holds_for_all_connections_together() {
     let mut peers = Vec::new();
     for _ in 0..3 {
         let peer = Peer::start(Sharing::OnDemand, None).await;
-        peer.swarm.meet(seeder.id(), seeder.swarm.peer_record());
+        peer.swarm.add_peer(seeder.id(), seeder.swarm.peer_record());
         let (swarm, object) = (peer.swarm.clone(), object.clone());
         fetches.spawn(async move { swarm.fetch(&object).await.map(drop) });
         peers.push(peer);

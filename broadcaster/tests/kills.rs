@@ -80,7 +80,7 @@ async fn a_peer_that_fetches() {
         ..SwarmConfig::default()
     };
     let swarm = swarm(2, config).await;
-    swarm.meet(identity(1).peer_id(), seeder);
+    swarm.add_peer(identity(1).peer_id(), seeder);
     println!("\nbegun");
     let (object, bytes) = object();
     assert_eq!(swarm.fetch(&object).await.unwrap(), bytes);
@@ -146,7 +146,7 @@ async fn a_peer_killed_a_hundred_times_fetches_only_what_was_on_its_way_again() 
     );
     let seeder = seeder.await;
     seeder.offer(&object, bytes.clone()).await.unwrap();
-    let sent = || seeder.stats().total.bytes_up / u64::from(object.shard_bytes);
+    let sent = || seeder.metrics().total.bytes_uploaded / u64::from(object.shard_bytes);
     let folder = tempfile::tempdir().unwrap();
     let mut instants = ChaCha8Rng::seed_from_u64(2);
     let (mut before, mut fetches, mut again, mut most) = (0, 0, 0, 0);
@@ -194,5 +194,8 @@ async fn a_shard_that_was_damaged_on_the_disk_is_fetched_again_and_no_other() {
     seeder.offer(&object, bytes).await.unwrap();
     let mut peer = Peer::start(folder.path(), seeder.local_address()).await;
     assert!(peer.says("done").await);
-    assert_eq!(seeder.stats().total.bytes_up, u64::from(object.shard_bytes));
+    assert_eq!(
+        seeder.metrics().total.bytes_uploaded,
+        u64::from(object.shard_bytes)
+    );
 }

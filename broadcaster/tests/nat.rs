@@ -275,7 +275,7 @@ async fn peer(
         .unwrap();
     // The control: no ordinary connection leads from home to home.
     assert!(TcpStream::connect(their_inside).await.is_err());
-    swarm.meet(other, record);
+    swarm.add_peer(other, record);
     let (wanted, expected) = object(1 - home);
     assert_eq!(swarm.fetch(&wanted).await.unwrap(), expected);
     // Who is done goes on serving until both are.

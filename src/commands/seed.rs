@@ -31,7 +31,7 @@ pub async fn run(args: SeedArgs) -> Result<()> {
             () = seat.shutdown.cancelled() => break,
             () = follower.changed() => {
                 if let Some(held) = follower.latest() {
-                    let uploaded = seat.swarm.stats().total.bytes_up;
+                    let uploaded = seat.swarm.metrics().total.bytes_uploaded;
                     tracing::info!(version = %held.version.body.version, uploaded, "serving");
                 }
             }

@@ -27,10 +27,13 @@ pub async fn assert_uploads(plan: Plan) {
     let learner = running.swarm("trainer");
     let shelf = running.shelf();
     let outcome = running.finish().await;
-    let stats = learner.stats();
+    let stats = learner.metrics();
     let mut sizes = Vec::new();
     for (version, (object, bytes)) in shelf.anchors() {
-        let uploaded = stats.objects.get(&object).map_or(0, |moved| moved.bytes_up);
+        let uploaded = stats
+            .objects
+            .get(&object)
+            .map_or(0, |moved| moved.bytes_uploaded);
         let anchors = uploaded as f64 / bytes.len() as f64;
         println!("version {version}: {anchors:.2} anchors uploaded");
         sizes.push(anchors);
@@ -40,7 +43,7 @@ pub async fn assert_uploads(plan: Plan) {
     println!(
         "uploads: {} versions, mean {mean:.2} and most {most:.2} anchors, {} bytes in all, {:.1} s",
         sizes.len(),
-        stats.total.bytes_up,
+        stats.total.bytes_uploaded,
         outcome.seconds
     );
     assert!(sizes.len() > 10);

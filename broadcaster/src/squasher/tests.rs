@@ -214,7 +214,7 @@ impl Run {
 }
 
 fn meet(swarm: &Swarm, peer: &PeerId, record: PeerRecord) {
-    swarm.meet(*peer, record);
+    swarm.add_peer(*peer, record);
 }
 
 struct Member {
@@ -270,12 +270,12 @@ async fn a_seeder_squashes_what_it_holds_and_a_late_peer_fetches_fewer_bytes_by_
         "{} against {singles}",
         delta.body.bytes
     );
-    let before = late.swarm.stats().total.bytes_down;
+    let before = late.swarm.metrics().total.bytes_downloaded;
     run.bus.heal("LATE");
     run.announce(5).await;
     let held = late.arrives_at(5).await;
     assert_eq!(held.image, weights(5));
-    let fetched = late.swarm.stats().total.bytes_down - before;
+    let fetched = late.swarm.metrics().total.bytes_downloaded - before;
     let last = run.trail.last().unwrap().body.bytes;
     assert_eq!(fetched, delta.body.bytes + last);
     run.shutdown.cancel();

@@ -18,7 +18,7 @@ use crate::bitmap::Bitmap;
 use crate::store::StoreError;
 use crate::swarm::link::{Link, LinkError, LinkEvent, LinkId};
 use crate::swarm::metrics::Ban;
-use crate::swarm::node::{Book, Node};
+use crate::swarm::node::{AddressBook, Node};
 use crate::swarm::plan::{
     Action, Availability, BYTES_PER_MS_MIN, Fault, FetchPlan, Patience, PeerReply, PeerRequest,
     ShardVerdict,
@@ -93,7 +93,7 @@ pub(crate) async fn fetch(node: &Arc<Node>, object: &Object) -> Result<Bytes, Fe
         .blocking(move |store| store.admit_pinned(&admitted))
         .await?;
     let _pinned = Pin { node, id };
-    let gate = node.gate(id);
+    let gate = node.fetch_permits(id);
     let _turn = tokio::select! {
         biased;
         () = node.shutdown.cancelled() => return Err(FetchError::Stopped),
@@ -143,7 +143,7 @@ struct Fetch<'a> {
     object: &'a Arc<Object>,
     id: ObjectId,
     plan: FetchPlan,
-    book: watch::Receiver<Book>,
+    book: watch::Receiver<AddressBook>,
     dials: BTreeMap<PeerId, Dial>,
     links: BTreeMap<LinkId, AbortHandle>,
     partners: BTreeMap<PeerId, Partner>,
@@ -166,7 +166,7 @@ impl<'a> Fetch<'a> {
         };
         Self {
             plan: FetchPlan::new(object.shard_bytes, held, patience, rand::random()),
-            book: node.book.subscribe(),
+            book: node.address_book.subscribe(),
             dials: BTreeMap::new(),
             links: BTreeMap::new(),
             partners: BTreeMap::new(),
@@ -297,7 +297,7 @@ impl<'a> Fetch<'a> {
             let Some(record) = dial.record.as_ref().filter(|_| is_due) else {
                 continue;
             };
-            if self.node.meter.is_banned(&record.handshake) {
+            if self.node.counters.is_banned(&record.handshake) {
                 // A ban lasts as long as the process.
                 dial.again_at_ms = u64::MAX;
                 continue;
@@ -370,7 +370,7 @@ impl<'a> Fetch<'a> {
                 at: self.node.clock.now(),
             };
             tracing::warn!(source = %source.short(), %ban, "peer banned");
-            self.node.meter.ban(source, ban);
+            self.node.counters.ban(source, ban);
         }
         let Some(partner) = self.partners.remove(&source) else {
             return;

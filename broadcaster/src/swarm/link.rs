@@ -11,7 +11,7 @@ use muster_protocol::message::version::Object;
 use tokio::sync::mpsc;
 
 use crate::store::{Inserted, StoreError};
-use crate::swarm::metrics::Moved;
+use crate::swarm::metrics::Transfer;
 use crate::swarm::node::Node;
 use crate::swarm::plan::{PeerReply, ShardVerdict};
 use crate::transport::connection::{
@@ -149,10 +149,12 @@ impl Link {
 
     fn count(&self, source: &PeerId, inserted: Inserted, bytes: usize) {
         let moved = match inserted {
-            Inserted::New => Moved::Down,
-            Inserted::Duplicate => Moved::Twice,
+            Inserted::New => Transfer::Download,
+            Inserted::Duplicate => Transfer::Duplicate,
         };
-        self.node.meter.moved(&self.object_id, source, moved, bytes);
+        self.node
+            .counters
+            .count(&self.object_id, source, moved, bytes);
     }
 
     async fn report(&self, event: LinkEvent) {

@@ -1,183 +1,166 @@
-//! What went in and out: bytes of shards per object and per peer, and who was banned for what.
+//! Counters: bytes and shards per object and per peer, refused connections, and banned peers.
 //!
-//! Counts bytes of shards, not of frames. Bounded: the counts of what was seen longest ago are dropped first; totals stay.
+//! Counts bytes of shards, not of frames. Bounded: the least recently counted objects and peers are dropped first; the totals
+//! stay.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use muster_protocol::id::{ObjectId, PeerId, UnixMillis};
 
-/// Most objects with a count of their own: the last hundreds of versions.
+use crate::swarm::bounded::make_room;
+
+/// Most objects with counters of their own: those of the last hundreds of versions.
 const OBJECTS_MAX: usize = 1_024;
-/// Most peers with a count of their own.
+/// Most peers with counters of their own.
 const PEERS_MAX: usize = 1_024;
-/// Most bans remembered: keys cost nothing, so that a longer list would only be filled.
+/// Most bans remembered. A new key costs an attacker nothing, so a longer list would only fill with them.
 const BANS_MAX: usize = 4_096;
 
 /// Bytes of shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Traffic {
-    /// Received, verified and new.
-    pub bytes_down: u64,
-    /// Sent.
-    pub bytes_up: u64,
-    /// Received a second time: the price of doubling slow requests.
-    pub bytes_twice: u64,
-    /// When it was last counted, in the order of counting.
-    order: u64,
+    /// Received for the first time, and verified.
+    pub bytes_downloaded: u64,
+    /// Sent in full.
+    pub bytes_uploaded: u64,
+    /// Received again: the price of asking a second peer when the first is slow.
+    pub bytes_duplicate: u64,
+    /// Number of the latest transfer counted here; the smallest is dropped first.
+    last_transfer: u64,
 }
 
-/// Why a peer is not talked to any more.
+/// Why this peer does not connect to another peer any more.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("served a bad shard {shard} of object {}", object.short())]
 pub struct Ban {
-    /// Of which object.
     pub object: ObjectId,
-    /// Which shard.
     pub shard: u32,
-    /// When.
     pub at: UnixMillis,
 }
 
-/// Why a member's descriptions are not used any more.
+/// Why a peer's descriptions of objects are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("described object {} falsely: {reason}", object.short())]
 pub struct FalseDescription {
-    /// Of which object.
     pub object: ObjectId,
-    /// What was found.
     pub reason: String,
-    /// When.
     pub at: UnixMillis,
 }
 
-/// What was counted so far.
+/// The crate's counters since the start of the process.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Stats {
-    /// Of all objects and peers.
+pub struct Metrics {
+    /// Bytes of shards, all objects and peers together.
     pub total: Traffic,
-    /// By object.
+    /// Bytes of shards by object.
     pub objects: BTreeMap<ObjectId, Traffic>,
-    /// By the handshake key of the peer.
+    /// Bytes of shards by the peer's handshake key.
     pub peers: BTreeMap<PeerId, Traffic>,
+    /// Shards received that match their hash, duplicates included.
+    pub shards_verified: u64,
+    /// Shards received that do not match their hash. Each bans its sender.
+    pub shards_refused: u64,
+    /// Requests for a shard answered with `Busy`: ask other peers first.
+    pub busy_replies: u64,
+    /// Incoming connections that ended in a refusal, a broken protocol or a failed handshake.
+    pub connections_refused: u64,
     /// Banned peers, by handshake key.
     pub bans: BTreeMap<PeerId, Ban>,
-    /// Members who described what is not so, by the key of their statements.
-    pub strikes: BTreeMap<PeerId, FalseDescription>,
-    /// Connections that ended in a refusal, a broken protocol or a failed handshake.
-    pub connections_refused: u64,
-    /// Requests answered with "ask others first".
-    pub answers_busy: u64,
+    /// Peers that described an object falsely, by the key that signs their statements.
+    pub false_descriptions: BTreeMap<PeerId, FalseDescription>,
 }
 
-/// A count of bytes in one direction.
+/// A finished transfer of one shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Moved {
-    /// Received, verified and new.
-    Down,
-    /// Received though it was held.
-    Twice,
-    /// Sent.
-    Up,
+pub(crate) enum Transfer {
+    /// Received for the first time, and verified.
+    Download,
+    /// Received and verified though it was held already.
+    Duplicate,
+    /// Sent in full.
+    Upload,
 }
 
 /// The counters that all connections share.
 #[derive(Debug, Default)]
-pub struct Meter {
-    stats: Mutex<Stats>,
+pub(crate) struct Counters {
+    metrics: Mutex<Metrics>,
 }
 
-impl Meter {
-    /// What was counted so far.
-    pub fn stats(&self) -> Stats {
+impl Counters {
+    pub(crate) fn snapshot(&self) -> Metrics {
         self.lock().clone()
     }
 
-    /// Counts bytes of a shard.
-    pub fn moved(&self, object: &ObjectId, peer: &PeerId, moved: Moved, bytes: usize) {
-        let mut stats = self.lock();
-        stats.total.order += 1;
-        let order = stats.total.order;
-        stats.total.add(moved, bytes, order);
-        entry(&mut stats.objects, object, OBJECTS_MAX).add(moved, bytes, order);
-        entry(&mut stats.peers, peer, PEERS_MAX).add(moved, bytes, order);
-    }
-
-    /// Bans a peer.
-    pub fn ban(&self, peer: PeerId, ban: Ban) {
-        let mut stats = self.lock();
-        if stats.bans.len() >= BANS_MAX {
-            let oldest = stats
-                .bans
-                .iter()
-                .min_by_key(|(_, ban)| ban.at)
-                .map(|(peer, _)| *peer);
-            oldest.map(|peer| stats.bans.remove(&peer));
+    pub(crate) fn count(&self, object: &ObjectId, peer: &PeerId, transfer: Transfer, bytes: usize) {
+        let mut metrics = self.lock();
+        if transfer != Transfer::Upload {
+            metrics.shards_verified += 1;
         }
-        stats.bans.insert(peer, ban);
+        let number = metrics.total.last_transfer + 1;
+        metrics.total.add(transfer, bytes, number);
+        add_to(&mut metrics.objects, object, OBJECTS_MAX).add(transfer, bytes, number);
+        add_to(&mut metrics.peers, peer, PEERS_MAX).add(transfer, bytes, number);
     }
 
-    /// Strikes a member, as many as bans are remembered.
-    pub fn distrust(&self, member: PeerId, strike: FalseDescription) {
-        let mut stats = self.lock();
-        if stats.strikes.len() >= BANS_MAX {
-            let oldest = stats.strikes.iter().min_by_key(|(_, strike)| strike.at);
-            let oldest = oldest.map(|(member, _)| *member);
-            oldest.map(|member| stats.strikes.remove(&member));
-        }
-        stats.strikes.insert(member, strike);
+    pub(crate) fn ban(&self, peer: PeerId, ban: Ban) {
+        let mut metrics = self.lock();
+        metrics.shards_refused += 1;
+        make_room(&mut metrics.bans, &peer, BANS_MAX, |ban| ban.at);
+        metrics.bans.insert(peer, ban);
     }
 
-    /// Whether a member is struck.
-    pub fn is_distrusted(&self, member: &PeerId) -> bool {
-        self.lock().strikes.contains_key(member)
-    }
-
-    /// Whether a peer is banned.
-    pub fn is_banned(&self, peer: &PeerId) -> bool {
+    pub(crate) fn is_banned(&self, peer: &PeerId) -> bool {
         self.lock().bans.contains_key(peer)
     }
 
-    /// Counts a connection that came to nothing.
-    pub fn connection_refused(&self) {
+    pub(crate) fn distrust(&self, peer: PeerId, reason: FalseDescription) {
+        let known = &mut self.lock().false_descriptions;
+        make_room(known, &peer, BANS_MAX, |known| known.at);
+        known.insert(peer, reason);
+    }
+
+    pub(crate) fn is_distrusted(&self, peer: &PeerId) -> bool {
+        self.lock().false_descriptions.contains_key(peer)
+    }
+
+    pub(crate) fn count_refused_connection(&self) {
         self.lock().connections_refused += 1;
     }
 
-    /// Counts an answer "ask others first".
-    pub fn answered_busy(&self) {
-        self.lock().answers_busy += 1;
+    pub(crate) fn count_busy_reply(&self) {
+        self.lock().busy_replies += 1;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Stats> {
-        // Counters are whole after every statement, so a panic elsewhere leaves nothing half done.
-        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Metrics> {
+        // The counters are consistent after every statement, so a panic elsewhere leaves nothing half done.
+        self.metrics.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Traffic {
-    fn add(&mut self, moved: Moved, bytes: usize, order: u64) {
-        let counter = match moved {
-            Moved::Down => &mut self.bytes_down,
-            Moved::Twice => &mut self.bytes_twice,
-            Moved::Up => &mut self.bytes_up,
+    fn add(&mut self, transfer: Transfer, bytes: usize, number: u64) {
+        debug_assert!(
+            self.last_transfer < number,
+            "transfers are numbered in order"
+        );
+        let counter = match transfer {
+            Transfer::Download => &mut self.bytes_downloaded,
+            Transfer::Duplicate => &mut self.bytes_duplicate,
+            Transfer::Upload => &mut self.bytes_uploaded,
         };
         *counter += bytes as u64;
-        self.order = order;
+        self.last_transfer = number;
     }
 }
 
-fn entry<'a, K: Ord + Copy>(
+fn add_to<'a, K: Ord + Copy>(
     counts: &'a mut BTreeMap<K, Traffic>,
     key: &K,
     limit: usize,
 ) -> &'a mut Traffic {
-    if counts.len() >= limit && !counts.contains_key(key) {
-        let oldest = counts
-            .iter()
-            .min_by_key(|(_, traffic)| traffic.order)
-            .map(|(key, _)| *key);
-        oldest.map(|key| counts.remove(&key));
-    }
+    make_room(counts, key, limit, |traffic| traffic.last_transfer);
     counts.entry(*key).or_default()
 }
 
@@ -187,28 +170,31 @@ mod tests {
 
     #[test]
     fn bytes_are_counted_by_object_peer_and_direction() {
-        let meter = Meter::default();
+        let counters = Counters::default();
         let (object, peer) = (ObjectId([1; 32]), PeerId([2; 32]));
-        meter.moved(&object, &peer, Moved::Up, 10);
-        meter.moved(&object, &peer, Moved::Down, 5);
-        meter.moved(&ObjectId([3; 32]), &peer, Moved::Up, 1);
-        let stats = meter.stats();
+        counters.count(&object, &peer, Transfer::Upload, 10);
+        counters.count(&object, &peer, Transfer::Download, 5);
+        counters.count(&ObjectId([3; 32]), &peer, Transfer::Upload, 1);
+        let metrics = counters.snapshot();
         assert_eq!(
             (
-                stats.objects[&object].bytes_up,
-                stats.objects[&object].bytes_down
+                metrics.objects[&object].bytes_uploaded,
+                metrics.objects[&object].bytes_downloaded
             ),
             (10, 5)
         );
         assert_eq!(
-            (stats.peers[&peer].bytes_up, stats.total.bytes_up),
+            (
+                metrics.peers[&peer].bytes_uploaded,
+                metrics.total.bytes_uploaded
+            ),
             (11, 11)
         );
     }
 
     #[test]
-    fn what_was_seen_longest_ago_is_forgotten_first() {
-        let meter = Meter::default();
+    fn the_least_recently_counted_peer_is_dropped_first() {
+        let counters = Counters::default();
         let object = ObjectId([1; 32]);
         let peer = |number: usize| {
             let mut key = [0; 32];
@@ -216,10 +202,10 @@ mod tests {
             PeerId(key)
         };
         for number in 0..PEERS_MAX + 10 {
-            meter.moved(&object, &peer(0), Moved::Up, 1);
-            meter.moved(&object, &peer(number), Moved::Up, 1);
+            counters.count(&object, &peer(0), Transfer::Upload, 1);
+            counters.count(&object, &peer(number), Transfer::Upload, 1);
         }
-        let peers = meter.stats().peers;
+        let peers = counters.snapshot().peers;
         assert_eq!(peers.len(), PEERS_MAX);
         assert!(peers.contains_key(&peer(0)) && !peers.contains_key(&peer(1)));
     }

@@ -1,31 +1,33 @@
-//! What the serving and the fetching half of one peer share.
+//! The state that the server and the fetches of one peer share.
 //!
-//! Everything in here may be used from any task at once; no lock is held across a wait.
+//! Every field may be used from any task; no lock is held across an await.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use muster_protocol::clock::SharedClock;
 use muster_protocol::id::{ObjectId, PeerId};
 use muster_protocol::identity::Identity;
 use muster_protocol::message::peer::PeerRecord;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::store::{Inserted, Store, StoreError};
-use crate::swarm::metrics::Meter;
+use crate::swarm::metrics::Counters;
 use crate::swarm::rate::TokenBucket;
 use crate::swarm::uploads::Uploads;
 use crate::transport::Transports;
 
-/// Hashing more than this takes longer than a task should keep a thread of the runtime (BLAKE3: about 4 GB/s).
+/// Hashing more bytes than this takes longer than a task should keep a thread of the runtime (BLAKE3: about 4 GB/s).
 const HASHED_INLINE_BYTES_MAX: usize = 256 << 10;
 
-/// The peers that are known: whose statement it is, and what it says.
-pub(crate) type Book = BTreeMap<PeerId, PeerRecord>;
+/// The known peers: the newest record that each has signed, by the key that signed it.
+pub(crate) type AddressBook = BTreeMap<PeerId, PeerRecord>;
 
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -33,30 +35,30 @@ pub(crate) struct Node {
     pub(crate) clock: SharedClock,
     pub(crate) store: Arc<Store>,
     pub(crate) transports: Transports,
-    pub(crate) meter: Meter,
-    pub(crate) book: watch::Sender<Book>,
+    pub(crate) counters: Counters,
+    pub(crate) address_book: watch::Sender<AddressBook>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) stall_ms: u64,
     pub(crate) request_ms: u64,
     uploads: Mutex<Uploads>,
-    bucket: Option<Mutex<TokenBucket>>,
-    /// One fetch of an object at a time: the second waits and then finds it here.
+    upload_cap: Option<Mutex<TokenBucket>>,
+    /// One permit per object being fetched: a second fetch of an object waits for the first and then finds the object here.
     fetches: Mutex<BTreeMap<ObjectId, Arc<Semaphore>>>,
-    /// Objects being fetched that no peer within reach holds.
+    /// Objects being fetched that no reachable peer holds.
     unreachable: Mutex<BTreeSet<ObjectId>>,
-    /// Told when a fetch wants other peers than those that are known.
-    pub(crate) peers_wanted: tokio::sync::Notify,
+    /// Notified when a fetch wants more peers than the address book has.
+    pub(crate) peers_wanted: Notify,
     started: Instant,
 }
 
-/// What a node is made of.
+/// The arguments of [`Node::new`].
 pub(crate) struct NodeParts {
     pub(crate) identity: Identity,
     pub(crate) clock: SharedClock,
     pub(crate) store: Store,
     pub(crate) transports: Transports,
     pub(crate) uploads: Uploads,
-    pub(crate) upload_bytes_per_second: Option<std::num::NonZeroU64>,
+    pub(crate) upload_bytes_per_second: Option<NonZeroU64>,
     pub(crate) stall_ms: u64,
     pub(crate) request_ms: u64,
     pub(crate) shutdown: CancellationToken,
@@ -64,90 +66,84 @@ pub(crate) struct NodeParts {
 
 impl Node {
     pub(crate) fn new(parts: NodeParts) -> Self {
+        let rate = parts.upload_bytes_per_second;
         Self {
             identity: parts.identity,
             clock: parts.clock,
             store: Arc::new(parts.store),
             transports: parts.transports,
-            meter: Meter::default(),
-            book: watch::Sender::new(Book::new()),
+            counters: Counters::default(),
+            address_book: watch::Sender::new(AddressBook::new()),
             shutdown: parts.shutdown,
             stall_ms: parts.stall_ms,
             request_ms: parts.request_ms,
             uploads: Mutex::new(parts.uploads),
-            bucket: parts
-                .upload_bytes_per_second
-                .map(|rate| Mutex::new(TokenBucket::new(rate, 0))),
-            fetches: Mutex::new(BTreeMap::new()),
-            unreachable: Mutex::new(BTreeSet::new()),
-            peers_wanted: tokio::sync::Notify::new(),
+            upload_cap: rate.map(|rate| Mutex::new(TokenBucket::new(rate, 0))),
+            fetches: Mutex::default(),
+            unreachable: Mutex::default(),
+            peers_wanted: Notify::new(),
             started: Instant::now(),
         }
     }
 
-    /// Milliseconds since the start. Waits are measured with tokio's clock and not with the time of day, which may jump.
+    /// Milliseconds since the start, by tokio's clock: the time of day may jump.
     pub(crate) fn now_ms(&self) -> u64 {
         self.started.elapsed().as_millis() as u64
     }
 
     /// The instant at which [`Self::now_ms`] reads `at_ms`.
     pub(crate) fn instant(&self, at_ms: u64) -> Instant {
-        self.started + std::time::Duration::from_millis(at_ms)
+        self.started + Duration::from_millis(at_ms)
     }
 
     pub(crate) fn uploads(&self) -> MutexGuard<'_, Uploads> {
         self.uploads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether uploads have a cap.
-    pub(crate) fn is_capped(&self) -> bool {
-        self.bucket.is_some()
+    pub(crate) fn has_upload_cap(&self) -> bool {
+        self.upload_cap.is_some()
     }
 
-    /// Takes bytes from the upload cap, and says how many milliseconds to wait before they may leave.
-    pub(crate) fn take_upload(&self, bytes: usize) -> u64 {
-        self.bucket.as_ref().map_or(0, |bucket| {
-            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-            bucket.take(bytes, self.now_ms())
+    /// Takes bytes from the upload cap. Returns the milliseconds to wait before they may leave.
+    pub(crate) fn take_from_upload_cap(&self, bytes: usize) -> u64 {
+        self.upload_cap.as_ref().map_or(0, |cap| {
+            let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
+            cap.take(bytes, self.now_ms())
         })
     }
 
     fn unreachable(&self) -> MutexGuard<'_, BTreeSet<ObjectId>> {
-        self.unreachable
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        let unreachable = self.unreachable.lock();
+        unreachable.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether an object is being fetched that no peer within reach holds.
+    /// Whether an object is being fetched and no reachable peer holds the missing shards.
     pub(crate) fn is_unreachable(&self, object: &ObjectId) -> bool {
         self.unreachable().contains(object)
     }
 
-    /// Somebody may hold the object, or it is not fetched any more.
+    /// Records that some peer may hold the object, or that its fetch has ended.
     pub(crate) fn mark_reachable(&self, object: &ObjectId) {
         self.unreachable().remove(object);
     }
 
-    /// Nobody within reach holds the object: perhaps there are peers that are not known yet.
+    /// Records that no reachable peer holds the object, and asks for more peers.
     pub(crate) fn mark_unreachable(&self, object: ObjectId) {
         if self.unreachable().insert(object) {
             self.peers_wanted.notify_one();
         }
     }
 
-    /// The gate of an object's fetch.
-    pub(crate) fn gate(&self, object: ObjectId) -> Arc<Semaphore> {
+    /// The semaphore that admits one fetch of an object at a time.
+    pub(crate) fn fetch_permits(&self, object: ObjectId) -> Arc<Semaphore> {
         let mut fetches = self.fetches.lock().unwrap_or_else(PoisonError::into_inner);
-        // Gates that nobody else holds are of no more use.
-        fetches.retain(|_, gate| Arc::strong_count(gate) > 1);
-        Arc::clone(
-            fetches
-                .entry(object)
-                .or_insert_with(|| Arc::new(Semaphore::new(1))),
-        )
+        // Only the map still refers to the semaphore of a fetch that has ended.
+        fetches.retain(|_, permits| Arc::strong_count(permits) > 1);
+        let permits = fetches.entry(object);
+        Arc::clone(permits.or_insert_with(|| Arc::new(Semaphore::new(1))))
     }
 
-    /// Verifies a shard and keeps it, on a thread that may block when that takes long or goes to a disk.
+    /// Verifies a shard and keeps it. Large shards, and all shards that go to a disk, use a thread that may block.
     pub(crate) async fn insert(
         &self,
         object: ObjectId,
@@ -161,7 +157,7 @@ impl Node {
             .await
     }
 
-    /// Does something with the store on a thread that may block.
+    /// Runs `work` on a thread that may block.
     pub(crate) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Store) -> T + Send + 'static,
@@ -171,7 +167,7 @@ impl Node {
     }
 }
 
-/// Does something on a thread that may block, and waits for it.
+/// Runs `work` on a thread that may block, and waits for it.
 pub(crate) async fn on_blocking_thread<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> T {
@@ -180,9 +176,9 @@ pub(crate) async fn on_blocking_thread<T: Send + 'static>(
         .map_err(JoinError::try_into_panic)
     {
         Ok(done) => done,
-        // A mistake of ours goes on upwards as if there had been no other thread.
+        // A panic in `work` continues here, as if `work` had run on this thread.
         Err(Ok(panic)) => std::panic::resume_unwind(panic),
-        // The runtime is ending and with it whoever waits here.
+        // The runtime is shutting down, and this task with it.
         Err(Err(_)) => std::future::pending().await,
     }
 }

@@ -1,6 +1,6 @@
-//! Being known to the other peers, and knowing them: tells dispatch where this peer can be reached, and meets those that
-//! dispatch names. Often at first, when everybody starts at once, and when nobody within reach holds what is wanted, as after
-//! the restart of a peer; rarely otherwise.
+//! Peer discovery: registers this peer's addresses with dispatch and learns those of other peers.
+//!
+//! Asks often at first, while all peers start at once, and when no reachable peer holds what a fetch needs; otherwise rarely.
 
 use std::time::Duration;
 
@@ -14,55 +14,50 @@ use muster_protocol::message::peer::PeerRecord;
 
 use crate::swarm::Swarm;
 
-/// First pause between two asks.
+/// Pause after the first request.
 const PAUSE_MIN: Duration = Duration::from_millis(200);
 /// Longest pause: well within the time after which dispatch forgets a silent peer.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
-/// Keeps `swarm` known to the run's peers on `tracker` until `shutdown`.
-pub fn keep(
-    client: DispatchClient,
-    swarm: Swarm,
-    tracker: &TaskTracker,
-    shutdown: CancellationToken,
-) {
+/// Runs peer discovery for `swarm` on `tracker` until `shutdown`.
+pub fn keep(client: DispatchClient, swarm: Swarm, tracker: &TaskTracker, shutdown: CancellationToken) {
     tracker.spawn(async move {
         let mut pause = PAUSE_MIN;
         loop {
-            match meet_all(&client, &swarm).await {
-                Ok(met) => debug!(met, "peers"),
-                Err(error) => debug!(%error, "peers are not known"),
+            match exchange_records(&client, &swarm).await {
+                Ok(peers) => debug!(peers, "peer records received"),
+                Err(error) => debug!(%error, "no peer records from dispatch"),
             }
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(pause) => pause = (pause * 3 / 2).min(PAUSE_MAX),
-                () = peers_wanted(&swarm) => pause = PAUSE_MIN,
+                () = wait_until_wanted(&swarm) => pause = PAUSE_MIN,
             }
         }
     });
 }
 
-/// Returns when other peers are wanted; not more often than everybody asks at the start.
+/// Waits until a fetch wants more peers, at least [`PAUSE_MIN`].
 ///
 /// # Cancel safety
-/// A cancelled call may miss one wish; the next pause is not long.
-async fn peers_wanted(swarm: &Swarm) {
+/// A cancelled call may miss one notification; the next pause is short enough.
+async fn wait_until_wanted(swarm: &Swarm) {
     tokio::time::sleep(PAUSE_MIN).await;
-    swarm.peers_wanted().await;
+    swarm.wait_until_peers_wanted().await;
 }
 
-/// Tells dispatch of this peer and meets those that it names. Returns how many.
-async fn meet_all(
+/// Registers this peer with dispatch and takes over the records that dispatch returns. Returns how many.
+async fn exchange_records(
     client: &DispatchClient,
     swarm: &Swarm,
 ) -> Result<usize, muster_protocol::dispatch_client::DispatchClientError> {
-    let mine = client.sign(swarm.peer_record())?;
-    let mut met = 0;
-    for bytes in client.peers(Some(&mine.bytes)).await? {
+    let own = client.sign(swarm.peer_record())?;
+    let records = client.peers(Some(&own.bytes)).await?;
+    let count = records.len();
+    for bytes in records {
         let record = open::<PeerRecord>(bytes, client.run())?;
-        swarm.meet(record.author, record.body);
-        met += 1;
+        swarm.add_peer(record.author, record.body);
     }
-    Ok(met)
+    Ok(count)
 }

@@ -21,7 +21,7 @@ use crate::object::shard_count;
 use crate::swarm::connection_limits::{
     CONNECTIONS_PER_PEER_MAX, ConnectionLimits, ConnectionPermit,
 };
-use crate::swarm::metrics::Moved;
+use crate::swarm::metrics::Transfer;
 use crate::swarm::node::Node;
 use crate::swarm::rate::PIECE_BYTES;
 use crate::swarm::slots::{Slot, Slots};
@@ -86,8 +86,8 @@ impl Server {
     }
 
     fn admit(self: &Arc<Self>, arrival: Box<dyn Arrival>, tracker: &TaskTracker) {
-        let Ok(place) = Arc::clone(&self.limits.places).try_acquire_owned() else {
-            self.node.meter.connection_refused();
+        let Ok(place) = Arc::clone(&self.limits.free).try_acquire_owned() else {
+            self.node.counters.count_refused_connection();
             return turn_away(arrival, self.limits.connections_max);
         };
         let server = Arc::clone(self);
@@ -99,7 +99,7 @@ impl Server {
                 served = server.serve(arrival, place) => served,
             };
             if let Err(error) = served {
-                server.node.meter.connection_refused();
+                server.node.counters.count_refused_connection();
                 tracing::debug!(%error, "connection of a peer ended");
             }
         });
@@ -113,8 +113,8 @@ impl Server {
         let streams = arrival.open().await?;
         let mut connection =
             Connection::prove(streams, &self.node.identity, Side::Acceptor).await?;
-        let refusal = match ConnectionLimits::take(&self.limits, connection.peer, place) {
-            _ if self.node.meter.is_banned(&connection.peer) => Refusal::Banned,
+        let refusal = match ConnectionLimits::admit(&self.limits, connection.peer, place) {
+            _ if self.node.counters.is_banned(&connection.peer) => Refusal::Banned,
             None => Refusal::Full {
                 connections_max: CONNECTIONS_PER_PEER_MAX as u32,
             },
@@ -239,7 +239,7 @@ impl Server {
             }
             UploadDecision::Busy { retry_ms, holders } => {
                 drop(slot);
-                self.node.meter.answered_busy();
+                self.node.counters.count_busy_reply();
                 let retry_ms = u32::try_from(retry_ms).unwrap_or(u32::MAX);
                 let busy = Message::Busy {
                     request,
@@ -323,7 +323,9 @@ impl Server {
         let length = bytes.len();
         self.upload(stream, request, shard, bytes).await?;
         sending.outcome = SendOutcome::Sent;
-        self.node.meter.moved(&object, &peer, Moved::Up, length);
+        self.node
+            .counters
+            .count(&object, &peer, Transfer::Upload, length);
         Ok(())
     }
 
@@ -335,7 +337,7 @@ impl Server {
         shard: u32,
         mut bytes: Bytes,
     ) -> Result<(), ConnectionError> {
-        if !self.node.is_capped() {
+        if !self.node.has_upload_cap() {
             let length = bytes.len();
             return in_time(length, write_shard(stream, request, shard, bytes)).await;
         }
@@ -343,7 +345,7 @@ impl Server {
         in_time(header.len(), async { Ok(stream.write_all(&header).await?) }).await?;
         while !bytes.is_empty() {
             let piece = bytes.split_to(bytes.len().min(PIECE_BYTES));
-            let wait_ms = self.node.take_upload(piece.len());
+            let wait_ms = self.node.take_from_upload_cap(piece.len());
             tokio::time::sleep(Duration::from_millis(wait_ms)).await;
             in_time(piece.len(), async { Ok(stream.write_all(&piece).await?) }).await?;
         }

@@ -51,16 +51,16 @@ impl Peer {
     fn knows(&self, others: &[&Peer]) {
         for other in others {
             self.swarm
-                .meet(other.identity.peer_id(), other.swarm.peer_record());
+                .add_peer(other.identity.peer_id(), other.swarm.peer_record());
         }
     }
 
     fn uploaded(&self, object: &Object) -> u64 {
         self.swarm
-            .stats()
+            .metrics()
             .objects
             .get(&object.id())
-            .map_or(0, |traffic| traffic.bytes_up)
+            .map_or(0, |traffic| traffic.bytes_uploaded)
     }
 
     /// Waits until it has counted so many bytes: what was received is counted by the sender a moment later.
@@ -131,7 +131,7 @@ async fn a_learner_feeds_a_swarm_with_about_one_copy() {
     );
     let from_peers: u64 = others
         .iter()
-        .map(|peer| peer.swarm.stats().total.bytes_down)
+        .map(|peer| peer.swarm.metrics().total.bytes_downloaded)
         .sum();
     assert_eq!(from_peers, 3 * object.bytes);
 }
@@ -149,7 +149,7 @@ async fn a_swarm_finishes_though_every_other_peer_is_dead() {
     let dead = liar::start(Lie::Silence, &object).await;
     for peer in &others {
         peer.knows(&[&learner]);
-        peer.swarm.meet(dead.0, dead.1.clone());
+        peer.swarm.add_peer(dead.0, dead.1.clone());
     }
     let [a, b, c] = &others;
     let (a, b, c) = tokio::join!(
@@ -160,7 +160,7 @@ async fn a_swarm_finishes_though_every_other_peer_is_dead() {
     for fetched in [a, b, c] {
         assert_eq!(fetched.unwrap(), bytes);
     }
-    assert!(learner.swarm.stats().answers_busy > 0);
+    assert!(learner.swarm.metrics().busy_replies > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -168,19 +168,19 @@ async fn a_peer_that_serves_a_corrupt_shard_is_banned_and_the_fetch_finishes() {
     let (object, bytes) = anchor(400_000);
     let (honest, worker) = (Peer::worker().await, Peer::worker().await);
     let liar = liar::start(Lie::CorruptShards, &object).await;
-    worker.swarm.meet(liar.0, liar.1.clone());
+    worker.swarm.add_peer(liar.0, liar.1.clone());
     let fetching = tokio::spawn({
         let (swarm, object) = (worker.swarm.clone(), object.clone());
         async move { swarm.fetch(&object).await }
     });
     // The liar is alone at first, so that it is certainly asked; an honest peer joins late.
-    while worker.swarm.stats().bans.is_empty() {
+    while worker.swarm.metrics().bans.is_empty() {
         tokio::task::yield_now().await;
     }
     honest.swarm.offer(&object, bytes.clone()).await.unwrap();
     worker.knows(&[&honest]);
     assert_eq!(fetching.await.unwrap().unwrap(), bytes);
-    let bans = worker.swarm.stats().bans;
+    let bans = worker.swarm.metrics().bans;
     assert_eq!(bans.len(), 1);
     assert!(bans[&liar.1.handshake].to_string().contains("bad shard"));
 }
@@ -192,7 +192,7 @@ async fn peers_that_are_silent_or_only_promise_or_send_noise_do_not_stop_a_fetch
     honest.swarm.offer(&object, bytes.clone()).await.unwrap();
     for lie in [Lie::Silence, Lie::Promises, Lie::HugeFrame, Lie::Noise] {
         let (peer, record) = liar::start(lie, &object).await;
-        worker.swarm.meet(peer, record);
+        worker.swarm.add_peer(peer, record);
     }
     worker.knows(&[&honest]);
     let begun = Instant::now();
@@ -202,7 +202,7 @@ async fn peers_that_are_silent_or_only_promise_or_send_noise_do_not_stop_a_fetch
         "took {:?}",
         begun.elapsed()
     );
-    assert!(worker.swarm.stats().bans.is_empty());
+    assert!(worker.swarm.metrics().bans.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -212,7 +212,7 @@ async fn an_address_where_somebody_else_answers_is_of_no_use() {
     impostor.swarm.offer(&object, bytes).await.unwrap();
     let mut record = impostor.swarm.peer_record();
     record.handshake = Identity::generate().handshake_id();
-    worker.swarm.meet(impostor.identity.peer_id(), record);
+    worker.swarm.add_peer(impostor.identity.peer_id(), record);
     let error = worker.swarm.fetch(&object).await.unwrap_err();
     let FetchError::Stalled {
         held: 0,
@@ -264,7 +264,7 @@ async fn a_peer_serves_what_it_has_while_it_fetches_the_rest() {
     second.knows(&[&first]);
     let (one, two) = tokio::join!(first.swarm.fetch(&object), second.swarm.fetch(&object));
     assert_eq!((one.unwrap(), two.unwrap()), (bytes.clone(), bytes));
-    assert_eq!(seeder.swarm.stats().peers.len(), 1);
+    assert_eq!(seeder.swarm.metrics().peers.len(), 1);
     first.has_uploaded(&object, object.bytes).await;
 }
 
@@ -377,7 +377,7 @@ async fn connections_over_the_limit_are_told_why() {
         Err(ConnectionError::Refused(_) | ConnectionError::Io(_))
     );
     assert!(refused, "{second:?}");
-    assert_eq!(server.swarm.stats().connections_refused, 1);
+    assert_eq!(server.swarm.metrics().connections_refused, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -432,7 +432,7 @@ async fn requests_for_what_is_not_there_and_garbage_do_no_harm() {
         stream.write_all(garbage).await.unwrap();
         assert!(read_frame(&mut stream, MESSAGE_BYTES_MAX).await.is_err());
     }
-    wait_until(|| server.swarm.stats().connections_refused == 4).await;
+    wait_until(|| server.swarm.metrics().connections_refused == 4).await;
     let have = Message::Have {
         request,
         object: object.id(),
@@ -498,18 +498,16 @@ fn a_newer_record_replaces_an_older_one_and_the_book_is_bounded() {
             addresses: vec![format!("127.0.0.1:{port}")],
             issued: UnixMillis(issued),
         };
-        let known = |id: PeerId| peer.swarm.node.book.borrow().get(&id).cloned();
-        peer.swarm.meet(PeerId([1; 32]), record(5, 1));
-        peer.swarm.meet(PeerId([1; 32]), record(4, 2));
+        let known = |id: PeerId| peer.swarm.node.address_book.borrow().get(&id).cloned();
+        peer.swarm.add_peer(PeerId([1; 32]), record(5, 1));
+        peer.swarm.add_peer(PeerId([1; 32]), record(4, 2));
         assert_eq!(known(PeerId([1; 32])), Some(record(5, 1)));
-        peer.swarm.meet(PeerId([1; 32]), record(6, 3));
+        peer.swarm.add_peer(PeerId([1; 32]), record(6, 3));
         assert_eq!(known(PeerId([1; 32])), Some(record(6, 3)));
         for number in 0..2 * PEERS_MAX {
             peer.swarm
-                .meet(PeerId([number as u8; 32]), record(100 + number as u64, 4));
+                .add_peer(PeerId([number as u8; 32]), record(100 + number as u64, 4));
         }
-        assert_eq!(peer.swarm.node.book.borrow().len(), PEERS_MAX);
-        peer.swarm.part(&PeerId([127; 32]));
-        assert_eq!(known(PeerId([127; 32])), None);
+        assert_eq!(peer.swarm.node.address_book.borrow().len(), PEERS_MAX);
     });
 }

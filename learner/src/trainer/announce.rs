@@ -52,7 +52,7 @@ impl Outlet for Swarm {
     }
 
     fn uploaded(&self) -> u64 {
-        self.stats().total.bytes_up
+        self.metrics().total.bytes_uploaded
     }
 }
 

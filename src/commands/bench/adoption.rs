@@ -92,7 +92,7 @@ pub(super) async fn run(args: AdoptionArgs) -> Result<()> {
             // Peers that hold nothing yet, each time.
             let seeder = peer(1, Some(args.up), (&tracker, &shutdown)).await?;
             let worker = peer(2, None, (&tracker, &shutdown)).await?;
-            worker.meet(identity(1).peer_id(), seeder.peer_record());
+            worker.add_peer(identity(1).peer_id(), seeder.peer_record());
             let (opened, parent) = lab.announce(&seeder, delta).await?;
             engine.steps();
             let begun = Instant::now();

@@ -129,13 +129,13 @@ impl LiveRun {
                 "no peer within reach holds version {version} any more: choose one that `muster snapshot list --creds FILE` shows as held"
             );
         }
-        let before = self.seat.swarm.stats().total.bytes_down;
+        let before = self.seat.swarm.metrics().total.bytes_downloaded;
         let received = || {
             self.seat
                 .swarm
-                .stats()
+                .metrics()
                 .total
-                .bytes_down
+                .bytes_downloaded
                 .saturating_sub(before)
         };
         let (what, total) = (format!("version {version}"), bytes_to_fetch(&opened));

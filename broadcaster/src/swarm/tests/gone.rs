@@ -54,7 +54,7 @@ async fn an_object_that_its_only_holder_lets_go_is_forsaken_though_others_have_p
     wait_until(|| {
         [&a, &b]
             .iter()
-            .all(|peer| peer.swarm.stats().total.bytes_down > 0)
+            .all(|peer| peer.swarm.metrics().total.bytes_downloaded > 0)
     })
     .await;
     let (newer, bytes) = next_version(50_000);
@@ -77,7 +77,7 @@ async fn an_object_that_comes_back_is_fetched_to_its_end() {
         let (swarm, object) = (worker.swarm.clone(), object.clone());
         async move { swarm.fetch(&object).await }
     });
-    wait_until(|| worker.swarm.stats().total.bytes_down > 0).await;
+    wait_until(|| worker.swarm.metrics().total.bytes_downloaded > 0).await;
     let (newer, newer_bytes) = next_version(50_000);
     first.swarm.offer(&newer, newer_bytes).await.unwrap();
     becomes_unreachable_within(&worker.swarm, &object, Duration::from_secs(10)).await;
@@ -115,7 +115,7 @@ async fn what_was_on_its_way_to_a_peer_that_died_goes_to_the_next_who_asks() {
     worker.knows(&[&learner]);
     assert_eq!(worker.swarm.fetch(&object).await.unwrap(), bytes);
     assert_eq!(
-        learner.swarm.stats().answers_busy,
+        learner.swarm.metrics().busy_replies,
         0,
         "it was made to wait for the dead"
     );

@@ -157,7 +157,7 @@ pub(in crate::commands::bench) async fn run(args: HostArgs) -> Result<()> {
             addresses: vec![plan.transport.address(&identity, *address)?],
             issued: UnixMillis(1),
         };
-        swarm.meet(identity.peer_id(), record);
+        swarm.add_peer(identity.peer_id(), record);
     }
     say("ready")?;
     told().await?;
@@ -169,10 +169,10 @@ pub(in crate::commands::bench) async fn run(args: HostArgs) -> Result<()> {
     say(&serde_json::to_string(&Done { seconds })?)?;
     // Serves on until everybody is done.
     while told().await? {}
-    let total = swarm.stats().total;
+    let total = swarm.metrics().total;
     let counted = Counted {
-        sent_bytes: total.bytes_up,
-        twice_bytes: total.bytes_twice,
+        sent_bytes: total.bytes_uploaded,
+        twice_bytes: total.bytes_duplicate,
         cpu_seconds: cpu_seconds()?,
         memory_peak_bytes: peak_memory().context("no VmHWM in /proc/self/status")?,
     };

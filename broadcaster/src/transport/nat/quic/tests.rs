@@ -57,7 +57,7 @@ async fn an_object_comes_over_quic_alone() {
     };
     let object = describe_object(content, PolicyVersion(1), &bytes).unwrap();
     from_swarm.offer(&object, bytes.clone()).await.unwrap();
-    to_swarm.meet(from.peer_id(), without_tcp(from_swarm.peer_record()));
+    to_swarm.add_peer(from.peer_id(), without_tcp(from_swarm.peer_record()));
     assert_eq!(to_swarm.fetch(&object).await.unwrap(), bytes);
 }
 
