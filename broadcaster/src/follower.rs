@@ -1,5 +1,8 @@
-//! Following a run's versions: hear of them, check who signed them, fetch their bytes from peers, check the bytes against
-//! the signed root, and only then hand them to whoever uses them. Every member that needs weights follows this way.
+//! Follows a run: hears of each new version, checks its signature, fetches its weights from peers, verifies them against the
+//! signed root, and only then hands them to the caller. Workers, critics, seeders and evaluators all follow a run this way.
+//!
+//! Announcements may be lost, so the follower also asks dispatch for the newest version when it has heard nothing for a while.
+//! Invariant: versions are taken in ascending order of (version, generation).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, warn};
+use tracing::{Instrument, debug, info_span, warn};
 
 use muster_protocol::bus::{BusError, Subscription};
 use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
@@ -25,31 +28,33 @@ pub use crate::adopt::{
     FollowError, Held, Opened, fetch, fetch_file, off_loop_if_large, open_announcement,
 };
 
-/// News may be missed, so the newest version is also asked for: when nothing was heard for several times as long as it
-/// usually takes, and ever more rarely while there is none. Shortest and longest of these times.
-const PATIENCE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// How many usual gaps between versions are waited out. Missing one is no harm where the next is on its way.
-const PATIENCE_GAPS: u32 = 4;
+/// Shortest and longest silence after which the follower asks for the newest version. The silence doubles with each question
+/// that brings nothing new.
+const SILENCE_MIN: Duration = Duration::from_secs(1);
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// The follower asks after a silence of this many usual gaps between versions. It need not ask sooner: if one announcement is
+/// lost, the next one usually arrives.
+const SILENCE_GAPS: u32 = 4;
 /// Pause after a fetch that failed.
 const RETRY: Duration = Duration::from_millis(500);
-/// Versions that a follower of every version may be behind before it skips the oldest.
+/// Most versions that wait to be fetched, or to be taken by the caller; the oldest is skipped.
 const BACKLOG_MAX: usize = 16;
-/// Deltas remembered from earlier announcements: whoever is a few versions behind may need those of each.
+/// Most deltas remembered from earlier announcements: a peer that is a few versions behind may need those of each.
 const DELTAS_KNOWN_MAX: usize = 32;
 
-/// Which versions a member needs.
+/// Which versions a peer needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Follow {
     /// The newest; older ones are skipped.
     Newest,
-    /// Each, in order: critics judge groups of any recent version.
+    /// Each, in order: critics review groups of any recent version.
     Every,
 }
 
-/// Asks for the newest version until there is one.
+/// Waits for the run's first version, and returns the newest.
 ///
 /// # Errors
-/// When asking again cannot help, or what was announced is not the learner's.
+/// When asking again cannot help, or the announcement is not the learner's.
 pub async fn first_version(client: &DispatchClient) -> Result<Opened, FollowError> {
     loop {
         match client
@@ -63,12 +68,12 @@ pub async fn first_version(client: &DispatchClient) -> Result<Opened, FollowErro
     }
 }
 
-/// The deltas that members made and described, from version `from` on. None when dispatch does not say.
+/// The squashed deltas that peers have made and described, from version `from` on. Empty if dispatch does not answer.
 pub async fn squashed_deltas(client: &DispatchClient, from: PolicyVersion) -> Vec<Signed<Object>> {
     let described = match client.deltas(from, None).await {
         Ok(described) => described,
         Err(error) => {
-            debug!(%error, "squashed deltas are not known");
+            debug!(%error, "dispatch does not list squashed deltas");
             return Vec::new();
         }
     };
@@ -76,13 +81,13 @@ pub async fn squashed_deltas(client: &DispatchClient, from: PolicyVersion) -> Ve
     for bytes in described {
         match open::<Object>(bytes, client.run()) {
             Ok(delta) => deltas.push(delta),
-            Err(error) => warn!(%error, "a squashed delta's description cannot be used"),
+            Err(error) => warn!(%error, "description of a squashed delta ignored"),
         }
     }
     deltas
 }
 
-/// A handle to a member's verified versions.
+/// A handle to the verified versions of a run.
 #[derive(Debug)]
 pub struct Follower {
     newest: watch::Receiver<Option<Arc<Held>>>,
@@ -93,7 +98,7 @@ impl Follower {
     /// Starts following on `tracker` until `shutdown`.
     ///
     /// # Errors
-    /// When these credentials may not hear the news.
+    /// When these credentials may not subscribe to announcements.
     pub async fn start(
         client: DispatchClient,
         source: Arc<dyn ObjectSource>,
@@ -101,7 +106,7 @@ impl Follower {
         tracker: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Result<Self, BusError> {
-        let news = client
+        let announcements = client
             .bus()
             .subscribe(&client.subjects().news(Log::Versions))
             .await?;
@@ -111,15 +116,15 @@ impl Follower {
             client,
             source,
             follow,
-            news,
+            announcements,
             newest_sender,
             each_sender,
             backlog: VecDeque::new(),
             deltas: VecDeque::new(),
             newest: None,
-            patience: PATIENCE.0,
+            silence: SILENCE_MIN,
             usual_gap: Duration::ZERO,
-            heard: Instant::now(),
+            heard_at: Instant::now(),
         };
         tracker.spawn(async move {
             tokio::select! {
@@ -131,27 +136,27 @@ impl Follower {
         Ok(Self { newest, each })
     }
 
-    /// The newest version that is here.
+    /// The newest verified version.
     pub fn latest(&mut self) -> Option<Arc<Held>> {
         self.newest.borrow_and_update().clone()
     }
 
-    /// The newest version that is here, for those who look on.
+    /// A receiver of the newest verified version, for other tasks.
     pub fn watch(&self) -> watch::Receiver<Option<Arc<Held>>> {
         self.newest.clone()
     }
 
-    /// Waits until another version is here than [`Follower::latest`] gave last.
+    /// Waits until [`Follower::latest`] would return another version than it did last.
     ///
     /// # Cancel safety
     /// A cancelled call misses nothing.
     pub async fn changed(&mut self) {
         if self.newest.changed().await.is_err() {
-            std::future::pending::<()>().await; // the follower has ended: nothing will change any more
+            std::future::pending::<()>().await; // the follower has ended: no other version will come
         }
     }
 
-    /// With [`Follow::Every`], the next version in order that is here and was not taken yet.
+    /// With [`Follow::Every`], the next verified version in order that was not taken yet.
     pub fn take_next(&mut self) -> Option<Arc<Held>> {
         self.each.try_recv().ok()
     }
@@ -161,87 +166,89 @@ struct Task {
     client: DispatchClient,
     source: Arc<dyn ObjectSource>,
     follow: Follow,
-    news: Subscription,
+    announcements: Subscription,
     newest_sender: watch::Sender<Option<Arc<Held>>>,
     each_sender: mpsc::Sender<Arc<Held>>,
+    /// Versions to fetch, oldest first.
     backlog: VecDeque<Opened>,
     /// Deltas of the last announcements.
     deltas: VecDeque<Signed<Object>>,
-    /// Version and generation of the newest announcement that was taken in.
+    /// Version and generation of the newest announcement.
     newest: Option<(PolicyVersion, u64)>,
     /// How long to hear nothing before asking.
-    patience: Duration,
-    /// How long the next version takes to come, from the last ones: the longest, halved with each that comes sooner.
+    silence: Duration,
+    /// Usual time between two versions: the longest of the last ones, halved with each version that comes sooner.
     usual_gap: Duration,
     /// When the newest version was heard of.
-    heard: Instant,
+    heard_at: Instant,
 }
 
 impl Task {
     async fn run(mut self) {
-        self.ask().await;
+        self.ask_for_newest().await;
         loop {
             let pause = match self.backlog.pop_front() {
-                Some(opened) => self.take_over(opened).await,
-                None => self.patience,
+                Some(opened) => {
+                    let body = &opened.version.body;
+                    let span = info_span!("adopt", version = %body.version, generation = body.generation.0);
+                    self.adopt(opened).instrument(span).await
+                }
+                None => self.silence,
             };
             if pause.is_zero() {
                 continue;
             }
             tokio::select! {
                 biased;
-                heard = self.news.next() => match heard {
+                heard = self.announcements.next() => match heard {
                     Some(heard) => self.on_announcement(&heard.payload).await,
                     None => return,
                 },
-                () = tokio::time::sleep(pause) => self.ask().await,
+                () = tokio::time::sleep(pause) => self.ask_for_newest().await,
             }
         }
     }
 
-    async fn ask(&mut self) {
-        self.patience = (self.patience * 2).min(PATIENCE.1);
+    async fn ask_for_newest(&mut self) {
+        self.silence = (self.silence * 2).min(SILENCE_MAX);
         match self.client.latest().await {
-            Ok(Some(announcement)) => self.take_in(&announcement).await,
+            Ok(Some(announcement)) => self.on_decoded(&announcement).await,
             Ok(None) => {}
-            Err(error) => debug!(%error, "the newest version is not known"),
+            Err(error) => debug!(%error, "dispatch does not tell the newest version"),
         }
     }
 
     async fn on_announcement(&mut self, bytes: &[u8]) {
         match Announcement::decode(bytes) {
-            Ok(announcement) => self.take_in(&announcement).await,
-            Err(error) => warn!(%error, "news of a version cannot be used"),
+            Ok(announcement) => self.on_decoded(&announcement).await,
+            Err(error) => warn!(%error, "announcement of a version ignored"),
         }
     }
 
-    async fn take_in(&mut self, announcement: &Announcement) {
+    async fn on_decoded(&mut self, announcement: &Announcement) {
         let opened = match open_announcement(&self.client, announcement) {
             Ok(opened) => opened,
-            Err(error) => return warn!(%error, "news of a version cannot be used"),
+            Err(error) => return warn!(%error, "announcement of a version ignored"),
         };
         let body = &opened.version.body;
-        let place = (body.version, body.generation.0);
-        let supersedes = |(version, generation): (PolicyVersion, u64)| {
-            place.0 > version || (place.0 == version && place.1 > generation)
-        };
-        if !self.newest.is_none_or(supersedes) {
+        let announced = (body.version, body.generation.0);
+        if self.newest.is_some_and(|newest| announced <= newest) {
             return;
         }
-        let before = self.newest.replace(place);
-        self.usual_gap = self.heard.elapsed().max(self.usual_gap / 2);
-        self.patience = (self.usual_gap * PATIENCE_GAPS).clamp(PATIENCE.0, PATIENCE.1);
-        self.heard = Instant::now();
+        let before = self.newest.replace(announced);
+        self.usual_gap = self.heard_at.elapsed().max(self.usual_gap / 2);
+        self.silence = (self.usual_gap * SILENCE_GAPS).clamp(SILENCE_MIN, SILENCE_MAX);
+        self.heard_at = Instant::now();
         match (self.follow, before) {
             (Follow::Newest, _) => self.backlog.clear(),
-            (Follow::Every, Some((last, _))) => self.ask_between(last, place.0).await,
+            (Follow::Every, Some((last, _))) => self.ask_for_missed(last, announced.0).await,
             (Follow::Every, None) => {}
         }
         self.queue(opened);
     }
 
-    /// Asks for the versions after `last` and before `newest`, whose news did not come.
-    async fn ask_between(&mut self, last: PolicyVersion, newest: PolicyVersion) {
+    /// Asks for the versions after `last` and before `newest`, whose announcements did not arrive.
+    async fn ask_for_missed(&mut self, last: PolicyVersion, newest: PolicyVersion) {
         let first = (last.0 + 1).max(newest.0.saturating_sub(BACKLOG_MAX as u64 - 1));
         for version in (first..newest.0).map(PolicyVersion) {
             let ask = Ask::Latest {
@@ -252,14 +259,15 @@ impl Task {
                     open_announcement(&self.client, &announcement)
                 }
                 Ok(_) => {
-                    debug!(%version, "a version is not announced any more");
+                    debug!(%version, "version skipped: dispatch has no announcement of it");
                     continue;
                 }
                 Err(error) => Err(error.into()),
             };
             match opened {
-                Ok(opened) => self.queue(opened),
-                Err(error) => warn!(%version, %error, "a version was missed"),
+                Ok(opened) if opened.version.body.version == version => self.queue(opened),
+                Ok(_) => warn!(%version, "version skipped: dispatch answered with another one"),
+                Err(error) => warn!(%version, %error, "version skipped"),
             }
         }
     }
@@ -285,6 +293,12 @@ impl Task {
     }
 
     fn queue(&mut self, opened: Opened) {
+        debug_assert!(
+            self.backlog
+                .back()
+                .is_none_or(|last| last.version.body.version <= opened.version.body.version),
+            "versions are taken in ascending order"
+        );
         let opened = self.with_known_deltas(opened);
         self.backlog.push_back(opened);
         if self.backlog.len() > BACKLOG_MAX {
@@ -292,8 +306,8 @@ impl Task {
         }
     }
 
-    /// For who comes late, adds deltas that lead over several versions at once: what members have made of them, and the
-    /// learner's single steps to where the first begins.
+    /// For a follower that is many versions behind, adds the deltas over several versions that peers have made, and the
+    /// learner's single steps up to where the first of those begins.
     async fn with_squashed(&mut self, mut opened: Opened, parent: Option<&Held>) -> Opened {
         let held = parent.map(|parent| parent.version.body.reference());
         let steps = match held {
@@ -317,31 +331,28 @@ impl Task {
         opened
     }
 
-    /// The objects by which an earlier version was announced.
+    /// The objects in the announcement of an earlier version.
     async fn announced_with(&self, version: PolicyVersion) -> Vec<Signed<Object>> {
-        let version = Some(version);
-        match self.client.ask(Ask::Latest { version }).await {
+        let ask = Ask::Latest {
+            version: Some(version),
+        };
+        match self.client.ask(ask).await {
             Ok(Reply::Version(Some(announcement))) => {
-                open_announcement(&self.client, &announcement).map_or_else(
-                    |error| {
-                        warn!(%error, "an earlier announcement cannot be used");
-                        Vec::new()
-                    },
-                    |opened| opened.objects,
-                )
+                match open_announcement(&self.client, &announcement) {
+                    Ok(opened) => return opened.objects,
+                    Err(error) => warn!(%version, %error, "earlier announcement ignored"),
+                }
             }
-            Ok(_) => Vec::new(),
-            Err(error) => {
-                debug!(%error, "an earlier version is not known");
-                Vec::new()
-            }
+            Ok(_) => {}
+            Err(error) => debug!(%version, %error, "dispatch does not tell an earlier version"),
         }
+        Vec::new()
     }
 
-    /// Fetches a version; newer ones that are announced meanwhile wait their turn, unless nobody within reach holds this one:
-    /// the peer that made it may have gone before others had it. Returns how long to wait before going on.
-    async fn take_over(&mut self, opened: Opened) -> Duration {
-        let number = opened.version.body.version;
+    /// Fetches and verifies a version, and hands it to the caller. Newer announcements wait meanwhile, unless no reachable
+    /// peer holds this version: the learner may have gone before another peer had it. Returns how long to wait before the
+    /// next version.
+    async fn adopt(&mut self, opened: Opened) -> Duration {
         let source = self.source.clone();
         let parent = self.newest_sender.borrow().clone();
         let opened = self.with_squashed(opened, parent.as_deref()).await;
@@ -360,27 +371,28 @@ impl Task {
             if !route.iter().any(|object| source.is_unreachable(object)) {
                 continue;
             }
-            while let Ok(Some(heard)) = tokio::time::timeout(Duration::ZERO, self.news.next()).await
+            while let Ok(Some(heard)) =
+                tokio::time::timeout(Duration::ZERO, self.announcements.next()).await
             {
                 self.on_announcement(&heard.payload).await;
             }
             if !self.backlog.is_empty() {
-                warn!(version = %number, "nobody within reach holds these weights: going on with newer ones");
+                warn!("version skipped for a newer one: no reachable peer holds it");
                 return Duration::ZERO;
             }
         };
         match fetched {
             Ok(held) => {
-                debug!(version = %number, "weights are here");
+                debug!("version adopted");
                 let held = Arc::new(held);
                 self.newest_sender.send_replace(Some(held.clone()));
                 if self.follow == Follow::Every && self.each_sender.send(held).await.is_err() {
-                    debug!("nobody takes the versions any more");
+                    debug!("version not handed on: the follower's handle is gone");
                 }
                 Duration::ZERO
             }
             Err(error) => {
-                warn!(version = %number, %error, "the weights did not come");
+                warn!(%error, "version not adopted yet");
                 if self.backlog.is_empty() {
                     self.backlog.push_front(opened);
                 }
@@ -389,3 +401,6 @@ impl Task {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
