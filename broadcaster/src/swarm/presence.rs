@@ -20,7 +20,12 @@ const PAUSE_MIN: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// Runs peer discovery for `swarm` on `tracker` until `shutdown`.
-pub fn keep(client: DispatchClient, swarm: Swarm, tracker: &TaskTracker, shutdown: CancellationToken) {
+pub fn keep(
+    client: DispatchClient,
+    swarm: Swarm,
+    tracker: &TaskTracker,
+    shutdown: CancellationToken,
+) {
     tracker.spawn(async move {
         let mut pause = PAUSE_MIN;
         loop {
