@@ -10,9 +10,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use muster_broadcaster::follower::{Follow, Follower, Opened, fetch_file, first_version};
-use muster_broadcaster::squash::SquashConfig;
 use muster_broadcaster::swarm::presence;
-use muster_broadcaster::{ObjectSource, Swarm, SwarmConfig, squasher};
+use muster_broadcaster::version::squash::SquashConfig;
+use muster_broadcaster::version::squasher;
+use muster_broadcaster::{ObjectSource, Swarm, SwarmConfig};
 use muster_policy::{Config, Tokenizer};
 use muster_protocol::bus::nats::{NatsBus, NatsConfig};
 use muster_protocol::clock::{SharedClock, SystemClock};

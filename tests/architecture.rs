@@ -112,7 +112,7 @@ const UNSAFE_FILES: [(&str, &str); 13] = [
 
 /// The files that call the operating system through `nix`, each for one kind of thing.
 const SYSTEM_FILES: [&str; 4] = [
-    "broadcaster/src/disk.rs",
+    "broadcaster/src/store/disk.rs",
     "broadcaster/src/transport/tcp/options.rs",
     "protocol/src/os.rs",
     "src/machine.rs",

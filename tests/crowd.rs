@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use muster_broadcaster::bitmap::Bitmap;
+use muster_broadcaster::store::bitmap::Bitmap;
 use muster_broadcaster::swarm::plan::{
     Action, FetchPlan, Patience, PeerReply, PeerRequest, ShardVerdict,
 };

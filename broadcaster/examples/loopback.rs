@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use muster_broadcaster::object::describe_object;
+use muster_broadcaster::store::object::describe_object;
 use muster_broadcaster::swarm::uploads::Sharing;
 use muster_broadcaster::{Swarm, SwarmConfig};
 use muster_protocol::clock::SystemClock;

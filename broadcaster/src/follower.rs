@@ -24,7 +24,7 @@ use muster_protocol::subject::Log;
 
 use crate::swarm::ObjectSource;
 
-pub use crate::adopt::{
+pub use crate::version::adopt::{
     FollowError, Held, Opened, fetch, fetch_file, off_loop_if_large, open_announcement,
 };
 

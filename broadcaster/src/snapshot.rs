@@ -19,9 +19,9 @@ use muster_protocol::message::version::{Object, Version, VersionRef};
 use self::check::{Joined, check_file, check_folder, pump, weights_error};
 use self::layout::{Split, WeightFile};
 use self::manifest::Statements;
-use crate::disk::{self, DiskError, EntryKind, Existing, NewFolder};
-use crate::state::StateError;
-use crate::state::stream::{Checked, StreamError, verify_stream};
+use crate::store::disk::{self, DiskError, EntryKind, Existing, NewFolder};
+use crate::version::state::StateError;
+use crate::version::state::stream::{Checked, StreamError, verify_stream};
 
 mod check;
 mod layout;

@@ -15,9 +15,13 @@ use muster_protocol::envelope::{Invalid, Statement};
 use muster_protocol::id::{ObjectId, PolicyVersion};
 use muster_protocol::message::version::{Content, Object};
 
-use crate::bitmap::Bitmap;
-use crate::disk::{self, DiskError, Durability};
-use crate::object::{ObjectError, assemble, shard_count, shard_range, verify_object, verify_shard};
+use self::bitmap::Bitmap;
+use self::disk::{DiskError, Durability};
+use self::object::{ObjectError, assemble, shard_count, shard_range, verify_object, verify_shard};
+
+pub mod bitmap;
+pub mod disk;
+pub mod object;
 
 /// Most objects held: a few versions, each of at most sixteen objects.
 const OBJECTS_MAX: usize = 1_024;

@@ -2,7 +2,7 @@
 //!
 //! A [`Swarm`] is a cheap handle; its server runs on the caller's task tracker until the shutdown. The caller adds the other
 //! peers ([`Swarm::add_peer`]) from records that those peers have signed. Each fetched shard is checked against the object's
-//! description; whether that description belongs to a version signed by the learner is checked by [`crate::adopt`].
+//! description; whether that description belongs to a version signed by the learner is checked by [`crate::version::adopt`].
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -22,7 +22,6 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::squash::SquashConfig;
 use crate::store::{Store, StoreConfig, StoreError};
 use crate::swarm::bounded::make_room;
 use crate::swarm::metrics::{FalseDescription, Metrics};
@@ -35,6 +34,7 @@ use crate::transport::interface::Transport;
 use crate::transport::nat::{self, NatConfig, NatError};
 use crate::transport::tcp::Tcp;
 use crate::transport::wire::Chooser;
+use crate::version::squash::SquashConfig;
 
 pub use crate::swarm::fetch::FetchError;
 pub use crate::swarm::source::ObjectSource;

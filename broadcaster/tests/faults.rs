@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use muster_broadcaster::bitmap::Bitmap;
-use muster_broadcaster::object::{describe_object, shard_count, shard_range};
+use muster_broadcaster::store::bitmap::Bitmap;
+use muster_broadcaster::store::object::{describe_object, shard_count, shard_range};
 use muster_broadcaster::swarm::uploads::Sharing;
 use muster_broadcaster::transport::connection::{
     Side, handshake, read_frame, write_message, write_shard,

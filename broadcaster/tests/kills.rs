@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use muster_broadcaster::object::describe_object;
+use muster_broadcaster::store::object::describe_object;
 use muster_broadcaster::store::{Store, StoreConfig};
 use muster_broadcaster::{Swarm, SwarmConfig};
 use muster_protocol::clock::SystemClock;

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use iroh_relay::server::{CertConfig, QuicConfig, RelayConfig, Server, ServerConfig, TlsConfig};
-use muster_broadcaster::object::describe_object;
+use muster_broadcaster::store::object::describe_object;
 use muster_broadcaster::transport::nat::NatConfig;
 use muster_broadcaster::{Swarm, SwarmConfig};
 use muster_protocol::clock::SystemClock;

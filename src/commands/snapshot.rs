@@ -8,11 +8,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use muster_broadcaster::disk::Existing;
 use muster_broadcaster::follower::Opened;
 use muster_broadcaster::snapshot::{
     FILE_BYTES_MAX, Report, SnapshotError, copy, run_named, verify, weights_bytes,
 };
+use muster_broadcaster::store::disk::Existing;
 use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
 use muster_protocol::record::{EvalLine, Line as _, read_all};
 

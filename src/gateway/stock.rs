@@ -77,7 +77,7 @@ impl Stock {
     /// Takes away what a check has refused, where it is ours to take away.
     pub(crate) fn discard(&self, folder: &Path) {
         if let Self::Live(_) = self
-            && let Err(error) = muster_broadcaster::disk::remove(folder)
+            && let Err(error) = muster_broadcaster::store::disk::remove(folder)
         {
             tracing::warn!(%error, "a folder that does not hold stays behind");
         }
@@ -166,7 +166,7 @@ impl LiveStock {
         held.sort();
         let excess = (held.len() + 1).saturating_sub(self.keep.max(1));
         for (_, folder) in held.into_iter().take(excess) {
-            muster_broadcaster::disk::remove(&folder)?;
+            muster_broadcaster::store::disk::remove(&folder)?;
         }
         Ok(())
     }

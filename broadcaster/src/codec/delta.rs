@@ -13,7 +13,7 @@ use muster_protocol::message::version::Dtype;
 
 use super::patch::{self, Float};
 use super::{SLICE_ELEMENTS, SliceError, planes};
-use crate::state::{StateError, tensor_spans};
+use crate::version::state::{StateError, tensor_spans};
 
 /// What a delta begins with; another layout gets another name.
 const MAGIC: &[u8; 4] = b"msd1";
@@ -175,7 +175,7 @@ pub fn encode_while(
 }
 
 /// Makes the child of `parent` that `delta` leads to, on up to `threads` threads. Whether it is what somebody signed is for
-/// [`crate::state`] to say.
+/// [`crate::version::state`] to say.
 ///
 /// # Errors
 /// When the parent is no safetensors file, or the delta was not made for it.

@@ -15,9 +15,9 @@ use muster_protocol::message::version::{FILES_MAX, FileEntry};
 use super::layout::{INDEX_FILE, Split, WeightFile};
 use super::manifest::{Statements, first_difference};
 use super::{DOWNLOADER_FOLDER, FOLDER_FILES_MAX, MANIFEST_FILE, SnapshotError, WEIGHTS_FILE};
-use crate::disk::{self, EntryKind, FolderEntry};
-use crate::state::StateError;
-use crate::state::stream::{Checked, StreamError, verify_stream};
+use crate::store::disk::{self, EntryKind, FolderEntry};
+use crate::version::state::StateError;
+use crate::version::state::stream::{Checked, StreamError, verify_stream};
 
 /// Most names listed of a folder: one more than can be right shows that something is wrong.
 const ENTRIES_MAX: usize = FILES_MAX + FOLDER_FILES_MAX + 5;

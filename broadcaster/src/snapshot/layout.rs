@@ -12,8 +12,8 @@ use muster_protocol::message::version::{Dtype, Object, Parameter, Version};
 use serde::Serialize;
 
 use super::{FOLDER_FILES_MAX, WEIGHTS_FILE};
-use crate::state::stream::{Checked, image_spans};
-use crate::state::{LENGTH_BYTES, StateError, TensorSpan, verify_root};
+use crate::version::state::stream::{Checked, image_spans};
+use crate::version::state::{LENGTH_BYTES, StateError, TensorSpan, verify_root};
 
 /// Which tensor is in which file, under the name that Hugging Face libraries look for.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";

@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::{INDEX_FILE, Split, WeightFile};
 use super::{MANIFEST_FILE, Report, SnapshotError, WEIGHTS_FILE};
-use crate::disk;
-use crate::state::LENGTH_BYTES;
+use crate::store::disk;
+use crate::version::state::LENGTH_BYTES;
 
 /// What the manifest of weights in one file calls itself; another layout gets another name.
 const FORMAT: &str = "muster-snapshot-v1";

@@ -5,8 +5,8 @@ use muster_protocol::message::version::{Content, FileEntry, state_root};
 use proptest::prelude::*;
 
 use super::*;
-use crate::object::describe_object;
-use crate::state::describe_state;
+use crate::store::object::describe_object;
+use crate::version::state::describe_state;
 
 mod split;
 

@@ -1,7 +1,7 @@
 use muster_protocol::id::{ContentHash, StateRoot};
 
 use super::*;
-use crate::object::describe_object;
+use crate::store::object::describe_object;
 
 fn bytes_of(seed: u8, length: usize) -> Bytes {
     let mut bytes = vec![0; length];

@@ -14,8 +14,8 @@ use muster_protocol::message::version::{Content, Object};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use crate::bitmap::Bitmap;
 use crate::store::StoreError;
+use crate::store::bitmap::Bitmap;
 use crate::swarm::link::{Link, LinkError, LinkEvent, LinkId};
 use crate::swarm::metrics::Ban;
 use crate::swarm::node::{AddressBook, Node};
@@ -259,7 +259,7 @@ impl<'a> Fetch<'a> {
         Err(FetchError::Stalled {
             object: self.id,
             held: self.plan.held_count(),
-            shards: crate::object::shard_count(self.object),
+            shards: crate::store::object::shard_count(self.object),
             waited_ms,
             peers: self.dials.len(),
             last: self.last_problem.clone(),

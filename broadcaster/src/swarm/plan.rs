@@ -22,7 +22,7 @@ use self::peer_state::{
     PeerState,
 };
 use self::requests::{Asked, Pending, Requests};
-use crate::bitmap::Bitmap;
+use crate::store::bitmap::Bitmap;
 use crate::transport::wire::{Chooser, RequestId};
 
 pub use exchange::{Action, Availability, Fault, PeerReply, PeerRequest, ShardVerdict};

@@ -16,8 +16,8 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
-use crate::bitmap::Bitmap;
-use crate::object::shard_count;
+use crate::store::bitmap::Bitmap;
+use crate::store::object::shard_count;
 use crate::swarm::connection_limits::{
     CONNECTIONS_PER_PEER_MAX, ConnectionLimits, ConnectionPermit,
 };

@@ -12,8 +12,8 @@ use muster_protocol::message::version::Object;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::bitmap::Bitmap;
-use crate::object::shard_count;
+use crate::store::bitmap::Bitmap;
+use crate::store::object::shard_count;
 use crate::swarm::node::Node;
 use crate::transport::connection::{misplaced, read_frame, write_message};
 use crate::transport::interface::DialError;
@@ -132,7 +132,7 @@ mod tests {
     use tokio_util::task::TaskTracker;
 
     use super::*;
-    use crate::object::describe_object;
+    use crate::store::object::describe_object;
     use crate::{Swarm, SwarmConfig};
 
     fn anchor(seed: u8) -> (Object, Bytes) {

@@ -12,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 
 use self::liar::Lie;
 use super::*;
-use crate::object::describe_object;
+use crate::store::object::describe_object;
 use crate::transport::connection::{ConnectionError, Side, handshake, read_frame, write_message};
 use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message, RequestId};
 

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use muster_protocol::id::{ObjectId, PeerId};
 use serde::{Deserialize, Serialize};
 
-use crate::bitmap::Bitmap;
+use crate::store::bitmap::Bitmap;
 use crate::transport::wire::HOLDERS_MAX;
 
 /// Shortest time that peers get to exchange a round's shards, and that a peer has to be stuck: many polls of one another and

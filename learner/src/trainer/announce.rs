@@ -9,7 +9,7 @@ use bytes::Bytes;
 use serde_bytes::ByteBuf;
 
 use muster_broadcaster::follower::off_loop_if_large;
-use muster_broadcaster::object::describe_object;
+use muster_broadcaster::store::object::describe_object;
 use muster_broadcaster::swarm::Swarm;
 use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::Signed;

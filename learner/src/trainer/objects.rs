@@ -7,8 +7,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use muster_broadcaster::codec::delta;
-use muster_broadcaster::object::describe_object;
-use muster_broadcaster::state::describe_state;
+use muster_broadcaster::store::object::describe_object;
+use muster_broadcaster::version::state::describe_state;
 use muster_protocol::id::{PolicyVersion, StateRoot};
 use muster_protocol::message::version::{Content, Object, Parameter, Part, state_root};
 

@@ -17,10 +17,10 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use muster_broadcaster::adopt::{Held, Opened, fetch};
 use muster_broadcaster::codec::delta::encode;
-use muster_broadcaster::object::describe_object;
-use muster_broadcaster::state::describe_state;
+use muster_broadcaster::store::object::describe_object;
+use muster_broadcaster::version::adopt::{Held, Opened, fetch};
+use muster_broadcaster::version::state::describe_state;
 use muster_broadcaster::{Swarm, SwarmConfig};
 use muster_policy::{
     Config, Device, Engine, EngineConfig, GenerationRequest, KernelSet, Policy, Sampling, Threads,

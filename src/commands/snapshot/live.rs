@@ -9,15 +9,15 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 
 use muster_broadcaster::SwarmConfig;
-use muster_broadcaster::disk::{DiskError, Existing};
 use muster_broadcaster::follower::{
     Held, Opened, fetch, fetch_file, open_announcement, squashed_deltas,
 };
-use muster_broadcaster::object::describe_object;
-use muster_broadcaster::route::cheapest;
 use muster_broadcaster::snapshot::{Contents, FOLDER_FILES_MAX, write};
+use muster_broadcaster::store::disk::{DiskError, Existing};
+use muster_broadcaster::store::object::describe_object;
 use muster_broadcaster::swarm::survey::Holdings;
 use muster_broadcaster::transport::nat::NatConfig;
+use muster_broadcaster::version::route::cheapest;
 use muster_protocol::dispatch_client::DispatchClientError;
 use muster_protocol::envelope::open;
 use muster_protocol::id::PolicyVersion;

@@ -80,7 +80,8 @@ fn a_tensor_larger_than_a_file_may_be_has_a_file_of_its_own() {
 #[test]
 fn what_the_headers_say_is_what_the_library_reads_back() {
     let file = weight_file(&spans(), 1, 1);
-    let read = crate::state::header_spans(&file.head[8..], file.data.end - file.data.start);
+    let read =
+        crate::version::state::header_spans(&file.head[8..], file.data.end - file.data.start);
     let read = read.unwrap();
     let names: Vec<&str> = read.iter().map(|s| s.parameter.name.as_str()).collect();
     assert_eq!(names, ["a.\"é\"", "b.weight", "c.weight"]);

@@ -1,7 +1,7 @@
 use std::io::Read as _;
 
 use super::*;
-use crate::state::tensor_spans;
+use crate::version::state::tensor_spans;
 
 /// A safetensors file with these tensors in the order given; `note` makes its header another one than would be written here.
 fn image(tensors: &[(String, &str, u64)], note: &str, spaces: usize) -> Vec<u8> {

@@ -2,7 +2,7 @@
 
 use muster_protocol::id::PeerId;
 
-use crate::bitmap::Bitmap;
+use crate::store::bitmap::Bitmap;
 use crate::transport::wire::{Chooser, RequestId};
 
 /// What a peer answers, as the plan sees it.

@@ -1,6 +1,6 @@
 //! A peer that a plan may ask, and what it has shown of itself so far.
 
-use crate::bitmap::Bitmap;
+use crate::store::bitmap::Bitmap;
 use crate::transport::wire::Chooser;
 
 /// How often a peer that lacks something is asked what it has by now: at once after news, ever less without.

@@ -102,7 +102,7 @@ async fn what_was_on_its_way_to_a_peer_that_died_goes_to_the_next_who_asks() {
     handshake(&mut stream, &Identity::generate(), side)
         .await
         .unwrap();
-    let nothing = crate::bitmap::Bitmap::empty(crate::object::shard_count(&object));
+    let nothing = crate::store::bitmap::Bitmap::empty(crate::store::object::shard_count(&object));
     let want = Message::WantAny {
         request: RequestId(1),
         object: object.id(),

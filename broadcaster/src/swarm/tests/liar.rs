@@ -3,8 +3,8 @@
 use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
-use crate::bitmap::Bitmap;
-use crate::object::{shard_count, shard_range};
+use crate::store::bitmap::Bitmap;
+use crate::store::object::{shard_count, shard_range};
 use crate::transport::connection::{Side, handshake, read_frame, write_message, write_shard};
 use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message};
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use clap::{Args, ValueEnum};
-use muster_broadcaster::object::describe_object;
+use muster_broadcaster::store::object::describe_object;
 use muster_broadcaster::swarm::uploads::Sharing;
 use muster_broadcaster::transport::nat::{self, NatConfig};
 use muster_broadcaster::{Swarm, SwarmConfig};

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use muster_broadcaster::codec::delta::{Delta, apply_into, encode};
 use muster_broadcaster::codec::{planes, pulse};
-use muster_broadcaster::state::{TensorSpan, tensor_spans};
+use muster_broadcaster::version::state::{TensorSpan, tensor_spans};
 use muster_protocol::message::version::Dtype;
 
 use crate::commands::bench::spread::Spread;

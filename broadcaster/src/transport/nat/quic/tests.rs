@@ -11,7 +11,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::*;
-use crate::object::describe_object;
+use crate::store::object::describe_object;
 use crate::transport::Transports;
 use crate::{Swarm, SwarmConfig};
 

@@ -14,7 +14,7 @@ use muster_protocol::message::version::{Object, Version};
 use super::{
     HEADER_BYTES_MAX, LENGTH_BYTES, StateError, TensorSpan, by_table, header_spans, verify_root,
 };
-use crate::object::{ObjectError, shard_count, shard_range, verify_shard};
+use crate::store::object::{ObjectError, shard_count, shard_range, verify_shard};
 
 /// Smaller shards are hashed on one thread: starting another takes tens of microseconds.
 const ALONGSIDE_BYTES_MIN: usize = 256 << 10;

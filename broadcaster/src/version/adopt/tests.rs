@@ -8,11 +8,11 @@ use muster_protocol::identity::Identity;
 use muster_protocol::message::version::state_root;
 
 use super::*;
-use crate::bitmap::Bitmap;
 use crate::codec::delta::encode;
-use crate::object::{describe_object, shard_count};
-use crate::state::describe_state;
 use crate::store::StoreError;
+use crate::store::bitmap::Bitmap;
+use crate::store::object::{describe_object, shard_count};
+use crate::version::state::describe_state;
 
 /// A run of versions whose objects lie on a shelf, and what was taken from it.
 #[derive(Debug, Default)]

@@ -15,7 +15,7 @@ use serde_bytes::ByteBuf;
 use super::*;
 use crate::codec::delta::encode;
 use crate::follower::{Follow, Follower};
-use crate::state::describe_state;
+use crate::version::state::describe_state;
 use crate::{ObjectSource, SwarmConfig};
 
 /// Weights of 65,536 bf16 numbers, of which each version moves the same sixteenth, scattered as in training: what is far from

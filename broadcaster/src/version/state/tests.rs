@@ -4,7 +4,7 @@ use muster_protocol::message::version::{Content, state_root};
 use proptest::prelude::*;
 
 use super::*;
-use crate::object::describe_object;
+use crate::store::object::describe_object;
 
 /// A file with these tensors of f32, laid out in the order given.
 fn file(tensors: &[(&str, Vec<f32>)]) -> Vec<u8> {

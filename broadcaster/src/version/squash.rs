@@ -11,7 +11,7 @@ use muster_protocol::id::{PeerId, PolicyVersion, StateRoot};
 use muster_protocol::message::version::{Object, squash_strides};
 use serde::{Deserialize, Serialize};
 
-use crate::route::cheapest;
+use crate::version::route::cheapest;
 
 /// How long a member's turn is before the next one's begins: about what 4 GiB of weights take on one thread.
 const TURN_MS: u64 = 5_000;

@@ -1,5 +1,5 @@
 //! Makes squashed deltas of the versions that this member holds, and tells dispatch of them: while the machine has nothing
-//! better to do, on one thread, when it is this member's turn ([`crate::squash`]) and nobody has done it yet.
+//! better to do, on one thread, when it is this member's turn ([`crate::version::squash`]) and nobody has done it yet.
 //!
 //! Knows only versions that were checked against the learner's root. Invariants: at most one delta is being made; of older
 //! weights at most those are kept that `bytes_max` has room for; at most [`MADE_MAX`] deltas are offered.
@@ -21,13 +21,13 @@ use muster_protocol::envelope::Signed;
 use muster_protocol::id::{PolicyVersion, StateRoot};
 use muster_protocol::message::version::{Content, Object, SQUASH_STRIDES};
 
-use crate::adopt::{Held, is_underway};
 use crate::codec::delta::{DeltaError, encode_while};
 use crate::follower::squashed_deltas;
-use crate::object::{ObjectError, describe_object};
-use crate::squash::{SquashConfig, chain_bytes, strides_kept, strides_to, turn_ms};
 use crate::store::StoreError;
+use crate::store::object::{ObjectError, describe_object};
 use crate::swarm::Swarm;
+use crate::version::adopt::{Held, is_underway};
+use crate::version::squash::{SquashConfig, chain_bytes, strides_kept, strides_to, turn_ms};
 
 /// Most deltas of this member's own that are offered at once, the newest.
 const MADE_MAX: usize = 8;

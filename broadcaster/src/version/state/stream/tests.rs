@@ -2,8 +2,8 @@ use muster_protocol::message::version::{Codec, Content};
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::tests::version_of;
-use crate::state::{tensor_spans, verify_state};
+use crate::version::state::tests::version_of;
+use crate::version::state::{tensor_spans, verify_state};
 
 /// A file of f32 tensors with these numbers of elements, in this order.
 fn file(tensors: &[(&str, usize)]) -> Vec<u8> {

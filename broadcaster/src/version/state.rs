@@ -16,7 +16,7 @@ use muster_protocol::message::version::{
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
-use crate::object::{ObjectError, verify_object};
+use crate::store::object::{ObjectError, verify_object};
 
 pub mod stream;
 

@@ -18,10 +18,10 @@ use muster_protocol::message::version::{
 };
 
 use crate::codec::delta::apply;
-use crate::route::cheapest;
-use crate::state::{HEADER_BYTES_MAX, describe_state, verify_state};
 use crate::swarm::survey::Holdings;
 use crate::swarm::{FetchError, ObjectSource};
+use crate::version::route::cheapest;
+use crate::version::state::{HEADER_BYTES_MAX, describe_state, verify_state};
 
 /// Most threads that apply a delta: the machine has other work, and eight keep up with any network.
 const APPLY_THREADS_MAX: usize = 8;
