@@ -1,20 +1,40 @@
-//! Sixty-four 16-bit weights at a time: their classes, how many there are of each, and where. Sixty-four, since where is a
-//! word then. Plain loops over arrays of fixed size, which the compiler turns into vector instructions of whatever machine
-//! it builds for; nothing here branches on a weight.
-
-use super::classes::Classes;
+//! Blocks of 64 16-bit weights: the class of each weight, the size of each class, and which weights changed. A block has 64
+//! weights so that a set of them is one word. The loops run over arrays of fixed size, without a branch on a weight, so that
+//! the compiler turns them into vector instructions.
 
 /// Weights of a block.
 pub(super) const BLOCK: usize = 64;
 /// Bytes of a block.
 pub(super) const BLOCK_BYTES: usize = 2 * BLOCK;
-/// Most classes told apart.
+/// Most classes of weights.
 pub(super) const CLASSES_MAX: usize = 16;
+
+/// Which exponents have classes of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Classes {
+    /// Bits below the exponent: 7 for bf16, 10 for f16.
+    pub(super) shift: u32,
+    /// Exponents up to this one are class 0.
+    pub(super) low: u8,
+    /// Exponents from this one on are the last class.
+    pub(super) high: u8,
+}
+
+impl Classes {
+    #[inline(always)]
+    pub(super) fn of(&self, weight: u16) -> u8 {
+        let exponent = ((weight & 0x7fff) >> self.shift) as u8;
+        exponent.max(self.low).min(self.high) - self.low
+    }
+
+    pub(super) fn len(&self) -> usize {
+        usize::from(self.high - self.low) + 1
+    }
+}
 
 /// The class of each weight of a block.
 pub(super) type ClassesOf = [u8; BLOCK];
 
-/// The weights of a block.
 #[inline(always)]
 pub(super) fn weights(bytes: &[u8; BLOCK_BYTES]) -> [u16; BLOCK] {
     let mut weights = [0; BLOCK];
@@ -25,7 +45,6 @@ pub(super) fn weights(bytes: &[u8; BLOCK_BYTES]) -> [u16; BLOCK] {
     weights
 }
 
-/// The class of each weight of a block.
 #[inline(always)]
 pub(super) fn classes_of(bytes: &[u8; BLOCK_BYTES], classes: &Classes) -> ClassesOf {
     let mut out = [0; BLOCK];
@@ -35,7 +54,7 @@ pub(super) fn classes_of(bytes: &[u8; BLOCK_BYTES], classes: &Classes) -> Classe
     out
 }
 
-/// How many weights of a block are in each class.
+/// How many weights of a block each of the first `classes` classes has.
 #[inline(always)]
 pub(super) fn counts(of: &ClassesOf, classes: usize) -> [u8; CLASSES_MAX] {
     let mut counts = [0; CLASSES_MAX];
@@ -49,7 +68,7 @@ pub(super) fn counts(of: &ClassesOf, classes: usize) -> [u8; CLASSES_MAX] {
     counts
 }
 
-/// Which weights of a block are in `class`, the first in the lowest bit.
+/// The weights of a block that are in `class`, as a set: the first weight is the lowest bit.
 #[inline(always)]
 pub(super) fn mask(of: &ClassesOf, class: u8) -> u64 {
     let mut flags = [0; BLOCK];
@@ -59,7 +78,7 @@ pub(super) fn mask(of: &ClassesOf, class: u8) -> u64 {
     gather(&flags)
 }
 
-/// How many weights before this one are in its class.
+/// How many weights before weight `i` are in its class.
 #[inline(always)]
 pub(super) fn rank(of: &ClassesOf, i: usize) -> u32 {
     let class = of[i];
@@ -70,13 +89,12 @@ pub(super) fn rank(of: &ClassesOf, i: usize) -> u32 {
     u32::from(sum)
 }
 
-/// One weight of a block.
 #[inline(always)]
 pub(super) fn weight_of(bytes: &[u8; BLOCK_BYTES], i: usize) -> u16 {
     u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])
 }
 
-/// The places of a word's ones, the lowest first; each below [`BLOCK`].
+/// The members of a set, in ascending order.
 #[inline(always)]
 pub(super) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
@@ -86,7 +104,7 @@ pub(super) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Which weights of two blocks differ.
+/// The set of weights in which two blocks differ.
 #[inline(always)]
 pub(super) fn changed(parent: &[u8; BLOCK_BYTES], child: &[u8; BLOCK_BYTES]) -> u64 {
     if parent == child {
@@ -100,7 +118,8 @@ pub(super) fn changed(parent: &[u8; BLOCK_BYTES], child: &[u8; BLOCK_BYTES]) -> 
     gather(&differs)
 }
 
-/// The lowest bits of 64 bytes as a word. Each shift moves the bits of one half of eight bytes beside those of the other half.
+/// The set of the flags that are 1; every flag is 0 or 1. Each shift moves the bits of one half of eight bytes beside those
+/// of the other half.
 #[inline(always)]
 fn gather(flags: &[u8; BLOCK]) -> u64 {
     let mut word = 0;

@@ -11,9 +11,10 @@ use super::SLICE_ELEMENTS;
 use super::SliceError;
 use super::bits::{BitReader, BitWriter};
 use super::block::{
-    BLOCK, BLOCK_BYTES, CLASSES_MAX, changed, classes_of, counts, mask, ones, rank, weight_of,
+    BLOCK, BLOCK_BYTES, CLASSES_MAX, Classes, ClassesOf, changed, classes_of, counts, mask, ones,
+    rank, weight_of,
 };
-use super::classes::Classes;
+use super::classes::choose;
 use super::rans::{Decoder, Encoder, Lookup, Table};
 use super::token::{TOKENS, base, split};
 use super::wide::{Loop, widest};
@@ -65,9 +66,9 @@ pub fn encode(parent: &[u8], child: &[u8], float: Float) -> Option<Patch> {
     let (child, child_tail) = child.as_chunks::<BLOCK_BYTES>();
     let tails = [padded(parent_tail), padded(child_tail)];
     let classes = if parent.is_empty() {
-        Classes::chosen(&tails[..1], &tails[1..], float.shift())
+        choose(&tails[..1], &tails[1..], float.shift())
     } else {
-        Classes::chosen(parent, child, float.shift())
+        choose(parent, child, float.shift())
     };
     let mut scan = Scan::new(classes);
     widest(ScanBlocks {
@@ -255,7 +256,7 @@ impl Scan {
         &mut self,
         parent: &[u8; BLOCK_BYTES],
         child: &[u8; BLOCK_BYTES],
-        of: &[u8; BLOCK],
+        of: &ClassesOf,
         differs: u64,
     ) {
         let mut in_class = [0u64; CLASSES_MAX];
@@ -406,7 +407,7 @@ impl<'a> Applier<'a> {
     fn changes_of(
         &mut self,
         child: &mut [u8; BLOCK_BYTES],
-        of: &[u8; BLOCK],
+        of: &ClassesOf,
         counts: &[u8; CLASSES_MAX],
         length: usize,
     ) -> Result<(), SliceError> {
