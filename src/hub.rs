@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 
-use muster_policy::{Config, ConfigError, WeightsError, shard_names};
+use muster_policy::{Config, ConfigError, WeightsError, weight_file_names};
 
 use self::client::Client;
 
@@ -282,7 +282,7 @@ fn weights(
     let index = client.file(INDEX, TEXT_BYTES_MAX, tell)?;
     let index = index.ok_or_else(|| client.no_file(SINGLE))?;
     let mut files = Vec::new();
-    for name in shard_names(&read(&index)?)? {
+    for name in weight_file_names(&read(&index)?)? {
         let path = client.file(&name, WEIGHTS_BYTES_MAX, tell)?;
         let path = path.ok_or_else(|| client.no_file(&name))?;
         files.push((name, path));

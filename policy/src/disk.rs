@@ -1,7 +1,8 @@
-//! The crate's calls to the file system: bounded reads, and writes that are seen whole or not at all.
+//! Files on the disk: bounded reads, and writes that readers see whole or not at all.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Largest `config.json` read: the longest in use have a few KiB.
@@ -13,125 +14,106 @@ pub(crate) const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
 /// Why a file was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The file is not there.
+    /// `hint` says what to do about it.
     #[error("{} is missing; {hint}", path.display())]
-    Missing {
-        /// Which file.
-        path: PathBuf,
-        /// What to do about it.
-        hint: &'static str,
-    },
-    /// The file is larger than anything it could rightly hold.
-    #[error("{} has {bytes} bytes, above the limit of {bytes_max}; it is not the file that was meant", path.display())]
+    Missing { path: PathBuf, hint: &'static str },
+    #[error("{} has {bytes} bytes, but at most {bytes_max} are read; check that it is the intended file", path.display())]
     TooLarge {
-        /// Which file.
         path: PathBuf,
-        /// Its size.
         bytes: u64,
-        /// Largest size accepted.
         bytes_max: u64,
     },
-    /// The operating system refused.
+    /// The operating system refused; `action` is `read` or `written`.
     #[error("{} cannot be {action}: {source}; check the path, its permissions and the free space", path.display())]
     Io {
-        /// Which file.
         path: PathBuf,
-        /// `read` or `written`.
         action: &'static str,
-        /// What the system said.
         source: io::Error,
     },
 }
 
-/// Reads a file of at most `bytes_max` bytes; `hint` tells what to do when it is missing.
-///
-/// # Errors
-/// When the file is missing, too large or unreadable.
-pub fn read_file(path: &Path, bytes_max: u64, hint: &'static str) -> Result<Vec<u8>, DiskError> {
-    let refused = |source: io::Error| match source.kind() {
+impl DiskError {
+    pub(crate) fn failed(path: &Path, action: &'static str, source: io::Error) -> Self {
+        Self::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        }
+    }
+}
+
+/// Opens a file of at most `bytes_max` bytes; `hint` says what to do when it is missing.
+pub(crate) fn open_file(
+    path: &Path,
+    bytes_max: u64,
+    hint: &'static str,
+) -> Result<(File, Metadata), DiskError> {
+    let opened = File::open(path).and_then(|file| Ok((file.metadata()?, file)));
+    let (metadata, file) = opened.map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => DiskError::Missing {
             path: path.to_owned(),
             hint,
         },
-        _ => DiskError::Io {
-            path: path.to_owned(),
-            action: "read",
-            source,
-        },
-    };
-    let file = File::open(path).map_err(refused)?;
-    let bytes = file.metadata().map_err(refused)?.len();
-    if bytes > bytes_max {
+        _ => DiskError::failed(path, "read", source),
+    })?;
+    if metadata.len() > bytes_max {
         return Err(DiskError::TooLarge {
             path: path.to_owned(),
-            bytes,
+            bytes: metadata.len(),
             bytes_max,
         });
     }
-    let mut contents = Vec::with_capacity(usize::try_from(bytes).unwrap_or(0));
-    // The size may have changed since; the limit still holds.
+    Ok((file, metadata))
+}
+
+/// Reads a file of at most `bytes_max` bytes; `hint` says what to do when it is missing.
+///
+/// # Errors
+/// When the file is missing, too large or unreadable.
+pub fn read_file(path: &Path, bytes_max: u64, hint: &'static str) -> Result<Vec<u8>, DiskError> {
+    let (file, metadata) = open_file(path, bytes_max, hint)?;
+    let mut contents = Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or(0));
+    // The file may have grown since it was opened; the limit still holds.
     file.take(bytes_max)
         .read_to_end(&mut contents)
-        .map_err(refused)?;
+        .map_err(|source| DiskError::failed(path, "read", source))?;
     Ok(contents)
 }
 
-/// Writes a file beside its place, flushes it to the disk and renames it, so that a reader (or a process killed at any
-/// moment) sees the old file or the new one, never a part.
+/// Writes a temporary file beside `path`, flushes it to the disk and renames it, so that a reader sees the old file or the
+/// new one, never a part, even if the process is killed.
 ///
 /// # Errors
-/// When the disk refuses; the temporary file is then removed and the old file stands.
+/// When the disk refuses; the temporary file is then removed and the old file stays.
 pub fn write_atomically(
     path: &Path,
     contents: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<(), DiskError> {
-    let refused = |source: io::Error| DiskError::Io {
-        path: path.to_owned(),
-        action: "written",
-        source,
-    };
-    let name = path
-        .file_name()
-        .ok_or_else(|| refused(io::ErrorKind::InvalidInput.into()))?;
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    // The process id keeps two writers apart.
-    let temporary = parent.join(format!(
-        ".{}.{}.partial",
-        name.to_string_lossy(),
-        std::process::id()
-    ));
-    let written = write_through(&temporary, contents).and_then(|()| fs::rename(&temporary, path));
-    if let Err(source) = written {
-        // Already failing: a leftover that cannot be removed either changes nothing for the caller.
-        fs::remove_file(&temporary).ok();
-        return Err(refused(source));
-    }
-    // The rename itself is durable only once the folder is.
-    File::open(parent)
-        .and_then(|folder| folder.sync_all())
-        .map_err(refused)
+    let write = || {
+        let mut file = tempfile::Builder::new()
+            .suffix(".partial")
+            // The process's umask applies, as to any other file; the library's default is 0600.
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(parent)?;
+        let mut writer = BufWriter::with_capacity(1 << 20, file.as_file_mut());
+        contents(&mut writer)?;
+        writer.flush()?;
+        drop(writer);
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        // A rename is durable once its folder is.
+        File::open(parent)?.sync_all()
+    };
+    write().map_err(|source| DiskError::failed(path, "written", source))
 }
 
-/// Makes a folder and those above it, if they are not there.
+/// Makes a folder and its parents, if they do not exist.
 pub(crate) fn create_folder(path: &Path) -> Result<(), DiskError> {
-    fs::create_dir_all(path).map_err(|source| DiskError::Io {
-        path: path.to_owned(),
-        action: "written",
-        source,
-    })
-}
-
-fn write_through(
-    path: &Path,
-    contents: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut writer = BufWriter::with_capacity(1 << 20, File::create(path)?);
-    contents(&mut writer)?;
-    writer.flush()?;
-    writer.get_ref().sync_all()
+    fs::create_dir_all(path).map_err(|source| DiskError::failed(path, "written", source))
 }
 
 #[cfg(test)]
@@ -150,6 +132,16 @@ mod tests {
         assert!(failed.unwrap_err().to_string().contains("state"));
         assert_eq!(read_file(&path, 10, "").unwrap(), b"old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_written_file_has_the_permissions_of_any_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ours, plain) = (folder.path().join("ours"), folder.path().join("plain"));
+        write_atomically(&ours, |file| file.write_all(b"x")).unwrap();
+        fs::write(&plain, b"x").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&ours), mode(&plain));
     }
 
     #[test]

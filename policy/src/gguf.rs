@@ -21,7 +21,7 @@ use crate::gguf::vocabulary::Vocabulary;
 use crate::layout::{Layout, Parameter};
 use crate::text::{CHAT_FILE, Tokenizer, TokenizerError};
 use crate::weights::Mapping;
-use crate::weights::{HeaderTensor, Storage, header};
+use crate::weights::{HeaderTensor, Storage, write_header};
 
 mod blocks;
 mod description;
@@ -391,7 +391,7 @@ impl Weights<'_> {
                 shape: &parameter.shape,
                 offsets: parameter.range().start * width..parameter.range().end * width,
             });
-        header(&[("format", "pt")], entries)
+        write_header(&[("format", "pt")], entries)
     }
 }
 

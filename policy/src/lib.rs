@@ -57,4 +57,4 @@ pub use text::{
 pub use training::optimizer::{AdamW, Master, OptimizerError, Update};
 pub use training::pass::{Coefficients, Pass, TrainRow, gradients};
 pub use training::supervised::{Supervised, supervised};
-pub use weights::{Image, ImageBytes, Storage, TensorEntry, WeightsError, shard_names};
+pub use weights::{Image, ImageBytes, Storage, TensorEntry, WeightsError, weight_file_names};

@@ -15,7 +15,7 @@ use crate::kernels::candle::CandleWeights;
 use crate::kernels::fused::FusedWeights;
 use crate::kernels::threads::Threads;
 use crate::layout::Layout;
-use crate::weights::{Image, Shards, checked};
+use crate::weights::{Image, WeightFiles, find_parameters};
 
 /// A policy ready to generate, score and train.
 #[derive(Debug, Clone)]
@@ -74,14 +74,14 @@ impl Policy {
         device: &Device,
         threads: &Threads,
     ) -> Result<Self, PolicyError> {
-        let shards = Shards::open(folder)?;
-        let give_back = || shards.give_back();
+        let files = WeightFiles::open(folder)?;
+        let free_pages = || files.free_pages();
         Self::inferring(
             config,
-            &shards.bytes(),
+            &files.bytes(),
             (kernels, device),
             threads,
-            &give_back,
+            &free_pages,
         )
     }
 
@@ -114,7 +114,7 @@ impl Policy {
                 return Err(PolicyError::FusedNeedsCpu);
             }
             KernelSet::Fused | KernelSet::Int8 => {
-                let tensors = checked(config, &layout, files)?;
+                let tensors = find_parameters(config, &layout, files)?;
                 after_each();
                 Prepared::Fused(Arc::new(FusedWeights::for_inference(
                     config,
@@ -125,7 +125,7 @@ impl Policy {
                 )))
             }
             KernelSet::Candle => {
-                let image = Image::gather(config, files)?;
+                let image = Image::from_files(config, files)?;
                 return Self::from_image(config, &image, kernels, device);
             }
         };
@@ -153,7 +153,7 @@ impl Policy {
     ) -> Result<Self, PolicyError> {
         config.validate()?;
         let layout = Arc::new(Layout::new(config));
-        image.fits(&layout)?;
+        image.check_fits(&layout)?;
         let weights = match kernels {
             KernelSet::Fused | KernelSet::Int8 if !device.is_cpu() => {
                 return Err(PolicyError::FusedNeedsCpu);
@@ -293,8 +293,8 @@ pub(crate) fn read_config(folder: &Path) -> Result<Config, PolicyError> {
 /// Reads `config.json` and the weights of a folder. The files are mapped, and every byte is copied once: into the image.
 pub(crate) fn read_model(folder: &Path) -> Result<(Config, Image), PolicyError> {
     let config = read_config(folder)?;
-    let shards = Shards::open(folder)?;
-    let image = Image::gather(&config, &shards.bytes())?;
+    let files = WeightFiles::open(folder)?;
+    let image = Image::from_files(&config, &files.bytes())?;
     Ok((config, image))
 }
 

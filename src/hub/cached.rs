@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use hf_hub::{Cache, Repo};
 
-use muster_policy::shard_names;
+use muster_policy::weight_file_names;
 
 use super::{HubError, INDEX, NEEDED, OPTIONAL, Pulled, SINGLE, read};
 
@@ -31,7 +31,7 @@ pub(super) fn whole(cache: &Cache, repo: &Repo) -> Result<Option<Pulled>, HubErr
         let Some(index) = file(INDEX) else {
             return Ok(None);
         };
-        for name in shard_names(&read(&index.1)?)? {
+        for name in weight_file_names(&read(&index.1)?)? {
             match file(&name) {
                 Some(found) => files.push(found),
                 None => return Ok(None),

@@ -173,7 +173,7 @@ impl Master {
     pub fn from_image(config: &Config, image: &Image) -> Result<Self, OptimizerError> {
         config.validate()?;
         let layout = Arc::new(Layout::new(config));
-        image.fits(&layout)?;
+        image.check_fits(&layout)?;
         Ok(Self::fresh(config, layout, image.values()))
     }
 

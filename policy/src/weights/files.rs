@@ -1,55 +1,55 @@
-//! The weight files of a Hugging Face folder: one `model.safetensors`, or several named by
+//! The weight files of a Hugging Face folder: one `model.safetensors`, or several listed in
 //! `model.safetensors.index.json`, mapped into memory while they are read.
 //!
 //! Knows which file holds which tensor, not what tensors mean. Invariant: no name in the index leads out of the folder,
-//! and every file holds exactly the tensors that the index says it holds.
+//! and every file holds exactly the tensors that the index lists for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
-use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
+use super::error::WeightsError;
+use super::header::read_header;
 use super::mapping::Mapping;
-use super::{WeightsError, explained};
 use crate::disk::{DiskError, WEIGHTS_BYTES_MAX, read_file};
-use crate::error::PolicyError;
 
-/// The one file of a model that is not split.
+/// The file of a model that is not split.
 const SINGLE: &str = "model.safetensors";
 
-/// Which tensor is in which file of a model that is.
+/// The list of files of a model that is split.
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Largest index read: the longest in use have some megabytes.
+/// Largest index read: the longest published ones have a few megabytes.
 const INDEX_BYTES_MAX: u64 = 64 << 20;
 
-/// Files accepted: the largest models have some hundreds.
-const SHARDS_MAX: usize = 4096;
+/// Most files accepted: the largest models have a few hundred.
+const FILES_MAX: usize = 4096;
 
-/// What to do when weights are missing.
+/// Longest file name accepted, as in most file systems.
+const FILE_NAME_BYTES_MAX: usize = 255;
+
 const HINT: &str = "a model folder holds config.json, model.safetensors (or an index and its files) and tokenizer.json";
 
-/// The weight files of a folder.
 #[derive(Debug)]
-pub(crate) struct Shards {
+pub(crate) struct WeightFiles {
     files: Vec<Mapping>,
 }
 
-/// The part of an index that counts.
+/// The part of an index that is read.
 #[derive(Deserialize)]
 struct Index {
     weight_map: WeightMap,
 }
 
-/// Tensors and their files as they are listed, so that a name listed twice is seen.
+/// Tensors and their files as a list, in which a tensor listed twice is visible.
 struct WeightMap(Vec<(String, String)>);
 
-impl Shards {
-    /// Maps the files of a folder; as in transformers, the single file wins over an index.
-    pub(crate) fn open(folder: &Path) -> Result<Self, PolicyError> {
+impl WeightFiles {
+    /// Maps the files of a folder. As in transformers, the single file wins over an index.
+    pub(crate) fn open(folder: &Path) -> Result<Self, WeightsError> {
         match Mapping::open(&folder.join(SINGLE), WEIGHTS_BYTES_MAX, HINT) {
             Ok(file) => return Ok(Self { files: vec![file] }),
             Err(DiskError::Missing { .. }) => {}
@@ -57,7 +57,7 @@ impl Shards {
         }
         let text = match read_file(&folder.join(INDEX), INDEX_BYTES_MAX, HINT) {
             Ok(text) => text,
-            // The file that most models have is the one to name.
+            // Most models have the single file, so the error names that one.
             Err(DiskError::Missing { .. }) => {
                 return Err(DiskError::Missing {
                     path: folder.join(SINGLE),
@@ -68,7 +68,7 @@ impl Shards {
             Err(error) => return Err(error.into()),
         };
         let mut files = Vec::new();
-        for (name, tensors) in listed(&text)? {
+        for (name, tensors) in tensors_by_file(&text)? {
             let file = Mapping::open(&folder.join(&name), WEIGHTS_BYTES_MAX, HINT)?;
             refuse_other_tensors(&name, &file, &tensors)?;
             files.push(file);
@@ -76,9 +76,9 @@ impl Shards {
         Ok(Self { files })
     }
 
-    /// Gives the memory of what was read back: see [`Mapping::give_back`].
-    pub(crate) fn give_back(&self) {
-        self.files.iter().for_each(Mapping::give_back);
+    /// Frees the memory of the pages read so far: see [`Mapping::free_pages`].
+    pub(crate) fn free_pages(&self) {
+        self.files.iter().for_each(Mapping::free_pages);
     }
 
     /// The bytes of each file.
@@ -87,42 +87,44 @@ impl Shards {
     }
 }
 
-/// The files that a `model.safetensors.index.json` names, so that they can be fetched.
+/// The files that a `model.safetensors.index.json` lists, so that a client can fetch them.
 ///
 /// # Errors
-/// When the text is no index, or names anything but plain files.
-pub fn shard_names(index: &[u8]) -> Result<Vec<String>, WeightsError> {
-    Ok(listed(index)?.into_keys().collect())
+/// When the text is not an index, or lists a name that leads out of the folder.
+pub fn weight_file_names(index: &[u8]) -> Result<Vec<String>, WeightsError> {
+    Ok(tensors_by_file(index)?.into_keys().collect())
 }
 
-/// The files that an index names, each with its tensors.
-fn listed(text: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>, WeightsError> {
+fn tensors_by_file(index: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>, WeightsError> {
     let index: Index =
-        serde_json::from_slice(text).map_err(|error| WeightsError::Index(error.to_string()))?;
+        serde_json::from_slice(index).map_err(|error| WeightsError::Index(error.to_string()))?;
     let mut files: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut tensors = BTreeSet::new();
     for (tensor, file) in index.weight_map.0 {
-        if !is_plain(&file) {
-            return Err(WeightsError::ShardName {
+        if !is_weight_file_name(&file) {
+            return Err(WeightsError::FileName {
                 file: file.chars().take(80).collect(),
             });
         }
         if !tensors.insert(tensor.clone()) {
-            return Err(WeightsError::Twice { tensor });
+            return Err(WeightsError::Duplicate { tensor });
         }
         files.entry(file).or_default().insert(tensor);
     }
-    if files.is_empty() || files.len() > SHARDS_MAX {
-        let problem = format!("it names {} files, 1 to {SHARDS_MAX} are read", files.len());
+    if files.is_empty() || files.len() > FILES_MAX {
+        let problem = format!(
+            "it lists {} files, but 1 to {FILES_MAX} can be read",
+            files.len()
+        );
         return Err(WeightsError::Index(problem));
     }
     Ok(files)
 }
 
-/// Whether a name is that of a weight file in the folder itself.
-fn is_plain(name: &str) -> bool {
+/// Whether `name` is a safetensors file directly within the folder.
+fn is_weight_file_name(name: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    name.len() <= 255
+    name.len() <= FILE_NAME_BYTES_MAX
         && name.chars().all(allowed)
         && !name.starts_with('.')
         && name.ends_with(".safetensors")
@@ -130,11 +132,10 @@ fn is_plain(name: &str) -> bool {
 
 fn refuse_other_tensors(
     name: &str,
-    bytes: &[u8],
+    file: &[u8],
     expected: &BTreeSet<String>,
 ) -> Result<(), WeightsError> {
-    let (_, metadata) =
-        SafeTensors::read_metadata(bytes).map_err(|error| explained(error, bytes))?;
+    let (metadata, _) = read_header(file)?;
     let found: BTreeSet<String> = metadata.tensors().into_keys().collect();
     match found.symmetric_difference(expected).next() {
         None => Ok(()),
@@ -152,7 +153,7 @@ impl<'de> Deserialize<'de> for WeightMap {
             type Value = WeightMap;
 
             fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("tensors and the names of their files")
+                formatter.write_str("a map from tensors to file names")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WeightMap, A::Error> {
@@ -179,7 +180,7 @@ mod tests {
     use crate::testing::{families, image, tiny, untied};
     use crate::weights::{Image, Storage};
 
-    /// A model split in files by the position of each tensor, as transformers writes one that is too large for one file.
+    /// A model split over several files, as transformers writes large ones; the tensors are dealt out in turn.
     struct Split {
         folder: tempfile::TempDir,
         index: Value,
@@ -224,7 +225,7 @@ mod tests {
                 .map_err(|error| error.to_string())
         }
 
-        /// The error after a change of the index.
+        /// The error once `change` was made to the index.
         fn refused(&self, change: impl Fn(&mut Value)) -> String {
             let mut index = self.index.clone();
             change(&mut index);
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_in_several_files_is_the_same_image() {
+    fn a_model_split_over_files_gives_the_same_image() {
         for config in families() {
             let image = image(&config, 1);
             let split = Split::of(&config, &image, 3);
@@ -258,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn no_name_leads_out_of_the_folder() {
+    fn a_name_that_leads_out_of_the_folder_is_refused() {
         let split = Split::of(&untied(), &image(&untied(), 1), 2);
         for name in [
             "../model.safetensors",
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_doubled_and_misplaced_tensors_are_refused_by_name() {
+    fn missing_duplicate_and_misplaced_tensors_are_refused_by_name() {
         let split = Split::of(&untied(), &image(&untied(), 1), 2);
         let names = |index: &mut Value| index["weight_map"].as_object().unwrap().clone();
         let head = "lm_head.weight";
@@ -298,12 +299,12 @@ mod tests {
         });
         assert!(error.contains("model.extra.weight"), "{error}");
         let text = split.index.to_string();
-        let doubled = text.replacen(
+        let duplicate = text.replacen(
             "\"weight_map\":{",
             "\"weight_map\":{\"lm_head.weight\":\"x.safetensors\",",
             1,
         );
-        split.write(&doubled);
+        split.write(&duplicate);
         assert!(split.read().unwrap_err().contains("lm_head.weight"));
         for index in [
             "{",

@@ -1,71 +1,50 @@
-//! Files mapped into memory for reading: a weight file is looked at where the system keeps it, so that reading a model
-//! copies every byte once, into the form in which it is used, and a page that nobody asks for is never read.
+//! Files mapped into memory for reading: bytes are copied once, from the page cache into the form in which they are used,
+//! and pages that are not read are never loaded.
 //!
-//! The crate's one `unsafe` call outside of its kernels. Invariant: a mapping lives no longer than the reading of its file.
+//! Invariant: a mapping is dropped when its file has been read, so no data that was verified lies in one.
 
-use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
 
 use memmap2::{Mmap, UncheckedAdvice};
 
-use crate::disk::DiskError;
+use crate::disk::{DiskError, open_file};
 
 /// The bytes of a file.
 #[derive(Debug)]
 pub(crate) struct Mapping(Option<Mmap>);
 
 impl Mapping {
-    /// Maps a file of at most `bytes_max` bytes; `hint` tells what to do when it is missing.
+    /// Maps a file of at most `bytes_max` bytes; `hint` says what to do when it is missing.
     #[allow(unsafe_code)]
     pub(crate) fn open(path: &Path, bytes_max: u64, hint: &'static str) -> Result<Self, DiskError> {
-        let refused = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => DiskError::Missing {
-                path: path.to_owned(),
-                hint,
-            },
-            _ => DiskError::Io {
-                path: path.to_owned(),
-                action: "read",
-                source,
-            },
-        };
-        let file = File::open(path).map_err(refused)?;
-        let metadata = file.metadata().map_err(refused)?;
+        let (file, metadata) = open_file(path, bytes_max, hint)?;
         if !metadata.is_file() {
-            return Err(refused(io::ErrorKind::InvalidInput.into()));
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "it is not a file");
+            return Err(DiskError::failed(path, "read", source));
         }
-        let bytes = metadata.len();
-        if bytes > bytes_max {
-            return Err(DiskError::TooLarge {
-                path: path.to_owned(),
-                bytes,
-                bytes_max,
-            });
-        }
-        // An empty file cannot be mapped, and has no bytes to map.
-        if bytes == 0 {
+        // The system refuses to map an empty file.
+        if metadata.len() == 0 {
             return Ok(Self(None));
         }
-        // SAFETY: the memory is only ever read, as bytes, of which every pattern is valid. What the types cannot promise is
-        // that no other process changes the file meanwhile. This crate's own writers never do: they write a new file and
-        // rename it over the old one, which leaves the mapped one as it was. A foreign program that writes into the file
-        // while it is being read makes the values garbage, as it would with any other way of reading, and one that cuts
-        // it short ends this process by a signal; neither lets bytes be read that are not the file's. The mapping is
-        // dropped when the reading is done, so nothing verified later lies in it.
-        let map = unsafe { Mmap::map(&file) }.map_err(refused)?;
+        // SAFETY: the memory is only read, as bytes, and every bit pattern is a valid byte. The types cannot promise that no
+        // other process changes the file meanwhile. This crate never does: it writes a new file and renames it over the old
+        // one, which leaves the mapped file unchanged. If a foreign program writes into the file, values become garbage, as
+        // with any other way of reading; if it truncates the file, a signal ends this process. Neither exposes bytes from
+        // outside the file. The mapping is dropped when reading ends, so no verified data lies in it.
+        let map = unsafe { Mmap::map(&file) };
+        let map = map.map_err(|source| DiskError::failed(path, "read", source))?;
         Ok(Self(Some(map)))
     }
 
-    /// Gives the memory of what was read back, where the system takes advice: it is read again from the system's own
-    /// cache of the file if it is looked at once more.
+    /// Frees the memory of all pages read so far, where the system takes such advice. A later read loads them again.
     #[allow(unsafe_code)]
-    pub(crate) fn give_back(&self) {
+    pub(crate) fn free_pages(&self) {
         if let Some(map) = &self.0 {
-            // SAFETY: the mapping was never written, so there is nothing in it that the file has not.
-            // Where the system does not take it, the memory stays until the mapping ends.
-            drop(unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) });
+            // SAFETY: the mapping was never written, so its pages hold nothing that the file does not.
+            // Without this advice the memory is merely freed later, with the mapping.
+            unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) }.ok();
         }
     }
 }
@@ -89,8 +68,8 @@ mod tests {
         std::fs::write(&path, b"abc").unwrap();
         let mapping = Mapping::open(&path, 3, "").unwrap();
         assert_eq!(&*mapping, b"abc");
-        mapping.give_back();
-        assert_eq!(&*mapping, b"abc", "it is read again");
+        mapping.free_pages();
+        assert_eq!(&*mapping, b"abc", "the page is loaded again");
         assert!(matches!(
             Mapping::open(&path, 2, ""),
             Err(DiskError::TooLarge { bytes: 3, .. })
@@ -100,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_or_not_there_is_refused_by_name() {
+    fn a_folder_or_a_missing_file_is_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let missing = Mapping::open(&folder.path().join("f"), 3, "fetch it")
             .unwrap_err()

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::disk::WEIGHTS_BYTES_MAX;
 use crate::disk::{read_file, write_atomically};
 use crate::layout::Layout;
-use crate::weights::{HeaderTensor, Storage, header};
+use crate::weights::{HeaderTensor, Storage, write_header};
 
 /// Name and version of the format.
 const FORMAT: &str = "muster-optimizer-v1";
@@ -61,7 +61,7 @@ pub(super) fn save(master: &Master, path: &Path) -> Result<(), OptimizerError> {
             offsets,
         }
     });
-    let header = header(&metadata, tensors);
+    let header = write_header(&metadata, tensors);
     write_atomically(path, |file| {
         file.write_all(&header)?;
         for_each_chunk(&sections, |bytes| file.write_all(bytes))
