@@ -400,6 +400,51 @@ mod tests {
     }
 
     #[test]
+    fn a_stop_id_that_also_completes_a_stop_string_ends_the_answer_by_its_id() {
+        let stop_id = lease().ticket.sampling.stop_ids[0];
+        let found = |finish, (token, string)| {
+            let mut group = honest();
+            group.rollouts.truncate(1);
+            group.rollouts[0].finish = finish;
+            drawn_mut(&mut group, 0).0[3] = stop_id;
+            audit_endings(&lease(), &group, &[Some(StopAt { token, string })]).len()
+        };
+        assert_eq!(found(FinishReason::Stop, (3, 0)), 0);
+        assert_eq!(found(FinishReason::StopString(0), (3, 0)), 1);
+        assert_eq!(
+            found(FinishReason::Stop, (2, 0)),
+            1,
+            "the string is complete before the id"
+        );
+    }
+
+    #[test]
+    fn the_mean_and_the_largest_draw_error_each_have_their_own_bound() {
+        let thresholds = Thresholds {
+            draw_error_max: 0.1,
+            draw_error_mean: 0.01,
+            draw_error_reject: 0.2,
+            ..Thresholds::SAME_CLASS
+        };
+        let judged = |mean, max| {
+            let position = 0;
+            judge_draws(
+                &DrawErrors {
+                    mean,
+                    max,
+                    position,
+                },
+                &thresholds,
+            )
+        };
+        assert_eq!(judged(0.01, 0.1), Decision::Accept);
+        assert_eq!(judged(0.011, 0.1), Decision::Grey, "the mean alone");
+        assert_eq!(judged(0.01, 0.101), Decision::Grey, "the maximum alone");
+        assert_eq!(judged(0.01, 0.2), Decision::Grey);
+        assert_eq!(judged(0.01, 0.201), Decision::Reject);
+    }
+
+    #[test]
     fn equal_answers_have_equal_digests_under_any_lease() {
         let mut other = honest();
         other.lease = LeaseId([9; 16]);

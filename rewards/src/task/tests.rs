@@ -125,6 +125,17 @@ fn the_first_prompts_are_the_same_on_every_machine() {
 }
 
 #[test]
+fn the_digest_of_a_file_is_fixed_with_and_without_demonstrations() {
+    let digest = |keys: &str| {
+        let file = b"{\"prompt\": \"1+1=\", \"gold\": 2, \"shown\": \"2.\"}\n{\"prompt\": \"2+3=\", \"gold\": \"5\", \"shown\": \"5.\"}\n";
+        let keys = format!("held_out_fraction = 0\ndev_fraction = 0\n{keys}");
+        hex::encode(from_file(file, &keys).unwrap().digest())
+    };
+    insta::assert_snapshot!(digest(""), @"91e32bc8223616e54ae5595e269f52de8ed74ed3c6e62011068d13ed645a8485");
+    insta::assert_snapshot!(digest("demonstration = 'shown'"), @"2e3e8a5e0f7a30277ee0fa7c51b824196077d2efe9a0f4b13a3e15a6979039c9");
+}
+
+#[test]
 fn the_alphabet_and_the_longest_answer_are_known() {
     let task = running_sums();
     assert_eq!(task.alphabet().collect::<String>(), "+,.0123456789=");
