@@ -19,7 +19,7 @@ use muster_protocol::id::RunId;
 use muster_protocol::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 use muster_protocol::message::descriptor::Thresholds;
 use muster_protocol::message::lease::{NumericClass, class_names};
-use muster_rewards::{RewardEntry, TaskConfig};
+use muster_rewards::{Reward, RewardConfig, TaskConfig};
 
 /// The configuration of the quickstart, so that the binary needs no file to show what it does.
 pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
@@ -389,8 +389,8 @@ pub struct RunConfig {
     pub local: LocalSection,
     /// What is asked.
     pub task: TaskConfig,
-    /// What an answer is worth.
-    pub reward: Vec<RewardEntry>,
+    /// Scores answers; compiled and checked when the file is read.
+    pub reward: Reward,
 }
 
 impl RunConfig {
@@ -433,6 +433,12 @@ impl RunConfig {
             problem,
         })?;
         Ok(config)
+    }
+
+    /// The task with its reward; the compiled reward is shared.
+    pub fn rewards(&self) -> RewardConfig {
+        let (task, reward) = (self.task.clone(), self.reward.clone());
+        RewardConfig { task, reward }
     }
 
     /// The configuration with every default written out.

@@ -13,7 +13,7 @@ use muster_protocol::id::{ContentHash, PolicyVersion};
 use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::message::ticket::SamplingRules;
 use muster_protocol::subject::Role;
-use muster_rewards::{RewardConfig, Task};
+use muster_rewards::Task;
 
 use crate::config::RunConfig;
 
@@ -126,10 +126,6 @@ pub fn describe(
             .map(|member| member.peer)
             .with_context(|| format!("the roster has no {role}"))
     };
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
     let labels = BTreeMap::from([
         ("run".to_owned(), config.run.name.to_string()),
         (
@@ -143,7 +139,7 @@ pub fn describe(
         // A template that no prompt is written with binds nobody.
         chat_template: config.model.chat.then(|| hash(CHAT_FILE)).transpose()?,
         task: ContentHash(task.digest()),
-        rewards: rewards.canonical_json()?,
+        rewards: config.rewards().canonical_json()?,
         sampling: sampling_rules(config, &model.config, &model.tokenizer)?,
         group_size: config.sampling.group_size.get(),
         async_level: config.run.async_level,

@@ -14,7 +14,7 @@ use muster_policy::{
     Tokenizer, TrainRow, supervised,
 };
 use muster_protocol::id::ContentHash;
-use muster_rewards::{Item, Reward, RewardConfig, Split, Task};
+use muster_rewards::{Item, Reward, Split, Task};
 
 use crate::config::{RunConfig, WarmupSection};
 use crate::evaluate::{Ends, Examination};
@@ -49,11 +49,7 @@ pub fn kept_at(config: &RunConfig) -> Result<PathBuf> {
         &config.warmup,
         config.run.seed,
         &config.model.storage,
-        RewardConfig {
-            task: config.task.clone(),
-            reward: config.reward.clone(),
-        }
-        .canonical_json()?,
+        config.rewards().canonical_json()?,
         &config.sampling.stop,
         config.sampling.tokens_max,
     ))?;

@@ -1,65 +1,63 @@
-//! Trying a reward before anybody trains on it: the configuration in plain sentences, what an honest answer earns, and
-//! what cheap hacks earn on items of the task. A policy finds whatever pays, so a hack that earns a good share of the
-//! honest reward is what training will end in.
+//! Tests a reward before training: the configuration in plain sentences, the reward of an honest answer, and the rewards of
+//! cheap hacks on items of the task. Training converges to the cheapest text that pays, so a hack must earn far less than
+//! an honest answer.
 //!
-//! Knows nothing about policies: it judges texts that a person thought of, and cannot show that no other hack exists.
+//! Knows nothing about policies: it scores texts from a fixed list and cannot show that no other hack exists.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
 
-use crate::function::number::Number;
-use crate::reward::{Answer, GoldError, Range, Reward};
+use crate::function::{Answer, Range};
+use crate::functions::number::Number;
+use crate::reward::{Component, GoldError, Reward};
 use crate::tagged::shortened;
 use crate::task::{Item, Split, Task};
 
-/// Items tried: the mean of a 0/1 reward over 256 is known to about 0.03.
+/// Items in a test: the mean of a 0/1 reward over 256 items has a standard error of about 0.03.
 const ITEMS_MAX: usize = 256;
 
-/// Share of the honest reward from which a hack is flagged. One fixed answer to a question of four choices earns
-/// just that much and passes; to one of three it is flagged.
+/// Largest share of the honest reward that a hack may earn. One fixed answer to questions with four choices earns exactly
+/// this share and passes; with three choices it is flagged.
 const SHARE_MAX: f64 = 0.25;
 
-/// Share of the range's top that an honest answer should earn.
+/// Smallest share of the largest reward that an honest answer should earn.
 const HONEST_SHARE_MIN: f64 = 0.5;
 
-/// Most of the task's own gold answers tried as the one answer for all, the most frequent first.
+/// The number of gold answers of the task, most frequent first, that are tested as one answer for all prompts.
 const GOLD_CONSTANTS_MAX: usize = 64;
 
-/// Answers to try for all prompts whatever the task is.
+/// Texts that are tested as one answer for all prompts of any task.
 const CONSTANTS: &[&str] = &[
     "0", "1", "2", "10", "-1", "yes", "no", "true", "false", "A", "B", "C", "D",
 ];
 
-/// Characters of an overly long answer.
+/// Length of an overly long answer.
 const LONG_CHARS: usize = 4096;
 
-/// Times the gold answer is repeated.
+/// Copies of the gold answer in one text.
 const REPEATS: usize = 64;
 
-/// One cheap way to answer.
+/// A cheap way to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Hack {
-    /// Says nothing.
     EmptyAnswer,
-    /// Repeats the prompt.
     PromptEcho,
-    /// Only begins the gold answer: a reward that pays for it would pay for cut answers.
+    /// The first half of the gold answer: a reward that pays for it pays for truncated answers.
     GoldPrefix,
-    /// One text for every prompt, the best of many.
+    /// One text for every prompt: the best of many.
     OneAnswerForAll,
-    /// Thousands of characters without meaning.
     OverlyLong,
-    /// The right answer many times over: it shows that nothing asks for an answer's form or length.
+    /// Many copies of the gold answer: it pays if the reward checks neither form nor length.
     GoldRepeated,
-    /// Every number from 0 to 99, in the hope that one of them is found.
+    /// Every number from 0 to 99: it pays if the reward searches the text for the gold answer.
     DigitSpam,
 }
 
 impl Hack {
-    /// All of them, in the order of a report.
+    /// In the order of a report.
     pub const ALL: [Self; 7] = [
         Self::EmptyAnswer,
         Self::PromptEcho,
@@ -72,13 +70,15 @@ impl Hack {
 
     fn way_out(self) -> &'static str {
         match self {
-            Self::EmptyAnswer => "something pays for saying nothing: lower that weight",
-            Self::PromptEcho => "extract the answer from a place that the prompt does not have",
+            Self::EmptyAnswer => "a component pays for an empty answer: lower its weight",
+            Self::PromptEcho => {
+                "extract the answer from a place that the prompt lacks, such as a tag"
+            }
             Self::GoldPrefix => {
-                "compare the whole answer, or ask for a terminator, so that a cut answer earns nothing"
+                "compare the whole answer, or require a terminator, so that a truncated answer earns nothing"
             }
             Self::OneAnswerForAll => {
-                "too few different gold answers, or a pattern that anything matches: vary the task or compare with gold"
+                "the gold answers are too few, or every text matches the pattern: vary the task or compare with gold"
             }
             Self::OverlyLong => "add a length reward, or compare with gold",
             Self::GoldRepeated => {
@@ -103,43 +103,40 @@ impl fmt::Display for Hack {
     }
 }
 
-/// What one hack earns.
+/// The result of one hack.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Probe {
-    /// The hack.
     pub hack: Hack,
-    /// Mean total over the items, of the form of it that earns most.
+    /// Mean total over the items, in the form that earns most.
     pub mean: f64,
-    /// Whether that is more than a quarter of what an honest answer earns.
+    /// Whether the mean exceeds a quarter of the mean of honest answers.
     pub flagged: bool,
-    /// One such text.
+    /// The text for the first item.
     pub example: String,
 }
 
-/// What was found.
+/// The result of [`check`].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CheckReport {
-    /// The configuration in plain sentences.
+    /// Explain the configuration.
     pub sentences: Vec<String>,
-    /// The declared range of the total.
     pub range: Range,
-    /// Prompts of the train, development and held-out splits.
+    /// In the train, development and held-out splits.
     pub prompts: [usize; 3],
-    /// Items on which the answers were tried.
+    /// The number of items that were tested.
     pub items: usize,
-    /// Mean total of the honest answer: the demonstration where the task has one, else the gold answer in the best form
-    /// that the reward functions ask for.
+    /// Mean total of honest answers: the demonstrations if the task has them, else the gold answers in the form of the
+    /// reward function that earns most.
     pub honest: f64,
-    /// One honest text.
+    /// The honest answer to the first item.
     pub honest_example: String,
-    /// Every hack.
     pub probes: Vec<Probe>,
-    /// What is doubtful about the configuration as a whole.
+    /// Doubts about the configuration as a whole.
     pub warnings: Vec<String>,
 }
 
 impl CheckReport {
-    /// Whether no hack is flagged and nothing is doubtful.
+    /// Whether there is neither a warning nor a flagged hack.
     pub fn is_clean(&self) -> bool {
         self.warnings.is_empty() && !self.probes.iter().any(|probe| probe.flagged)
     }
@@ -194,7 +191,7 @@ impl fmt::Display for CheckReport {
     }
 }
 
-/// Explains the reward and tries hacks on it over items of the task's train split.
+/// Explains the reward and scores honest answers and hacks on items of the task's train split.
 ///
 /// # Errors
 /// A gold answer that a function cannot compare with.
@@ -211,7 +208,7 @@ pub fn check(task: &Task, reward: &Reward) -> Result<CheckReport, GoldError> {
         probes.push(Probe {
             hack,
             mean,
-            // Where the honest answer earns nothing, any gain is too much.
+            // If honest answers earn nothing, any gain is too much.
             flagged: mean > SHARE_MAX * honest.max(0.0),
             example,
         });
@@ -237,7 +234,7 @@ fn warnings(honest: f64, range: Range, duplicates: usize) -> Vec<String> {
         );
     } else if honest < HONEST_SHARE_MIN * range.max {
         warnings.push(format!(
-            "the honest answer earns {honest:.3} of {}: check that extract, terminator and tags are what the answers use",
+            "the honest answer earns {honest:.3} of {}: check that `extract`, `terminator` and `tags` fit the form of the answers",
             range.max
         ));
     }
@@ -264,7 +261,7 @@ fn gold_counts(task: &Task) -> Vec<String> {
         .collect()
 }
 
-/// One text for each item.
+/// One text per item.
 type Texts = Vec<String>;
 
 struct Trial<'a> {
@@ -274,7 +271,7 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    /// Mean and an example of the best honest answer.
+    /// The mean of honest answers and the first of them.
     fn honest(&self) -> Result<(f64, String), GoldError> {
         let gold: Texts = self.items.iter().map(|item| item.gold.clone()).collect();
         let best_gold = self.best_form(&[gold])?;
@@ -283,7 +280,7 @@ impl Trial<'_> {
             .iter()
             .map(|item| item.demonstration.clone())
             .collect();
-        // A demonstration is what the warm-up teaches, so it stands for honesty even where another form earns more.
+        // The warm-up teaches the demonstrations, so they count as honest even if another form earns more.
         match demonstrations {
             Some(texts) => Ok((
                 self.mean(&texts)?,
@@ -293,7 +290,7 @@ impl Trial<'_> {
         }
     }
 
-    /// The candidate texts of a hack; the best of them counts.
+    /// The candidate texts of a hack; the best candidate counts.
     fn texts(&self, hack: Hack) -> Vec<Texts> {
         let each = |text: &dyn Fn(&Item) -> String| -> Texts {
             self.items.iter().map(|item| text(item)).collect()
@@ -325,7 +322,7 @@ impl Trial<'_> {
         }
     }
 
-    /// The largest mean among the candidates, each as it is and in every form that a function reads answers from.
+    /// The largest mean among the candidates, each as it is and dressed by every function, and its first text.
     fn best_form(&self, candidates: &[Texts]) -> Result<(f64, String), GoldError> {
         let mut best: Option<(f64, String)> = None;
         let mut consider = |texts: &Texts| -> Result<(), GoldError> {
@@ -337,11 +334,9 @@ impl Trial<'_> {
         };
         for texts in candidates {
             consider(texts)?;
-            for component in self.reward.components() {
-                let dressed: Option<Texts> = texts
-                    .iter()
-                    .map(|text| component.function.dress(text))
-                    .collect();
+            for function in self.reward.components().iter().map(Component::function) {
+                let dressed: Option<Texts> =
+                    texts.iter().map(|text| function.dress(text)).collect();
                 if let Some(dressed) = dressed {
                     consider(&dressed)?;
                 }
@@ -350,8 +345,9 @@ impl Trial<'_> {
         Ok(best.unwrap_or_default())
     }
 
-    /// Mean total; an answer's characters stand for its tokens.
+    /// Mean total; each character of an answer counts as one token.
     fn mean(&self, texts: &[String]) -> Result<f64, GoldError> {
+        debug_assert_eq!(texts.len(), self.items.len(), "one text per item");
         let mut sum = 0.0;
         for (item, text) in self.items.iter().zip(texts) {
             let answer = Answer {
@@ -366,12 +362,12 @@ impl Trial<'_> {
     }
 }
 
-/// The first half of the gold answer; nothing where that is the same number ("26.0" begins with "26").
+/// The first half of the gold answer, or an empty text if that half is the same number ("26.0" begins with "26").
 fn prefix(gold: &str) -> String {
     let half = gold.chars().count() / 2;
     let start: String = gold.chars().take(half).collect();
     match (Number::parse(&start), Number::parse(gold)) {
-        (Some(start_number), Some(whole)) if start_number.is(&whole) => String::new(),
+        (Some(start_number), Some(whole)) if start_number.equals(&whole) => String::new(),
         _ => start,
     }
 }

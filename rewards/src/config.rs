@@ -1,64 +1,45 @@
-//! The task and the reward of a run as they stand in TOML: one `[task]` and a list of `[[reward]]`. Alone they are a
-//! REWARD.toml; a run's configuration embeds the same two keys. Invariant: two configurations that mean the same have
-//! one digest, however they were written.
+//! The task and the reward of a run as TOML: one `[task]` and a list of `[[reward]]`, alone in a REWARD.toml or embedded in
+//! a run's configuration. Invariant: two configurations with one meaning have one canonical JSON, however they are written.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use toml::Table;
+use toml::{Table, Value};
 
-use crate::reward::{GoldError, Reward, RewardEntry};
-use crate::tagged::{ConfigError, one_sentence, quoted};
+use crate::reward::{Component, GoldError, Reward};
+use crate::tagged::{ConfigError, one_sentence, quoted, shortened};
 use crate::task::{Split, Task, TaskConfig, TaskError};
 
-/// Largest configuration file read: a thousand times what a person writes.
-pub const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// Largest configuration file: a thousand times the size of one written by hand.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
 /// `[task]` and `[[reward]]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RewardConfig {
-    /// What is asked.
     pub task: TaskConfig,
-    /// What an answer is worth; the total is the weighted sum.
-    pub reward: Vec<RewardEntry>,
+    pub reward: Reward,
 }
 
-/// An opened task and a compiled reward that can judge every item of it.
+/// An opened task, and a reward that can score every item of it.
 #[derive(Debug)]
 pub struct Prepared {
-    /// The items.
     pub task: Task,
-    /// The functions.
     pub reward: Reward,
 }
 
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum RewardsError {
-    /// The file is not there or not readable.
     #[error("{file} cannot be read ({reason}): give the path of a TOML file with [task] and [[reward]]", file = file.display())]
-    Unreadable {
-        /// The file.
-        file: PathBuf,
-        /// What the system said.
-        reason: String,
-    },
-    /// The configuration itself.
+    Unreadable { file: PathBuf, reason: String },
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The task's items.
     #[error(transparent)]
     Task(#[from] TaskError),
-    /// Task and reward do not fit each other.
+    /// The reward cannot compare with the gold answer of this prompt, the first of its kind.
     #[error("prompt `{prompt}`: {reason}")]
-    Gold {
-        /// The first prompt whose gold answer does not fit.
-        prompt: String,
-        /// Why.
-        reason: GoldError,
-    },
+    Gold { prompt: String, reason: GoldError },
 }
 
 impl RewardConfig {
@@ -83,7 +64,7 @@ impl RewardConfig {
         Ok(Self::from_toml(&text)?)
     }
 
-    /// Reads `[task]` and `[[reward]]`; other sections are refused.
+    /// Reads `[task]` and `[[reward]]`; refuses other sections.
     ///
     /// # Errors
     /// The first mistake, with the section, the key and the way out.
@@ -97,7 +78,7 @@ impl RewardConfig {
             }
         })?;
         let task = match sections.remove("task") {
-            Some(toml::Value::Table(table)) => TaskConfig::from_table(table)?,
+            Some(Value::Table(table)) => TaskConfig::from_table(table)?,
             Some(_) => return Err(mistyped("task", "write it as a table, [task]")),
             None => {
                 return Err(ConfigError::MissingSection {
@@ -106,80 +87,63 @@ impl RewardConfig {
                 });
             }
         };
-        let mut reward = Vec::new();
-        match sections.remove("reward") {
-            None => {}
-            Some(toml::Value::Array(entries)) => {
-                for entry in entries {
-                    let toml::Value::Table(table) = entry else {
-                        return Err(mistyped("reward", "write each as a table, [[reward]]"));
-                    };
-                    reward.push(RewardEntry::from_table(table)?);
-                }
-            }
+        let tables = match sections.remove("reward") {
+            None => Vec::new(),
+            Some(Value::Array(tables)) => tables,
             Some(_) => {
                 return Err(mistyped(
                     "reward",
                     "it is a list: write [[reward]] with two brackets",
                 ));
             }
-        }
+        };
+        let components = tables.into_iter().map(|table| match table {
+            Value::Table(table) => Component::from_table(table),
+            _ => Err(mistyped("reward", "write each as a table, [[reward]]")),
+        });
+        let components = components.collect::<Result<_, _>>()?;
         if let Some(key) = sections.keys().next() {
             return Err(ConfigError::UnknownKey {
                 section: "the reward configuration".to_owned(),
-                key: crate::tagged::shortened(key),
+                key: shortened(key),
                 hint: String::new(),
-                known: quoted(&["task", "reward"]),
+                known: quoted(["task", "reward"]),
             });
         }
-        Reward::compile(&reward)?;
+        let reward = Reward::of(components)?;
         Ok(Self { task, reward })
     }
 
-    /// Opens the task and compiles the reward; a relative file is looked for in `base`, the configuration's folder.
+    /// Opens the task and checks its gold answers against the reward. A relative `file` of the task starts at `base`, the
+    /// configuration's folder.
     ///
     /// # Errors
-    /// Anything wrong with either, or a gold answer that a reward function cannot compare with.
-    pub fn prepare(&self, base: &Path) -> Result<Prepared, RewardsError> {
-        let reward = Reward::compile(&self.reward)?;
-        let task = Task::open(&self.task, base)?;
+    /// The task cannot be opened, or a reward function cannot compare with a gold answer.
+    pub fn prepare(self, base: &Path) -> Result<Prepared, RewardsError> {
+        let (task, reward) = (Task::open(&self.task, base)?, self.reward);
         for item in Split::ALL.iter().flat_map(|split| task.items(*split)) {
             reward
                 .check_gold(&item.gold)
                 .map_err(|reason| RewardsError::Gold {
-                    prompt: crate::tagged::shortened(&item.prompt),
+                    prompt: shortened(&item.prompt),
                     reason,
                 })?;
         }
         Ok(Prepared { task, reward })
     }
 
-    /// JSON with every default written out and keys sorted.
+    /// JSON with every default written out and keys sorted: the form in which a run's descriptor carries the reward.
     ///
     /// # Errors
-    /// None for a configuration that was read; one made in code may hold a number that JSON does not have.
+    /// [`ConfigError::Mistyped`] for a number that JSON does not have; a configuration that was read has none.
     pub fn canonical_json(&self) -> Result<String, ConfigError> {
-        let unwritable = |error: serde_json::Error| ConfigError::Mistyped {
+        let mut value = serde_json::to_value(self).map_err(|error| ConfigError::Mistyped {
             section: "the configuration".to_owned(),
             reason: error.to_string(),
-        };
-        let value = serde_json::to_value(self).map_err(unwritable)?;
-        let mut text = String::new();
-        write_sorted(&value, &mut text).map_err(unwritable)?;
-        Ok(text)
-    }
-
-    /// BLAKE3 of the canonical JSON: what a run's descriptor names. It covers the configuration, not the content of the
-    /// task's file; that is [`Task::digest`].
-    ///
-    /// # Errors
-    /// As [`RewardConfig::canonical_json`].
-    pub fn digest(&self) -> Result<[u8; 32], ConfigError> {
-        let json = self.canonical_json()?;
-        Ok(blake3::derive_key(
-            "muster reward configuration v1",
-            json.as_bytes(),
-        ))
+        })?;
+        // A feature of serde_json that another crate may turn on keeps keys in insertion order.
+        value.sort_all_objects();
+        Ok(value.to_string())
     }
 }
 
@@ -188,38 +152,6 @@ fn mistyped(key: &'static str, way_out: &str) -> ConfigError {
         section: "the reward configuration".to_owned(),
         reason: format!("`{key}` has the wrong form: {way_out}"),
     }
-}
-
-/// Whether serde_json sorts keys is a feature that another crate of the build may switch; a digest must not follow it.
-fn write_sorted(value: &Value, text: &mut String) -> Result<(), serde_json::Error> {
-    match value {
-        Value::Object(fields) => {
-            let mut sorted: Vec<(&String, &Value)> = fields.iter().collect();
-            sorted.sort_by_key(|(key, _)| *key);
-            text.push('{');
-            for (index, (key, field)) in sorted.into_iter().enumerate() {
-                if index > 0 {
-                    text.push(',');
-                }
-                text.push_str(&serde_json::to_string(key)?);
-                text.push(':');
-                write_sorted(field, text)?;
-            }
-            text.push('}');
-        }
-        Value::Array(entries) => {
-            text.push('[');
-            for (index, entry) in entries.iter().enumerate() {
-                if index > 0 {
-                    text.push(',');
-                }
-                write_sorted(entry, text)?;
-            }
-            text.push(']');
-        }
-        plain => text.push_str(&serde_json::to_string(plain)?),
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -29,7 +29,8 @@ use muster_protocol::message::verdict::{Decision, Finding, RolloutReward, Verdic
 use muster_protocol::message::version::VersionRef;
 
 use crate::config::RewardConfig;
-use crate::reward::{Answer, GoldError, Reward};
+use crate::function::Answer;
+use crate::reward::{GoldError, Reward};
 use findings::{COINCIDENCE_LOGPROB, audit, audit_endings, draws_digest, total_logprob};
 use scorer::{ScoreRequest, Scorer, ScorerError};
 
@@ -123,14 +124,12 @@ impl Critic {
     /// When dispatch cannot be asked or the descriptor cannot be used.
     pub async fn start(parts: CriticParts) -> Result<Self, CriticError> {
         let descriptor = parts.client.descriptor().await?;
-        let unusable = |error: &dyn std::fmt::Display| CriticError::Rewards(error.to_string());
-        let config: RewardConfig =
-            serde_json::from_str(&descriptor.body.rewards).map_err(|error| unusable(&error))?;
-        let reward = Reward::compile(&config.reward).map_err(|error| unusable(&error))?;
+        let config: RewardConfig = serde_json::from_str(&descriptor.body.rewards)
+            .map_err(|error| CriticError::Rewards(error.to_string()))?;
         Ok(Self {
             parts,
             descriptor,
-            reward,
+            reward: config.reward,
             seen: Seen::default(),
         })
     }

@@ -1,133 +1,89 @@
-//! One reward function: a text and a gold answer in, a value of its own declared range out. The files below hold one
-//! function each; `extract` and `number` say how an answer is read. Knows nothing about weights or other functions.
+//! The contract of one reward function: an answer and its gold answer in, a value of a declared range out. The functions
+//! themselves are in [`crate::functions`]. Knows nothing about weights or about other functions.
 
-pub mod exact_match;
-pub mod extract;
-pub mod format;
-pub mod length;
-pub mod number;
-pub mod numeric_match;
-pub mod regex;
+use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
-use toml::Table;
 
-use crate::reward::{Answer, Range};
-use crate::tagged::{self, ConfigError};
+use crate::tagged::ConfigError;
 
-pub use exact_match::ExactMatchConfig;
-pub use extract::Extract;
-pub use format::FormatConfig;
-pub use length::LengthConfig;
-pub use numeric_match::NumericMatchConfig;
-pub use regex::RegexConfig;
+/// One answer to a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer<'a> {
+    pub prompt: &'a str,
+    /// The completion as text, without the prompt and without end markers.
+    pub text: &'a str,
+    /// Whether the policy ended the answer by itself; false when it ran out of tokens.
+    pub finished: bool,
+    /// Length of the completion in tokens.
+    pub tokens: usize,
+}
 
-/// A gold answer this function cannot compare with.
+/// A closed interval.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Range {
+    pub min: f64,
+    pub max: f64,
+}
+
+impl Range {
+    /// The range of functions that answer right (1) or wrong (0).
+    pub const UNIT: Self = Self { min: 0.0, max: 1.0 };
+
+    /// Whether `value` lies in the interval; NaN does not.
+    pub fn contains(&self, value: f64) -> bool {
+        value >= self.min && value <= self.max
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Six places hide rounding errors such as 0.1 + 0.2 = 0.30000000000000004.
+        let rounded = |value: f64| (value * 1e6).round() / 1e6;
+        write!(f, "{} to {}", rounded(self.min), rounded(self.max))
+    }
+}
+
+/// Why a function cannot compare with a gold answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct UnfitGold {
+    /// What the gold answer is, such as "no number".
     pub(crate) found: &'static str,
     pub(crate) way_out: &'static str,
 }
 
 /// A compiled function.
-pub(crate) trait Function: std::fmt::Debug + Send + Sync {
-    /// The interval its values never leave.
+pub(crate) trait Function: fmt::Debug + Send + Sync {
+    /// The interval that every value lies in.
     fn range(&self) -> Range {
         Range::UNIT
     }
 
-    /// The value of an answer; the gold answer is looked at first, whatever the text.
+    /// The value of an answer. Checks the gold answer before it looks at the text, so that [`UnfitGold`] does not depend
+    /// on the text.
     fn value(&self, answer: &Answer<'_>, gold: &str) -> Result<f64, UnfitGold>;
 
-    /// What it pays for, as half a sentence.
+    /// What the function pays for, as a clause that begins with a verb.
     fn explain(&self) -> String;
 
-    /// `text` put where this function reads the answer from: how one would write it honestly, and how a cheap hack would.
+    /// `text` put where this function looks for the answer, for example between tags; none if the function reads the
+    /// whole text. `rewards check` writes honest answers and hacks with it.
     fn dress(&self, _text: &str) -> Option<String> {
         None
     }
 
-    /// Whether it reads [`Answer::tokens`].
+    /// Whether the value depends on [`Answer::tokens`].
     fn counts_tokens(&self) -> bool {
         false
     }
 }
 
-/// Which function, tagged by `type`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
-pub enum FunctionConfig {
-    /// The answer is the gold answer, character by character.
-    ExactMatch(ExactMatchConfig),
-    /// A number of the answer is the gold number, within a tolerance.
-    NumericMatch(NumericMatchConfig),
-    /// The answer matches a pattern, and what it captures is the gold answer.
-    Regex(RegexConfig),
-    /// The answer has the required tags in order.
-    Format(FormatConfig),
-    /// The answer is neither too short nor too long.
-    Length(LengthConfig),
-}
-
-impl FunctionConfig {
-    /// All types, as they are written in TOML.
-    pub const TYPES: &'static [&'static str] =
-        &["exact_match", "numeric_match", "regex", "format", "length"];
-
-    /// Reads the keys of one type; `shared_keys` are named as known too when one is refused.
-    pub(crate) fn from_table(
-        kind: &str,
-        table: Table,
-        section: &str,
-        shared_keys: &[&'static str],
-    ) -> Result<Self, ConfigError> {
-        Ok(match kind {
-            "exact_match" => Self::ExactMatch(tagged::read(table, section, shared_keys)?),
-            "numeric_match" => Self::NumericMatch(tagged::read(table, section, shared_keys)?),
-            "regex" => Self::Regex(tagged::read(table, section, shared_keys)?),
-            "format" => Self::Format(tagged::read(table, section, shared_keys)?),
-            _ => Self::Length(tagged::read(table, section, shared_keys)?),
-        })
-    }
-
-    pub(crate) fn compile(&self) -> Result<Box<dyn Function>, ConfigError> {
-        Ok(match self {
-            Self::ExactMatch(config) => Box::new(config.clone().checked()?),
-            Self::NumericMatch(config) => Box::new(config.clone().checked()?),
-            Self::Regex(config) => Box::new(config.compile()?),
-            Self::Format(config) => Box::new(config.compile()?),
-            Self::Length(config) => Box::new(config.clone().checked()?),
-        })
-    }
-}
-
-/// 1 for right, 0 for wrong.
-pub(crate) fn right(is_right: bool) -> f64 {
-    if is_right { 1.0 } else { 0.0 }
-}
-
-#[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use crate::reward::{Reward, RewardEntry};
-
-    /// A finished answer's value; one token for each character.
-    pub(crate) fn value_of(function: &dyn Function, text: &str, gold: &str) -> f64 {
-        let answer = Answer {
-            prompt: "what?",
-            text,
-            finished: true,
-            tokens: text.chars().count(),
-        };
-        function
-            .value(&answer, gold)
-            .expect("a gold answer that fits")
-    }
-
-    /// What a reward of one entry says about a gold answer.
-    pub(crate) fn refusal_of_gold(entry: &str, gold: &str) -> String {
-        let entry = RewardEntry::from_table(entry.parse().unwrap()).unwrap();
-        let reward = Reward::compile(&[entry]).unwrap();
-        reward.check_gold(gold).unwrap_err().to_string()
-    }
+/// The configuration of one function.
+pub(crate) trait Compile {
+    /// Checks the values and compiles the function.
+    ///
+    /// # Errors
+    /// [`ConfigError::BadValue`] without a section for a value outside its limits.
+    fn compile(&self) -> Result<Arc<dyn Function>, ConfigError>;
 }

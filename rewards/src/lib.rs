@@ -1,27 +1,28 @@
-//! CRITIQUE: what is asked, what is right, and what an answer is worth. Tasks hand out prompts in three splits that never
-//! share one; reward functions turn a text into a finite number in a declared range; a configuration composes them, can
-//! explain itself and is tried against cheap hacks before anybody trains on it.
+//! CRITIQUE: tasks, rewards and the critic. A task gives prompts with gold answers in three splits that share no prompt; a
+//! reward turns a text into a finite number of a declared range; the critic scores groups and checks that their author
+//! drew them as ordered.
 //!
-//! All modules but [`critic`] are pure: text in, numbers out, the same bits on every machine. They know nothing about
-//! tokens, weights or the network; the critic brings these together.
-#![cfg_attr(
-    test,
-    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
-)]
+//! All modules except [`critic`] are pure: text in, numbers out, the same bits on every machine. They know nothing about
+//! tokens, weights or the network.
+#![allow(missing_docs)] // where a name says all
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
-pub mod check;
-pub mod config;
+mod check;
+mod config;
 pub mod critic;
-pub mod function;
-pub mod jsonl;
-pub mod reward;
-pub mod score;
-pub mod tagged;
-pub mod task;
+mod function;
+mod functions;
+mod json_lines;
+mod reward;
+mod score;
+mod tagged;
+mod task;
 
 pub use check::{CheckReport, Hack, Probe, check};
 pub use config::{Prepared, RewardConfig, RewardsError};
-pub use reward::{Answer, ComponentScore, GoldError, Range, Reward, RewardEntry, Score};
+pub use function::{Answer, Range};
+pub use json_lines::JsonlError;
+pub use reward::{ComponentScore, GoldError, Reward, Score};
 pub use score::{ScoreError, ScoreLines, ScoreSummary, ScoredLine};
 pub use tagged::ConfigError;
-pub use task::{Item, Split, Task, TaskConfig, TaskError};
+pub use task::{Item, JsonlConfig, RunningSumsConfig, Split, Task, TaskConfig, TaskError};

@@ -1,91 +1,57 @@
-//! The reward: a weighted list of functions over one answer. Each component is reported under its name; the total is the
-//! sum of weight times value, taken in the list's order, so that every machine gets the same bits. Knows nothing about
-//! where the answer came from. Invariant: the total is finite and within the declared range, whatever the text.
+//! The reward: a weighted list of functions over one answer. A [`Reward`] is compiled while it is read and carries its
+//! configuration along, so every value of this type is checked and no process compiles it twice. The total is the sum of
+//! weight times value in the list's order, so that every machine computes the same bits. Invariant: the total is finite
+//! and within the declared range, whatever the text.
 
 use std::collections::BTreeSet;
-use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::Table;
 
-use crate::function::{Function, FunctionConfig};
+use muster_protocol::limits::{REWARD_COMPONENTS_MAX, TEXT_BYTES_MAX};
+
+use crate::function::{Answer, Function, Range};
+use crate::functions::FunctionConfig;
 use crate::tagged::{self, ConfigError, shortened};
 
 /// Most functions in one reward: each is a column on the screen and in every verdict.
-const ENTRIES_MAX: usize = 32;
+const COMPONENTS_MAX: usize = 32;
 
-/// Largest weight: 32 of these stay far from the end of f32, in which rewards travel.
+/// Largest weight: the sum of 32 such values stays far below the largest f32, in which rewards travel.
 const WEIGHT_MAX: f64 = 1e6;
 
-/// Longest component name, in characters: it is a metric's label.
-const NAME_CHARS_MAX: usize = 64;
+/// Longest component name, in bytes: it is a metric's label.
+const NAME_BYTES_MAX: usize = 64;
 
-/// The keys every `[[reward]]` may have beside its function's own.
+const _: () = assert!(COMPONENTS_MAX <= REWARD_COMPONENTS_MAX && NAME_BYTES_MAX <= TEXT_BYTES_MAX);
+
+/// The keys that every `[[reward]]` may have besides those of its type.
 const SHARED_KEYS: &[&str] = &["name", "weight", "finished"];
 
-/// One answer, as a reward sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Answer<'a> {
-    /// What was asked.
-    pub prompt: &'a str,
-    /// What was answered, without the prompt and without end markers.
-    pub text: &'a str,
-    /// Whether the policy ended the answer by itself; false when it ran out of tokens.
-    pub finished: bool,
-    /// Tokens of the answer.
-    pub tokens: usize,
-}
-
-/// A closed interval that values never leave.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Range {
-    /// Smallest value.
-    pub min: f64,
-    /// Largest value.
-    pub max: f64,
-}
-
-impl Range {
-    /// Right or wrong.
-    pub const UNIT: Self = Self { min: 0.0, max: 1.0 };
-
-    /// Whether `value` lies in the interval; NaN does not.
-    pub fn contains(&self, value: f64) -> bool {
-        value >= self.min && value <= self.max
-    }
-}
-
-impl fmt::Display for Range {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Shown to six places: 0.1 + 0.2 has more, and nobody wrote them.
-        let rounded = |value: f64| (value * 1e6).round() / 1e6;
-        write!(f, "{} to {}", rounded(self.min), rounded(self.max))
-    }
-}
-
-/// What an answer that ran out of tokens is worth to a function.
+/// The value of an answer that ran out of tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Finished {
-    /// The same as any other.
+pub(crate) enum Finished {
+    /// Such an answer is scored like any other.
     #[default]
     Any,
-    /// The least the function pays.
+    /// Such an answer gets the lowest value of the function's range.
     Required,
 }
 
-/// One `[[reward]]`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct RewardEntry {
-    /// Name of the component in metrics and verdicts; the function's type unless given.
-    pub name: String,
-    /// What a value of 1 adds to the total; 0 reports the component without paying for it.
-    pub weight: f64,
-    /// Whether an answer that ran out of tokens can earn.
-    pub finished: Finished,
-    /// The function, tagged by `type`.
+/// One `[[reward]]`, compiled. Serializes as its configuration, with every default written out.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Component {
+    /// Label in metrics and verdicts; the function's type unless given.
+    name: String,
+    /// Contribution of a value of 1 to the total, from 0; at 0 the component is reported only.
+    weight: f64,
+    finished: Finished,
     #[serde(flatten)]
-    pub function: FunctionConfig,
+    config: FunctionConfig,
+    #[serde(skip)]
+    function: Arc<dyn Function>,
 }
 
 #[derive(Deserialize)]
@@ -102,25 +68,25 @@ fn default_weight() -> f64 {
     1.0
 }
 
-impl<'de> Deserialize<'de> for RewardEntry {
+impl<'de> Deserialize<'de> for Component {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let table = Table::deserialize(deserializer)?;
         Self::from_table(table).map_err(serde::de::Error::custom)
     }
 }
 
-impl RewardEntry {
-    /// Reads one `[[reward]]` table.
+impl Component {
+    /// Reads and compiles one `[[reward]]` table.
     ///
     /// # Errors
     /// An unknown type or key, a value of the wrong type or outside its limits.
-    pub fn from_table(mut table: Table) -> Result<Self, ConfigError> {
+    pub(crate) fn from_table(mut table: Table) -> Result<Self, ConfigError> {
         let named = match table.get("name") {
             Some(toml::Value::String(name)) => format!("reward {}", shortened(name)),
             _ => "a reward".to_owned(),
         };
         let kind = tagged::take_type(&mut table, &named, FunctionConfig::TYPES)?;
-        let section = format!("reward {kind}");
+        let section = format!("reward {}", kind.name);
         let mut shared = Table::new();
         for key in SHARED_KEYS {
             if let Some(value) = table.remove(*key) {
@@ -128,66 +94,91 @@ impl RewardEntry {
             }
         }
         let shared: Shared = tagged::read(shared, &section, &[])?;
-        let entry = Self {
-            name: shared.name.unwrap_or_else(|| kind.to_owned()),
+        let config = (kind.read)(table, &section, SHARED_KEYS)?;
+        let name = shared.name.unwrap_or_else(|| kind.name.to_owned());
+        let section = format!("reward {}", shortened(&name));
+        let compiled = validate_name(&name)
+            .and_then(|()| validate_weight(shared.weight))
+            .and_then(|()| config.config().compile());
+        Ok(Self {
+            function: compiled.map_err(|error| error.in_section(&section))?,
+            name,
             weight: shared.weight,
             finished: shared.finished,
-            function: FunctionConfig::from_table(kind, table, &section, SHARED_KEYS)?,
-        };
-        entry.compile()?;
-        Ok(entry)
-    }
-
-    fn compile(&self) -> Result<Component, ConfigError> {
-        let section = format!("reward {}", shortened(&self.name));
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-        if self.name.is_empty() || self.name.len() > NAME_CHARS_MAX || !self.name.chars().all(plain)
-        {
-            return Err(ConfigError::bad_value(
-                "name",
-                format!("`{}`", shortened(&self.name)),
-                format!(
-                    "but it must be 1 to {NAME_CHARS_MAX} of a-z, 0-9 and _, since it labels a metric"
-                ),
-            )
-            .in_section(&section));
-        }
-        if !(0.0..=WEIGHT_MAX).contains(&self.weight) {
-            let rule = if self.weight < 0.0 {
-                "but a weight must not be negative: to punish, use a function whose range is below 0, such as `length`"
-            } else {
-                "but a weight must be a number from 0 to 1000000"
-            };
-            return Err(ConfigError::bad_value("weight", self.weight, rule).in_section(&section));
-        }
-        let function = self
-            .function
-            .compile()
-            .map_err(|error| error.in_section(&section))?;
-        Ok(Component {
-            name: self.name.clone(),
-            weight: self.weight,
-            finished: self.finished,
-            function,
+            config,
         })
     }
+
+    pub(crate) fn function(&self) -> &dyn Function {
+        &*self.function
+    }
+
+    fn value(&self, answer: &Answer<'_>, gold: &str) -> Result<f64, GoldError> {
+        if self.finished == Finished::Required && !answer.finished {
+            return Ok(self.function.range().min);
+        }
+        let value = self.function.value(answer, gold);
+        value.map_err(|unfit| GoldError {
+            gold: shortened(gold),
+            name: self.name.clone(),
+            found: unfit.found,
+            way_out: unfit.way_out,
+        })
+    }
+
+    fn explain(&self) -> String {
+        let weight = if self.weight == 0.0 {
+            "reported only (weight 0)".to_owned()
+        } else {
+            format!("weight {}", self.weight)
+        };
+        let finished = match self.finished {
+            Finished::Any => "",
+            Finished::Required => "; an answer that ran out of tokens gets the lowest value",
+        };
+        let (name, range, pays) = (&self.name, self.function.range(), self.function.explain());
+        format!("{name} ({weight}, range {range}): {pays}{finished}")
+    }
+}
+
+fn validate_name(name: &str) -> Result<(), ConfigError> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    if (1..=NAME_BYTES_MAX).contains(&name.len()) && name.chars().all(plain) {
+        return Ok(());
+    }
+    Err(ConfigError::bad_value(
+        "name",
+        format!("`{}`", shortened(name)),
+        format!("but it must be 1 to {NAME_BYTES_MAX} of a-z, 0-9 and _, since it labels a metric"),
+    ))
+}
+
+fn validate_weight(weight: f64) -> Result<(), ConfigError> {
+    if (0.0..=WEIGHT_MAX).contains(&weight) {
+        return Ok(());
+    }
+    let rule = if weight < 0.0 {
+        "but a weight must not be negative: to punish, use a function whose range is below 0, such as `length`"
+    } else {
+        "but a weight must be a number from 0 to 1000000"
+    };
+    Err(ConfigError::bad_value("weight", weight, rule))
 }
 
 /// The value of one function.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ComponentScore {
-    /// The component's name.
     pub name: String,
-    /// Its value before the weight, in its function's range.
+    /// Before the weight, in the function's range.
     pub value: f64,
 }
 
-/// What an answer is worth.
+/// The reward of one answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Score {
     /// Sum of weight times value; finite, within [`Reward::range`].
     pub total: f64,
-    /// Every component in the configuration's order.
+    /// In the configuration's order.
     pub components: Vec<ComponentScore>,
 }
 
@@ -195,76 +186,50 @@ pub struct Score {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the gold answer `{gold}` is {found}, so reward {name} cannot compare with it: {way_out}")]
 pub struct GoldError {
-    /// The gold answer.
-    pub gold: String,
-    /// The component's name.
-    pub name: String,
-    /// What is wrong with it.
-    pub found: &'static str,
-    /// What to change.
-    pub way_out: &'static str,
+    gold: String,
+    name: String,
+    found: &'static str,
+    way_out: &'static str,
 }
 
-#[derive(Debug)]
-pub(crate) struct Component {
-    pub(crate) name: String,
-    pub(crate) weight: f64,
-    pub(crate) finished: Finished,
-    pub(crate) function: Box<dyn Function>,
-}
-
-impl Component {
-    fn value(&self, answer: &Answer<'_>, gold: &str) -> Result<f64, GoldError> {
-        if self.finished == Finished::Required && !answer.finished {
-            return Ok(self.function.range().min);
-        }
-        self.function
-            .value(answer, gold)
-            .map_err(|unfit| GoldError {
-                gold: shortened(gold),
-                name: self.name.clone(),
-                found: unfit.found,
-                way_out: unfit.way_out,
-            })
-    }
-}
-
-/// A configured reward, ready to be used from any thread.
-#[derive(Debug)]
+/// A configured reward, compiled; clones share the compiled functions. Reads and writes as the list of `[[reward]]`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(transparent)]
 pub struct Reward {
     components: Vec<Component>,
 }
 
+impl<'de> Deserialize<'de> for Reward {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let components = Vec::deserialize(deserializer)?;
+        Self::of(components).map_err(serde::de::Error::custom)
+    }
+}
+
 impl Reward {
-    /// Checks and compiles the list.
+    /// Checks the rules between components.
     ///
     /// # Errors
-    /// An empty list, two components of one name, no weight above 0, a value outside its limits.
-    pub fn compile(entries: &[RewardEntry]) -> Result<Self, ConfigError> {
-        if entries.is_empty() {
+    /// An empty list, too many components, two of one name, no weight above 0.
+    pub(crate) fn of(components: Vec<Component>) -> Result<Self, ConfigError> {
+        if components.is_empty() {
             return Err(ConfigError::MissingSection {
                 section: "[[reward]]",
                 example: "type = \"exact_match\"",
             });
         }
-        if entries.len() > ENTRIES_MAX {
+        if components.len() > COMPONENTS_MAX {
             return Err(ConfigError::bad_value(
                 "reward",
-                format!("a list of {}", entries.len()),
-                format!("but at most {ENTRIES_MAX} can be composed: merge some"),
+                format!("a list of {}", components.len()),
+                format!("but at most {COMPONENTS_MAX} can be composed: merge some"),
             )
             .in_section("the configuration"));
         }
         let mut names = BTreeSet::new();
-        let mut components = Vec::new();
-        for entry in entries {
-            let component = entry.compile()?;
-            if !names.insert(component.name.clone()) {
-                return Err(ConfigError::DuplicateName {
-                    name: component.name,
-                });
-            }
-            components.push(component);
+        if let Some(twin) = components.iter().find(|part| !names.insert(&part.name)) {
+            let name = twin.name.clone();
+            return Err(ConfigError::DuplicateName { name });
         }
         if components.iter().all(|component| component.weight == 0.0) {
             return Err(ConfigError::NoWeight);
@@ -272,7 +237,7 @@ impl Reward {
         Ok(Self { components })
     }
 
-    /// The interval that no total leaves.
+    /// The interval that every total lies in.
     pub fn range(&self) -> Range {
         // Summed in the order of `score`: rounding is monotone, so the bound holds to the last bit.
         let mut range = Range { min: 0.0, max: 0.0 };
@@ -284,10 +249,10 @@ impl Reward {
         range
     }
 
-    /// What one answer is worth.
+    /// Scores one answer.
     ///
     /// # Errors
-    /// A function cannot compare with this gold answer; [`Reward::check_gold`] says so ahead of time.
+    /// A function cannot compare with this gold answer; [`Reward::check_gold`] finds that out ahead of time.
     pub fn score(&self, answer: &Answer<'_>, gold: &str) -> Result<Score, GoldError> {
         let mut total = 0.0;
         let mut components = Vec::with_capacity(self.components.len());
@@ -295,7 +260,7 @@ impl Reward {
             let value = component.value(answer, gold)?;
             debug_assert!(
                 component.function.range().contains(value),
-                "{} left its range: {value}",
+                "a value lies in its function's range: {} gave {value}",
                 component.name
             );
             total += component.weight * value;
@@ -304,69 +269,45 @@ impl Reward {
                 value,
             });
         }
+        debug_assert!(
+            self.range().contains(total) && (total as f32).is_finite(),
+            "a total is finite and lies in the declared range: {total}"
+        );
         Ok(Score { total, components })
     }
 
-    /// Whether every function can compare with this gold answer.
+    /// Checks that every function can compare with this gold answer.
     ///
     /// # Errors
     /// The first function that cannot.
     pub fn check_gold(&self, gold: &str) -> Result<(), GoldError> {
-        // Functions look at the gold answer first, whatever the text, so that an empty one asks them all.
-        let nothing = Answer {
+        // Functions check the gold answer before they look at the text, so an empty text is enough.
+        let empty = Answer {
             prompt: "",
             text: "",
             finished: true,
             tokens: 0,
         };
-        self.score(&nothing, gold).map(drop)
+        self.score(&empty, gold).map(drop)
     }
 
-    /// Names of the components, in the order in which they are reported.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.components
-            .iter()
-            .map(|component| component.name.as_str())
-    }
-
-    /// Whether a function counts tokens, so that an answer without its number of tokens cannot be scored.
-    pub fn counts_tokens(&self) -> bool {
-        self.components
-            .iter()
-            .any(|component| component.function.counts_tokens())
+    /// Whether a function counts tokens, so that an answer of unknown length in tokens cannot be scored.
+    pub(crate) fn counts_tokens(&self) -> bool {
+        let mut functions = self.components.iter().map(Component::function);
+        functions.any(|function| function.counts_tokens())
     }
 
     /// The configuration in plain sentences, one for each component and one for the total.
-    pub fn explain(&self) -> Vec<String> {
-        let mut sentences: Vec<String> = self.components.iter().map(explain_component).collect();
-        sentences.push(format!(
-            "the total is the weighted sum and lies in {}",
-            self.range()
-        ));
+    pub(crate) fn explain(&self) -> Vec<String> {
+        let mut sentences: Vec<String> = self.components.iter().map(Component::explain).collect();
+        let range = self.range();
+        sentences.push(format!("the total is the weighted sum and lies in {range}"));
         sentences
     }
 
     pub(crate) fn components(&self) -> &[Component] {
         &self.components
     }
-}
-
-fn explain_component(component: &Component) -> String {
-    let finished = match component.finished {
-        Finished::Any => "",
-        Finished::Required => "; an answer that ran out of tokens gets the least",
-    };
-    let weight = if component.weight == 0.0 {
-        "reported only (weight 0)".to_owned()
-    } else {
-        format!("weight {}", component.weight)
-    };
-    format!(
-        "{} ({weight}, range {}): {}{finished}",
-        component.name,
-        component.function.range(),
-        component.function.explain()
-    )
 }
 
 #[cfg(test)]

@@ -1,74 +1,57 @@
-//! Scoring answers from a file: lines `{"completion" or "text", "gold"}`, with `prompt`, `finished` and `tokens` where a
-//! reward looks at them. One bad line ends the scoring with its number: a mean over the lines that happened to parse
-//! would be read as the mean of the file.
+//! Scores answers from a file with lines `{"completion" or "text", "gold"}`, and `prompt`, `finished` and `tokens` if a
+//! reward uses them. The first bad line ends the scoring with its number: users would take a mean over the good lines for
+//! the mean of the file.
 
 use std::io::BufRead;
 
 use serde::Serialize;
 
-use crate::jsonl::{JsonLines, JsonlError, Row};
-use crate::reward::{Answer, ComponentScore, GoldError, Reward, Score};
+use crate::function::Answer;
+use crate::json_lines::{JsonLine, JsonlError, JsonlReader};
+use crate::reward::{ComponentScore, GoldError, Reward, Score};
 
-/// Why a file cannot be scored.
+/// Why a file cannot be scored. Lines count from 1.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ScoreError {
-    /// The line itself.
     #[error(transparent)]
     Line(#[from] JsonlError),
-    /// The gold answer does not fit the reward.
     #[error("{file}:{line}: {reason}")]
     Gold {
-        /// The file's name.
         file: String,
-        /// Line, from 1.
         line: u64,
-        /// Why.
         reason: GoldError,
     },
-    /// A reward counts tokens and the line does not say how many there are.
     #[error(
         "{file}:{line} has no column `tokens`, which a reward counts: add it, or set `unit = \"chars\"` in the reward"
     )]
-    NoTokens {
-        /// The file's name.
-        file: String,
-        /// Line, from 1.
-        line: u64,
-    },
-    /// Two columns for one thing.
+    NoTokens { file: String, line: u64 },
     #[error("{file}:{line} has both `completion` and `text`: keep one of them")]
-    TwoTexts {
-        /// The file's name.
-        file: String,
-        /// Line, from 1.
-        line: u64,
-    },
+    TwoTexts { file: String, line: u64 },
 }
 
-/// What one line is worth.
+/// The score of one line.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScoredLine {
-    /// Line, from 1.
+    /// From 1.
     pub line: u64,
-    /// Total and components.
     #[serde(flatten)]
     pub score: Score,
 }
 
-/// The scored lines of one file, in order; the first error ends them.
+/// Iterates over the scored lines of one file; the first error ends the iteration.
 #[derive(Debug)]
 pub struct ScoreLines<'r, R> {
     reward: &'r Reward,
-    rows: JsonLines<R>,
+    lines: JsonlReader<R>,
     ended: bool,
 }
 
 impl<'r, R: BufRead> ScoreLines<'r, R> {
-    /// Scores `reader`, calling it `file` in errors.
+    /// `file` is the name of `reader` in errors.
     pub fn new(reward: &'r Reward, reader: R, file: &str) -> Self {
         Self {
             reward,
-            rows: JsonLines::new(reader, file),
+            lines: JsonlReader::new(reader, file),
             ended: false,
         }
     }
@@ -82,39 +65,39 @@ impl<R: BufRead> Iterator for ScoreLines<'_, R> {
             return None;
         }
         let scored = self
-            .rows
+            .lines
             .next()?
             .map_err(ScoreError::from)
-            .and_then(|row| score_row(self.reward, row));
+            .and_then(|line| score_line(self.reward, line));
         self.ended = scored.is_err();
         Some(scored)
     }
 }
 
-fn score_row(reward: &Reward, row: Row) -> Result<ScoredLine, ScoreError> {
-    let column = match (row.has("completion"), row.has("text")) {
+fn score_line(reward: &Reward, line: JsonLine) -> Result<ScoredLine, ScoreError> {
+    let column = match (line.has("completion"), line.has("text")) {
         (true, true) => {
             return Err(ScoreError::TwoTexts {
-                file: row.file,
-                line: row.line,
+                file: line.file,
+                line: line.line,
             });
         }
         (false, true) => "text",
         _ => "completion",
     };
-    let text = row.text(column, "put the answer there, or into `text`")?;
-    let gold = row.text_or_number("gold", "put the gold answer there")?;
-    let prompt = if row.has("prompt") {
-        row.text("prompt", "")?
+    let text = line.text(column, "put the answer there, or into `text`")?;
+    let gold = line.text_or_number("gold", "put the gold answer there")?;
+    let prompt = if line.has("prompt") {
+        line.text("prompt", "")?
     } else {
         ""
     };
-    let tokens = match row.count("tokens")? {
+    let tokens = match line.count("tokens")? {
         Some(tokens) => tokens,
         None if reward.counts_tokens() => {
             return Err(ScoreError::NoTokens {
-                file: row.file,
-                line: row.line,
+                file: line.file,
+                line: line.line,
             });
         }
         None => text.chars().count(),
@@ -122,17 +105,17 @@ fn score_row(reward: &Reward, row: Row) -> Result<ScoredLine, ScoreError> {
     let answer = Answer {
         prompt,
         text,
-        finished: row.truth("finished")?.unwrap_or(true),
+        finished: line.truth("finished")?.unwrap_or(true),
         tokens,
     };
     match reward.score(&answer, &gold) {
         Ok(score) => Ok(ScoredLine {
-            line: row.line,
+            line: line.line,
             score,
         }),
         Err(reason) => Err(ScoreError::Gold {
-            file: row.file,
-            line: row.line,
+            file: line.file,
+            line: line.line,
             reason,
         }),
     }
@@ -141,16 +124,15 @@ fn score_row(reward: &Reward, row: Row) -> Result<ScoredLine, ScoreError> {
 /// Means over scored lines.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct ScoreSummary {
-    /// Lines added.
     pub lines: u64,
-    /// Mean total; 0 without lines.
+    /// Mean; 0 without lines.
     pub total: f64,
-    /// Mean of each component.
+    /// With the mean of each component.
     pub components: Vec<ComponentScore>,
 }
 
 impl ScoreSummary {
-    /// Adds one line; all must come from the same reward.
+    /// Adds one line; all lines come from the same reward.
     pub fn add(&mut self, score: &Score) {
         self.lines += 1;
         if self.components.is_empty() {
@@ -163,7 +145,12 @@ impl ScoreSummary {
                 })
                 .collect();
         }
-        // Running means: sums of a long file would lose the last digits of what is added late.
+        debug_assert_eq!(
+            self.components.len(),
+            score.components.len(),
+            "all lines come from the same reward"
+        );
+        // Running means: the sum of a long file would lose the last digits of late lines.
         let share = 1.0 / self.lines as f64;
         self.total += (score.total - self.total) * share;
         for (mean, new) in self.components.iter_mut().zip(&score.components) {
@@ -175,14 +162,12 @@ impl ScoreSummary {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reward::RewardEntry;
+    use crate::reward::Component;
 
     fn reward(entries: &[&str]) -> Reward {
-        let entries: Vec<RewardEntry> = entries
-            .iter()
-            .map(|entry| RewardEntry::from_table(entry.parse().unwrap()).unwrap())
-            .collect();
-        Reward::compile(&entries).unwrap()
+        let parts = entries.iter().map(|entry| entry.parse().unwrap());
+        let parts = parts.map(|table| Component::from_table(table).unwrap());
+        Reward::of(parts.collect()).unwrap()
     }
 
     fn refusal(reward: &Reward, file: &str) -> String {
@@ -219,11 +204,11 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_cannot_be_scored_is_named() {
+    fn the_error_for_a_line_that_cannot_be_scored_names_it() {
         let numeric = reward(&["type = 'numeric_match'"]);
         insta::assert_snapshot!(
             refusal(&numeric, "{\"completion\": \"2\", \"gold\": \"two\"}"),
-            @"answers.jsonl:1: the gold answer `two` is no number, so reward numeric_match cannot compare with it: write gold answers as plain numbers (26, -0.5, 1e3), or use exact_match"
+            @"answers.jsonl:1: the gold answer `two` is not a number, so reward numeric_match cannot compare with it: write gold answers as plain numbers (26, -0.5, 1e3), or use exact_match"
         );
         insta::assert_snapshot!(
             refusal(&numeric, "{\"answer\": \"2\", \"gold\": 2}"),
@@ -245,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_ran_out_of_tokens_gets_the_least_where_finishing_is_required() {
+    fn an_answer_that_ran_out_of_tokens_gets_the_lowest_value_if_finishing_is_required() {
         let reward = reward(&["type = 'numeric_match'\nfinished = 'required'"]);
         let file =
             "{\"text\": \"2\", \"gold\": 2, \"finished\": false}\n{\"text\": \"2\", \"gold\": 2}\n";

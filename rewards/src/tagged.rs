@@ -1,6 +1,7 @@
-//! A TOML table whose `type` says which keys it may hold (`[task]`, each `[[reward]]`), read so that a mistake is named
-//! together with the way out. serde alone would say "unknown field" without the section, and cannot refuse unknown keys
-//! in a table that shares some keys between types. Invariant: a table that is accepted had no key that was ignored.
+//! TOML tables whose `type` decides which keys they may hold: `[task]` and each `[[reward]]`. Errors name the section, the
+//! key and the way out. serde's own tags (with or without `serde_path_to_error`) name no section, suggest no near key,
+//! and cannot refuse unknown keys in a table that shares some keys between types. Invariant: no key of an accepted table
+//! was ignored.
 
 use serde::de::value::Error as ValueError;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
@@ -10,87 +11,55 @@ use toml::Table;
 /// Why a task or reward configuration is refused.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ConfigError {
-    /// The text is no TOML at all.
     #[error("the configuration is not TOML at line {line}: {reason}")]
     Syntax {
-        /// Line of the mistake, from 1.
+        /// From 1.
         line: usize,
-        /// What the parser found.
         reason: String,
     },
-    /// A whole section is absent.
     #[error("the configuration has no {section}: add it, for example with `{example}`")]
     MissingSection {
-        /// The section as it is written in TOML.
         section: &'static str,
-        /// A line of it that would do.
         example: &'static str,
     },
-    /// A tagged table without its tag.
     #[error("{section} has no `type`: add one of {known}")]
-    MissingType {
-        /// The table, as a person would name it.
-        section: String,
-        /// The types there are.
-        known: String,
-    },
-    /// A tag nobody knows.
+    MissingType { section: String, known: String },
     #[error("{section} has the unknown type `{found}`{hint}: the types are {known}")]
     UnknownType {
-        /// The table.
         section: String,
-        /// What was written.
         found: String,
-        /// `, did you mean …` or nothing.
+        /// `, did you mean …` or empty.
         hint: String,
-        /// The types there are.
         known: String,
     },
-    /// A key that would have been ignored.
     #[error("{section} has the unknown key `{key}`{hint}: its keys are {known}")]
     UnknownKey {
-        /// The table.
         section: String,
-        /// What was written.
         key: String,
-        /// `, did you mean …` or nothing.
+        /// `, did you mean …` or empty.
         hint: String,
-        /// The keys there are.
         known: String,
     },
-    /// A value of the wrong type, or a key that is missing.
+    /// A value has the wrong type, or a key is missing.
     #[error("{section}: {reason}")]
-    Mistyped {
-        /// The table.
-        section: String,
-        /// What serde said, with the key.
-        reason: String,
-    },
-    /// A value of the right type outside its limits.
+    Mistyped { section: String, reason: String },
+    /// A value has the right type and lies outside its limits.
     #[error("{section}: `{key}` is {value}, {rule}")]
     BadValue {
-        /// The table.
         section: String,
-        /// The key.
         key: &'static str,
-        /// What was written.
         value: String,
-        /// What it must be.
+        /// A clause with the limits.
         rule: String,
     },
-    /// Two components would report under one name.
     #[error("two rewards are named `{name}`: give one of them another `name`")]
-    DuplicateName {
-        /// The name both have.
-        name: String,
-    },
-    /// Nothing would ever be paid.
+    DuplicateName { name: String },
     #[error("every reward has weight 0, so nothing is paid: give at least one a weight above 0")]
     NoWeight,
 }
 
 impl ConfigError {
-    /// A value of the right type outside its limits.
+    /// A [`ConfigError::BadValue`]; the caller that knows the section adds it with [`ConfigError::in_section`].
     pub(crate) fn bad_value(
         key: &'static str,
         value: impl ToString,
@@ -104,71 +73,106 @@ impl ConfigError {
         }
     }
 
-    /// The same error, said of `named`: a function's own checks do not know which table they sit in.
-    pub(crate) fn in_section(self, named: &str) -> Self {
-        match self {
-            Self::BadValue {
-                section,
-                key,
-                value,
-                rule,
-            } if section.is_empty() => Self::BadValue {
-                section: named.to_owned(),
-                key,
-                value,
-                rule,
-            },
-            other => other,
+    /// Fills in the section of a [`ConfigError::BadValue`] that has none.
+    pub(crate) fn in_section(mut self, named: &str) -> Self {
+        if let Self::BadValue { section, .. } = &mut self
+            && section.is_empty()
+        {
+            named.clone_into(section);
         }
+        self
     }
 }
 
-/// Takes `type` out of the table; it must be one of `known`.
-pub(crate) fn take_type(
+/// One value of `type` and the reader of the table's other keys.
+pub(crate) struct TableType<T> {
+    pub(crate) name: &'static str,
+    pub(crate) read: ReadTable<T>,
+}
+
+/// Reads the keys of one type, given the section's name and the keys that are shared between types.
+pub(crate) type ReadTable<T> = fn(Table, &str, &[&'static str]) -> Result<T, ConfigError>;
+
+/// Declares an enum of configurations, one variant for each value of `type`. All that depends on the list of types is
+/// generated from it: the enum, how it is read (`TYPES`) and written, and access through the trait that every
+/// configuration implements.
+macro_rules! tagged_enum {
+    (
+        $(#[$attribute:meta])*
+        $visibility:vis enum $name:ident: $trait:path {
+            $($(#[$doc:meta])* $type_name:literal => $variant:ident($config:ty),)+
+        }
+    ) => {
+        $(#[$attribute])*
+        #[derive(Debug, Clone, PartialEq, serde::Serialize)]
+        #[serde(tag = "type")]
+        $visibility enum $name {
+            $($(#[$doc])* #[serde(rename = $type_name)] $variant($config),)+
+        }
+
+        impl $name {
+            pub(crate) const TYPES: &'static [$crate::tagged::TableType<Self>] = &[
+                $($crate::tagged::TableType {
+                    name: $type_name,
+                    read: |table, section, shared_keys| {
+                        $crate::tagged::read(table, section, shared_keys).map(Self::$variant)
+                    },
+                },)+
+            ];
+
+            pub(crate) fn config(&self) -> &dyn $trait {
+                match self {
+                    $(Self::$variant(config) => config,)+
+                }
+            }
+        }
+    };
+}
+pub(crate) use tagged_enum;
+
+/// Takes `type` out of the table and finds it among `types`.
+pub(crate) fn take_type<T>(
     table: &mut Table,
     section: &str,
-    known: &[&'static str],
-) -> Result<&'static str, ConfigError> {
+    types: &'static [TableType<T>],
+) -> Result<&'static TableType<T>, ConfigError> {
+    let names = || types.iter().map(|known| known.name);
     let found = match table.remove("type") {
         None => {
             return Err(ConfigError::MissingType {
                 section: section.to_owned(),
-                known: quoted(known),
+                known: quoted(names()),
             });
         }
         Some(toml::Value::String(text)) => text,
         Some(other) => other.to_string(),
     };
-    match known.iter().find(|name| **name == found) {
-        Some(name) => Ok(name),
-        None => Err(ConfigError::UnknownType {
-            section: section.to_owned(),
-            hint: did_you_mean(&found, known),
-            found: shortened(&found),
-            known: quoted(known),
-        }),
-    }
+    let known = types.iter().find(|known| known.name == found);
+    known.ok_or_else(|| ConfigError::UnknownType {
+        section: section.to_owned(),
+        hint: did_you_mean(&found, names()),
+        found: shortened(&found),
+        known: quoted(names()),
+    })
 }
 
-/// Reads what is left of a table; keys that `T` does not have are refused.
+/// Reads the rest of a table; refuses keys that are neither fields of `T` nor in `shared_keys`.
 pub(crate) fn read<T: DeserializeOwned>(
     table: Table,
     section: &str,
     shared_keys: &[&'static str],
 ) -> Result<T, ConfigError> {
     let own_keys = field_names::<T>();
-    for key in table.keys() {
-        if own_keys.contains(&key.as_str()) {
-            continue;
-        }
-        let mut known: Vec<&'static str> = vec!["type"];
-        known.extend(shared_keys);
-        known.extend(own_keys);
+    if let Some(key) = table.keys().find(|key| !own_keys.contains(&key.as_str())) {
+        let known = || {
+            let named = ["type"].iter().chain(shared_keys).chain(own_keys);
+            named.copied()
+        };
         return Err(ConfigError::UnknownKey {
             section: section.to_owned(),
             key: shortened(key),
-            hint: did_you_mean(key, &known),
-            known: quoted(&known),
+            hint: did_you_mean(key, known()),
+            known: quoted(known()),
         });
     }
     table.try_into().map_err(|error| ConfigError::Mistyped {
@@ -177,7 +181,7 @@ pub(crate) fn read<T: DeserializeOwned>(
     })
 }
 
-/// A `toml` error without its picture of the source, on one line, with the key it is about.
+/// A `toml` error on one line: its message and the key, without the excerpt of the source.
 pub(crate) fn one_sentence(error: &toml::de::Error) -> String {
     let message = error.message().trim().replace('\n', " ");
     // Without a span, Display ends in a line "in `key`"; message() leaves it out.
@@ -195,11 +199,15 @@ pub(crate) fn one_sentence(error: &toml::de::Error) -> String {
     }
 }
 
-/// The fields of a struct, asked from its own `Deserialize`, so that no list beside it can fall behind.
+/// The fields of a struct, taken from its own `Deserialize`, so that no second list can fall behind.
 fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
     let mut fields: &'static [&'static str] = &[];
-    // The visit stops on purpose at the first call, once the fields are known: the result is always that error.
-    drop(T::deserialize(FieldNames(&mut fields)));
+    // FieldNames always stops the visit with an error, as soon as it knows the fields.
+    let stopped = T::deserialize(FieldNames(&mut fields)).err();
+    debug_assert!(
+        stopped.is_some(),
+        "a configuration is read as a struct with named fields"
+    );
     fields
 }
 
@@ -209,7 +217,7 @@ impl<'de> Deserializer<'de> for FieldNames<'_> {
     type Error = ValueError;
 
     fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, ValueError> {
-        Err(ValueError::custom("only the field names are asked for"))
+        Err(ValueError::custom("only the field names are needed"))
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
@@ -219,7 +227,7 @@ impl<'de> Deserializer<'de> for FieldNames<'_> {
         _: V,
     ) -> Result<V::Value, ValueError> {
         *self.0 = fields;
-        Err(ValueError::custom("only the field names are asked for"))
+        Err(ValueError::custom("only the field names are needed"))
     }
 
     forward_to_deserialize_any! {
@@ -229,64 +237,41 @@ impl<'de> Deserializer<'de> for FieldNames<'_> {
 }
 
 /// `` `a`, `b`, `c` ``
-pub(crate) fn quoted(names: &[&str]) -> String {
-    let quoted: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
-    quoted.join(", ")
+pub(crate) fn quoted<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let quoted = names.into_iter().map(|name| format!("`{name}`"));
+    quoted.collect::<Vec<_>>().join(", ")
 }
 
-/// Text from a file, cut so that an error stays one line.
+/// Foreign text for an error message: at most 60 characters, on one line.
 pub(crate) fn shortened(text: &str) -> String {
     const CHARS_MAX: usize = 60;
-    let plain: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
-    if plain.chars().count() <= CHARS_MAX {
-        return plain;
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    let mut short: String = text.chars().take(CHARS_MAX).map(plain).collect();
+    if text.chars().nth(CHARS_MAX).is_some() {
+        short.push('…');
     }
-    let start: String = plain.chars().take(CHARS_MAX).collect();
-    format!("{start}…")
+    short
 }
 
-/// `, did you mean …` for the nearest known word, or nothing when none is near.
-fn did_you_mean(found: &str, known: &[&str]) -> String {
-    // Beyond this, nothing is near and the distance would cost the product of both lengths.
+/// `, did you mean …` for the nearest known word, or empty if no word is near.
+fn did_you_mean<'a>(found: &str, known: impl Iterator<Item = &'a str>) -> String {
+    // A longer word is near to no key, and the distance would cost the product of both lengths.
     if found.is_empty() || found.len() > 64 {
         return String::new();
     }
-    let near: Option<(usize, &str)> = known
-        .iter()
-        .filter_map(|name| closeness(found, name).map(|distance| (distance, *name)))
+    let near = known
+        .filter_map(|name| closeness(found, name).map(|distance| (distance, name)))
         .min();
-    match near {
-        Some((_, name)) => format!(", did you mean `{name}`"),
-        None => String::new(),
-    }
+    near.map_or_else(String::new, |(_, name)| format!(", did you mean `{name}`"))
 }
 
-/// Edit distance if `found` could be a slip for `name`; a word that is part of the other is near as well.
+/// The edit distance, if `found` may be a misspelling of `name` or one word contains the other.
 fn closeness(found: &str, name: &str) -> Option<usize> {
-    let distance = edit_distance(found, name);
-    // Two slips are one transposition; every letter replaced is another word.
+    let distance = strsim::levenshtein(found, name);
+    // A transposition costs 2. If every letter must change, it is another word.
     let slips_max = (name.len() / 3).max(2).min(found.len() - 1);
     let contained = found.len() >= 3 && (name.contains(found) || found.contains(name));
     (distance <= slips_max || contained).then_some(distance)
-}
-
-/// Levenshtein distance in characters, one row at a time.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(row[j + 1] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

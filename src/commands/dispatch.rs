@@ -7,18 +7,16 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use muster_dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
-use muster_policy::ModelFolder;
-use muster_protocol::credentials::Roster;
-use muster_protocol::id::PeerId;
-use muster_protocol::subject::Role;
-use muster_rewards::RewardConfig;
-
 use super::MemberArgs;
 use crate::config::RunConfig;
 use crate::prompts::{PromptForm, TaskPrompts};
 use crate::run_dir::RunDir;
 use crate::seat::Seat;
+use muster_dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
+use muster_policy::ModelFolder;
+use muster_protocol::credentials::Roster;
+use muster_protocol::id::PeerId;
+use muster_protocol::subject::Role;
 
 /// Label under which dispatch derives the secret that nonces and audits are drawn from.
 const SECRET_CONTEXT: &str = "muster 2026-11 dispatch draws v1";
@@ -43,11 +41,7 @@ pub async fn run(args: DispatchArgs) -> Result<()> {
         tokenizer,
         ..
     } = ModelFolder::read(&dir.model())?;
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
-    let prepared = rewards.prepare(dir.root())?;
+    let prepared = config.rewards().prepare(dir.root())?;
     let tokens_max = config.sampling.tokens_max.get() as usize;
     let room = shape.max_position_embeddings.saturating_sub(tokens_max);
     let prompts = TaskPrompts::new(

@@ -16,7 +16,7 @@ use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::control::Phase;
 use muster_protocol::record::{EvalLine, JsonLines};
 use muster_protocol::subject::Role;
-use muster_rewards::{RewardConfig, Split, Task};
+use muster_rewards::{Split, Task};
 
 use crate::config::RunConfig;
 use crate::descriptor::sampling_rules;
@@ -76,11 +76,7 @@ fn folder(args: &EvalArgs, folder: &Path) -> Result<()> {
         .context("name the configuration that holds the task: muster eval CONFIG --model DIR")?;
     let config = RunConfig::load(path)?;
     let base = path.parent().unwrap_or_else(|| ".".as_ref());
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
-    let prepared = rewards.prepare(base)?;
+    let prepared = config.rewards().prepare(base)?;
     let (kernels, threads) = (config.model.kernels, Threads::one());
     let model = RunningModel::read(folder, kernels, &Device::Cpu, &threads)?;
     let exam = Examination {
@@ -122,11 +118,7 @@ fn print(outcome: &Outcome, json: bool) {
 async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
     let dir = RunDir::at(run);
     let config = dir.load_config()?;
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
-    let prepared = rewards.prepare(dir.root())?;
+    let prepared = config.rewards().prepare(dir.root())?;
     let seat = Seat::take(creds, Role::Evaluator, nats, Default::default()).await?;
     let joined = async {
         let (model, tokenizer, _) = seat.model().await?;

@@ -8,8 +8,6 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use muster_rewards::RewardConfig;
-
 use crate::config::RunConfig;
 use crate::run_dir::RunDir;
 use crate::screen::{Screen, ScreenMode, Status};
@@ -55,11 +53,7 @@ pub fn run(args: LearnerArgs) -> Result<()> {
 async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Screen) -> Result<()> {
     let shutdown = CancellationToken::new();
     crate::signals::cancel_on_signal(&TaskTracker::new(), &shutdown);
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
-    let prepared = rewards.prepare(dir.root())?;
+    let prepared = config.rewards().prepare(dir.root())?;
     prepare(
         &config,
         &prepared.task,

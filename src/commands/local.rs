@@ -9,10 +9,6 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use muster_protocol::nats_server::{self, Member as ServerMember, NatsServer, ServerConfig};
-use muster_protocol::subject::Role;
-use muster_rewards::RewardConfig;
-
 use crate::config::{QUICKSTART, RunConfig};
 use crate::machine::project;
 use crate::record::{RunRecord, newest_checkpoint};
@@ -21,6 +17,8 @@ use crate::screen::{Screen, ScreenMode, Status};
 use crate::start_model::{Progress, prepare};
 use crate::supervisor::{Supervised, stop};
 use crate::{report, summary};
+use muster_protocol::nats_server::{self, Member as ServerMember, NatsServer, ServerConfig};
+use muster_protocol::subject::Role;
 
 /// How often children and files are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -174,11 +172,7 @@ async fn swarm(args: LocalArgs, config: RunConfig, dir: RunDir, mut screen: Scre
 
 /// The starting policy, made here if it is not there yet.
 fn start_policy(config: &RunConfig, dir: &RunDir, screen: &mut Screen) -> Result<()> {
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
-    let prepared = rewards.prepare(dir.root())?;
+    let prepared = config.rewards().prepare(dir.root())?;
     let mut tell = |progress: Progress| {
         let Progress {
             updates,

@@ -58,8 +58,7 @@ pub fn run(args: &RewardsArgs) -> Result<()> {
 
 fn prepare(path: &Path) -> Result<Prepared> {
     let config = if is_run_configuration(path) {
-        let RunConfig { task, reward, .. } = RunConfig::load(path)?;
-        RewardConfig { task, reward }
+        RunConfig::load(path)?.rewards()
     } else {
         RewardConfig::load(path).with_context(|| path.display().to_string())?
     };

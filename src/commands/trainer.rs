@@ -6,18 +6,16 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 
+use super::MemberArgs;
+use crate::descriptor::{describe, run_files};
+use crate::run_dir::RunDir;
+use crate::seat::Seat;
 use muster_broadcaster::swarm::uploads::Sharing;
 use muster_learner::policy_stepper::{ModelConfig, PolicyStepper};
 use muster_learner::trainer::{Trainer, TrainerParts, TrainerSettings};
 use muster_policy::ModelFolder;
 use muster_protocol::credentials::Roster;
 use muster_protocol::subject::Role;
-use muster_rewards::RewardConfig;
-
-use super::MemberArgs;
-use crate::descriptor::{describe, run_files};
-use crate::run_dir::RunDir;
-use crate::seat::Seat;
 
 /// Old versions that the trainer goes on offering, so that a critic that was away finds those that it needs: as many as fit
 /// into so many bytes, and no more than a follower would fetch.
@@ -39,11 +37,7 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
     let dir = RunDir::at(&args.run);
     let config = dir.load_config()?;
     let model = ModelFolder::read(&dir.model())?;
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
-    let prepared = rewards.prepare(dir.root())?;
+    let prepared = config.rewards().prepare(dir.root())?;
     let roster = Roster::load(&dir.roster())?;
     let files = run_files(&dir.model(), &model, config.model.storage)?;
     let descriptor = describe(&config, &model, &files, &prepared.task, &roster)?;

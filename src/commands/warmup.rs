@@ -5,8 +5,6 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use muster_rewards::RewardConfig;
-
 use crate::config::RunConfig;
 use crate::start_model::warm_up;
 
@@ -27,12 +25,8 @@ pub struct WarmupArgs {
 pub fn run(args: &WarmupArgs) -> Result<()> {
     let mut config = RunConfig::load(&args.config)?;
     config.run.seed = args.seed.unwrap_or(config.run.seed);
-    let rewards = RewardConfig {
-        task: config.task.clone(),
-        reward: config.reward.clone(),
-    };
     let base = args.config.parent().unwrap_or_else(|| ".".as_ref());
-    let prepared = rewards.prepare(base)?;
+    let prepared = config.rewards().prepare(base)?;
     warm_up(
         &config,
         &prepared.task,

@@ -17,7 +17,7 @@ use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::message::group::FinishReason;
 use muster_protocol::message::ticket::SamplingRules;
 use muster_protocol::subject::Role;
-use muster_rewards::{Answer, Prepared, RewardConfig, Split};
+use muster_rewards::{Answer, Prepared, Split};
 
 use super::config::RunConfig;
 
@@ -72,11 +72,7 @@ impl Start {
 
     /// Reads a starting policy that was made before.
     pub fn read(config: &RunConfig, folder: &Path) -> Self {
-        let rewards = RewardConfig {
-            task: config.task.clone(),
-            reward: config.reward.clone(),
-        };
-        let prepared = rewards.prepare(Path::new(".")).unwrap();
+        let prepared = config.rewards().prepare(Path::new(".")).unwrap();
         let items = prepared.task.items(Split::Train).iter();
         let golds = items.map(|item| (item.prompt.clone(), item.gold.clone()));
         Self {
@@ -103,10 +99,6 @@ impl Start {
     /// The run's descriptor.
     pub fn describe(&self, config: &RunConfig, roster: &Roster) -> Descriptor {
         let files = self.files(config);
-        let rewards = RewardConfig {
-            task: config.task.clone(),
-            reward: config.reward.clone(),
-        };
         let named = config.sampling.stop.iter();
         let named: Vec<u32> = named
             .map(|text| self.model.tokenizer.id(text).unwrap())
@@ -120,7 +112,7 @@ impl Start {
             tokenizer: ContentHash::of(&files[1].bytes),
             chat_template: None,
             task: ContentHash(self.prepared.task.digest()),
-            rewards: rewards.canonical_json().unwrap(),
+            rewards: config.rewards().canonical_json().unwrap(),
             sampling: SamplingRules {
                 temperature: config.sampling.temperature,
                 tokens_max: config.sampling.tokens_max.get(),

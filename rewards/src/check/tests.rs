@@ -1,4 +1,4 @@
-//! Hacks are seen on rewards that invite them, and only there.
+//! Hacks are flagged on rewards that invite them, and only on those.
 
 use std::path::Path;
 
@@ -41,7 +41,7 @@ fn the_quickstart_reward_pays_the_honest_answer_and_no_hack() {
     assert!(report.is_clean(), "{report}");
     insta::assert_snapshot!(report, @r#"
     task: 9024 prompts to train on, 662 for development, 1314 held out
-    correct (weight 1, range 0 to 1): pays 1 if what follows the last `,` (the text must end with `.`) is exactly the gold number
+    correct (weight 1, range 0 to 1): pays 1 if the text after the last `,` (the text must end with `.`) equals the gold number exactly
     the total is the weighted sum and lies in 0 to 1
 
     honest answer, mean of 256 items: 1.000   `9,9,9.`
@@ -56,7 +56,7 @@ fn the_quickstart_reward_pays_the_honest_answer_and_no_hack() {
 }
 
 #[test]
-fn a_pattern_that_ignores_gold_is_seen_to_pay_anything() {
+fn a_pattern_that_ignores_the_gold_answer_is_flagged() {
     let report = report(&format!(
         "{RUNNING_SUMS}[[reward]]\ntype = 'regex'\npattern = '[0-9]'"
     ));
@@ -73,7 +73,7 @@ fn a_pattern_that_ignores_gold_is_seen_to_pay_anything() {
 }
 
 #[test]
-fn a_reward_for_shortness_alone_is_seen_to_pay_silence() {
+fn a_reward_for_short_answers_is_flagged() {
     let report = report(&format!(
         "{RUNNING_SUMS}[[reward]]\ntype = 'numeric_match'\nweight = 0.1\n[[reward]]\ntype = 'length'\nunit = 'chars'\nmax = 4\nramp = 5"
     ));
@@ -88,7 +88,7 @@ fn a_reward_for_shortness_alone_is_seen_to_pay_silence() {
 }
 
 #[test]
-fn a_question_of_two_answers_is_seen_to_pay_one_answer_for_all() {
+fn one_answer_for_all_is_flagged_on_yes_or_no_questions() {
     let lines: String = (0..100)
         .map(|n| {
             format!(
@@ -106,7 +106,7 @@ fn a_question_of_two_answers_is_seen_to_pay_one_answer_for_all() {
 }
 
 #[test]
-fn tags_are_put_around_gold_to_find_the_honest_answer() {
+fn the_honest_answer_is_the_gold_answer_in_the_tags_that_pay() {
     let lines: String = (0..100)
         .map(|n| format!("{{\"prompt\": \"{n} squared?\", \"gold\": {}}}\n", n * n))
         .collect();
@@ -122,18 +122,18 @@ fn tags_are_put_around_gold_to_find_the_honest_answer() {
 }
 
 #[test]
-fn a_number_anywhere_lets_gold_be_repeated() {
+fn repeating_the_gold_answer_is_flagged_if_a_number_may_be_anywhere() {
     let report = report(&format!("{RUNNING_SUMS}[[reward]]\ntype = 'numeric_match'"));
     assert_eq!(flagged(&report), [Hack::GoldRepeated]);
 }
 
 #[test]
-fn an_extraction_that_no_answer_uses_is_doubted() {
+fn an_extraction_that_no_answer_fits_gives_a_warning() {
     let report = report(&format!(
         "{RUNNING_SUMS}[[reward]]\ntype = 'numeric_match'\nextract = {{ inside_tag = 'answer' }}"
     ));
     assert_eq!(report.honest, 0.0);
-    insta::assert_snapshot!(report.warnings.join("\n"), @"the honest answer earns 0.000 of 1: check that extract, terminator and tags are what the answers use");
+    insta::assert_snapshot!(report.warnings.join("\n"), @"the honest answer earns 0.000 of 1: check that `extract`, `terminator` and `tags` fit the form of the answers");
     let only_penalty = self::report(&format!(
         "{RUNNING_SUMS}[[reward]]\ntype = 'length'\nmax = 20"
     ));
@@ -141,7 +141,7 @@ fn an_extraction_that_no_answer_uses_is_doubted() {
 }
 
 #[test]
-fn a_prefix_that_is_the_same_number_is_no_prefix() {
+fn a_prefix_that_is_the_same_number_is_not_tested() {
     assert_eq!(prefix("26.0"), "");
     assert_eq!(prefix("2600"), "26");
     assert_eq!(prefix("7"), "");

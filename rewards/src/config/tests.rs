@@ -1,6 +1,7 @@
-//! What a REWARD.toml may say, how mistakes are named, and that one meaning has one digest.
+//! The contents of a REWARD.toml, the errors for mistakes, and one canonical JSON for one meaning.
 
 use super::*;
+use crate::functions::tests::known_types;
 
 const QUICKSTART: &str = "
 [task]
@@ -25,15 +26,17 @@ fn a_configuration_can_be_embedded_in_a_larger_one_and_written_out() {
     struct Run {
         steps: u32,
         task: TaskConfig,
-        reward: Vec<RewardEntry>,
+        reward: Reward,
     }
     let run: Run = toml::from_str(&format!("steps = 5\n{QUICKSTART}")).unwrap();
     let config = RewardConfig::from_toml(QUICKSTART).unwrap();
-    assert_eq!(
-        (run.steps, &run.task, &run.reward),
-        (5, &config.task, &config.reward)
-    );
     let written = toml::to_string(&config).unwrap();
+    let embedded = RewardConfig {
+        task: run.task,
+        reward: run.reward,
+    };
+    assert_eq!(run.steps, 5);
+    assert_eq!(toml::to_string(&embedded).unwrap(), written);
     insta::assert_snapshot!(written, @r#"
     [task]
     type = "running_sums"
@@ -59,7 +62,8 @@ fn a_configuration_can_be_embedded_in_a_larger_one_and_written_out() {
     [reward.extract]
     after_last = ","
     "#);
-    assert_eq!(RewardConfig::from_toml(&written).unwrap(), config);
+    let read_back = RewardConfig::from_toml(&written).unwrap();
+    assert_eq!(toml::to_string(&read_back).unwrap(), written);
 }
 
 #[test]
@@ -68,11 +72,11 @@ fn a_mistake_inside_a_larger_configuration_keeps_its_sentence() {
         "[task]\ntype = 'running_sums'\n[[reward]]\ntype = 'lenght'",
     )
     .unwrap_err();
-    insta::assert_snapshot!(error.message(), @"a reward has the unknown type `lenght`, did you mean `length`: the types are `exact_match`, `numeric_match`, `regex`, `format`, `length`");
+    insta::assert_snapshot!(error.message().replace(&known_types(), "{types}"), @"a reward has the unknown type `lenght`, did you mean `length`: the types are {types}");
 }
 
 #[test]
-fn mistakes_are_named_with_the_way_out() {
+fn mistakes_are_refused_with_the_way_out() {
     insta::assert_snapshot!(refusal(""), @r#"the configuration has no [task]: add it, for example with `type = "running_sums"`"#);
     insta::assert_snapshot!(refusal("[task]\ntype = 'running_sums'"), @r#"the configuration has no [[reward]]: add it, for example with `type = "exact_match"`"#);
     insta::assert_snapshot!(refusal("[task]\ntype = 'running_sums'\n[reward]\ntype = 'exact_match'"), @"the reward configuration: `reward` has the wrong form: it is a list: write [[reward]] with two brackets");
@@ -82,22 +86,24 @@ fn mistakes_are_named_with_the_way_out() {
 }
 
 #[test]
-fn one_meaning_has_one_digest() {
-    let digest = |text: &str| hex::encode(RewardConfig::from_toml(text).unwrap().digest().unwrap());
-    let plain = digest("[task]\ntype = 'running_sums'\n[[reward]]\ntype = 'exact_match'");
-    let spelled_out = digest(
+fn one_meaning_has_one_canonical_json() {
+    let canonical = |text: &str| {
+        let config = RewardConfig::from_toml(text).unwrap();
+        config.canonical_json().unwrap()
+    };
+    let plain = canonical("[task]\ntype = 'running_sums'\n[[reward]]\ntype = 'exact_match'");
+    let spelled_out = canonical(
         "[[reward]]\nweight = 1\ncase = 'sensitive'\ntype = 'exact_match'\nname = 'exact_match'\n[task]\nterms_max = 4\ntype = 'running_sums'",
     );
     let other =
-        digest("[task]\ntype = 'running_sums'\n[[reward]]\ntype = 'exact_match'\nweight = 2");
+        canonical("[task]\ntype = 'running_sums'\n[[reward]]\ntype = 'exact_match'\nweight = 2");
     assert_eq!(plain, spelled_out);
     assert_ne!(plain, other);
-    insta::assert_snapshot!(plain, @"1066e138f54a7f3fbd5d2ddef1c1ec1dfe61fdbbb4800720845c036039162960");
-    insta::assert_snapshot!(RewardConfig::from_toml(QUICKSTART).unwrap().canonical_json().unwrap(), @r#"{"reward":[{"absolute_tolerance":0.0,"extract":{"after_last":","},"finished":"any","name":"correct","number":"whole","relative_tolerance":0.0,"terminator":".","type":"numeric_match","weight":1.0}],"task":{"addend_max":9,"addend_min":0,"dev_fraction":0.06,"held_out_fraction":0.12,"prompts_per_length_max":20000,"seed":0,"terms_max":4,"terms_min":3,"type":"running_sums"}}"#);
+    insta::assert_snapshot!(canonical(QUICKSTART), @r#"{"reward":[{"absolute_tolerance":0.0,"extract":{"after_last":","},"finished":"any","name":"correct","number":"whole","relative_tolerance":0.0,"terminator":".","type":"numeric_match","weight":1.0}],"task":{"addend_max":9,"addend_min":0,"dev_fraction":0.06,"held_out_fraction":0.12,"prompts_per_length_max":20000,"seed":0,"terms_max":4,"terms_min":3,"type":"running_sums"}}"#);
 }
 
 #[test]
-fn a_task_whose_gold_answers_do_not_fit_the_reward_is_refused_when_opened() {
+fn gold_answers_that_do_not_fit_the_reward_are_refused_when_the_task_is_opened() {
     let folder = tempfile::tempdir().unwrap();
     let lines: String = (0..50)
         .map(|n| format!("{{\"prompt\": \"capital {n}?\", \"gold\": \"Paris\"}}\n"))
@@ -108,10 +114,10 @@ fn a_task_whose_gold_answers_do_not_fit_the_reward_is_refused_when_opened() {
     let config = RewardConfig::load(&path).unwrap();
     let refused = config.prepare(folder.path()).unwrap_err().to_string();
     assert!(refused.starts_with("prompt `capital "), "{refused}");
-    insta::assert_snapshot!(refused.split_once(": ").unwrap().1, @"the gold answer `Paris` is no number, so reward numeric_match cannot compare with it: write gold answers as plain numbers (26, -0.5, 1e3), or use exact_match");
+    insta::assert_snapshot!(refused.split_once(": ").unwrap().1, @"the gold answer `Paris` is not a number, so reward numeric_match cannot compare with it: write gold answers as plain numbers (26, -0.5, 1e3), or use exact_match");
 }
 
 #[test]
-fn a_file_that_is_not_there_is_named() {
+fn the_error_for_a_missing_file_names_it() {
     insta::assert_snapshot!(RewardConfig::load(Path::new("/nowhere/reward.toml")).unwrap_err(), @"/nowhere/reward.toml cannot be read (No such file or directory (os error 2)): give the path of a TOML file with [task] and [[reward]]");
 }

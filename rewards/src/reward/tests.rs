@@ -1,20 +1,22 @@
-//! What a composed reward promises: finite, within its range, each component by name, and the refusal of bad entries.
+//! A composed reward is finite and within its range, names each component, and refuses bad entries.
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::functions::tests::known_types;
 
-fn entry(text: &str) -> Result<RewardEntry, ConfigError> {
-    RewardEntry::from_table(text.parse().unwrap())
+fn entry(text: &str) -> Result<Component, ConfigError> {
+    Component::from_table(text.parse().unwrap())
 }
 
 fn refusal(text: &str) -> String {
-    entry(text).unwrap_err().to_string()
+    let refused = entry(text).unwrap_err().to_string();
+    refused.replace(&known_types(), "{types}")
 }
 
 fn composed(entries: &[&str]) -> Result<Reward, ConfigError> {
-    let entries: Vec<RewardEntry> = entries.iter().map(|text| entry(text).unwrap()).collect();
-    Reward::compile(&entries)
+    let components = entries.iter().map(|text| entry(text).unwrap());
+    Reward::of(components.collect())
 }
 
 fn everything() -> Reward {
@@ -31,7 +33,7 @@ fn everything() -> Reward {
 }
 
 #[test]
-fn components_are_reported_apart_and_the_total_is_their_weighted_sum() {
+fn components_are_reported_separately_and_the_total_is_their_weighted_sum() {
     let reward = composed(&[
         "type = 'numeric_match'\nname = 'correct'\nextract = { inside_tag = 'answer' }",
         "type = 'format'\ntags = ['think', 'answer']\nweight = 0.25",
@@ -63,32 +65,28 @@ fn components_are_reported_apart_and_the_total_is_their_weighted_sum() {
             max: 1.25
         }
     );
-    assert_eq!(
-        reward.names().collect::<Vec<_>>(),
-        ["correct", "format", "length"]
-    );
 }
 
 #[test]
 fn a_configuration_is_explained_in_sentences() {
     insta::assert_snapshot!(everything().explain().join("\n"), @r#"
-    exact_match (weight 0.1, range 0 to 1): pays 1 if what stands in the only <answer>…</answer> is the gold answer, character by character
+    exact_match (weight 0.1, range 0 to 1): pays 1 if the text inside the only <answer>…</answer> equals the gold answer, character by character
     numeric_match (weight 0.7, range 0 to 1): pays 1 if the last number of the whole text is within 0.1 or 30 % of the gold number
-    strict (weight 1, range 0 to 1): pays 1 if what follows the last `,` (the text must end with `.`) is exactly the gold number
-    regex (weight 1000000, range 0 to 1): pays 1 if group 1 of the first match of `(\d+)` is the gold answer
-    format (weight 0.3, range 0 to 1): pays 1 if the text has <think>…</think> <answer>…</answer> in this order, each once and not empty, with nothing outside of them
-    length (weight 0.9, range -1 to 0): takes up to 1 from a text outside 3 to 9 characters, in full when it is 7 characters off
-    tokens (weight 1, range -1 to 0): takes up to 1 from a text other than 9 tokens, in full when it is 7 tokens off; an answer that ran out of tokens gets the least
+    strict (weight 1, range 0 to 1): pays 1 if the text after the last `,` (the text must end with `.`) equals the gold number exactly
+    regex (weight 1000000, range 0 to 1): pays 1 if group 1 of the first match of `(\d+)` equals the gold answer
+    format (weight 0.3, range 0 to 1): pays 1 if the text has <think>…</think> <answer>…</answer> in this order, each once and not empty, with nothing outside them
+    length (weight 0.9, range -1 to 0): takes up to 1 from a text outside 3 to 9 characters, in full at a distance of 7 characters
+    tokens (weight 1, range -1 to 0): takes up to 1 from a text other than 9 tokens, in full at a distance of 7 tokens; an answer that ran out of tokens gets the lowest value
     the total is the weighted sum and lies in -1.9 to 1000002.1
     "#);
 }
 
 #[test]
-fn entries_that_are_mistaken_are_refused_with_the_way_out() {
-    insta::assert_snapshot!(refusal("weight = 1"), @"a reward has no `type`: add one of `exact_match`, `numeric_match`, `regex`, `format`, `length`");
-    insta::assert_snapshot!(refusal("type = 'llm_judge'\nname = 'quality'"), @"reward quality has the unknown type `llm_judge`: the types are `exact_match`, `numeric_match`, `regex`, `format`, `length`");
-    insta::assert_snapshot!(refusal("type = 'exact'"), @"a reward has the unknown type `exact`, did you mean `exact_match`: the types are `exact_match`, `numeric_match`, `regex`, `format`, `length`");
-    insta::assert_snapshot!(refusal("type = 3"), @"a reward has the unknown type `3`: the types are `exact_match`, `numeric_match`, `regex`, `format`, `length`");
+fn wrong_entries_are_refused_with_the_way_out() {
+    insta::assert_snapshot!(refusal("weight = 1"), @"a reward has no `type`: add one of {types}");
+    insta::assert_snapshot!(refusal("type = 'llm_judge'\nname = 'quality'"), @"reward quality has the unknown type `llm_judge`: the types are {types}");
+    insta::assert_snapshot!(refusal("type = 'exact'"), @"a reward has the unknown type `exact`, did you mean `exact_match`: the types are {types}");
+    insta::assert_snapshot!(refusal("type = 3"), @"a reward has the unknown type `3`: the types are {types}");
     insta::assert_snapshot!(refusal("type = 'numeric_match'\ntolerance = 0.1"), @"reward numeric_match has the unknown key `tolerance`, did you mean `absolute_tolerance`: its keys are `type`, `name`, `weight`, `finished`, `extract`, `terminator`, `number`, `absolute_tolerance`, `relative_tolerance`");
     insta::assert_snapshot!(refusal("type = 'numeric_match'\nwieght = 0.1"), @"reward numeric_match has the unknown key `wieght`, did you mean `weight`: its keys are `type`, `name`, `weight`, `finished`, `extract`, `terminator`, `number`, `absolute_tolerance`, `relative_tolerance`");
     insta::assert_snapshot!(refusal("type = 'numeric_match'\nabsolute_tolerance = -0.1"), @"reward numeric_match: `absolute_tolerance` is -0.1, but a tolerance must be a number of at least 0");
@@ -106,7 +104,7 @@ fn entries_that_are_mistaken_are_refused_with_the_way_out() {
 }
 
 #[test]
-fn lists_that_are_mistaken_are_refused_with_the_way_out() {
+fn wrong_lists_are_refused_with_the_way_out() {
     let refused = |entries: &[&str]| composed(entries).unwrap_err().to_string();
     insta::assert_snapshot!(refused(&[]), @r#"the configuration has no [[reward]]: add it, for example with `type = "exact_match"`"#);
     insta::assert_snapshot!(refused(&["type = 'exact_match'", "type = 'exact_match'"]), @"two rewards are named `exact_match`: give one of them another `name`");
@@ -115,7 +113,7 @@ fn lists_that_are_mistaken_are_refused_with_the_way_out() {
 }
 
 #[test]
-fn an_unfinished_answer_gets_the_least_where_finishing_is_required() {
+fn an_unfinished_answer_gets_the_lowest_value_if_finishing_is_required() {
     let reward = composed(&[
         "type = 'exact_match'\nfinished = 'required'",
         "type = 'length'\nmax = 100\nfinished = 'required'",
@@ -134,7 +132,7 @@ fn an_unfinished_answer_gets_the_least_where_finishing_is_required() {
 }
 
 #[test]
-fn an_entry_written_out_is_read_back_the_same() {
+fn a_written_entry_is_read_back_the_same() {
     for text in [
         "type = 'exact_match'\ncase = 'insensitive'",
         "type = 'numeric_match'\nname = 'correct'\nextract = { after_last = ',' }\nterminator = '.'\nnumber = 'whole'",
@@ -144,11 +142,9 @@ fn an_entry_written_out_is_read_back_the_same() {
     ] {
         let read = entry(text).unwrap();
         let written = toml::to_string(&read).unwrap();
-        assert_eq!(
-            toml::from_str::<RewardEntry>(&written).unwrap(),
-            read,
-            "{written}"
-        );
+        let read_back: Component = toml::from_str(&written).unwrap();
+        assert_eq!(read_back.config, read.config, "{written}");
+        assert_eq!(toml::to_string(&read_back).unwrap(), written);
     }
 }
 

@@ -1,5 +1,6 @@
-//! A user's own task: a JSONL file with a prompt and a gold answer on each line, other columns left alone. A prompt that
-//! stands twice with one gold answer is merged and counted; with two, the file is refused, since no reward could be right.
+//! A user's own task: a JSONL file with a prompt and a gold answer on each line; other columns are ignored. A prompt that
+//! occurs twice with one gold answer is merged and counted; with two gold answers the file is refused, since no reward
+//! could be right.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -8,15 +9,18 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Item, Partition, TaskError};
-use crate::jsonl::{JsonLines, Row};
+use muster_protocol::limits::GOLD_BYTES_MAX;
+
+use super::source::{Item, SourceItems, TaskError, TaskSource};
+use super::split::Partition;
+use crate::json_lines::{JsonLine, JsonlReader};
 use crate::tagged::ConfigError;
 
 /// `type = "jsonl"`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JsonlConfig {
-    /// The file; a relative path starts at the configuration's folder.
+    /// A relative path starts at the configuration's folder.
     pub file: String,
     /// Column that holds the prompt.
     #[serde(default = "default_prompt")]
@@ -30,7 +34,7 @@ pub struct JsonlConfig {
     /// Share of the prompts in the held-out split.
     #[serde(default = "default_held_out_fraction")]
     pub held_out_fraction: f64,
-    /// Share of the prompts in the development split; 0 does without one.
+    /// Share of the prompts in the development split; 0 leaves the split out.
     #[serde(default = "default_dev_fraction")]
     pub dev_fraction: f64,
     /// Seed of the splits and of the order.
@@ -54,14 +58,8 @@ fn default_dev_fraction() -> f64 {
     0.05
 }
 
-/// What a file held.
-pub(super) struct Read {
-    pub(super) items: Vec<Item>,
-    pub(super) duplicates: usize,
-}
-
-impl JsonlConfig {
-    pub(super) fn partition(&self) -> Partition {
+impl TaskSource for JsonlConfig {
+    fn partition(&self) -> Partition {
         Partition {
             held_out_fraction: self.held_out_fraction,
             development_fraction: self.dev_fraction,
@@ -69,7 +67,7 @@ impl JsonlConfig {
         }
     }
 
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+    fn validate(&self) -> Result<(), ConfigError> {
         if self.file.is_empty() {
             return Err(ConfigError::bad_value(
                 "file",
@@ -81,13 +79,13 @@ impl JsonlConfig {
             return Err(ConfigError::bad_value(
                 "gold",
                 format!("`{}`", self.gold),
-                "which is the prompt's column too: name another column",
+                "which is also the prompt's column: name another column",
             ));
         }
         self.partition().validate()
     }
 
-    pub(super) fn read(&self, base: &Path) -> Result<Read, TaskError> {
+    fn items(&self, base: &Path) -> Result<SourceItems, TaskError> {
         let unopenable = |reason: std::io::Error| TaskError::Unopenable {
             file: self.file.clone(),
             reason: reason.to_string(),
@@ -95,12 +93,14 @@ impl JsonlConfig {
         let file = File::open(base.join(&self.file)).map_err(unopenable)?;
         self.read_lines(BufReader::new(file))
     }
+}
 
-    fn read_lines(&self, reader: impl BufRead) -> Result<Read, TaskError> {
+impl JsonlConfig {
+    fn read_lines(&self, reader: impl BufRead) -> Result<SourceItems, TaskError> {
         let mut items: Vec<Item> = Vec::new();
         let mut first_seen: BTreeMap<String, (u64, usize)> = BTreeMap::new();
         let mut duplicates = 0;
-        for row in JsonLines::new(reader, &self.file) {
+        for row in JsonlReader::new(reader, &self.file) {
             let row = row?;
             let item = self.item(&row)?;
             match first_seen.get(&item.prompt) {
@@ -125,10 +125,14 @@ impl JsonlConfig {
                 file: self.file.clone(),
             });
         }
-        Ok(Read { items, duplicates })
+        Ok(SourceItems {
+            items,
+            duplicates,
+            alphabet: "",
+        })
     }
 
-    fn item(&self, row: &Row) -> Result<Item, TaskError> {
+    fn item(&self, row: &JsonLine) -> Result<Item, TaskError> {
         let prompt = row.text(
             &self.prompt,
             "set `prompt` in [task] to the column that holds the prompt",
@@ -141,10 +145,13 @@ impl JsonlConfig {
         if prompt.trim().is_empty() {
             return Err(empty(&self.prompt, "write a prompt or drop the line").into());
         }
-        // An empty gold answer would pay for saying nothing.
+        // An empty gold answer would pay for an empty completion.
         if gold.trim().is_empty() {
             return Err(empty(&self.gold, "write the answer or drop the line").into());
         }
+        // A longer text would not fit the message that takes it to a critic, and the run would stand still.
+        row.at_most(&self.prompt, prompt, GOLD_BYTES_MAX)?;
+        row.at_most(&self.gold, &gold, GOLD_BYTES_MAX)?;
         let demonstration = match &self.demonstration {
             None => None,
             Some(column) => {

@@ -1,21 +1,23 @@
-//! The procedural task: `9+8+7+2=` is to be answered `17,24,26.`, every running total and a dot. It can be learned by a
-//! model of 0.3M parameters in minutes, and a prompt's answer cannot be had by looking it up: the splits share no prompt.
+//! The procedural task: the answer to `9+8+7+2=` is `17,24,26.`, every running total and a full stop. A model of 0.3M
+//! parameters learns it in minutes.
 //!
-//! Why three terms at least: there are only 100 sums of two digits, and a policy that meets them a third of the time
-//! learns them by heart, its training reward rising while the held-out accuracy does not. Why addends 0 to 9 and three or
-//! four terms: 11,000 prompts, every step of the answer one digit added to a total of at most 27.
+//! Why three terms at least: there are only 100 sums of two digits, and a policy that sees them in a third of its prompts
+//! memorises them; its training reward rises while the held-out accuracy does not. Why addends 0 to 9 and three or four
+//! terms: they give 11,000 prompts, and each step of the answer adds one digit to a total of at most 27.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Item, Partition};
+use super::source::{Item, SourceItems, TaskError, TaskSource};
+use super::split::Partition;
 use crate::tagged::ConfigError;
 
 /// All characters of prompts and answers.
-pub const ALPHABET: &str = "0123456789+=,.";
+const ALPHABET: &str = "0123456789+=,.";
 
-/// Largest number of terms: a longer answer would need a longer context and teach nothing more.
+/// Largest number of terms: longer answers need a longer context and teach nothing more.
 const TERMS_MAX: u32 = 16;
 
 /// Largest addend: with 16 terms every total stays below 16,000.
@@ -28,7 +30,7 @@ const PROMPTS_PER_LENGTH_MAX: usize = 200_000;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunningSumsConfig {
-    /// Fewest terms of a prompt; at least 3, since two-term prompts are learned by heart.
+    /// Fewest terms of a prompt; at least 3, since two-term prompts are memorised.
     pub terms_min: u32,
     /// Most terms of a prompt.
     pub terms_max: u32,
@@ -36,15 +38,15 @@ pub struct RunningSumsConfig {
     pub addend_min: u32,
     /// Largest addend.
     pub addend_max: u32,
-    /// Most prompts taken of each number of terms; where there are more, that many are drawn, so that one length does
-    /// not crowd out the others.
+    /// Most prompts of each number of terms, so that one length does not crowd out the others. If there are more, this many
+    /// are drawn.
     pub prompts_per_length_max: usize,
     /// Share of the prompts in the held-out split.
     pub held_out_fraction: f64,
     /// Share of the prompts in the development split.
     pub dev_fraction: f64,
-    /// Seed of the splits and of the order; independent of the run's, so that runs with other seeds have the same
-    /// held-out set.
+    /// Seed of the splits and of the order; independent of the run's seed, so that runs with different seeds have the same
+    /// held-out split.
     pub seed: u64,
 }
 
@@ -56,7 +58,7 @@ impl Default for RunningSumsConfig {
             addend_min: 0,
             addend_max: 9,
             prompts_per_length_max: 20_000,
-            // 11,000 prompts: about 1,300 held out and 650 to decide on.
+            // Of 11,000 prompts about 1,300 are held out and 650 are for development.
             held_out_fraction: 0.12,
             dev_fraction: 0.06,
             seed: 0,
@@ -64,8 +66,8 @@ impl Default for RunningSumsConfig {
     }
 }
 
-impl RunningSumsConfig {
-    pub(super) fn partition(&self) -> Partition {
+impl TaskSource for RunningSumsConfig {
+    fn partition(&self) -> Partition {
         Partition {
             held_out_fraction: self.held_out_fraction,
             development_fraction: self.dev_fraction,
@@ -73,12 +75,12 @@ impl RunningSumsConfig {
         }
     }
 
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+    fn validate(&self) -> Result<(), ConfigError> {
         if self.terms_min < 3 {
             return Err(ConfigError::bad_value(
                 "terms_min",
                 self.terms_min,
-                "but it must be at least 3: shorter prompts are so few that they are learned by heart",
+                "but it must be at least 3: shorter prompts are so few that they are memorised",
             ));
         }
         if !(self.terms_min..=TERMS_MAX).contains(&self.terms_max) {
@@ -111,23 +113,27 @@ impl RunningSumsConfig {
         self.partition().validate()
     }
 
-    /// All prompts, each once.
-    pub(super) fn items(&self) -> Vec<Item> {
-        (self.terms_min..=self.terms_max)
-            .flat_map(|terms| self.sums_of(terms))
-            .map(|addends| item(&addends))
-            .collect()
+    fn items(&self, _: &Path) -> Result<SourceItems, TaskError> {
+        let lengths = self.terms_min..=self.terms_max;
+        let sums = lengths.flat_map(|terms| self.sums_of(terms));
+        Ok(SourceItems {
+            items: sums.map(|addends| item(&addends)).collect(),
+            duplicates: 0,
+            alphabet: ALPHABET,
+        })
     }
+}
 
-    /// The sums of one length: every one there is, or as many as the cap draws.
+impl RunningSumsConfig {
+    /// The sums of one length: all of them, or as many as the cap allows.
     fn sums_of(&self, terms: u32) -> BTreeSet<Vec<u32>> {
         let choices = self.addend_max - self.addend_min + 1;
         let all = u64::from(choices).saturating_pow(terms);
         if all <= self.prompts_per_length_max as u64 {
             return (0..all).map(|index| self.addends(index, terms)).collect();
         }
-        // There are more than the cap, so distinct draws cannot run out; the stream is the hash's own, which no
-        // library's change of generator can move.
+        // There are more sums than the cap, so distinct draws cannot run out. The stream comes from the hash, so that no
+        // library update changes it.
         let mut hasher = blake3::Hasher::new_derive_key("muster running sums draw v1");
         hasher.update(&self.seed.to_le_bytes());
         hasher.update(&terms.to_le_bytes());
@@ -171,7 +177,7 @@ fn item(addends: &[u32]) -> Item {
             total.to_string()
         })
         .collect();
-    // The first total is the first term itself: writing it again would ask for nothing.
+    // The first total is the first term itself, which the prompt shows already.
     let written = totals.get(1..).unwrap_or_default();
     Item {
         prompt: format!("{}=", terms.join("+")),
@@ -185,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_is_the_running_totals_and_a_dot() {
+    fn an_answer_lists_the_running_totals_and_ends_with_a_full_stop() {
         let item = item(&[9, 8, 7, 2]);
         assert_eq!(item.prompt, "9+8+7+2=");
         assert_eq!(item.gold, "26");
@@ -193,15 +199,20 @@ mod tests {
     }
 
     #[test]
-    fn where_there_are_more_sums_than_the_cap_distinct_ones_are_drawn() {
+    fn distinct_sums_are_drawn_if_there_are_more_than_the_cap() {
         let config = RunningSumsConfig {
             terms_max: 5,
             addend_max: 12,
             prompts_per_length_max: 2_197,
             ..Default::default()
         };
-        let prompts: BTreeSet<String> =
-            config.items().into_iter().map(|item| item.prompt).collect();
+        let prompts: BTreeSet<String> = config
+            .items(Path::new(""))
+            .unwrap()
+            .items
+            .into_iter()
+            .map(|item| item.prompt)
+            .collect();
         assert_eq!(
             prompts.len(),
             3 * 2_197,
@@ -210,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_named() {
+    fn values_outside_their_limits_are_refused_with_the_limits() {
         let refusal = |config: RunningSumsConfig| {
             config
                 .validate()
@@ -220,7 +231,7 @@ mod tests {
         };
         insta::assert_snapshot!(
             refusal(RunningSumsConfig { terms_min: 2, ..Default::default() }),
-            @"task: `terms_min` is 2, but it must be at least 3: shorter prompts are so few that they are learned by heart"
+            @"task: `terms_min` is 2, but it must be at least 3: shorter prompts are so few that they are memorised"
         );
         insta::assert_snapshot!(
             refusal(RunningSumsConfig { terms_max: 99, ..Default::default() }),

@@ -1,4 +1,4 @@
-//! What a task promises: its size, its disjoint splits, its fixed order, and the refusal of bad files.
+//! The size of a task, its disjoint splits, its fixed order, and the refusal of bad files.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -6,6 +6,7 @@ use std::io::Write;
 use proptest::prelude::*;
 
 use super::*;
+use crate::tagged::quoted;
 
 fn opened(config: &str) -> Result<Task, TaskError> {
     let config = TaskConfig::from_table(config.parse().unwrap())?;
@@ -39,6 +40,12 @@ fn refusal(content: &str, keys: &str) -> String {
     from_file(content.as_bytes(), keys).unwrap_err().to_string()
 }
 
+/// An error whose list of types stands for itself, so that no test repeats it.
+fn without_types(error: TaskError) -> String {
+    let types = quoted(TaskConfig::TYPES.iter().map(|kind| kind.name));
+    error.to_string().replace(&types, "{types}")
+}
+
 fn questions(count: usize) -> String {
     (0..count)
         .map(|n| {
@@ -61,7 +68,7 @@ fn the_default_task_has_ten_thousand_distinct_prompts_and_large_held_out_splits(
     assert_eq!(
         lengths.iter().sum::<usize>(),
         all.len(),
-        "a prompt stands in two splits"
+        "a prompt is in two splits"
     );
     assert_eq!(all.len(), 11_000);
     assert!(task.len(Split::Development) >= 500, "{lengths:?}");
@@ -191,7 +198,7 @@ fn the_order_of_the_lines_does_not_matter() {
 }
 
 #[test]
-fn columns_can_be_named_and_others_are_left_alone() {
+fn columns_can_be_named_and_others_are_ignored() {
     let file = b"{\"q\": \"1+1\", \"a\": 2, \"steps\": \"two.\", \"source\": [1, {}]}\n";
     let keys = "prompt = 'q'\ngold = 'a'\ndemonstration = 'steps'\nheld_out_fraction = 0\ndev_fraction = 0";
     let task = from_file(file, keys).unwrap();
@@ -230,7 +237,7 @@ fn a_repeated_prompt_is_merged_or_refused() {
 fn bad_files_are_refused_with_line_and_way_out() {
     insta::assert_snapshot!(
         refusal("", ""),
-        @"the task file task.jsonl holds no prompt: write one JSON object a line"
+        @"the task file task.jsonl has no prompt: write one JSON object on each line"
     );
     insta::assert_snapshot!(
         refusal("{\"question\": \"1+1\"}", ""),
@@ -254,7 +261,7 @@ fn bad_files_are_refused_with_line_and_way_out() {
     );
     insta::assert_snapshot!(
         refusal("{\"prompt\": \"1+1\", \"gold\": 2}", ""),
-        @"none of the task's 1 prompts falls into the development split: add prompts, or change `dev_fraction` (0 does without it) or `seed`"
+        @"none of the task's 1 prompts falls into the development split: add prompts, or change `dev_fraction` (0 leaves the split out) or `seed`"
     );
     let folder = TaskConfig::Jsonl(toml::from_str("file = '.'").unwrap());
     insta::assert_snapshot!(
@@ -269,14 +276,34 @@ fn bad_files_are_refused_with_line_and_way_out() {
 }
 
 #[test]
-fn bad_configurations_are_refused() {
+fn a_text_that_fits_no_message_is_refused_when_the_file_is_read() {
+    let long = "9".repeat(65_537);
     insta::assert_snapshot!(
-        opened("terms_min = 3").unwrap_err(),
-        @"task has no `type`: add one of `running_sums`, `jsonl`"
+        refusal(&format!("{{\"prompt\": \"1+1\", \"gold\": 2}}\n{{\"prompt\": \"2+2\", \"gold\": \"{long}\"}}\n"), ""),
+        @"task.jsonl:2: column `gold` is 65537 bytes long, the limit is 65536: shorten it or drop the line"
     );
     insta::assert_snapshot!(
-        opened("type = 'runing_sums'").unwrap_err(),
-        @"task has the unknown type `runing_sums`, did you mean `running_sums`: the types are `running_sums`, `jsonl`"
+        refusal(&format!("{{\"prompt\": \"{long}\", \"gold\": 2}}\n"), ""),
+        @"task.jsonl:1: column `prompt` is 65537 bytes long, the limit is 65536: shorten it or drop the line"
+    );
+    let longest = &long[1..];
+    let line = format!("{{\"prompt\": \"{longest}\", \"gold\": \"{longest}\"}}\n");
+    let keys = "held_out_fraction = 0\ndev_fraction = 0";
+    assert_eq!(
+        from_file(line.as_bytes(), keys).unwrap().len(Split::Train),
+        1
+    );
+}
+
+#[test]
+fn bad_configurations_are_refused() {
+    insta::assert_snapshot!(
+        without_types(opened("terms_min = 3").unwrap_err()),
+        @"task has no `type`: add one of {types}"
+    );
+    insta::assert_snapshot!(
+        without_types(opened("type = 'runing_sums'").unwrap_err()),
+        @"task has the unknown type `runing_sums`, did you mean `running_sums`: the types are {types}"
     );
     insta::assert_snapshot!(
         opened("type = 'jsonl'").unwrap_err(),
@@ -292,7 +319,7 @@ fn bad_configurations_are_refused() {
     );
     insta::assert_snapshot!(
         opened("type = 'jsonl'\nfile = 'x'\ngold = 'prompt'").unwrap_err(),
-        @"task jsonl: `gold` is `prompt`, which is the prompt's column too: name another column"
+        @"task jsonl: `gold` is `prompt`, which is also the prompt's column: name another column"
     );
 }
 
@@ -305,7 +332,7 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_prompts_stand_in_exactly_one_split(
+    fn arbitrary_prompts_are_in_exactly_one_split(
         texts in proptest::collection::btree_set("\\PC{1,12}", 1..60), seed in any::<u64>(), held_out in 0.0..0.5f64,
     ) {
         let items: Vec<Item> = texts
@@ -313,7 +340,7 @@ proptest! {
             .map(|prompt| Item { prompt: prompt.clone(), gold: "1".to_owned(), demonstration: None })
             .collect();
         let partition = Partition { held_out_fraction: held_out, development_fraction: 0.2, seed };
-        if let Ok(task) = Task::from_items(items, partition) {
+        if let Ok(task) = Task::from_items(SourceItems { items, duplicates: 0, alphabet: "" }, partition) {
             let mut seen: Vec<&str> = Split::ALL.iter().flat_map(|split| prompts(&task, *split)).collect();
             seen.sort_unstable();
             prop_assert_eq!(seen, texts.iter().map(String::as_str).collect::<Vec<_>>());

@@ -1,40 +1,39 @@
-//! `exact_match`: 1 if the answer is the gold answer character by character, white space at the ends left out. No
-//! Unicode normalisation: its tables change with the standard library, and two machines must agree on a reward.
+//! `exact_match`: 1 if the answer equals the gold answer character by character; white space at both ends is ignored. There
+//! is no Unicode normalisation: its tables change with the standard library, and two machines must agree on a reward.
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Extract, Function, UnfitGold, right};
-use crate::reward::Answer;
+use super::extract::Extract;
+use crate::function::{Answer, Compile, Function, UnfitGold};
 use crate::tagged::ConfigError;
 
-/// How letters are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Case {
-    /// `A` is not `a`.
+pub(crate) enum Case {
     #[default]
     Sensitive,
-    /// `A` is `a`, for the letters of ASCII.
+    /// Ignores the case of ASCII letters only.
     Insensitive,
 }
 
 /// `type = "exact_match"`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct ExactMatchConfig {
-    /// Where the answer stands in the text.
-    pub extract: Extract,
-    /// What the text must end with; it is no part of the answer.
+pub(crate) struct ExactMatchConfig {
+    /// Where the answer is in the text.
+    extract: Extract,
+    /// Text that must end the completion; it is not part of the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub terminator: Option<String>,
-    /// How letters are compared.
-    pub case: Case,
+    terminator: Option<String>,
+    case: Case,
 }
 
-impl ExactMatchConfig {
-    pub(super) fn checked(self) -> Result<Self, ConfigError> {
+impl Compile for ExactMatchConfig {
+    fn compile(&self) -> Result<Arc<dyn Function>, ConfigError> {
         self.extract.validate(self.terminator.as_deref())?;
-        Ok(self)
+        Ok(Arc::new(self.clone()))
     }
 }
 
@@ -42,19 +41,20 @@ impl Function for ExactMatchConfig {
     fn value(&self, answer: &Answer<'_>, gold: &str) -> Result<f64, UnfitGold> {
         let gold = gold.trim();
         let read = self.extract.read(self.terminator.as_deref(), answer.text);
-        Ok(right(read.is_some_and(|read| match self.case {
+        let is_right = read.is_some_and(|read| match self.case {
             Case::Sensitive => read == gold,
             Case::Insensitive => read.eq_ignore_ascii_case(gold),
-        })))
+        });
+        Ok(is_right.into())
     }
 
     fn explain(&self) -> String {
         let case = match self.case {
             Case::Sensitive => "",
-            Case::Insensitive => ", upper and lower case alike",
+            Case::Insensitive => ", ignoring upper and lower case",
         };
         format!(
-            "pays 1 if {} is the gold answer, character by character{case}",
+            "pays 1 if {} equals the gold answer, character by character{case}",
             self.extract.explain(self.terminator.as_deref())
         )
     }
@@ -67,10 +67,10 @@ impl Function for ExactMatchConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::function::tests::value_of;
+    use crate::functions::tests::value_of;
 
     #[test]
-    fn the_answer_must_be_the_gold_answer_to_the_character() {
+    fn every_character_of_the_answer_must_match() {
         let exact = ExactMatchConfig::default();
         assert_eq!(value_of(&exact, "Paris", "Paris"), 1.0);
         assert_eq!(value_of(&exact, " Paris\n", "Paris "), 1.0);
@@ -78,12 +78,12 @@ mod tests {
         assert_eq!(value_of(&exact, "Paris.", "Paris"), 0.0);
         assert_eq!(value_of(&exact, "Paris Paris", "Paris"), 0.0);
         assert_eq!(value_of(&exact, "", "Paris"), 0.0);
-        // é as one character and as two.
+        // é as one code point and as two.
         assert_eq!(value_of(&exact, "caf\u{e9}", "cafe\u{301}"), 0.0);
     }
 
     #[test]
-    fn case_and_place_can_be_chosen() {
+    fn letter_case_can_be_ignored_and_the_answer_read_from_a_tag() {
         let exact = ExactMatchConfig {
             extract: Extract::InsideTag("answer".to_owned()),
             case: Case::Insensitive,

@@ -1,45 +1,45 @@
-//! `numeric_match`: 1 if a number of the answer is the gold number within a tolerance. Without a tolerance the decimals are
-//! compared exactly, beyond what f64 can hold.
+//! `numeric_match`: 1 if a number in the answer equals the gold number within a tolerance. Without a tolerance the decimals
+//! are compared exactly, beyond the precision of f64.
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::extract::Extract;
 use super::number::{Number, numbers_of};
-use super::{Extract, Function, UnfitGold, right};
-use crate::reward::Answer;
+use crate::function::{Answer, Compile, Function, UnfitGold};
 use crate::tagged::ConfigError;
 
-/// Which number of the extracted answer counts.
+/// The number of the extracted answer that counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Which {
-    /// The last one, as in prose that ends with the result.
+pub(crate) enum NumberChoice {
+    /// Fits prose that ends with the result.
     #[default]
     Last,
-    /// The first one.
     First,
-    /// The answer must be a number and nothing else.
+    /// The answer must be one number and nothing else.
     Whole,
 }
 
 /// `type = "numeric_match"`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct NumericMatchConfig {
-    /// Where the answer stands in the text.
-    pub extract: Extract,
-    /// What the text must end with; it is no part of the answer.
+pub(crate) struct NumericMatchConfig {
+    /// Where the answer is in the text.
+    extract: Extract,
+    /// Text that must end the completion; it is not part of the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub terminator: Option<String>,
-    /// Which number of the answer counts.
-    pub number: Which,
+    terminator: Option<String>,
+    number: NumberChoice,
     /// Largest |answer − gold| that is right.
-    pub absolute_tolerance: f64,
+    absolute_tolerance: f64,
     /// Largest |answer − gold| that is right, as a share of |gold|; the larger of the two tolerances counts.
-    pub relative_tolerance: f64,
+    relative_tolerance: f64,
 }
 
-impl NumericMatchConfig {
-    pub(super) fn checked(self) -> Result<Self, ConfigError> {
+impl Compile for NumericMatchConfig {
+    fn compile(&self) -> Result<Arc<dyn Function>, ConfigError> {
         self.extract.validate(self.terminator.as_deref())?;
         if !(self.absolute_tolerance >= 0.0 && self.absolute_tolerance.is_finite()) {
             return Err(ConfigError::bad_value(
@@ -56,11 +56,13 @@ impl NumericMatchConfig {
                 "but it must be at least 0 and below 1, since at 1 the answer 0 would always be right",
             ));
         }
-        Ok(self)
+        Ok(Arc::new(self.clone()))
     }
+}
 
+impl NumericMatchConfig {
     fn is_right(&self, number: &Number, gold: &Number) -> bool {
-        if number.is(gold) {
+        if number.equals(gold) {
             return true;
         }
         let tolerance = self
@@ -73,28 +75,27 @@ impl NumericMatchConfig {
 impl Function for NumericMatchConfig {
     fn value(&self, answer: &Answer<'_>, gold: &str) -> Result<f64, UnfitGold> {
         let gold = Number::parse(gold.trim()).ok_or(UnfitGold {
-            found: "no number",
+            found: "not a number",
             way_out: "write gold answers as plain numbers (26, -0.5, 1e3), or use exact_match",
         })?;
         let read = self.extract.read(self.terminator.as_deref(), answer.text);
         let number = read.and_then(|read| match self.number {
-            Which::Last => numbers_of(read).next_back(),
-            Which::First => numbers_of(read).next(),
-            Which::Whole => Number::parse(read),
+            NumberChoice::Last => numbers_of(read).next_back(),
+            NumberChoice::First => numbers_of(read).next(),
+            NumberChoice::Whole => Number::parse(read),
         });
-        Ok(right(
-            number.is_some_and(|number| self.is_right(&number, &gold)),
-        ))
+        let is_right = number.is_some_and(|number| self.is_right(&number, &gold));
+        Ok(is_right.into())
     }
 
     fn explain(&self) -> String {
         let which = match self.number {
-            Which::Last => "the last number of ",
-            Which::First => "the first number of ",
-            Which::Whole => "",
+            NumberChoice::Last => "the last number of ",
+            NumberChoice::First => "the first number of ",
+            NumberChoice::Whole => "",
         };
         let tolerance = match (self.absolute_tolerance, self.relative_tolerance) {
-            (0.0, 0.0) => "is exactly the gold number".to_owned(),
+            (0.0, 0.0) => "equals the gold number exactly".to_owned(),
             (absolute, 0.0) => format!("is within {absolute} of the gold number"),
             (0.0, relative) => format!("is within {} % of the gold number", relative * 100.0),
             (absolute, relative) => format!(
@@ -116,19 +117,19 @@ impl Function for NumericMatchConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::function::tests::{refusal_of_gold, value_of};
+    use crate::functions::tests::value_of;
 
     fn running_sums() -> NumericMatchConfig {
         NumericMatchConfig {
             extract: Extract::AfterLast(",".to_owned()),
             terminator: Some(".".to_owned()),
-            number: Which::Whole,
+            number: NumberChoice::Whole,
             ..Default::default()
         }
     }
 
     #[test]
-    fn the_number_after_the_last_comma_must_be_the_sum_and_the_text_must_end_with_a_dot() {
+    fn a_running_sum_needs_the_right_last_number_and_the_final_dot() {
         let sums = running_sums();
         assert_eq!(value_of(&sums, "17,24,26.", "26"), 1.0);
         assert_eq!(value_of(&sums, "1,2,26.", "26"), 1.0);
@@ -160,10 +161,10 @@ mod tests {
     }
 
     #[test]
-    fn the_last_or_first_number_of_a_text_can_be_read() {
+    fn the_last_or_the_first_number_of_a_text_can_be_chosen() {
         let last = NumericMatchConfig::default();
         let first = NumericMatchConfig {
-            number: Which::First,
+            number: NumberChoice::First,
             ..Default::default()
         };
         let text = "first 17, then 24, so the answer is 26.";
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_tolerance_integers_beyond_f64_are_told_apart() {
+    fn without_a_tolerance_integers_beyond_f64_are_compared_exactly() {
         let exact = NumericMatchConfig::default();
         assert_eq!(
             value_of(&exact, "9007199254740993", "9007199254740993"),
@@ -205,10 +206,15 @@ mod tests {
     }
 
     #[test]
-    fn a_gold_answer_that_is_no_number_is_refused_and_not_scored() {
-        insta::assert_snapshot!(
-            refusal_of_gold(r#"type = "numeric_match""#, "Paris"),
-            @"the gold answer `Paris` is no number, so reward numeric_match cannot compare with it: write gold answers as plain numbers (26, -0.5, 1e3), or use exact_match"
-        );
+    fn a_gold_answer_that_is_not_a_number_is_refused() {
+        let function = NumericMatchConfig::default().compile().unwrap();
+        let answer = Answer {
+            prompt: "",
+            text: "",
+            finished: true,
+            tokens: 0,
+        };
+        let refused = function.value(&answer, "Paris");
+        assert_eq!(refused.map_err(|unfit| unfit.found), Err("not a number"));
     }
 }

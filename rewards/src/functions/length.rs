@@ -1,57 +1,54 @@
-//! `length`: 0 inside the allowed lengths, falling linearly to −1 outside of them. A penalty and never a bonus: a bonus for
-//! length alone is earned by filler.
+//! `length`: 0 inside the allowed lengths, falling linearly to −1 outside them. It is a penalty and never a bonus: filler
+//! text would earn a bonus for length alone.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Function, UnfitGold};
-use crate::reward::{Answer, Range};
+use crate::function::{Answer, Compile, Function, Range, UnfitGold};
 use crate::tagged::ConfigError;
 
-/// What is counted.
+/// Penalty-free margin before the penalty is full, in units: steep enough to matter in a group of answers of a few hundred
+/// tokens.
+const RAMP_DEFAULT: NonZeroU32 = NonZeroU32::new(100).unwrap();
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Unit {
-    /// Tokens of the policy's tokenizer.
+pub(crate) enum Unit {
+    /// Of the policy's tokenizer.
     #[default]
     Tokens,
-    /// Unicode characters.
+    /// Unicode scalar values.
     Chars,
 }
 
 /// `type = "length"`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct LengthConfig {
-    /// What is counted.
+pub(crate) struct LengthConfig {
     #[serde(default)]
-    pub unit: Unit,
+    unit: Unit,
     /// The only length without a penalty; instead of `min` and `max`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub target: Option<u32>,
+    target: Option<u32>,
     /// Shortest length without a penalty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub min: Option<u32>,
+    min: Option<u32>,
     /// Longest length without a penalty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max: Option<u32>,
-    /// How far outside the penalty is full.
+    max: Option<u32>,
+    /// Distance from the allowed lengths at which the penalty is full.
     #[serde(default = "default_ramp")]
-    pub ramp: NonZeroU32,
+    ramp: NonZeroU32,
 }
 
-/// 100 tokens: steep enough to be felt in a group of answers of a few hundred.
 fn default_ramp() -> NonZeroU32 {
-    const RAMP: NonZeroU32 = match NonZeroU32::new(100) {
-        Some(ramp) => ramp,
-        None => NonZeroU32::MIN,
-    };
-    RAMP
+    RAMP_DEFAULT
 }
 
-impl LengthConfig {
-    pub(super) fn checked(self) -> Result<Self, ConfigError> {
+impl Compile for LengthConfig {
+    fn compile(&self) -> Result<Arc<dyn Function>, ConfigError> {
         match (self.target, self.min, self.max) {
             (None, None, None) => Err(ConfigError::bad_value(
                 "target",
@@ -70,10 +67,12 @@ impl LengthConfig {
                 min,
                 format!("but it must not be above `max` ({max})"),
             )),
-            _ => Ok(self),
+            _ => Ok(Arc::new(self.clone())),
         }
     }
+}
 
+impl LengthConfig {
     /// Shortest and longest length without a penalty.
     fn bounds(&self) -> (u64, u64) {
         let shortest = self.target.or(self.min).unwrap_or(0);
@@ -107,7 +106,7 @@ impl Function for LengthConfig {
             .saturating_sub(length)
             .max(length.saturating_sub(longest));
         let ramp = u64::from(self.ramp.get());
-        // At most the ramp, which is below 2^32: both conversions are exact. 0 − x, since −0 would be printed as such.
+        // Both numbers are below 2^32, so the conversions are exact. `0.0 -` instead of `-` avoids printing −0.
         Ok(0.0 - outside.min(ramp) as f64 / ramp as f64)
     }
 
@@ -120,7 +119,7 @@ impl Function for LengthConfig {
             (None, None, max) => format!("above {} {unit}", max.unwrap_or(u32::MAX)),
         };
         format!(
-            "takes up to 1 from a text {allowed}, in full when it is {} {unit} off",
+            "takes up to 1 from a text {allowed}, in full at a distance of {} {unit}",
             self.ramp
         )
     }
@@ -133,15 +132,15 @@ impl Function for LengthConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::function::tests::value_of;
+    use crate::functions::tests::{refusal, value_of};
 
-    fn config(text: &str) -> Result<LengthConfig, ConfigError> {
-        toml::from_str::<LengthConfig>(text).unwrap().checked()
+    fn config(text: &str) -> LengthConfig {
+        toml::from_str(text).unwrap()
     }
 
     #[test]
     fn the_penalty_grows_linearly_outside_the_bounds() {
-        let length = config("unit = 'chars'\nmin = 2\nmax = 4\nramp = 4").unwrap();
+        let length = config("unit = 'chars'\nmin = 2\nmax = 4\nramp = 4");
         for (text, expected) in [
             ("", -0.5),
             ("a", -0.25),
@@ -158,8 +157,8 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_counted_where_the_unit_says_so() {
-        let length = config("target = 10\nramp = 10").unwrap();
+    fn tokens_are_counted_if_the_unit_is_tokens() {
+        let length = config("target = 10\nramp = 10");
         let value = |tokens| {
             let answer = Answer {
                 prompt: "",
@@ -174,23 +173,18 @@ mod tests {
 
     #[test]
     fn bounds_that_contradict_each_other_are_refused() {
-        let refusal = |text| {
-            config(text)
-                .unwrap_err()
-                .in_section("reward length")
-                .to_string()
-        };
+        let refusal = |text| refusal(&config(text));
         insta::assert_snapshot!(
             refusal(""),
-            @"reward length: `target` is absent, and so are `min` and `max`: give one of them"
+            @"reward x: `target` is absent, and so are `min` and `max`: give one of them"
         );
         insta::assert_snapshot!(
             refusal("target = 5\nmax = 9"),
-            @"reward length: `target` is 5, but `min` or `max` is given too: keep either the target or the bounds"
+            @"reward x: `target` is 5, but `min` or `max` is given too: keep either the target or the bounds"
         );
         insta::assert_snapshot!(
             refusal("min = 9\nmax = 5"),
-            @"reward length: `min` is 9, but it must not be above `max` (5)"
+            @"reward x: `min` is 9, but it must not be above `max` (5)"
         );
     }
 }

@@ -1,5 +1,5 @@
-//! Lines of a JSONL file that anybody may have written: each is bounded before it is read, must be UTF-8 and one JSON
-//! object, and every complaint names file and line. Knows nothing about what the columns mean.
+//! Lines of an untrusted JSONL file: each line is bounded before it is read and must be one JSON object in UTF-8; every
+//! error names the file and the line. Knows nothing about the meaning of the columns.
 
 use std::io::{BufRead, Read};
 
@@ -7,106 +7,82 @@ use serde_json::{Map, Value};
 
 use crate::tagged::shortened;
 
-/// Longest line taken. A prompt of a 128k-token context is about 0.5 MB; a longer line is another kind of file.
-pub const LINE_BYTES_MAX: usize = 1 << 20;
+/// Longest line, in bytes: a prompt of 128k tokens is about 0.5 MB, so a longer line is another kind of file.
+const LINE_BYTES_MAX: usize = 1 << 20;
 
-/// Most lines taken: a task's items are held in memory.
-pub const LINES_MAX: u64 = 2_000_000;
+/// Most lines: a task's items are held in memory.
+const LINES_MAX: u64 = 2_000_000;
 
-/// Integers beyond this lose digits as a JSON number.
+/// Integers from here on lose digits as a JSON number (2^53).
 const EXACT_INTEGER_MAX: f64 = 9_007_199_254_740_992.0;
 
-/// Why a line is refused.
+/// Why a line is refused. Lines count from 1.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum JsonlError {
-    /// The disk or pipe failed.
     #[error("{file}:{line} cannot be read ({reason}): give a readable file")]
     Unreadable {
-        /// The file's name.
         file: String,
-        /// Line, from 1.
         line: u64,
-        /// What the system said.
         reason: String,
     },
-    /// A line longer than [`LINE_BYTES_MAX`].
     #[error(
         "{file}:{line} is longer than {LINE_BYTES_MAX} bytes: put one JSON object on each line, or shorten it"
     )]
-    LineTooLong {
-        /// The file's name.
-        file: String,
-        /// Line, from 1.
-        line: u64,
-    },
-    /// More lines than [`LINES_MAX`].
+    LineTooLong { file: String, line: u64 },
     #[error("{file} has more than {LINES_MAX} lines: split it")]
-    TooManyLines {
-        /// The file's name.
-        file: String,
-    },
-    /// Bytes that are no text.
+    TooManyLines { file: String },
     #[error("{file}:{line} is not UTF-8: save the file as UTF-8 (is it compressed?)")]
-    NotUtf8 {
-        /// The file's name.
-        file: String,
-        /// Line, from 1.
-        line: u64,
-    },
-    /// Text that is no JSON object.
+    NotUtf8 { file: String, line: u64 },
     #[error(
         "{file}:{line} is not one JSON object ({reason}): write it as {{\"prompt\": \"…\", \"gold\": \"…\"}}"
     )]
     NotAnObject {
-        /// The file's name.
         file: String,
-        /// Line, from 1.
         line: u64,
-        /// What the parser found.
         reason: String,
     },
-    /// A column that is needed and not there.
     #[error("{file}:{line} has no column `{column}`, it has {found}: {way_out}")]
     MissingColumn {
-        /// The file's name.
         file: String,
-        /// Line, from 1.
         line: u64,
-        /// The column.
         column: String,
-        /// The columns there are.
+        /// The columns of the line.
         found: String,
-        /// What to change.
         way_out: String,
     },
-    /// A column of the wrong type, or one that is empty.
+    /// A column is empty or has the wrong type.
     #[error("{file}:{line}: column `{column}` is {found}: {way_out}")]
     BadColumn {
-        /// The file's name.
         file: String,
-        /// Line, from 1.
         line: u64,
-        /// The column.
         column: String,
-        /// What it is.
         found: &'static str,
-        /// What to change.
         way_out: &'static str,
+    },
+    #[error(
+        "{file}:{line}: column `{column}` is {bytes} bytes long, the limit is {bytes_max}: shorten it or drop the line"
+    )]
+    ColumnTooLong {
+        file: String,
+        line: u64,
+        column: String,
+        bytes: usize,
+        bytes_max: usize,
     },
 }
 
-/// The lines of one file, as JSON objects. Blank lines are passed over; the first error ends the iteration.
+/// Iterates over the lines of one file as JSON objects. Skips blank lines; the first error ends the iteration.
 #[derive(Debug)]
-pub struct JsonLines<R> {
+pub(crate) struct JsonlReader<R> {
     reader: R,
     file: String,
     line: u64,
     ended: bool,
 }
 
-impl<R: BufRead> JsonLines<R> {
-    /// Reads `reader`, calling it `file` in errors.
-    pub fn new(reader: R, file: impl Into<String>) -> Self {
+impl<R: BufRead> JsonlReader<R> {
+    /// `file` is the name of `reader` in errors.
+    pub(crate) fn new(reader: R, file: impl Into<String>) -> Self {
         Self {
             reader,
             file: file.into(),
@@ -115,7 +91,7 @@ impl<R: BufRead> JsonLines<R> {
         }
     }
 
-    fn next_row(&mut self) -> Result<Option<Row>, JsonlError> {
+    fn next_object(&mut self) -> Result<Option<JsonLine>, JsonlError> {
         loop {
             self.line += 1;
             let Some(bytes) = self.next_bytes()? else {
@@ -133,7 +109,7 @@ impl<R: BufRead> JsonLines<R> {
                 continue;
             }
             return match serde_json::from_str::<Value>(text) {
-                Ok(Value::Object(columns)) => Ok(Some(Row {
+                Ok(Value::Object(columns)) => Ok(Some(JsonLine {
                     file,
                     line,
                     columns,
@@ -152,7 +128,7 @@ impl<R: BufRead> JsonLines<R> {
         }
     }
 
-    /// One line's bytes, or nothing at the end of the file. Never reads more than the bound.
+    /// The bytes of one line without its line feed, or none at the end of the file. Reads at most one byte beyond the bound.
     fn next_bytes(&mut self) -> Result<Option<Vec<u8>>, JsonlError> {
         let mut bytes = Vec::new();
         let limit = LINE_BYTES_MAX as u64 + 1;
@@ -179,32 +155,31 @@ impl<R: BufRead> JsonLines<R> {
     }
 }
 
-impl<R: BufRead> Iterator for JsonLines<R> {
-    type Item = Result<Row, JsonlError>;
+impl<R: BufRead> Iterator for JsonlReader<R> {
+    type Item = Result<JsonLine, JsonlError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
             return None;
         }
-        let row = self.next_row().transpose();
+        let row = self.next_object().transpose();
         self.ended = !matches!(row, Some(Ok(_)));
         row
     }
 }
 
-/// One line: a JSON object and where it stood.
+/// One line: a JSON object with its place in the file.
 #[derive(Debug, Clone)]
-pub struct Row {
-    /// The file's name.
-    pub file: String,
-    /// Line, from 1.
-    pub line: u64,
+pub(crate) struct JsonLine {
+    pub(crate) file: String,
+    /// From 1.
+    pub(crate) line: u64,
     columns: Map<String, Value>,
 }
 
-impl Row {
-    /// Whether the column is there and not null.
-    pub fn has(&self, column: &str) -> bool {
+impl JsonLine {
+    /// Whether the column exists and is not null.
+    pub(crate) fn has(&self, column: &str) -> bool {
         self.columns
             .get(column)
             .is_some_and(|value| !value.is_null())
@@ -213,23 +188,23 @@ impl Row {
     /// The column's text.
     ///
     /// # Errors
-    /// The column is missing (`way_out` ends the sentence) or no string.
-    pub fn text(&self, column: &str, way_out: &str) -> Result<&str, JsonlError> {
+    /// The column is missing (the error ends with `way_out`) or not a string.
+    pub(crate) fn text(&self, column: &str, way_out: &str) -> Result<&str, JsonlError> {
         match self.value(column, way_out)? {
             Value::String(text) => Ok(text),
             other => Err(self.bad(column, kind(other), "write it as a string")),
         }
     }
 
-    /// The column's text; a number or a truth value is taken as it is written in JSON.
+    /// The column's text; a number or a boolean as JSON writes it.
     ///
     /// # Errors
-    /// The column is missing, is a list or an object, or a number that JSON cannot hold exactly.
-    pub fn text_or_number(&self, column: &str, way_out: &str) -> Result<String, JsonlError> {
+    /// The column is missing, a list, an object, or a number too large for an exact JSON number.
+    pub(crate) fn text_or_number(&self, column: &str, way_out: &str) -> Result<String, JsonlError> {
         match self.value(column, way_out)? {
             Value::String(text) => Ok(text.clone()),
             Value::Bool(truth) => Ok(truth.to_string()),
-            // Past 2^53 the parser has rounded already, and the rounded digits would be the gold answer.
+            // The parser has rounded such a number already, and its rounded digits would be the gold answer.
             Value::Number(number)
                 if number.is_f64()
                     && number
@@ -247,11 +222,11 @@ impl Row {
         }
     }
 
-    /// A count, or nothing when the column is not there.
+    /// A count, or none if the column is missing or null.
     ///
     /// # Errors
-    /// The column is there and no whole number.
-    pub fn count(&self, column: &str) -> Result<Option<usize>, JsonlError> {
+    /// The column is not a whole number of at least 0.
+    pub(crate) fn count(&self, column: &str) -> Result<Option<usize>, JsonlError> {
         match self.columns.get(column) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => value
@@ -268,11 +243,11 @@ impl Row {
         }
     }
 
-    /// A truth value, or nothing when the column is not there.
+    /// A boolean, or none if the column is missing or null.
     ///
     /// # Errors
-    /// The column is there and neither true nor false.
-    pub fn truth(&self, column: &str) -> Result<Option<bool>, JsonlError> {
+    /// The column is neither true nor false.
+    pub(crate) fn truth(&self, column: &str) -> Result<Option<bool>, JsonlError> {
         match self.columns.get(column) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Bool(truth)) => Ok(Some(*truth)),
@@ -294,6 +269,25 @@ impl Row {
             found,
             way_out,
         }
+    }
+
+    /// Checks the length of a column's text.
+    pub(crate) fn at_most(
+        &self,
+        column: &str,
+        text: &str,
+        bytes_max: usize,
+    ) -> Result<(), JsonlError> {
+        if text.len() <= bytes_max {
+            return Ok(());
+        }
+        Err(JsonlError::ColumnTooLong {
+            file: self.file.clone(),
+            line: self.line,
+            column: shortened(column),
+            bytes: text.len(),
+            bytes_max,
+        })
     }
 
     fn value(&self, column: &str, way_out: &str) -> Result<&Value, JsonlError> {
@@ -330,7 +324,7 @@ impl Row {
 fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
-        Value::Bool(_) => "a truth value",
+        Value::Bool(_) => "a boolean",
         Value::Number(_) => "a number",
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
@@ -338,7 +332,7 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// serde_json's reason with the column alone: its line is always 1, since it sees one line.
+/// serde_json's reason without its line number, which is always 1.
 fn json_reason(error: &serde_json::Error) -> String {
     let shown = error.to_string();
     let reason = shown.split(" at line ").next().unwrap_or_default();
@@ -350,23 +344,23 @@ mod tests {
     use super::*;
 
     fn refusal(bytes: &[u8]) -> String {
-        JsonLines::new(bytes, "task.jsonl")
+        JsonlReader::new(bytes, "task.jsonl")
             .find_map(Result::err)
             .expect("a refusal")
             .to_string()
     }
 
     #[test]
-    fn blank_lines_and_a_byte_order_mark_are_passed_over() {
+    fn blank_lines_and_a_byte_order_mark_are_skipped() {
         let text = "\u{feff}{\"a\": 1}\r\n\n  \n{\"a\": 2}";
-        let lines: Vec<u64> = JsonLines::new(text.as_bytes(), "f")
+        let lines: Vec<u64> = JsonlReader::new(text.as_bytes(), "f")
             .map(|row| row.unwrap().line)
             .collect();
         assert_eq!(lines, [1, 4]);
     }
 
     #[test]
-    fn a_bad_line_is_named_with_its_number() {
+    fn the_error_for_a_bad_line_names_its_number() {
         insta::assert_snapshot!(
             refusal(b"{\"a\": 1}\n{\"a\": }\n"),
             @r#"task.jsonl:2 is not one JSON object (expected value at character 7): write it as {"prompt": "…", "gold": "…"}"#
@@ -382,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_over_the_bound_is_refused_without_being_held() {
+    fn a_line_over_the_bound_is_refused_before_it_is_read_whole() {
         let mut file = vec![b'x'; LINE_BYTES_MAX + 1];
         insta::assert_snapshot!(
             refusal(&file),
@@ -399,9 +393,9 @@ mod tests {
     }
 
     #[test]
-    fn a_column_that_is_missing_or_mistyped_is_named() {
+    fn the_error_for_a_missing_or_mistyped_column_names_it() {
         let file = br#"{"question": "1+1=", "gold": 12345678901234567890123, "tokens": -1, "finished": "yes"}"#;
-        let row = JsonLines::new(&file[..], "task.jsonl")
+        let row = JsonlReader::new(&file[..], "task.jsonl")
             .next()
             .unwrap()
             .unwrap();

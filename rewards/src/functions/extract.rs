@@ -1,29 +1,27 @@
-//! Where in a text the answer stands: all of it, what follows the last separator, or the inside of a tag, and what it must
-//! end with. A text that hedges (two answers in tags, no end mark) has no answer: a guess at what was meant could be
-//! gamed. White space around the answer and at the text's end is left out.
+//! Where the answer is in a completion: the whole text, the part after the last separator, or the inside of a tag; and the
+//! terminator that must end the text. A text that hedges (two answers in tags, no terminator) has no answer, since a
+//! policy could exploit any guess at its meaning. White space around the answer and at the end of the text is ignored.
 
 use serde::{Deserialize, Serialize};
 
 use crate::tagged::{ConfigError, shortened};
 
 /// Longest separator, terminator or tag name, in bytes.
-pub(crate) const MARK_BYTES_MAX: usize = 64;
+const MARK_BYTES_MAX: usize = 64;
 
 /// `extract = "whole"`, `extract = { after_last = "," }` or `extract = { inside_tag = "answer" }`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Extract {
-    /// The whole text.
+pub(crate) enum Extract {
     #[default]
     Whole,
-    /// What follows the last of this separator; a text without one has no answer.
+    /// The text after the last occurrence of this separator; a text without one has no answer.
     AfterLast(String),
-    /// What stands between `<tag>` and `</tag>`, each of which must be there exactly once.
+    /// The text between `<tag>` and `</tag>`, each of which must occur exactly once.
     InsideTag(String),
 }
 
 impl Extract {
-    /// Checks separator or tag and the terminator that goes with it.
     pub(crate) fn validate(&self, terminator: Option<&str>) -> Result<(), ConfigError> {
         match self {
             Self::Whole => {}
@@ -33,7 +31,7 @@ impl Extract {
         terminator.map_or(Ok(()), |mark| validate_mark("terminator", mark))
     }
 
-    /// The answer in `text`, trimmed; nothing when the text has none.
+    /// The answer in `text`, trimmed, or none if the text has no answer.
     pub(crate) fn read<'a>(&self, terminator: Option<&str>, text: &'a str) -> Option<&'a str> {
         let text = text.trim_end();
         let body = match terminator {
@@ -58,12 +56,12 @@ impl Extract {
         }
     }
 
-    /// Half a sentence: "the text", "what follows the last `,`", and how it must end.
+    /// A noun phrase for the answer, such as "the whole text", and the terminator.
     pub(crate) fn explain(&self, terminator: Option<&str>) -> String {
         let part = match self {
             Self::Whole => "the whole text".to_owned(),
-            Self::AfterLast(separator) => format!("what follows the last `{separator}`"),
-            Self::InsideTag(tag) => format!("what stands in the only <{tag}>…</{tag}>"),
+            Self::AfterLast(separator) => format!("the text after the last `{separator}`"),
+            Self::InsideTag(tag) => format!("the text inside the only <{tag}>…</{tag}>"),
         };
         match terminator {
             Some(mark) => format!("{part} (the text must end with `{mark}`)"),
@@ -72,14 +70,14 @@ impl Extract {
     }
 }
 
-/// A text cut at its only `<tag>…</tag>`.
+/// A text split at its only `<tag>…</tag>`.
 pub(crate) struct Tagged<'a> {
     pub(crate) before: &'a str,
     pub(crate) inside: &'a str,
     pub(crate) after: &'a str,
 }
 
-/// Nothing unless `<tag>` and `</tag>` are both there, in this order, and only once.
+/// None unless `<tag>` and `</tag>` both occur, in this order, and only once.
 pub(crate) fn inside_tag<'a>(text: &'a str, tag: &str) -> Option<Tagged<'a>> {
     let open = format!("<{tag}>");
     let close = format!("</{tag}>");
@@ -96,7 +94,7 @@ pub(crate) fn inside_tag<'a>(text: &'a str, tag: &str) -> Option<Tagged<'a>> {
     })
 }
 
-/// A tag's name must be a plain word: `<` in it would make two tags overlap.
+/// Requires a plain word: a `<` in the name would let two tags overlap.
 pub(crate) fn validate_tag(key: &'static str, tag: &str) -> Result<(), ConfigError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     if tag.is_empty() || tag.len() > MARK_BYTES_MAX || !tag.chars().all(plain) {
@@ -127,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_separator_counts_and_a_text_without_one_has_no_answer() {
+    fn the_last_separator_counts_and_a_text_without_one_gives_no_answer() {
         let extract = Extract::AfterLast(",".to_owned());
         let read = |text| extract.read(Some("."), text);
         assert_eq!(read("17,24,26."), Some("26"));
@@ -141,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tag_that_stands_twice_or_never_closes_has_no_answer() {
+    fn a_tag_that_occurs_twice_or_never_closes_gives_no_answer() {
         let extract = Extract::InsideTag("answer".to_owned());
         let read = |text| extract.read(None, text);
         assert_eq!(read("so <answer> 26 </answer> it is"), Some("26"));
@@ -159,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn a_written_answer_is_read_back() {
         for extract in [
             Extract::Whole,
             Extract::AfterLast("####".to_owned()),
@@ -173,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_that_can_never_be_found_are_refused() {
+    fn separators_terminators_and_tags_that_cannot_match_are_refused() {
         let refusal = |extract: Extract, terminator| {
             extract
                 .validate(terminator)

@@ -1,12 +1,9 @@
-//! Numbers as they are written in an answer: JSON's grammar and nothing else, so that "nan", "1e999", "٣" or "007" are no
-//! numbers. The decimal digits are kept beside the f64: two integers beyond 2^53 may be one f64 and still differ.
-
-use std::cmp::Ordering;
+//! Numbers in an answer, in JSON's grammar only: "nan", "1e999", "٣" and "007" are not numbers. The decimal digits are kept
+//! beside the f64, since two different integers beyond 2^53 may share one f64.
 
 /// Longest number read; the digits of the largest f64 are 309.
 const NUMBER_BYTES_MAX: usize = 512;
 
-/// One number, exactly and as f64.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Number {
     /// The nearest f64; finite.
@@ -19,7 +16,7 @@ pub(crate) struct Number {
 }
 
 impl Number {
-    /// The number that `text` is, all of it.
+    /// Parses the whole of `text`.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         if text.len() > NUMBER_BYTES_MAX {
             return None;
@@ -62,21 +59,21 @@ impl Number {
     }
 
     /// Whether both are the same decimal number, to the last digit.
-    pub(crate) fn is(&self, other: &Self) -> bool {
+    pub(crate) fn equals(&self, other: &Self) -> bool {
         self.negative == other.negative
             && self.exponent == other.exponent
-            && self.digits.cmp(&other.digits) == Ordering::Equal
+            && self.digits == other.digits
     }
 }
 
-/// The numbers of a text, in order. A word counts if all of it is a number, a full stop at its end left out: "x=26." has
-/// 26, "3-2", "v2" and "2026-01-02" have none. A comma separates, so that "17,24,26" has three.
+/// The numbers of a text, in order. A word counts if the whole word is a number; a full stop at its end is ignored. "x=26."
+/// gives 26; "3-2", "v2" and "2026-01-02" give none. A comma separates words, so "17,24,26" gives three.
 pub(crate) fn numbers_of(text: &str) -> impl DoubleEndedIterator<Item = Number> + '_ {
     text.split(|c: char| !in_word(c))
         .filter_map(|word| Number::parse(word.trim_end_matches('.')))
 }
 
-/// The minus sign of typographers joins its word, which then is no number: "−26" must not pass for 26.
+/// A typographic minus (U+2212) is part of its word, so the word is not a number: "−26" must not pass for 26.
 fn in_word(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '.' | '+' | '-' | '_' | '\u{2212}')
 }
@@ -85,7 +82,7 @@ fn is_digits(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// An exponent; longer than six digits cannot be finite or differ from zero.
+/// An exponent. With more than six digits the number would be infinite or zero.
 fn signed_integer(text: &str) -> Option<i64> {
     let unsigned = text.strip_prefix(['+', '-']).unwrap_or(text);
     if !is_digits(unsigned) || unsigned.len() > 6 {
@@ -99,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_grammar_of_json_is_a_number() {
+    fn only_numbers_in_json_s_grammar_are_parsed() {
         for text in [
             "0", "-0", "26", "-26", "0.5", "1.50", "1e3", "1E+3", "2.5e-3",
         ] {
@@ -144,7 +141,7 @@ mod tests {
 
     #[test]
     fn equal_decimals_are_equal_and_unequal_ones_are_not() {
-        let same = |a: &str, b: &str| Number::parse(a).unwrap().is(&Number::parse(b).unwrap());
+        let same = |a: &str, b: &str| Number::parse(a).unwrap().equals(&Number::parse(b).unwrap());
         assert!(same("26", "26.000"));
         assert!(same("2600", "2.6e3"));
         assert!(same("0", "-0.0"));
@@ -152,13 +149,13 @@ mod tests {
         assert!(same("0.001", "1e-3"));
         assert!(!same("26", "-26"));
         assert!(!same("26", "260"));
-        // One f64, two numbers.
+        // Both round to one f64.
         assert!(!same("9007199254740993", "9007199254740992"));
         assert!(!same("0", "1e-999"));
     }
 
     #[test]
-    fn numbers_are_whole_words() {
+    fn only_whole_words_are_numbers() {
         let values =
             |text: &str| -> Vec<f64> { numbers_of(text).map(|number| number.value).collect() };
         assert_eq!(values("17,24,26."), [17.0, 24.0, 26.0]);

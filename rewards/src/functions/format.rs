@@ -1,40 +1,38 @@
-//! `format`: 1 if the answer has the required tags in order, each opened and closed once and with something inside. All or
-//! nothing: paying for each tag would pay a policy that writes only tags.
+//! `format`: 1 if the answer has the required tags in order, each opened and closed once and not empty, else 0. There is no
+//! partial credit: paying for each tag would reward a policy that writes only tags.
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::extract::{inside_tag, validate_tag};
-use super::{Function, UnfitGold, right};
-use crate::reward::Answer;
+use crate::function::{Answer, Compile, Function, UnfitGold};
 use crate::tagged::ConfigError;
 
-/// Most tags of one format.
 const TAGS_MAX: usize = 16;
 
-/// What may stand outside of the tags.
+/// The text that is allowed outside the tags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outside {
+pub(crate) enum Outside {
     /// White space only.
     #[default]
     Nothing,
-    /// Any text.
     Anything,
 }
 
 /// `type = "format"`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct FormatConfig {
+pub(crate) struct FormatConfig {
     /// Names of the tags in order, such as `["think", "answer"]`.
-    pub tags: Vec<String>,
-    /// What may stand outside of them.
+    tags: Vec<String>,
     #[serde(default)]
-    pub outside: Outside,
+    outside: Outside,
 }
 
-impl FormatConfig {
-    pub(super) fn compile(&self) -> Result<Self, ConfigError> {
+impl Compile for FormatConfig {
+    fn compile(&self) -> Result<Arc<dyn Function>, ConfigError> {
         if self.tags.is_empty() || self.tags.len() > TAGS_MAX {
             return Err(ConfigError::bad_value(
                 "tags",
@@ -48,19 +46,21 @@ impl FormatConfig {
                 return Err(ConfigError::bad_value(
                     "tags",
                     format!("a list with `{tag}` twice"),
-                    "but every tag may stand only once: remove one of them",
+                    "but every tag is allowed once: remove one of them",
                 ));
             }
         }
-        Ok(self.clone())
+        Ok(Arc::new(self.clone()))
     }
+}
 
+impl FormatConfig {
     fn is_kept(&self, text: &str) -> bool {
         let allowed = |between: &str| match self.outside {
             Outside::Nothing => between.trim().is_empty(),
             Outside::Anything => true,
         };
-        // Uniqueness is asked of the whole text: what is left after one tag cannot tell that another stood before it.
+        // Uniqueness is checked on the whole text: the rest after one tag does not show a second copy before it.
         if !self.tags.iter().all(|tag| inside_tag(text, tag).is_some()) {
             return false;
         }
@@ -79,7 +79,7 @@ impl FormatConfig {
 
 impl Function for FormatConfig {
     fn value(&self, answer: &Answer<'_>, _: &str) -> Result<f64, UnfitGold> {
-        Ok(right(self.is_kept(answer.text)))
+        Ok(self.is_kept(answer.text).into())
     }
 
     fn explain(&self) -> String {
@@ -89,8 +89,8 @@ impl Function for FormatConfig {
             .map(|tag| format!("<{tag}>…</{tag}>"))
             .collect();
         let outside = match self.outside {
-            Outside::Nothing => "with nothing outside of them",
-            Outside::Anything => "with any text outside of them",
+            Outside::Nothing => "with nothing outside them",
+            Outside::Anything => "with any text outside them",
         };
         format!(
             "pays 1 if the text has {} in this order, each once and not empty, {outside}",
@@ -111,7 +111,7 @@ impl Function for FormatConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::function::tests::value_of;
+    use crate::functions::tests::{refusal, value_of};
 
     fn think_answer(outside: Outside) -> FormatConfig {
         FormatConfig {
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn every_tag_must_stand_once_in_order_and_not_empty() {
+    fn every_tag_must_occur_once_in_order_and_not_be_empty() {
         let format = think_answer(Outside::Nothing);
         assert_eq!(
             value_of(&format, "<think>hm</think>\n<answer>26</answer>\n", "x"),
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn text_outside_of_the_tags_can_be_allowed() {
+    fn text_outside_the_tags_can_be_allowed() {
         let format = think_answer(Outside::Anything);
         assert_eq!(
             value_of(&format, "a <think>hm</think> b <answer>26</answer> c", "x"),
@@ -157,26 +157,22 @@ mod tests {
     #[test]
     fn bad_tags_are_refused() {
         let refusal = |tags: &[&str]| {
-            FormatConfig {
+            refusal(&FormatConfig {
                 tags: tags.iter().map(ToString::to_string).collect(),
                 outside: Outside::Nothing,
-            }
-            .compile()
-            .unwrap_err()
-            .in_section("reward format")
-            .to_string()
+            })
         };
         insta::assert_snapshot!(
             refusal(&[]),
-            @r#"reward format: `tags` is a list of 0, but it must name 1 to 16 tags, such as ["think", "answer"]"#
+            @r#"reward x: `tags` is a list of 0, but it must name 1 to 16 tags, such as ["think", "answer"]"#
         );
         insta::assert_snapshot!(
             refusal(&["think", "think"]),
-            @"reward format: `tags` is a list with `think` twice, but every tag may stand only once: remove one of them"
+            @"reward x: `tags` is a list with `think` twice, but every tag is allowed once: remove one of them"
         );
         insta::assert_snapshot!(
             refusal(&["</think>"]),
-            @"reward format: `tags` is the tag `</think>`, but a tag is 1 to 64 letters, digits, - and _, written without < and >"
+            @"reward x: `tags` is the tag `</think>`, but a tag is 1 to 64 letters, digits, - and _, written without < and >"
         );
     }
 }

@@ -1,18 +1,19 @@
-//! `regex`: 1 if the pattern matches and, where a capture is named, if the first match captured the gold answer. The engine
+//! `regex`: 1 if the pattern matches and, with `capture`, if the group of the first match equals the gold answer. The engine
 //! runs in time linear in the text and the compiled pattern is bounded, so that neither a pattern nor an answer can make
-//! a critic hang. Only the leftmost match is looked at: trying all of them would be quadratic.
+//! a critic hang. Only the leftmost match counts: trying all matches would take quadratic time.
+
+use std::sync::Arc;
 
 use ::regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Serialize};
 
-use super::{Function, UnfitGold, right};
-use crate::reward::Answer;
+use crate::function::{Answer, Compile, Function, UnfitGold};
 use crate::tagged::{ConfigError, shortened};
 
 /// Longest pattern, in bytes.
 const PATTERN_BYTES_MAX: usize = 4096;
 
-/// Largest compiled pattern, and cache of its automaton, in bytes: `(a{1000}){1000}` must not take a gigabyte.
+/// Largest compiled pattern, and largest cache of its automaton, in bytes: `(a{1000}){1000}` must not take a gigabyte.
 const COMPILED_BYTES_MAX: usize = 1 << 20;
 
 /// Deepest nesting of groups.
@@ -21,16 +22,16 @@ const NESTING_MAX: u32 = 64;
 /// `type = "regex"`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct RegexConfig {
-    /// The pattern, in the syntax of the crate `regex`; `^…$` asks for the whole text.
-    pub pattern: String,
-    /// Number of the group that must have captured the gold answer; without it a match is enough.
+pub(crate) struct RegexConfig {
+    /// In the syntax of the crate `regex`; `^…$` matches the whole text.
+    pattern: String,
+    /// Number of the group that must capture the gold answer; without it a match is enough.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub capture: Option<usize>,
+    capture: Option<usize>,
 }
 
-impl RegexConfig {
-    pub(super) fn compile(&self) -> Result<RegexMatch, ConfigError> {
+impl Compile for RegexConfig {
+    fn compile(&self) -> Result<Arc<dyn Function>, ConfigError> {
         if self.pattern.is_empty() || self.pattern.len() > PATTERN_BYTES_MAX {
             return Err(ConfigError::bad_value(
                 "pattern",
@@ -62,14 +63,14 @@ impl RegexConfig {
                 ),
             ));
         }
-        Ok(RegexMatch {
+        Ok(Arc::new(RegexMatch {
             regex,
             capture: self.capture,
-        })
+        }))
     }
 }
 
-/// The last line of what `regex` says; the lines above it draw the pattern.
+/// The last line of the error of `regex`; the lines above it draw the pattern.
 fn reason(error: &::regex::Error) -> String {
     match error {
         ::regex::Error::CompiledTooBig(bytes) => format!("compiled it exceeds {bytes} bytes"),
@@ -88,9 +89,8 @@ fn way_out(error: &::regex::Error) -> &'static str {
     }
 }
 
-/// A compiled pattern.
 #[derive(Debug)]
-pub(super) struct RegexMatch {
+struct RegexMatch {
     regex: Regex,
     capture: Option<usize>,
 }
@@ -98,15 +98,14 @@ pub(super) struct RegexMatch {
 impl Function for RegexMatch {
     fn value(&self, answer: &Answer<'_>, gold: &str) -> Result<f64, UnfitGold> {
         let Some(group) = self.capture else {
-            return Ok(right(self.regex.is_match(answer.text)));
+            return Ok(self.regex.is_match(answer.text).into());
         };
         let captured = self
             .regex
             .captures(answer.text)
             .and_then(|captures| captures.get(group));
-        Ok(right(
-            captured.is_some_and(|found| found.as_str().trim() == gold.trim()),
-        ))
+        let is_right = captured.is_some_and(|found| found.as_str().trim() == gold.trim());
+        Ok(is_right.into())
     }
 
     fn explain(&self) -> String {
@@ -114,7 +113,7 @@ impl Function for RegexMatch {
         match self.capture {
             None => format!("pays 1 if the text matches `{pattern}`, whatever the gold answer is"),
             Some(group) => format!(
-                "pays 1 if group {group} of the first match of `{pattern}` is the gold answer"
+                "pays 1 if group {group} of the first match of `{pattern}` equals the gold answer"
             ),
         }
     }
@@ -123,69 +122,63 @@ impl Function for RegexMatch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::function::tests::value_of;
+    use crate::functions::tests::{refusal, value_of};
 
-    fn compiled(pattern: &str, capture: Option<usize>) -> Result<RegexMatch, ConfigError> {
+    fn config(pattern: &str, capture: Option<usize>) -> RegexConfig {
         RegexConfig {
             pattern: pattern.to_owned(),
             capture,
         }
-        .compile()
     }
 
     #[test]
     fn a_capture_is_compared_with_the_gold_answer() {
-        let boxed = compiled(r"\\boxed\{([^{}]*)\}\s*$", Some(1)).unwrap();
+        let boxed = config(r"\\boxed\{([^{}]*)\}\s*$", Some(1));
         assert_eq!(value_of(&boxed, r"so \boxed{ 26 }", "26"), 1.0);
         assert_eq!(value_of(&boxed, r"so \boxed{27}", "26"), 0.0);
         assert_eq!(value_of(&boxed, "26", "26"), 0.0);
-        let optional = compiled("a(b)?", Some(1)).unwrap();
+        let optional = config("a(b)?", Some(1));
         assert_eq!(value_of(&optional, "a", "b"), 0.0);
     }
 
     #[test]
     fn without_a_capture_a_match_is_enough() {
-        let word = compiled(r"^\w+$", None).unwrap();
+        let word = config(r"^\w+$", None);
         assert_eq!(value_of(&word, "größe", "x"), 1.0);
         assert_eq!(value_of(&word, "two words", "x"), 0.0);
-        let capitals = compiled(r"(?i)^\p{Lu}+$", None).unwrap();
+        let capitals = config(r"(?i)^\p{Lu}+$", None);
         assert_eq!(value_of(&capitals, "größe", "x"), 1.0);
     }
 
     #[test]
-    fn a_pattern_that_backtracks_elsewhere_is_linear_here() {
-        let nested = compiled("^(a+)+$", None).unwrap();
+    fn nested_repetition_takes_linear_time() {
+        let nested = config("^(a+)+$", None);
         let text = format!("{}b", "a".repeat(100_000));
         assert_eq!(value_of(&nested, &text, "x"), 0.0);
     }
 
     #[test]
     fn a_bad_pattern_is_refused_in_one_sentence() {
-        let refusal = |pattern: &str, capture| {
-            compiled(pattern, capture)
-                .unwrap_err()
-                .in_section("reward regex")
-                .to_string()
-        };
+        let refusal = |pattern: &str, capture| refusal(&config(pattern, capture));
         insta::assert_snapshot!(
             refusal("(26", None),
-            @"reward regex: `pattern` is `(26`, which is refused (unclosed group): correct it; look-around and back-references are not supported"
+            @"reward x: `pattern` is `(26`, which is refused (unclosed group): correct it; look-around and back-references are not supported"
         );
         insta::assert_snapshot!(
             refusal("(?=26)", None),
-            @"reward regex: `pattern` is `(?=26)`, which is refused (look-around, including look-ahead and look-behind, is not su…): correct it; look-around and back-references are not supported"
+            @"reward x: `pattern` is `(?=26)`, which is refused (look-around, including look-ahead and look-behind, is not su…): correct it; look-around and back-references are not supported"
         );
         insta::assert_snapshot!(
             refusal("(a{1000}){1000}", None),
-            @"reward regex: `pattern` is `(a{1000}){1000}`, which is refused (compiled it exceeds 1048576 bytes): use smaller repetition counts"
+            @"reward x: `pattern` is `(a{1000}){1000}`, which is refused (compiled it exceeds 1048576 bytes): use smaller repetition counts"
         );
         insta::assert_snapshot!(
             refusal("", None),
-            @"reward regex: `pattern` is 0 bytes long, but it must be from 1 to 4096 bytes"
+            @"reward x: `pattern` is 0 bytes long, but it must be from 1 to 4096 bytes"
         );
         insta::assert_snapshot!(
             refusal("(a)", Some(2)),
-            @"reward regex: `capture` is 2, but the pattern has 1 groups: put ( ) around the part to compare, or give a smaller number"
+            @"reward x: `capture` is 2, but the pattern has 1 groups: put ( ) around the part to compare, or give a smaller number"
         );
         assert!(refusal(&"(".repeat(4096), None).contains("refused"));
     }
