@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use muster_protocol::child::Child;
+use muster_protocol::child::{Child, ChildEnd};
 
 use crate::machine::disk_free;
 use crate::screen::{Process, ProcessState};
@@ -77,9 +77,9 @@ impl Supervised {
     pub async fn tend(&mut self) -> Result<()> {
         match &self.state {
             State::Up { child, since } if child.has_ended() => {
-                let how = child.ended().await;
+                let end = child.ended().await;
                 let healthy = since.elapsed() >= HEALTHY;
-                self.on_ended(&how, healthy)?;
+                self.on_ended(&end, healthy)?;
             }
             State::Waiting { until } if *until <= Instant::now() => {
                 let child = spawn(&self.name, &self.arguments, &self.log).await?;
@@ -94,13 +94,13 @@ impl Supervised {
         Ok(())
     }
 
-    fn on_ended(&mut self, how: &str, healthy: bool) -> Result<()> {
-        if how.ends_with("exit status: 0") {
+    fn on_ended(&mut self, end: &ChildEnd, healthy: bool) -> Result<()> {
+        if end.is_success() {
             self.state = State::Done;
             return Ok(());
         }
         self.failures = if healthy { 1 } else { self.failures + 1 };
-        let words = last_words(&self.log).unwrap_or_else(|| how.to_owned());
+        let words = last_words(&self.log).unwrap_or_else(|| end.to_string());
         if words.contains(DISK_FULL) {
             bail!("{} stopped: {words}", self.name);
         }
@@ -127,7 +127,7 @@ impl Supervised {
             .min(BACKOFF_MAX);
         tracing::warn!(
             process = self.name,
-            how,
+            %end,
             ?pause,
             "ended: it is started again"
         );

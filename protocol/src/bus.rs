@@ -191,7 +191,7 @@ pub struct Record {
 
 /// A message as heard by a subscriber.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Heard {
+pub struct News {
     /// Where it was published.
     pub subject: Subject,
     /// Its bytes.
@@ -201,7 +201,7 @@ pub struct Heard {
 /// What a subscriber reads: bounded; when the reader is too slow the oldest news is lost, and counted by the bus.
 #[derive(Debug)]
 pub struct Subscription {
-    pub(crate) inbox: inbox::Reader<Heard>,
+    pub(crate) inbox: inbox::Reader<News>,
 }
 
 impl Subscription {
@@ -209,7 +209,7 @@ impl Subscription {
     ///
     /// # Cancel safety
     /// A cancelled call loses nothing.
-    pub async fn next(&mut self) -> Option<Heard> {
+    pub async fn next(&mut self) -> Option<News> {
         self.inbox.next().await
     }
 }

@@ -1,4 +1,4 @@
-//! What is asked of the operating system directly: a child that dies with its parent, and signals.
+//! Direct calls to the operating system: a child that dies with its parent, and signals.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -8,9 +8,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, getpid};
 
-/// Makes the child of `command` receive SIGTERM when the thread that starts it ends, and keeps the terminal's Ctrl-C from
-/// it, so that it is stopped after those who use it. Only Linux can tie a child to its parent; elsewhere a parent that is
-/// killed leaves it behind.
+/// Makes the system send SIGTERM to the child of `command` when the thread that starts it ends. Keeps the terminal's Ctrl-C
+/// from the child, so that the parent can stop it after the processes that use it. Only Linux can tie a child to its parent;
+/// elsewhere the child survives a parent that is killed.
 pub(crate) fn tie_to_parent(command: &mut Command) {
     command.process_group(0);
     #[cfg(target_os = "linux")]
@@ -22,7 +22,7 @@ pub(crate) fn tie_to_parent(command: &mut Command) {
 fn die_with_parent(command: &mut Command, parent: Pid) {
     let tie = move || {
         nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
-        // The parent may have died before the call above: then nobody would ever send the signal.
+        // If the parent died before the call above, the signal would never come.
         if nix::unistd::getppid() != parent {
             return Err(Errno::ECHILD.into());
         }
@@ -35,12 +35,12 @@ fn die_with_parent(command: &mut Command, parent: Pid) {
     }
 }
 
-/// Sends a signal to a child that has not been waited for yet.
+/// Sends a signal to a child that was not waited for yet.
 pub(crate) fn signal(pid: u32, signal: Signal) -> Result<(), Errno> {
     kill(Pid::from_raw(pid.cast_signed()), signal)
 }
 
-/// Returns when the child has ended, and leaves it to be waited for, so that its number cannot be another process's yet.
+/// Waits until the child has ended but does not reap it, so that its process id stays its own.
 pub(crate) fn wait_for_end(pid: u32) -> Result<(), Errno> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
     loop {

@@ -1,37 +1,40 @@
-//! The text of the server's configuration: where it listens and stores, who may log in and what each may do.
+//! The server's configuration: where it listens and stores, which members may log in, and what each may do.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{NatsServerError, ServerConfig};
+use super::error::NatsServerError;
+use crate::id::RunId;
 use crate::limits::PAYLOAD_BYTES_MAX;
-use crate::subject::{Log, Permissions, Queue};
+use crate::subject::{Log, Permissions, Queue, Role};
 
-/// What the server may store: twice the bounds of a run's streams, so that a second run fits.
+pub(super) const LOG_FILE: &str = "nats.log";
+pub(super) const STORE_DIR: &str = "js";
+
+/// The server's disk quota: twice the bounds of one run's streams, so that a second run fits.
 fn store_bytes_max() -> u64 {
     let queues = Queue::ALL.iter().map(|queue| queue.limits().bytes_max);
     let logs = Log::ALL.iter().map(|log| log.limits().bytes_max);
     2 * queues.chain(logs).sum::<u64>()
 }
 
-/// Who listens to the server's state over HTTP.
+/// Whether the server shows its state over HTTP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Monitor {
-    /// Nobody.
     #[default]
     Off,
-    /// Whoever is on this machine, on a free port written into the ports file: it asks for no password.
+    /// To every user of this machine, without a password, on a free port that the server writes into its ports file.
     On,
 }
 
-/// How often the server makes sure that what it stored is on the disk. A killed process loses nothing either way.
+/// How often the server flushes its store to the disk. A killed process loses nothing either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SyncInterval {
-    /// Before each confirmation: nothing confirmed is lost with the power either.
+    /// Before each confirmation: a power failure loses nothing that was confirmed.
     Always,
-    /// This often: what was confirmed since is lost with the power.
+    /// At this interval: a power failure loses what was confirmed since the last flush.
     Every(Duration),
 }
 
@@ -41,7 +44,48 @@ impl Default for SyncInterval {
     }
 }
 
-/// The configuration, as the server reads it.
+/// A user that may log in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// The public key of an nkey, `U…`.
+    pub user: String,
+    pub role: Role,
+}
+
+/// How to run a NATS server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerConfig {
+    pub run: RunId,
+    /// Holds the server's configuration, log, port and store.
+    pub dir: PathBuf,
+    pub members: Vec<Member>,
+    /// The program. `None`: search for one.
+    pub binary: Option<PathBuf>,
+    /// Muster's folder; its `.venv` may hold a server.
+    pub project: PathBuf,
+    /// `None`: the port of an earlier start in `dir`, or a free one.
+    pub port: Option<u16>,
+    pub sync: SyncInterval,
+    pub monitor: Monitor,
+}
+
+impl ServerConfig {
+    /// The defaults: any suitable program, any free port, a sync every 10 s, no monitor.
+    pub fn new(run: &RunId, dir: &Path, members: Vec<Member>) -> Self {
+        Self {
+            run: run.clone(),
+            dir: dir.to_owned(),
+            members,
+            binary: None,
+            project: PathBuf::from("."),
+            port: None,
+            sync: SyncInterval::default(),
+            monitor: Monitor::default(),
+        }
+    }
+}
+
+/// The configuration file.
 ///
 /// * `listen_port` — `None` for a free one
 pub(super) fn text(
@@ -50,8 +94,8 @@ pub(super) fn text(
 ) -> Result<String, NatsServerError> {
     let port = listen_port.map_or_else(|| "-1".to_owned(), |port| port.to_string());
     let dir = quoted(&config.dir)?;
-    let log = quoted(&config.dir.join(super::LOG_FILE))?;
-    let store = quoted(&config.dir.join(super::STORE_DIR))?;
+    let log = quoted(&config.dir.join(LOG_FILE))?;
+    let store = quoted(&config.dir.join(STORE_DIR))?;
     let sync = match config.sync {
         SyncInterval::Always => "always".to_owned(),
         SyncInterval::Every(interval) => format!("\"{}ms\"", interval.as_millis().max(1)),
@@ -112,7 +156,7 @@ fn users(config: &ServerConfig) -> Result<String, NatsServerError> {
     Ok(users)
 }
 
-/// Subjects of ours need no escape: they hold no quotation mark and no backslash.
+/// Our subjects need no escape: they hold no quotation mark and no backslash.
 fn list(subjects: &[String]) -> String {
     let quoted: Vec<String> = subjects
         .iter()
@@ -121,7 +165,7 @@ fn list(subjects: &[String]) -> String {
     format!("[{}]", quoted.join(", "))
 }
 
-/// A path as a string of the configuration, whose escapes are fewer than a path may need.
+/// A path as a quoted string. The configuration's escapes cannot write every path.
 fn quoted(path: &Path) -> Result<String, NatsServerError> {
     match path.to_str() {
         Some(text)
@@ -133,7 +177,8 @@ fn quoted(path: &Path) -> Result<String, NatsServerError> {
         }
         _ => Err(NatsServerError::Directory {
             path: path.to_owned(),
-            reason: "its name holds characters that the server's configuration cannot".to_owned(),
+            reason: "its name holds characters that the server's configuration cannot hold"
+                .to_owned(),
         }),
     }
 }

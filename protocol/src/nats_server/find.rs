@@ -1,20 +1,19 @@
-//! Which NATS server to run: the one that was named, else one on the PATH, else the one that `./setup` brought.
+//! Finds the NATS server program: the named one, else one on the PATH, else the one that `./setup` installed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::NatsServerError;
+use super::error::NatsServerError;
 
-/// Server 2.11 brought batched reads of a log.
+/// Batched reads of a log came with 2.11.
 const VERSION_MIN: (u32, u32) = (2, 11);
-/// The program's name.
 const NAME: &str = "nats-server";
-/// Where `./setup` puts it, under the project's folder.
+/// Where `./setup` installs it, below the project's folder.
 const IN_PROJECT: &str = ".venv/bin/nats-server";
 
 /// A suitable server.
 ///
-/// * `named` — the user's choice: taken or refused, never replaced
+/// * `named` — the user's choice: used or refused, never replaced
 /// * `search_path` — the folders of `PATH`
 /// * `project` — the folder that holds `.venv`
 pub(super) fn find(
@@ -80,7 +79,7 @@ mod tests {
 
     use super::*;
 
-    /// A program that says the version and nothing else.
+    /// A program that only prints a version.
     fn fake(folder: &Path, name: &str, version: &str) -> PathBuf {
         let path = folder.join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -102,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_too_old_on_the_path_makes_way_for_the_projects() {
+    fn a_server_on_the_path_that_is_too_old_is_passed_over_for_the_projects() {
         let folder = tempfile::tempdir().unwrap();
         let old = fake(folder.path(), "nats-server", "2.9.10");
         let search_path = [folder.path().to_owned()];
@@ -120,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_server_names_the_command_that_brings_it() {
+    fn a_missing_server_names_the_command_that_installs_it() {
         let folder = tempfile::tempdir().unwrap();
         let error = find(None, &[], folder.path()).unwrap_err().to_string();
         assert!(error.contains("./setup"), "{error}");

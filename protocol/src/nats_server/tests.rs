@@ -1,10 +1,12 @@
 use nix::sys::signal::Signal;
 
 use super::*;
+use crate::id::RunId;
 use crate::identity::Identity;
 use crate::os;
+use crate::subject::Role;
 
-/// Set for the process that plays the parent, to the folder that it shall use.
+/// Set for the process that plays the parent: the folder to use.
 const PARENT_DIR: &str = "MUSTER_TEST_PARENT_DIR";
 
 fn config(dir: &Path) -> ServerConfig {
@@ -25,7 +27,7 @@ async fn start(config: &ServerConfig) -> NatsServer {
 }
 
 fn is_alive(pid: u32) -> bool {
-    // A process that has ended and was not waited for is dead as well.
+    // A zombie counts as dead.
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
         !stat
             .rsplit(')')
@@ -55,9 +57,9 @@ async fn wait_until_dead(pid: u32) {
         if !is_alive(pid) {
             return;
         }
-        tokio::time::sleep(LOOK_AGAIN).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
-    panic!("process {pid} lives on");
+    panic!("process {pid} is still alive");
 }
 
 #[tokio::test]
@@ -90,7 +92,7 @@ async fn a_server_dies_with_a_parent_that_is_killed() {
     let server = loop {
         match fs::read_to_string(dir.path().join("pid")) {
             Ok(pid) => break pid.parse().unwrap(),
-            Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
+            Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
         }
         assert_eq!(
             parent.try_wait().unwrap(),
@@ -158,7 +160,7 @@ async fn a_member_without_a_key_is_named() {
 }
 
 #[tokio::test]
-async fn a_server_that_cannot_store_says_so_in_its_own_words() {
+async fn a_server_that_cannot_store_is_reported_with_its_own_error() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join(STORE_DIR)).unwrap();
     // A file stands where the server keeps its streams.
@@ -171,7 +173,7 @@ async fn a_server_that_cannot_store_says_so_in_its_own_words() {
 }
 
 #[test]
-fn a_complaint_is_the_servers_own_and_never_a_clients() {
+fn an_error_about_a_clients_connection_is_not_the_servers_complaint() {
     let log = "[7] 2026/11/22 18:33:52.379660 [INF] Server is ready\n\
                [7] 2026/11/22 18:34:07.385485 [ERR] JetStream failed to store a msg: no space left on device\n\
                [7] 2026/11/22 18:34:08.385485 [ERR] 127.0.0.1:4 - cid:9 - authentication error - User \"[FTL] lies\"\n";

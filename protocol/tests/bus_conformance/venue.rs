@@ -130,9 +130,8 @@ impl Venue for MemoryVenue {
         reply: Subject,
         payload: Bytes,
     ) {
-        let member = who.user();
         self.bus
-            .publish_with_reply((&member, who.role()), subject, reply, &payload)
+            .publish_with_reply(&who.user(), who.role(), subject, reply, &payload)
             .unwrap();
     }
 

@@ -193,17 +193,17 @@ async fn measure(
     let child = Child::start("local", command(plan, root, server)?)
         .await
         .context("muster local cannot be started")?;
-    let how = tokio::select! {
-        how = child.ended() => how,
+    let end = tokio::select! {
+        end = child.ended() => end,
         () = shutdown.cancelled() => {
             child.terminate();
             child.ended().await;
             bail!("stopped; the runs so far are in {}", root.display());
         }
     };
-    if !how.ends_with("exit status: 0") {
+    if !end.is_success() {
         bail!(
-            "the run of seed {seed} failed, {how}: look into {}",
+            "the run of seed {seed} failed, {end}: look into {}",
             plan.dir.root().display()
         );
     }

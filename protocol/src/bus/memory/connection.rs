@@ -1,5 +1,5 @@
-//! A member's connection to the bus in memory: every call of the bus with the server's permissions in front of it, and the
-//! deliveries that it was handed.
+//! A member's connection to the bus in memory: every call of the bus behind the server's permissions, and the deliveries that
+//! the member was handed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,10 +10,11 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::core::{ConnectionId, Core, Ear};
 use super::network::{Hop, Moved};
+use super::request::ConnectionId;
+use super::shared::{Shared, check_permission};
+use super::state::{Inbox, State};
 use super::store::{self, ReaderId, Taken, Unstored};
-use super::{Shared, check_permission};
 use crate::bus::{
     Acker, Bus, BusError, DURABLE_TIMEOUT, Delivery, Enqueued, Record, Requests, StreamState,
     Subscription, TAKE_MESSAGES_MAX, check_key, check_size, inbox, void_delivery,
@@ -21,7 +22,7 @@ use crate::bus::{
 use crate::limits::{INBOX_MESSAGES_MAX, PAYLOAD_BYTES_MAX};
 use crate::subject::{Log, Queue, Role, Subject};
 
-/// What the server calls the management of queues and logs, for its permissions.
+/// The server's subject for managing queues and logs, which its permissions name.
 fn management(token: &str) -> Subject {
     Subject::from(format!("$JS.API.{token}"))
 }
@@ -45,34 +46,34 @@ impl Connection {
         let permissions = shared.permissions(user, role);
         Self {
             shared: shared.clone(),
-            id: shared.with_core(|core, _| core.connect(user)),
+            id: shared.with_state(|state, _| state.connect(user)),
             user: user.to_owned(),
             publish: permissions.publish,
             subscribe: permissions.subscribe,
         }
     }
 
-    /// One durable call: a way there, the act, and a confirmation; either way may get lost.
+    /// One durable call: the request, the act, and the confirmation. Either message may get lost.
     async fn durable<T>(
         &self,
         permission: Subject,
-        act: impl FnOnce(&mut Core, Instant) -> Result<T, BusError> + Send,
+        act: impl FnOnce(&mut State, Instant) -> Result<T, BusError> + Send,
     ) -> Result<T, BusError>
     where
         T: Send,
     {
         check_permission(&self.publish, &permission)?;
-        let way = DurableWay {
+        let call = DurableCall {
             shared: &self.shared,
             connection: self.id,
             start: Instant::now(),
         };
-        way.hop(&permission).await?;
-        let result = self.shared.with_core(|core, now| {
-            core.check(self.id)?;
-            act(core, now)
+        call.hop(&permission).await?;
+        let result = self.shared.with_state(|state, now| {
+            state.check(self.id)?;
+            act(state, now)
         });
-        way.hop(&permission).await?;
+        call.hop(&permission).await?;
         result
     }
 
@@ -84,25 +85,25 @@ impl Connection {
     }
 }
 
-/// The ways of one durable call.
-struct DurableWay<'a> {
+/// The messages of one durable call.
+struct DurableCall<'a> {
     shared: &'a Arc<Shared>,
     connection: ConnectionId,
     start: Instant,
 }
 
-impl DurableWay<'_> {
-    /// Takes the time of one way, or of giving up.
+impl DurableCall<'_> {
+    /// Waits as long as one message takes, or as long as a caller waits for a lost one.
     async fn hop(&self, subject: &Subject) -> Result<(), BusError> {
-        let hop = self.shared.with_core(|core, _| {
-            core.check(self.connection)?;
-            let reached = core.reaches(self.connection);
+        let hop = self.shared.with_state(|state, _| {
+            state.check(self.connection)?;
+            let reached = state.reaches(self.connection);
             let hop = if reached {
-                core.network.durable_hop()
+                state.network.durable_hop()
             } else {
                 Hop::Lost
             };
-            core.counters.lost += u64::from(hop == Hop::Lost);
+            state.counters.lost += u64::from(hop == Hop::Lost);
             Ok(hop)
         })?;
         match hop {
@@ -125,7 +126,7 @@ impl DurableWay<'_> {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.shared.with_core(|core, _| core.disconnect(self.id));
+        self.shared.with_state(|state, _| state.disconnect(self.id));
     }
 }
 
@@ -145,11 +146,11 @@ impl Bus for Connection {
         check_permission(&self.publish, subject)?;
         check_size(subject.as_str(), &payload, PAYLOAD_BYTES_MAX)?;
         let start = Instant::now();
-        let reached = self.shared.with_core(|core, now| {
-            core.check(self.id)?;
-            let reached = core.reaches(self.id);
+        let reached = self.shared.with_state(|state, now| {
+            state.check(self.id)?;
+            let reached = state.reaches(self.id);
             if reached {
-                core.publish(subject, &payload, now);
+                state.publish(subject, &payload, now);
             }
             Ok(reached)
         })?;
@@ -164,7 +165,7 @@ impl Bus for Connection {
         check_permission(&self.subscribe, pattern)?;
         let (writer, inbox) = inbox::channel();
         self.shared
-            .with_core(|core, _| core.listen(self.id, pattern, Ear::News(writer)))?;
+            .with_state(|state, _| state.listen(self.id, pattern, Inbox::News(writer)))?;
         Ok(Subscription { inbox })
     }
 
@@ -177,17 +178,17 @@ impl Bus for Connection {
         check_permission(&self.publish, subject)?;
         check_size(subject.as_str(), &payload, PAYLOAD_BYTES_MAX)?;
         let start = Instant::now();
-        let (number, answer) = self
+        let (number, reply) = self
             .shared
-            .with_core(|core, now| core.ask(self.id, subject, &payload, now))?;
-        let open = OpenAsk {
+            .with_state(|state, now| state.open_request(self.id, subject, &payload, now))?;
+        let open = ForgetOnDrop {
             shared: &self.shared,
             number,
         };
-        let answered = tokio::time::timeout(timeout, answer).await;
+        let replied = tokio::time::timeout(timeout, reply).await;
         drop(open);
-        match answered {
-            Ok(Ok(answer)) => answer,
+        match replied {
+            Ok(Ok(reply)) => reply,
             Ok(Err(_)) => Err(BusError::Closed(
                 "the connection to the bus was closed during a request: connect again".to_owned(),
             )),
@@ -199,7 +200,7 @@ impl Bus for Connection {
         check_permission(&self.subscribe, pattern)?;
         let (sender, inbox) = mpsc::channel(INBOX_MESSAGES_MAX);
         self.shared
-            .with_core(|core, _| core.listen(self.id, pattern, Ear::Serve(sender)))?;
+            .with_state(|state, _| state.listen(self.id, pattern, Inbox::Requests(sender)))?;
         Ok(Requests { inbox })
     }
 
@@ -212,14 +213,14 @@ impl Bus for Connection {
         let subject = self.shared.subjects.queue(queue);
         check_key(key)?;
         check_size(subject.as_str(), &payload, queue.limits().message_bytes_max)?;
-        let enqueued = self.durable(subject.clone(), |core, now| {
-            let store = core.queues.get_mut(&queue);
+        let enqueued = self.durable(subject.clone(), |state, now| {
+            let store = state.queues.get_mut(&queue);
             let stored = store.map(|store| store.enqueue(key, payload.clone(), now));
             let enqueued = stored
                 .unwrap_or(Err(Unstored::Full))
                 .map_err(|_| full(queue.token()))?;
             if let Enqueued::Stored(sequence) = enqueued {
-                core.record(Moved::Stored, subject.as_str(), sequence, &payload);
+                state.record(Moved::Stored, subject.as_str(), sequence, &payload);
                 self.shared.queue_changed(queue).notify_waiters();
             }
             Ok(enqueued)
@@ -236,13 +237,13 @@ impl Bus for Connection {
         let permission = management("CONSUMER.MSG.NEXT");
         check_permission(&self.publish, &permission)?;
         let deadline = Instant::now() + wait;
-        let way = DurableWay {
+        let call = DurableCall {
             shared: &self.shared,
             connection: self.id,
             start: Instant::now(),
         };
-        if let Err(error) = way.hop(&permission).await {
-            // A lost question and an empty queue look alike to who asks.
+        if let Err(error) = call.hop(&permission).await {
+            // A lost request and an empty queue look alike to the caller.
             return if error.is_transient() {
                 Ok(Vec::new())
             } else {
@@ -269,8 +270,8 @@ impl Bus for Connection {
     }
 
     async fn reclaim(&self, queue: Queue) -> Result<(), BusError> {
-        let reclaimed = self.durable(management("CONSUMER.DELETE"), |core, _| {
-            if let Some(store) = core.queues.get_mut(&queue) {
+        let reclaimed = self.durable(management("CONSUMER.DELETE"), |state, _| {
+            if let Some(store) = state.queues.get_mut(&queue) {
                 store.reclaim();
             }
             self.shared.queue_changed(queue).notify_waiters();
@@ -280,14 +281,14 @@ impl Bus for Connection {
     }
 
     async fn queue_state(&self, queue: Queue) -> Result<StreamState, BusError> {
-        let state = self.durable(management("STREAM.INFO"), |core, _| {
-            Ok(core
+        let info = self.durable(management("STREAM.INFO"), |state, _| {
+            Ok(state
                 .queues
                 .get(&queue)
                 .map(store::QueueStore::state)
                 .unwrap_or_default())
         });
-        state.await
+        info.await
     }
 
     async fn append(
@@ -300,8 +301,8 @@ impl Bus for Connection {
         let subject = self.shared.subjects.log(log);
         check_key(key)?;
         check_size(subject.as_str(), &payload, log.limits().message_bytes_max)?;
-        let appended = self.durable(subject.clone(), |core, now| {
-            let store = core.logs.get_mut(&log);
+        let appended = self.durable(subject.clone(), |state, now| {
+            let store = state.logs.get_mut(&log);
             let stored = store.map(|store| store.append(key, expected_last, payload.clone(), now));
             let appended =
                 stored
@@ -315,7 +316,7 @@ impl Bus for Connection {
                         },
                     })?;
             if let Enqueued::Stored(sequence) = appended {
-                core.record(Moved::Appended, subject.as_str(), sequence, &payload);
+                state.record(Moved::Appended, subject.as_str(), sequence, &payload);
             }
             Ok(appended)
         });
@@ -323,8 +324,8 @@ impl Bus for Connection {
     }
 
     async fn read(&self, log: Log, after: u64, max: usize) -> Result<Vec<Record>, BusError> {
-        let records = self.durable(management("STREAM.MSG.GET"), |core, _| {
-            Ok(core
+        let records = self.durable(management("STREAM.MSG.GET"), |state, _| {
+            Ok(state
                 .logs
                 .get(&log)
                 .map(|store| store.read(after, max))
@@ -334,14 +335,14 @@ impl Bus for Connection {
     }
 
     async fn last(&self, log: Log) -> Result<Option<Record>, BusError> {
-        let last = self.durable(management("STREAM.MSG.GET"), |core, _| {
-            Ok(core.logs.get(&log).and_then(store::LogStore::last))
+        let last = self.durable(management("STREAM.MSG.GET"), |state, _| {
+            Ok(state.logs.get(&log).and_then(store::LogStore::last))
         });
         last.await
     }
 
     async fn close(&self) {
-        self.shared.with_core(|core, _| core.disconnect(self.id));
+        self.shared.with_state(|state, _| state.disconnect(self.id));
     }
 }
 
@@ -358,18 +359,18 @@ impl Connection {
         max: usize,
     ) -> Result<(Vec<Taken>, Option<Instant>), BusError> {
         let subject = self.shared.subjects.queue(queue);
-        self.shared.with_core(|core, now| {
-            core.check(self.id)?;
-            if !core.reaches(self.id) {
+        self.shared.with_state(|state, now| {
+            state.check(self.id)?;
+            if !state.reaches(self.id) {
                 return Ok((Vec::new(), None));
             }
-            let Some(store) = core.queues.get_mut(&queue) else {
+            let Some(store) = state.queues.get_mut(&queue) else {
                 return Ok((Vec::new(), None));
             };
             let taken = store.take(max.min(TAKE_MESSAGES_MAX), now);
             let next_release = store.next_release();
             for taken in &taken {
-                core.record(
+                state.record(
                     Moved::Taken,
                     subject.as_str(),
                     taken.sequence,
@@ -397,16 +398,16 @@ impl Connection {
     }
 }
 
-/// A request that waits; forgotten when its asker stops waiting.
-struct OpenAsk<'a> {
+/// Forgets a request when its sender stops waiting.
+struct ForgetOnDrop<'a> {
     shared: &'a Arc<Shared>,
     number: u64,
 }
 
-impl Drop for OpenAsk<'_> {
+impl Drop for ForgetOnDrop<'_> {
     fn drop(&mut self) {
         self.shared
-            .with_core(|core, _| core.forget_ask(self.number));
+            .with_state(|state, _| state.forget_request(self.number));
     }
 }
 
@@ -418,7 +419,6 @@ struct MemoryAcker {
     reader: ReaderId,
 }
 
-/// What can be done with a delivery.
 enum Settle {
     Ack,
     GiveBack(Duration),
@@ -428,15 +428,15 @@ enum Settle {
 impl MemoryAcker {
     async fn settle(&self, settle: Settle) -> Result<(), BusError> {
         let subject = self.shared.subjects.queue(self.queue);
-        let way = DurableWay {
+        let call = DurableCall {
             shared: &self.shared,
             connection: self.connection,
             start: Instant::now(),
         };
-        way.hop(&subject).await?;
-        let settled = self.shared.with_core(|core, now| {
-            core.check(self.connection)?;
-            let Some(store) = core.queues.get_mut(&self.queue) else {
+        call.hop(&subject).await?;
+        let settled = self.shared.with_state(|state, now| {
+            state.check(self.connection)?;
+            let Some(store) = state.queues.get_mut(&self.queue) else {
                 return Ok(());
             };
             let settled = match settle {
@@ -448,12 +448,12 @@ impl MemoryAcker {
             };
             settled.map_err(|_| void_delivery(self.queue, self.sequence))?;
             if matches!(settle, Settle::Ack) {
-                core.record(Moved::Acked, subject.as_str(), self.sequence, &[]);
+                state.record(Moved::Acked, subject.as_str(), self.sequence, &[]);
             }
             self.shared.queue_changed(self.queue).notify_waiters();
             Ok(())
         });
-        way.hop(&subject).await?;
+        call.hop(&subject).await?;
         settled
     }
 }

@@ -104,9 +104,9 @@ impl Network {
 /// What a message did, in the record.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Moved {
-    Heard = 1,
-    Asked = 2,
-    Answered = 3,
+    News = 1,
+    Request = 2,
+    Reply = 3,
     Stored = 4,
     Taken = 5,
     Acked = 6,

@@ -1,8 +1,10 @@
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::*;
-use crate::bus::Enqueued;
-use crate::subject::{Log, Verb};
+use crate::bus::{Enqueued, QueueBounds};
+use crate::subject::{Log, Queue, Subjects, Verb};
 
 fn run() -> RunId {
     "r".parse().unwrap()
@@ -27,7 +29,8 @@ fn faulty(seed: u64) -> MemoryConfig {
     }
 }
 
-/// Forty workers ask, submit and hear; dispatch answers, queues and announces. Returns the trace and the virtual time.
+/// Forty workers send requests and listen; dispatch replies, queues and announces. Returns the trace, the virtual time and
+/// the counters.
 async fn small_swarm(config: MemoryConfig) -> ([u8; 32], Duration, MemoryCounters) {
     let start = Instant::now();
     let bus = MemoryBus::new(&run(), config);
@@ -89,7 +92,7 @@ async fn equal_seeds_give_equal_traces_and_other_seeds_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiting_costs_virtual_time_alone() {
+async fn waiting_costs_only_virtual_time() {
     let begin = std::time::Instant::now();
     let (_, virtual_time, counters) = small_swarm(faulty(3)).await;
     assert!(virtual_time > Duration::from_secs(60), "{virtual_time:?}");
@@ -98,7 +101,7 @@ async fn waiting_costs_virtual_time_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_share_of_lost_requests_is_the_one_asked_for() {
+async fn the_share_of_lost_requests_is_the_configured_one() {
     let faults = NetworkFaults {
         loss: 0.05,
         ..NetworkFaults::default()
@@ -139,7 +142,7 @@ async fn the_share_of_lost_requests_is_the_one_asked_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_write_whose_confirmation_was_lost_is_recognised_when_it_is_repeated() {
+async fn a_repeated_write_whose_confirmation_was_lost_is_recognised() {
     let faults = NetworkFaults {
         durable_loss: 0.3,
         ..NetworkFaults::default()
@@ -175,7 +178,7 @@ async fn a_write_whose_confirmation_was_lost_is_recognised_when_it_is_repeated()
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_dead_hold_what_they_took_until_the_wait_is_over() {
+async fn a_dead_reader_holds_its_deliveries_until_the_queues_wait_is_over() {
     let ack_wait = Duration::from_secs(30);
     let bounds = QueueBounds {
         ack_wait: Some(ack_wait),
@@ -208,7 +211,7 @@ async fn the_dead_hold_what_they_took_until_the_wait_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dropped_connection_hears_and_serves_no_more() {
+async fn a_dropped_connection_neither_listens_nor_serves() {
     let bus = MemoryBus::new(&run(), MemoryConfig::default());
     let subjects = Subjects::of(&run());
     let dispatch = bus.connect("UD", Role::Dispatch);
@@ -227,7 +230,7 @@ async fn a_dropped_connection_hears_and_serves_no_more() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn news_is_heard_in_the_order_in_which_it_was_sent() {
+async fn news_arrives_in_the_order_in_which_it_was_sent() {
     let delay = (Duration::from_millis(1), Duration::from_millis(100));
     let faults = NetworkFaults {
         delay,

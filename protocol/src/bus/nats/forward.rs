@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::api::Wire;
 use super::link::{Link, Use};
 use crate::bus::inbox::{Pushed, Writer};
-use crate::bus::{Heard, Request, Responder, check_size};
+use crate::bus::{News, Request, Responder, check_size};
 use crate::limits::PAYLOAD_BYTES_MAX;
 use crate::subject::{Subject, Subjects};
 
@@ -20,7 +20,7 @@ use crate::subject::{Subject, Subjects};
 pub(super) struct NewsForwarder {
     pub(super) pattern: Subject,
     pub(super) subscriber: Subscriber,
-    pub(super) writer: Writer<Heard>,
+    pub(super) writer: Writer<News>,
     pub(super) link: Arc<Link>,
 }
 
@@ -43,11 +43,11 @@ impl NewsForwarder {
 
     fn on_message(&self, message: Message) {
         let subject = Subject::from(message.subject.to_string());
-        let heard = Heard {
+        let news = News {
             subject,
             payload: message.payload,
         };
-        if self.writer.push(heard) == Pushed::Evicted {
+        if self.writer.push(news) == Pushed::Evicted {
             self.link.on_lost_news("a subscription's inbox was full");
         }
     }

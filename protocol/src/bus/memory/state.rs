@@ -1,43 +1,71 @@
-//! The state of the in-memory bus: who is connected, who listens, what is under way. It changes only under one lock that is
-//! never held across an await; whatever takes time stands in the agenda, ordered by moment and then by number, so that
-//! equal seeds give equal runs.
+//! The state of the in-memory bus: connections, listeners, and messages under way. It changes only under one lock, which is
+//! never held across an await. Messages under way are ordered by arrival time and then by number, so that equal seeds give
+//! equal runs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::asked::{Asked, MemoryResponder};
-use super::network::{Moved, Network, Trace};
+use super::network::{Moved, Network, NetworkFaults, Trace};
+use super::request::{ArrivedRequest, ConnectionId, MemoryResponder, ReplySink, ReplyTo};
 use super::routes::Routes;
 use super::store::{LogStore, QueueStore};
-use super::{MemoryConfig, MemoryCounters, Shared};
 use crate::bus::inbox::{Pushed, Writer};
-use crate::bus::{BusError, Heard, Request};
+use crate::bus::{BusError, News, QueueBounds, Request};
 use crate::subject::{Log, Queue, Subject};
 
-/// The answer to a request, or why there is none.
-pub(super) type Answer = Result<Bytes, BusError>;
+/// The reply to a request, or why there is none.
+pub(super) type Reply = Result<Bytes, BusError>;
 
-/// One connection of a member.
-pub(super) type ConnectionId = u64;
+/// How a simulated bus behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct MemoryConfig {
+    /// Seeds every random draw of the bus.
+    pub seed: u64,
+    /// What the network does to messages.
+    pub faults: NetworkFaults,
+    /// Overrides of the queues' own limits.
+    pub bounds: QueueBounds,
+}
 
-pub(super) struct Core {
+/// Counts of messages since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryCounters {
+    /// News that reached a subscriber.
+    pub heard: u64,
+    /// Requests that reached a server.
+    pub asked: u64,
+    /// Replies that reached the sender of the request.
+    pub answered: u64,
+    /// Messages that the network lost, or that went to or from a member that was cut off.
+    pub lost: u64,
+    /// Messages that the network duplicated.
+    pub doubled: u64,
+    /// Messages lost because a reader's inbox was full.
+    pub overflowed: u64,
+    /// Requests dropped because their reply would not go to the sender's own inbox.
+    pub refused: u64,
+}
+
+pub(super) struct State {
     pub(super) network: Network,
     pub(super) counters: MemoryCounters,
     pub(super) queues: BTreeMap<Queue, QueueStore>,
     pub(super) logs: BTreeMap<Log, LogStore>,
     trace: Trace,
     start: Instant,
+    /// Where the servers of requests hand their replies.
+    sink: Weak<dyn ReplySink>,
     connections: BTreeMap<ConnectionId, Connection>,
     cut_off: BTreeSet<String>,
     listeners: BTreeMap<u64, Listener>,
     routes: Routes,
-    asks: BTreeMap<u64, Ask>,
-    agenda: BTreeMap<(Instant, u64), Event>,
+    requests: BTreeMap<u64, OpenRequest>,
+    under_way: BTreeMap<(Instant, u64), Event>,
     /// Numbers connections, listeners, requests and events alike.
     next_number: u64,
 }
@@ -50,52 +78,43 @@ struct Connection {
 struct Listener {
     connection: ConnectionId,
     pattern: Subject,
-    ear: Ear,
-    /// When the last message on its way gets here: one connection does not overtake itself.
+    inbox: Inbox,
+    /// When the last message under way arrives: messages to one listener stay in order.
     last_arrival: Instant,
 }
 
-/// What a listener does with what it hears.
-pub(super) enum Ear {
-    News(Writer<Heard>),
-    Serve(mpsc::Sender<Request>),
+/// Where a listener's messages go.
+pub(super) enum Inbox {
+    News(Writer<News>),
+    Requests(mpsc::Sender<Request>),
 }
 
-struct Ask {
+struct OpenRequest {
     connection: ConnectionId,
     subject: Subject,
-    answer: oneshot::Sender<Answer>,
+    reply: oneshot::Sender<Reply>,
 }
 
-/// Where an answer goes.
-#[derive(Clone)]
-pub(super) enum ReplyTo {
-    /// To the request with this number, in the own inbox of `user`.
-    Ask { number: u64, user: Arc<str> },
-    /// To an address that its sender chose.
-    Address(Subject),
-}
-
-/// A message on its way.
+/// A message under way.
 enum Event {
-    Heard {
+    News {
         listener: u64,
-        heard: Heard,
+        news: News,
         hash: blake3::Hash,
     },
-    Asked {
+    Request {
         subject: Subject,
         payload: Bytes,
         reply_to: ReplyTo,
     },
-    Answered {
+    Reply {
         number: u64,
-        answer: Answer,
+        reply: Reply,
     },
 }
 
-impl Core {
-    pub(super) fn new(config: &MemoryConfig) -> Self {
+impl State {
+    pub(super) fn new(config: &MemoryConfig, sink: Weak<dyn ReplySink>) -> Self {
         let queue = |queue: &Queue| (*queue, QueueStore::new(config.bounds.of(*queue)));
         let log = |log: &Log| (*log, LogStore::new(log.limits()));
         Self {
@@ -105,12 +124,13 @@ impl Core {
             logs: Log::ALL.iter().map(log).collect(),
             trace: Trace::default(),
             start: Instant::now(),
+            sink,
             connections: BTreeMap::new(),
             cut_off: BTreeSet::new(),
             listeners: BTreeMap::new(),
             routes: Routes::default(),
-            asks: BTreeMap::new(),
-            agenda: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            under_way: BTreeMap::new(),
             next_number: 0,
         }
     }
@@ -119,7 +139,7 @@ impl Core {
         self.trace.hash()
     }
 
-    /// Writes a durable message into the record.
+    /// Records a durable message in the trace.
     pub(super) fn record(&mut self, moved: Moved, subject: &str, number: u64, payload: &[u8]) {
         let hash = blake3::hash(payload);
         self.trace
@@ -136,7 +156,7 @@ impl Core {
         connection
     }
 
-    /// Ends a connection as the death of its process does.
+    /// Ends a connection, as when its process dies.
     pub(super) fn disconnect(&mut self, connection: ConnectionId) {
         let Some(state) = self.connections.remove(&connection) else {
             return;
@@ -144,7 +164,8 @@ impl Core {
         for listener in state.listeners {
             self.remove_listener(listener);
         }
-        self.asks.retain(|_, ask| ask.connection != connection);
+        self.requests
+            .retain(|_, request| request.connection != connection);
     }
 
     /// Ends every connection of a member.
@@ -188,7 +209,7 @@ impl Core {
         &mut self,
         connection: ConnectionId,
         pattern: &Subject,
-        ear: Ear,
+        inbox: Inbox,
     ) -> Result<(), BusError> {
         let listener = self.number();
         let Some(state) = self.connections.get_mut(&connection) else {
@@ -203,14 +224,14 @@ impl Core {
             Listener {
                 connection,
                 pattern,
-                ear,
+                inbox,
                 last_arrival,
             },
         );
         Ok(())
     }
 
-    /// Sends news on its way to everybody who listens now.
+    /// Sends news to every current listener of the subject.
     pub(super) fn publish(&mut self, subject: &Subject, payload: &Bytes, now: Instant) {
         let hash = blake3::hash(payload);
         for listener in self.routes.matching(subject) {
@@ -229,7 +250,7 @@ impl Core {
         let Some(state) = self.listeners.get_mut(&listener) else {
             return;
         };
-        if matches!(state.ear, Ear::Serve(_)) {
+        if matches!(state.inbox, Inbox::Requests(_)) {
             return;
         }
         let delays = self.network.copies();
@@ -240,44 +261,44 @@ impl Core {
             arrivals.push(state.last_arrival);
         }
         for arrival in arrivals {
-            let heard = Heard {
+            let news = News {
                 subject: subject.clone(),
                 payload: payload.clone(),
             };
             self.schedule(
                 arrival,
-                Event::Heard {
+                Event::News {
                     listener,
-                    heard,
+                    news,
                     hash,
                 },
             );
         }
     }
 
-    /// Opens a request of `connection` and sends it on its way.
-    pub(super) fn ask(
+    /// Opens a request of `connection` and sends it.
+    pub(super) fn open_request(
         &mut self,
         connection: ConnectionId,
         subject: &Subject,
         payload: &Bytes,
         now: Instant,
-    ) -> Result<(u64, oneshot::Receiver<Answer>), BusError> {
+    ) -> Result<(u64, oneshot::Receiver<Reply>), BusError> {
         self.check(connection)?;
         let number = self.number();
-        let (answer, receiver) = oneshot::channel();
-        self.asks.insert(
+        let (reply, receiver) = oneshot::channel();
+        self.requests.insert(
             number,
-            Ask {
+            OpenRequest {
                 connection,
                 subject: subject.clone(),
-                answer,
+                reply,
             },
         );
         if let Some(state) = self.connections.get(&connection)
             && self.reaches(connection)
         {
-            let reply_to = ReplyTo::Ask {
+            let reply_to = ReplyTo::Request {
                 number,
                 user: state.user.clone(),
             };
@@ -297,7 +318,7 @@ impl Core {
         self.counters.count(&delays);
         for delay in delays {
             let subject = subject.clone();
-            let event = Event::Asked {
+            let event = Event::Request {
                 subject,
                 payload: payload.clone(),
                 reply_to: reply_to.clone(),
@@ -306,23 +327,23 @@ impl Core {
         }
     }
 
-    /// Forgets a request that nobody waits for any more.
-    pub(super) fn forget_ask(&mut self, number: u64) {
-        self.asks.remove(&number);
+    /// Forgets a request whose sender stopped waiting.
+    pub(super) fn forget_request(&mut self, number: u64) {
+        self.requests.remove(&number);
     }
 
-    /// Sends an answer on its way.
-    pub(super) fn answer(&mut self, reply_to: &ReplyTo, answer: &Answer, now: Instant) {
-        match (reply_to, answer) {
+    /// Sends a reply.
+    pub(super) fn reply(&mut self, reply_to: &ReplyTo, reply: &Reply, now: Instant) {
+        match (reply_to, reply) {
             (ReplyTo::Address(address), Ok(payload)) => self.publish(address, payload, now),
             (ReplyTo::Address(_), Err(_)) => {}
-            (ReplyTo::Ask { number, .. }, answer) => {
+            (ReplyTo::Request { number, .. }, reply) => {
                 let delays = self.network.copies();
                 self.counters.count(&delays);
                 for delay in delays {
-                    let event = Event::Answered {
+                    let event = Event::Reply {
                         number: *number,
-                        answer: answer.clone(),
+                        reply: reply.clone(),
                     };
                     self.schedule(now + delay, event);
                 }
@@ -332,39 +353,37 @@ impl Core {
 
     fn schedule(&mut self, at: Instant, event: Event) {
         let number = self.number();
-        self.agenda.insert((at, number), event);
+        self.under_way.insert((at, number), event);
     }
 
     /// When the next message arrives.
     pub(super) fn next_arrival(&self) -> Option<Instant> {
-        self.agenda.first_key_value().map(|((at, _), _)| *at)
+        self.under_way.first_key_value().map(|((at, _), _)| *at)
     }
 
-    /// Lets everything arrive that is due.
-    pub(super) fn run_due(&mut self, shared: &Arc<Shared>, now: Instant) {
-        while let Some(entry) = self.agenda.first_entry() {
+    /// Delivers every message that is due.
+    pub(super) fn run_due(&mut self, now: Instant) {
+        while let Some(entry) = self.under_way.first_entry() {
             if entry.key().0 > now {
                 break;
             }
             match entry.remove() {
-                Event::Heard {
+                Event::News {
                     listener,
-                    heard,
+                    news,
                     hash,
-                } => self.on_heard(listener, heard, &hash),
-                Event::Asked {
+                } => self.on_news(listener, news, &hash),
+                Event::Request {
                     subject,
                     payload,
                     reply_to,
-                } => {
-                    self.on_asked(shared, subject, payload, reply_to, now);
-                }
-                Event::Answered { number, answer } => self.on_answered(number, answer),
+                } => self.on_request(subject, payload, reply_to, now),
+                Event::Reply { number, reply } => self.on_reply(number, reply),
             }
         }
     }
 
-    fn on_heard(&mut self, listener: u64, heard: Heard, hash: &blake3::Hash) {
+    fn on_news(&mut self, listener: u64, news: News, hash: &blake3::Hash) {
         let Some(state) = self.listeners.get(&listener) else {
             return;
         };
@@ -374,33 +393,28 @@ impl Core {
         }
         let at = self.start.elapsed();
         self.trace
-            .record(Moved::Heard, heard.subject.as_str(), listener, hash, at);
+            .record(Moved::News, news.subject.as_str(), listener, hash, at);
         self.counters.heard += 1;
-        let Ear::News(inbox) = &state.ear else { return };
-        match inbox.push(heard) {
+        let Inbox::News(inbox) = &state.inbox else {
+            return;
+        };
+        match inbox.push(news) {
             Pushed::Queued => {}
             Pushed::Evicted => self.counters.overflowed += 1,
             Pushed::Unread => self.remove_listener(listener),
         }
     }
 
-    fn on_asked(
-        &mut self,
-        shared: &Arc<Shared>,
-        subject: Subject,
-        payload: Bytes,
-        reply_to: ReplyTo,
-        now: Instant,
-    ) {
+    fn on_request(&mut self, subject: Subject, payload: Bytes, reply_to: ReplyTo, now: Instant) {
         let hash = blake3::hash(&payload);
         let listeners = self.routes.matching(&subject);
         let mut servers = Vec::new();
         let mut overhearers = Vec::new();
         for listener in listeners {
-            match self.listeners.get(&listener).map(|state| &state.ear) {
-                Some(Ear::Serve(inbox)) if inbox.is_closed() => self.remove_listener(listener),
-                Some(Ear::Serve(_)) => servers.push(listener),
-                Some(Ear::News(_)) => overhearers.push(listener),
+            match self.listeners.get(&listener).map(|state| &state.inbox) {
+                Some(Inbox::Requests(inbox)) if inbox.is_closed() => self.remove_listener(listener),
+                Some(Inbox::Requests(_)) => servers.push(listener),
+                Some(Inbox::News(_)) => overhearers.push(listener),
                 None => {}
             }
         }
@@ -412,15 +426,14 @@ impl Core {
                 let refusal = Err(BusError::NoResponders {
                     subject: subject.as_str().to_owned(),
                 });
-                self.answer(&reply_to, &refusal, now);
+                self.reply(&reply_to, &refusal, now);
             }
             return;
         }
         let server = servers[self.network.choose(servers.len())];
         self.hand_over(
-            shared,
             server,
-            Asked {
+            ArrivedRequest {
                 subject,
                 payload,
                 reply_to,
@@ -429,39 +442,39 @@ impl Core {
         );
     }
 
-    fn hand_over(&mut self, shared: &Arc<Shared>, server: u64, asked: Asked) {
+    fn hand_over(&mut self, server: u64, request: ArrivedRequest) {
         let Some(state) = self.listeners.get(&server) else {
             return;
         };
-        let Ear::Serve(inbox) = &state.ear else {
+        let Inbox::Requests(inbox) = &state.inbox else {
             return;
         };
         if !self.reaches(state.connection) {
             self.counters.lost += 1;
             return;
         }
-        if !asked.is_from_own_inbox() {
+        if !request.replies_to_own_inbox() {
             self.counters.refused += 1;
             return;
         }
         let at = self.start.elapsed();
         self.trace.record(
-            Moved::Asked,
-            asked.subject.as_str(),
+            Moved::Request,
+            request.subject.as_str(),
             server,
-            &asked.hash,
+            &request.hash,
             at,
         );
         self.counters.asked += 1;
         let responder = MemoryResponder {
-            shared: shared.clone(),
+            sink: self.sink.clone(),
             connection: state.connection,
-            subject: asked.subject.clone(),
-            reply_to: asked.reply_to,
+            subject: request.subject.clone(),
+            reply_to: request.reply_to,
         };
         let request = Request {
-            subject: asked.subject,
-            payload: asked.payload,
+            subject: request.subject,
+            payload: request.payload,
             responder: Box::new(responder),
         };
         if inbox.try_send(request).is_err() {
@@ -469,24 +482,24 @@ impl Core {
         }
     }
 
-    fn on_answered(&mut self, number: u64, answer: Answer) {
-        let Some(ask) = self.asks.get(&number) else {
+    fn on_reply(&mut self, number: u64, reply: Reply) {
+        let Some(request) = self.requests.get(&number) else {
             return;
         };
-        if !self.reaches(ask.connection) {
+        if !self.reaches(request.connection) {
             self.counters.lost += 1;
             return;
         }
-        let Some(ask) = self.asks.remove(&number) else {
+        let Some(request) = self.requests.remove(&number) else {
             return;
         };
-        let hash = blake3::hash(answer.as_deref().unwrap_or_default());
+        let hash = blake3::hash(reply.as_deref().unwrap_or_default());
         let at = self.start.elapsed();
         self.trace
-            .record(Moved::Answered, ask.subject.as_str(), number, &hash, at);
+            .record(Moved::Reply, request.subject.as_str(), number, &hash, at);
         self.counters.answered += 1;
-        if ask.answer.send(answer).is_err() {
-            tracing::trace!(number, "answer came after its asker had left");
+        if request.reply.send(reply).is_err() {
+            tracing::trace!(number, "reply came after the sender stopped waiting");
         }
     }
 
