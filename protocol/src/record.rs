@@ -1,6 +1,10 @@
-//! The lines of a run directory's logs: what each file holds, under the names that people coming from other systems look
-//! for. Knows nothing about where the numbers come from. Invariant: every number is finite; a NaN is an error where it
-//! is written, not a gap where somebody reads it.
+//! The lines of a run directory's logs. Keys follow the names that other RL systems use.
+//!
+//! This module does not know how a number is measured or shown. Invariant: every number is finite; the writer refuses a
+//! NaN, so a reader never meets one. A field added later needs `serde(default)`, so that lines of an older build stay
+//! readable.
+
+#![allow(missing_docs)]
 
 mod json_lines;
 
@@ -14,14 +18,17 @@ pub use json_lines::{JsonLines, JsonLinesError, JsonLinesReader, Read, read_all}
 
 /// A kind of line.
 pub trait Line: Serialize + DeserializeOwned {
-    /// Name of its file in the run directory; rollouts have a folder of such files.
+    /// Name of the file in the run directory; for rollouts, of the folder of such files.
     const FILE: &'static str;
-    /// Keys that may hold null; under any other key a null was a number that is not finite.
+    /// Keys that may hold null. Under any other key, a null stands for a number that is not finite.
     const NULLABLE: &'static [&'static str];
 }
 
 /// A line of `metrics.jsonl`: one step. Counts are since the line before, rates and seconds are of this step.
+///
+/// A line may lack keys that were added later; they read as 0.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StepMetrics {
     /// Steps taken, this one included: the first line has 1.
     pub step: u64,
@@ -38,7 +45,8 @@ pub struct StepMetrics {
     /// Mean entropy of the policy over the trained positions, in nats.
     #[serde(rename = "entropy/all/mean")]
     pub entropy_mean: f64,
-    /// k3 between what was recorded when sampling and what the learner computes before the step's first update, in nats.
+    /// k3 between the log-probs recorded at sampling and those that the learner computes before the step's first
+    /// update, in nats.
     #[serde(rename = "mismatch_kl/all/mean")]
     pub mismatch_kl_mean: f64,
     /// Share of the trained tokens that the objective masked, clipped or capped, mean over the step's updates.
@@ -56,25 +64,25 @@ pub struct StepMetrics {
     /// Mean age of the batch's groups, in steps.
     #[serde(rename = "staleness/mean")]
     pub staleness_mean: f64,
-    /// Largest of the same.
+    /// Age of the batch's oldest group, in steps.
     #[serde(rename = "staleness/max")]
     pub staleness_max: u64,
     /// Groups in the batch.
     #[serde(rename = "groups/trained")]
     pub groups_trained: u64,
-    /// Groups that a check found bad.
+    /// Groups that failed a check.
     #[serde(rename = "groups/rejected")]
     pub groups_rejected: u64,
-    /// Groups older than the async level when their turn came.
+    /// Groups older than the async level when they could have been trained.
     #[serde(rename = "groups/stale")]
     pub groups_stale: u64,
     /// Groups whose rewards were all equal.
     #[serde(rename = "groups/no_signal")]
     pub groups_no_signal: u64,
-    /// Tickets that nobody answered in time.
+    /// Tickets that no worker answered in time.
     #[serde(rename = "groups/expired")]
     pub groups_expired: u64,
-    /// Tickets that were no longer wanted.
+    /// Tickets that were no longer needed.
     #[serde(rename = "groups/superseded")]
     pub groups_superseded: u64,
     /// Second groups for a ticket that had one.
@@ -115,50 +123,20 @@ pub struct StepMetrics {
     pub time_broadcast: f64,
 }
 
-impl StepMetrics {
-    /// How many groups or tickets ended this way.
-    pub fn groups(&self, fate: Fate) -> u64 {
-        match fate {
-            Fate::Trained => self.groups_trained,
-            Fate::Rejected => self.groups_rejected,
-            Fate::Stale => self.groups_stale,
-            Fate::NoSignal => self.groups_no_signal,
-            Fate::Expired => self.groups_expired,
-            Fate::Superseded => self.groups_superseded,
-            Fate::Duplicate => self.groups_duplicate,
-        }
-    }
-
-    /// Counts a group or ticket that ended this way.
-    pub fn count(&mut self, fate: Fate) {
-        let counter = match fate {
-            Fate::Trained => &mut self.groups_trained,
-            Fate::Rejected => &mut self.groups_rejected,
-            Fate::Stale => &mut self.groups_stale,
-            Fate::NoSignal => &mut self.groups_no_signal,
-            Fate::Expired => &mut self.groups_expired,
-            Fate::Superseded => &mut self.groups_superseded,
-            Fate::Duplicate => &mut self.groups_duplicate,
-        };
-        *counter += 1;
-    }
-}
-
 impl Line for StepMetrics {
     const FILE: &'static str = "metrics.jsonl";
     const NULLABLE: &'static [&'static str] = &[];
 }
 
-/// A line of `eval.jsonl`: one pass over the held-out set. The first is version 0, before any step.
+/// A line of `eval.jsonl`: one pass over the held-out set. The first is of version 0, before any step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalLine {
-    /// The version evaluated.
     pub policy_version: PolicyVersion,
-    /// Share of the held-out prompts answered rightly, greedy.
+    /// Share of the held-out prompts that greedy decoding answered correctly.
     pub accuracy: f64,
-    /// How many prompts.
+    /// Number of prompts.
     pub samples: u64,
-    /// How long it took.
+    /// Wall time.
     pub seconds: f64,
 }
 
@@ -170,11 +148,8 @@ impl Line for EvalLine {
 /// A line of `rollouts/*.jsonl`: one rollout that was trained on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RolloutLine {
-    /// The ticket that it answers.
     pub ticket: TicketId,
-    /// The group that it came in.
     pub group: GroupHash,
-    /// Who answered.
     pub worker: PeerId,
     /// The step that trained it.
     pub step: u64,
@@ -188,11 +163,9 @@ pub struct RolloutLine {
     pub completion_tokens: Vec<u32>,
     /// `[T]` ln μ of each completion token at that temperature, in nats.
     pub rollout_logprobs: Vec<f32>,
-    /// Its reward.
     pub reward: f32,
     /// Its advantage within its group.
     pub advantage: f32,
-    /// Why it ended.
     pub finish_reason: FinishReason,
 }
 
@@ -201,24 +174,21 @@ impl Line for RolloutLine {
     const NULLABLE: &'static [&'static str] = &[];
 }
 
-/// A line of `selections.jsonl`: how a ticket, or a surplus group of one, ended.
+/// A line of `selections.jsonl`: how a ticket, or a surplus group of one, ended. The optional keys are null for a ticket
+/// without a group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SelectionLine {
-    /// The ticket.
     pub ticket: TicketId,
-    /// The group, where there was one.
     pub group: Option<GroupHash>,
-    /// Who answered.
     pub worker: Option<PeerId>,
-    /// Under which version.
+    /// The version that sampled the group.
     pub policy_version: Option<PolicyVersion>,
-    /// How it ended.
     pub fate: Fate,
-    /// Why, in one sentence with the numbers. A peer may have had a part in its text.
+    /// One sentence with the numbers. A peer may have written a part of it.
     pub reason: String,
     /// Whether a forward pass checked the group.
     pub audited: bool,
-    /// The step that trained it.
+    /// The step that trained the group.
     pub step: Option<PolicyVersion>,
 }
 
@@ -246,86 +216,74 @@ impl From<&FateRecord> for SelectionLine {
 mod tests {
     use super::*;
 
-    fn keys(line: &impl Serialize) -> Vec<String> {
-        let value = serde_json::to_value(line).unwrap();
-        value.as_object().unwrap().keys().cloned().collect()
-    }
+    /// A line of every file as a run wrote it on 30 November 2026.
+    const STEP: &str = include_str!("../testdata/record/metrics.jsonl");
+    const EVAL: &str = include_str!("../testdata/record/eval.jsonl");
+    const ROLLOUT: &str = include_str!("../testdata/record/rollouts.jsonl");
+    const SELECTION: &str = include_str!("../testdata/record/selections.jsonl");
 
-    #[test]
-    fn a_step_has_the_keys_that_people_look_for() {
-        let found = keys(&StepMetrics::default());
-        let promised = "step policy_version reward/all/mean reward/all/std loss entropy/all/mean \
-            mismatch_kl/all/mean optim/grad_norm optim/lr staleness/mean staleness/max \
-            groups/trained groups/rejected groups/stale groups/no_signal seq_len/mean \
-            is_truncated/mean perf/rollout_tokens_per_second perf/learner_tokens_per_second \
-            broadcast/bytes broadcast/full_bytes broadcast/changed_fraction time/step \
-            time/wait_for_batch time/broadcast";
-        for key in promised.split_whitespace() {
-            assert!(found.iter().any(|name| name == key), "{key} is missing");
+    /// Reads the line of an older build and writes it again: no key may be lost or change its value.
+    #[track_caller]
+    fn assert_every_key_is_kept<L: Line>(old: &str) {
+        let line: L = serde_json::from_str(old).unwrap();
+        let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        let (old, new) = (parse(old), parse(&serde_json::to_string(&line).unwrap()));
+        for (key, value) in old.as_object().unwrap() {
+            assert_eq!(new.get(key), Some(value), "`{key}` of {}", L::FILE);
         }
     }
 
     #[test]
-    fn a_rollout_and_a_selection_have_exactly_the_documented_keys() {
-        let rollout = RolloutLine {
-            ticket: TicketId(7),
-            group: GroupHash([1; 32]),
-            worker: PeerId([2; 32]),
-            step: 3,
-            policy_version: PolicyVersion(2),
-            temperature: 1.0,
-            prompt_tokens: vec![5],
-            completion_tokens: vec![6, 2],
-            rollout_logprobs: vec![-0.1, -0.7],
-            reward: 1.0,
-            advantage: 0.75,
-            finish_reason: FinishReason::Stop,
-        };
-        let mut expected = "ticket group worker step policy_version temperature prompt_tokens \
-            completion_tokens rollout_logprobs reward advantage finish_reason"
-            .split_whitespace()
-            .collect::<Vec<_>>();
-        expected.sort_unstable();
-        assert_eq!(keys(&rollout), expected);
-        let written = serde_json::to_string(&rollout).unwrap();
-        assert!(
-            written.contains(r#""rollout_logprobs":[-0.1,-0.7]"#),
-            "{written}"
-        );
-        assert_eq!(
-            serde_json::from_str::<RolloutLine>(&written).unwrap(),
-            rollout
-        );
+    fn every_key_that_a_run_has_written_is_still_read_and_written() {
+        assert_every_key_is_kept::<StepMetrics>(STEP);
+        assert_every_key_is_kept::<EvalLine>(EVAL);
+        assert_every_key_is_kept::<RolloutLine>(ROLLOUT);
+        assert_every_key_is_kept::<SelectionLine>(SELECTION);
+    }
 
-        let expired = FateRecord {
+    #[test]
+    fn a_step_of_an_older_build_that_lacks_a_key_is_still_read() {
+        let mut line: serde_json::Value = serde_json::from_str(STEP).unwrap();
+        line.as_object_mut().unwrap().remove("optim/updates");
+        let read: StepMetrics = serde_json::from_value(line).unwrap();
+        assert_eq!((read.step, read.updates), (7, 0));
+    }
+
+    #[test]
+    fn log_probs_are_written_as_plain_numbers() {
+        let line: RolloutLine = serde_json::from_str(ROLLOUT).unwrap();
+        let written = serde_json::to_string(&line).unwrap();
+        let list = r#""rollout_logprobs":[-0.1,-0.7]"#;
+        assert!(written.contains(list), "{written}");
+    }
+
+    #[test]
+    fn every_fate_has_a_key_of_its_own() {
+        let value = serde_json::to_value(StepMetrics::default()).unwrap();
+        for fate in Fate::ALL {
+            let key = format!("groups/{fate}");
+            assert!(value.get(&key).is_some(), "{key} is missing");
+        }
+    }
+
+    #[test]
+    fn a_selection_copies_the_record_of_its_fate() {
+        let record = FateRecord {
             ticket: TicketId(8),
-            group: None,
+            group: Some(GroupHash([1; 32])),
             lease: None,
-            worker: None,
-            policy_version: None,
-            fate: Fate::Expired,
-            reason: "nobody answered within 30000 ms".to_owned(),
-            audited: false,
-            step: None,
+            worker: Some(PeerId([2; 32])),
+            policy_version: Some(PolicyVersion(3)),
+            fate: Fate::Trained,
+            reason: "trained in step 4".to_owned(),
+            audited: true,
+            step: Some(PolicyVersion(4)),
         };
-        let line = SelectionLine::from(&expired);
-        let mut expected = "ticket group worker policy_version fate reason audited step"
-            .split_whitespace()
-            .collect::<Vec<_>>();
-        expected.sort_unstable();
-        assert_eq!(keys(&line), expected);
-    }
-
-    #[test]
-    fn every_fate_has_a_counter_of_its_own() {
-        let mut metrics = StepMetrics::default();
-        for (times, fate) in Fate::ALL.into_iter().enumerate() {
-            (0..=times).for_each(|_| metrics.count(fate));
-        }
-        let value = serde_json::to_value(&metrics).unwrap();
-        for (times, fate) in Fate::ALL.into_iter().enumerate() {
-            assert_eq!(value[format!("groups/{fate}")], times as u64 + 1);
-            assert_eq!(metrics.groups(fate), times as u64 + 1);
-        }
+        let line = SelectionLine::from(&record);
+        assert_eq!((line.ticket, line.group), (record.ticket, record.group));
+        assert_eq!(line.worker, record.worker);
+        assert_eq!(line.policy_version, record.policy_version);
+        assert_eq!((line.fate, line.step), (record.fate, record.step));
+        assert_eq!((line.reason, line.audited), (record.reason, true));
     }
 }

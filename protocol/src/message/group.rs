@@ -132,6 +132,13 @@ impl Rollout {
             .collect()
     }
 
+    /// Number of tokens drawn from the policy.
+    pub fn drawn_tokens(&self) -> u64 {
+        let drawn = |segment: &&Segment| matches!(segment, Segment::Policy { .. });
+        let segments = self.segments.iter().filter(drawn);
+        segments.map(|segment| segment.tokens().len() as u64).sum()
+    }
+
     /// Tokens drawn from the policy and their log-probs, in order.
     pub fn drawn(&self) -> (Vec<u32>, Vec<f32>) {
         let mut drawn = (Vec::new(), Vec::new());
@@ -323,6 +330,7 @@ mod tests {
         let rollout = Rollout::of_versions(vec![9], &[5, 6, 7], &logprobs, &spans, finish);
         assert_eq!(rollout.segments.len(), 3);
         assert_eq!(rollout.drawn(), (vec![5, 6, 7], logprobs.to_vec()));
+        assert_eq!(rollout.drawn_tokens(), 3);
         assert_eq!(rollout.oldest_version(), Some(old));
         let mut group = group(vec![1], vec![0.0]);
         group.rollouts = vec![rollout];
