@@ -1,8 +1,6 @@
-//! RESOLVE: the trainer.
-#![cfg_attr(
-    test,
-    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
-)]
+//! RESOLVE: the trainer takes judged groups and makes new versions of the policy of them.
+#![allow(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod advantage;
 pub mod objective;

@@ -1,48 +1,41 @@
-//! Which groups enter a batch, and when a batch is closed. Pure: joined groups and the learner's version in, a selection
-//! out. Invariants: at most one group per ticket; oldest ticket first, so that quick short answers are not preferred;
-//! every group taken in leaves exactly once, in a batch or with a reason.
+//! Decides which groups enter a batch, and when a batch is closed. Pure: joined groups and the learner's version in, a
+//! selection out. Invariants: at most one group per ticket; the oldest tickets enter first, so quick short answers have no
+//! advantage; every group taken in leaves exactly once, in a batch or with a reason.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use muster_protocol::id::{GroupHash, PeerId, PolicyVersion, TicketId};
 use muster_protocol::message::fate::Fate;
 
-use crate::advantage::AdvantageConfig;
+use crate::advantage::{AdvantageConfig, AdvantageError};
 
-/// What bounds a batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ResolveConfig {
     /// Groups per batch, B.
     pub batch_groups: usize,
     /// Largest staleness admitted, in steps.
     pub async_level: u64,
-    /// How rewards become advantages.
     pub advantage: AdvantageConfig,
 }
 
-/// A judged group, as far as the choice is concerned; `T` is whatever goes with it.
+/// A judged group with what the selection needs of it. `T` is the group itself.
 #[derive(Debug, Clone)]
 pub struct Candidate<T> {
-    /// Its ticket.
     pub ticket: TicketId,
-    /// Its name.
     pub group: GroupHash,
-    /// Who answered.
     pub worker: PeerId,
     /// The oldest version that drew a token of it.
     pub version: PolicyVersion,
-    /// One per rollout, as the critics agree.
+    /// `[G]`, as the critics agree.
     pub rewards: Vec<f32>,
-    /// Whether a forward pass checked it.
+    /// Whether a forward pass checked the group.
     pub audited: bool,
-    /// What goes with it.
     pub carried: T,
 }
 
 /// Why a group may not enter a batch. Each variant is a fate.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refusal {
-    /// Older than the async level.
     #[error("the group is {staleness_steps} steps stale, at most {async_level} are admitted")]
     Stale {
         /// Learner version − group version.
@@ -50,50 +43,41 @@ pub enum Refusal {
         /// η.
         async_level: u64,
     },
-    /// Nothing to learn.
-    #[error("all {group_size} rewards are equal, so every advantage is zero")]
-    NoSignal {
-        /// G.
-        group_size: usize,
-    },
-    /// A version that the learner has not made.
+    /// The rewards are all equal, or one is not a number of ordinary size.
+    #[error(transparent)]
+    Rewards(#[from] AdvantageError),
     #[error("the group claims version {claimed}, the learner is at {learner}")]
     FromTheFuture {
-        /// As claimed.
         claimed: PolicyVersion,
-        /// As is.
         learner: PolicyVersion,
     },
-    /// The ticket is trained, or another group of it waits.
+    /// The ticket has ended, or another group of it waits.
     #[error("ticket {ticket} has a group already")]
-    Duplicate {
-        /// Which.
-        ticket: TicketId,
-    },
+    Duplicate { ticket: TicketId },
 }
 
 impl Refusal {
-    /// The fate that the refusal is.
     pub fn fate(&self) -> Fate {
         match self {
             Refusal::Stale { .. } => Fate::Stale,
-            Refusal::NoSignal { .. } => Fate::NoSignal,
-            Refusal::FromTheFuture { .. } => Fate::Rejected,
+            Refusal::Rewards(AdvantageError::NoSignal { .. }) => Fate::NoSignal,
+            Refusal::Rewards(AdvantageError::Reward { .. }) | Refusal::FromTheFuture { .. } => {
+                Fate::Rejected
+            }
             Refusal::Duplicate { .. } => Fate::Duplicate,
         }
     }
 }
 
-/// A member of a batch.
+/// A group of a batch.
 #[derive(Debug, Clone)]
 pub struct Selected<T> {
-    /// The group.
     pub candidate: Candidate<T>,
-    /// One per rollout.
+    /// `[G]`, summing to zero.
     pub advantages: Vec<f32>,
 }
 
-/// The groups that wait, and the version that they wait for.
+/// The groups that wait for a batch, at the learner's version.
 #[derive(Debug)]
 pub struct Resolver<T> {
     config: ResolveConfig,
@@ -103,7 +87,7 @@ pub struct Resolver<T> {
 }
 
 impl<T> Resolver<T> {
-    /// A resolver at `version`, for a run whose tickets in `ended` have ended.
+    /// `ended` are the tickets that have a fate.
     pub fn new(config: ResolveConfig, version: PolicyVersion, ended: BTreeSet<TicketId>) -> Self {
         Self {
             config,
@@ -113,7 +97,6 @@ impl<T> Resolver<T> {
         }
     }
 
-    /// The learner's version.
     pub fn version(&self) -> PolicyVersion {
         self.version
     }
@@ -129,10 +112,15 @@ impl<T> Resolver<T> {
         waiting.is_some_and(|waiting| waiting.candidate.group == group)
     }
 
-    /// Takes a group in, or says why not.
+    /// Ends a ticket whose group cannot be a candidate. False if the ticket has ended or another group of it waits.
+    pub fn end(&mut self, ticket: TicketId) -> bool {
+        !self.waiting.contains_key(&ticket) && self.ended.insert(ticket)
+    }
+
+    /// Takes a group in.
     ///
     /// # Errors
-    /// The reason, with the group.
+    /// The reason of the refusal, with the group.
     pub fn admit(&mut self, candidate: Candidate<T>) -> Result<(), (Refusal, Candidate<T>)> {
         let ticket = candidate.ticket;
         if self.ended.contains(&ticket) || self.waiting.contains_key(&ticket) {
@@ -144,19 +132,17 @@ impl<T> Resolver<T> {
         }
         match self.config.advantage.advantages(&candidate.rewards) {
             Ok(advantages) => {
-                self.waiting.insert(
-                    ticket,
-                    Selected {
-                        candidate,
-                        advantages,
-                    },
-                );
+                let selected = Selected {
+                    candidate,
+                    advantages,
+                };
+                self.waiting.insert(ticket, selected);
+                debug_assert!(!self.ended.contains(&ticket), "one fate per ticket");
                 Ok(())
             }
-            Err(_) => {
+            Err(error) => {
                 self.ended.insert(ticket);
-                let group_size = candidate.rewards.len();
-                Err((Refusal::NoSignal { group_size }, candidate))
+                Err((error.into(), candidate))
             }
         }
     }
@@ -176,28 +162,28 @@ impl<T> Resolver<T> {
         })
     }
 
-    /// The batch of the oldest tickets, when enough groups wait.
+    /// The batch of the oldest tickets, if enough groups wait.
     pub fn close_batch(&mut self) -> Option<Vec<Selected<T>>> {
         if self.waiting.len() < self.config.batch_groups {
             return None;
         }
-        let oldest: Vec<TicketId> = self
-            .waiting
-            .keys()
-            .copied()
-            .take(self.config.batch_groups)
-            .collect();
-        self.ended.extend(oldest.iter().copied());
-        Some(
-            oldest
-                .iter()
-                .filter_map(|ticket| self.waiting.remove(ticket))
-                .collect(),
-        )
+        let mut batch = Vec::with_capacity(self.config.batch_groups);
+        while batch.len() < self.config.batch_groups {
+            let (ticket, selected) = self.waiting.pop_first()?;
+            let first = self.ended.insert(ticket);
+            debug_assert!(first, "one fate per ticket");
+            batch.push(selected);
+        }
+        debug_assert!(
+            batch.is_sorted_by_key(|selected| selected.candidate.ticket),
+            "the oldest tickets enter first"
+        );
+        Some(batch)
     }
 
-    /// The learner has made `version`: groups that are now too old leave with their reason.
+    /// Moves to `version`, which the learner has made. Returns the groups that are now too old, with the reason.
     pub fn advance(&mut self, version: PolicyVersion) -> Vec<(Refusal, Candidate<T>)> {
+        debug_assert!(version >= self.version, "versions only rise");
         self.version = version;
         let too_old: Vec<(TicketId, Refusal)> = self
             .waiting
@@ -266,8 +252,35 @@ mod tests {
 
     #[test]
     fn a_group_without_reward_variance_is_refused() {
-        let refusal = refused(&mut resolver(0), group(1, 0, &[1.0, 1.0]));
-        assert_eq!(refusal, Some(Refusal::NoSignal { group_size: 2 }));
+        let refusal = refused(&mut resolver(0), group(1, 0, &[1.0, 1.0])).unwrap();
+        assert_eq!(
+            refusal.to_string(),
+            "all 2 rewards are equal, so every advantage is zero"
+        );
+        assert_eq!(refusal.fate(), Fate::NoSignal);
+    }
+
+    #[test]
+    fn a_group_with_a_reward_out_of_range_is_rejected_with_the_reward() {
+        let refusal = refused(&mut resolver(0), group(1, 0, &[0.0, f32::MAX])).unwrap();
+        assert!(
+            refusal
+                .to_string()
+                .starts_with("the reward of rollout 1 is"),
+            "{refusal}"
+        );
+        assert_eq!(refusal.fate(), Fate::Rejected);
+    }
+
+    #[test]
+    fn a_ticket_is_ended_once_and_not_while_a_group_of_it_waits() {
+        let mut resolver = resolver(0);
+        assert_eq!(refused(&mut resolver, group(1, 0, &[0.0, 1.0])), None);
+        assert!(!resolver.end(TicketId(1)));
+        assert!(resolver.end(TicketId(2)));
+        assert!(!resolver.end(TicketId(2)));
+        let refusal = refused(&mut resolver, group(2, 0, &[0.0, 1.0]));
+        assert!(matches!(refusal, Some(Refusal::Duplicate { .. })));
     }
 
     #[test]

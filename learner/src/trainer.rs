@@ -1,19 +1,20 @@
-//! The trainer: takes judged groups, closes batches, takes steps, makes versions known.
+//! The trainer: takes judged groups, closes batches, takes steps and announces versions.
 //!
-//! The order that makes it safe to kill at any instant (design §4.5): group bodies on disk, then the batch manifest in
-//! the log (fenced, so that of two trainers one stops), then the acknowledgements, then the step, then the new image on
-//! disk, then the announcement. A restart loads the newest full state and replays the manifests after it; with a fixed
-//! number of gradient shards a replay makes the same bits.
+//! A kill at any instant loses nothing, because of the order of writes: group bodies on disk, then the batch manifest in
+//! the log (fenced, so of two trainers one stops), then the acknowledgements, then the step, then the new image on disk,
+//! then the announcement. A restart loads the newest full state and replays the manifests after it. A replay makes the
+//! same bits, since the number of gradient shards is fixed.
 //!
-//! It knows weights as bytes ([`crate::stepper`]) and shares nothing with dispatch but the bus.
+//! The trainer knows weights as bytes ([`crate::stepper`]) and shares nothing with dispatch but the bus. Invariants: every
+//! joined group gets one fate; every delivery held belongs to a group that waits in the resolver.
 
 pub mod announce;
-pub mod archive;
+mod archive;
 mod batch;
 mod checkpoint;
 mod intake;
+mod logs;
 pub mod objects;
-pub mod record;
 mod replay;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::task::JoinError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -36,60 +38,65 @@ use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
-use muster_protocol::record::{JsonLinesError, StepMetrics};
+use muster_protocol::record::JsonLinesError;
 use muster_protocol::subject::{Log, Role};
 
-use crate::advantage::AdvantageConfig;
+use crate::advantage::{AdvantageConfig, AdvantageError};
 use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
-use crate::stepper::{StepError, StepOutput, Stepper};
+use crate::stepper::{StepError, Stepper};
 
 use announce::{Announced, Announcer, Outlet, RunFile};
 use archive::{Archive, ArchiveError};
 use batch::Intake;
 use intake::Opener;
+use logs::{RunLogs, StepRecord, StepTimes};
 use objects::BroadcastConfig;
-use record::{RunRecord, batch_metrics};
 use replay::{open_run, restore_state};
 
-/// Groups taken from the queue at once.
+/// Most groups taken from the queue at once.
 const CHUNK: usize = 64;
-/// How long to wait for a group before looking at the logs again.
+/// How long the trainer waits for a group before it reads the logs again.
 const TAKE_WAIT: Duration = Duration::from_millis(500);
-/// How long a turn that has begun may take once the trainer is told to stop.
+/// How long a turn that has begun may take after the shutdown signal.
 const GRACE: Duration = Duration::from_secs(3);
-/// Pause after the bus did not answer.
+/// Pause after a call to the bus that timed out.
 const RETRY: Duration = Duration::from_millis(500);
 
 /// Why the trainer ended.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainerError {
-    /// The bus failed in a way that waiting does not mend.
+    /// The bus failed in a way that a retry does not mend.
     #[error("the trainer lost its bus: {0}")]
     Bus(#[from] BusError),
-    /// A message of its own could not be made, or a durable one not read.
+    /// A statement could not be signed, or a durable one could not be read.
     #[error("a message of the run cannot be used: {0}")]
     Envelope(#[from] EnvelopeError),
-    /// The run directory could not be written.
     #[error(transparent)]
     Archive(#[from] ArchiveError),
-    /// A log of the run directory could not be written.
     #[error(transparent)]
     Lines(#[from] JsonLinesError),
-    /// The step failed.
     #[error("step {step} failed: {source}")]
     Step {
-        /// Which version it was to make.
+        /// The version that the step was to make.
         step: PolicyVersion,
-        /// Why.
         source: StepError,
     },
     /// A version could not be described or offered.
     #[error("a version could not be announced: {0}")]
     Announce(String),
+    /// Work on a thread of its own panicked or was cancelled.
+    #[error("a thread of the trainer failed: {0}; start the trainer again")]
+    Thread(#[from] JoinError),
+    /// The manifest of a step holds a group that no trainer would select.
+    #[error("step {step} cannot be replayed: in its manifest, {source} (ticket {ticket})")]
+    Replay {
+        step: PolicyVersion,
+        ticket: TicketId,
+        source: AdvantageError,
+    },
     /// A checkpoint folder could not be written.
     #[error(transparent)]
     Snapshot(#[from] snapshot::SnapshotError),
-    /// Another trainer has started.
     #[error("another trainer has started for this run: this one stops")]
     Replaced,
     /// The configuration is not the one that the run was opened with.
@@ -97,44 +104,37 @@ pub enum TrainerError {
         "the run was opened with another {what} than the configuration now says: \
          go back to the old one, or start a new run in another --dir"
     )]
-    Changed {
-        /// What differs.
-        what: &'static str,
-    },
+    Changed { what: &'static str },
 }
 
 /// The part of the configuration that the trainer reads.
 #[derive(Debug, Clone, Copy)]
 pub struct TrainerSettings {
-    /// Groups per batch.
+    /// Groups per batch, B.
     pub batch_groups: usize,
     /// Steps of the run.
     pub steps: u64,
-    /// Full state and a checkpoint folder every so many steps.
+    /// Steps between two full states, each with a checkpoint folder.
     pub checkpoint_every: u64,
-    /// How rewards become advantages.
     pub advantage: AdvantageConfig,
-    /// How versions are offered.
     pub broadcast: BroadcastConfig,
 }
 
 /// What the trainer needs to start.
 pub struct TrainerParts {
-    /// The trainer's way to the bus, under the learner's keys.
+    /// The trainer's connection, under the learner's keys.
     pub client: DispatchClient,
     /// The lab's members.
     pub roster: Roster,
     /// The run directory.
     pub dir: PathBuf,
-    /// The model.
     pub stepper: Box<dyn Stepper>,
-    /// Where bytes are offered.
+    /// Takes the bytes of versions and files.
     pub outlet: Arc<dyn Outlet>,
-    /// What the run is; signed and published if the run is new.
+    /// Describes the run; the trainer signs and publishes it if the run is new.
     pub descriptor: Descriptor,
     /// Files that travel with the weights.
     pub files: Vec<RunFile>,
-    /// Batches, steps, checkpoints.
     pub settings: TrainerSettings,
 }
 
@@ -143,7 +143,7 @@ pub struct Trainer {
     client: DispatchClient,
     opener: Arc<Opener>,
     dir: PathBuf,
-    /// Away while a step runs.
+    /// None while a step runs.
     stepper: Option<Box<dyn Stepper>>,
     outlet: Arc<dyn Outlet>,
     descriptor: Signed<Descriptor>,
@@ -151,28 +151,35 @@ pub struct Trainer {
     settings: TrainerSettings,
     generation: Generation,
     archive: Archive,
-    record: RunRecord,
+    logs: RunLogs,
     resolver: Resolver<Group>,
     announcer: Announcer,
-    /// Groups of earlier manifests, by ticket.
+    /// Groups of earlier manifests.
     trained: BTreeMap<TicketId, GroupHash>,
+    /// Deliveries of groups that wait in the resolver, not yet acknowledged.
     held: BTreeMap<TicketId, Delivery>,
+    /// Newest sequence read of the batches log.
     batches_read: u64,
+    /// Newest sequence read of the fates log.
     fates_read: u64,
     control: ControlState,
+    /// Newest sequence read of the control log.
     control_read: u64,
+    /// The version of the newest full state on disk.
     saved: PolicyVersion,
+    /// State root of the newest version.
     root: StateRoot,
     step_ended: Instant,
-    drawn_tokens: u64,
+    /// Completion tokens that arrived since `step_ended`.
+    tokens_arrived: u64,
 }
 
 impl Trainer {
-    /// Starts the trainer: takes its generation, opens the run or checks that it is the same, goes back to the newest
-    /// full state and replays what was decided since.
+    /// Starts the trainer: takes a new generation, opens the run or checks that its configuration is unchanged, loads the
+    /// newest full state and replays the manifests after it.
     ///
     /// # Errors
-    /// When the bus refuses, the run was opened otherwise, or the run directory cannot be used.
+    /// When the bus refuses, the run was opened with another configuration, or the run directory cannot be used.
     pub async fn start(parts: TrainerParts) -> Result<Self, TrainerError> {
         let TrainerParts {
             client,
@@ -189,7 +196,7 @@ impl Trainer {
         let started = client.sign(ControlEvent::Started {
             role: Role::Trainer,
         })?;
-        // A key of its own for every start: two starts under one key would share a generation.
+        // Every start has its own key: two starts under one key would share a generation.
         let key = format!("s-{:016x}", rand::random::<u64>());
         let sequence = bus.append(Log::Control, &key, None, started.bytes).await?;
         let generation = Generation(sequence.sequence());
@@ -207,11 +214,7 @@ impl Trainer {
             settings.broadcast,
         )
         .await?;
-        let config = ResolveConfig {
-            batch_groups: settings.batch_groups,
-            async_level: descriptor.body.async_level,
-            advantage: settings.advantage,
-        };
+        let config = settings.resolve_config(descriptor.body.async_level);
         let opener = Opener {
             run: client.run().clone(),
             dispatch: descriptor.body.dispatch,
@@ -220,7 +223,7 @@ impl Trainer {
         };
         let mut trainer = Self {
             opener: Arc::new(opener),
-            record: RunRecord::open(&dir, version)?,
+            logs: RunLogs::open(&dir, version)?,
             resolver: Resolver::new(config, version, Default::default()),
             client,
             dir,
@@ -241,14 +244,14 @@ impl Trainer {
             saved: version,
             root: StateRoot([0; 32]),
             step_ended: Instant::now(),
-            drawn_tokens: 0,
+            tokens_arrived: 0,
         };
         trainer.replay(saved).await?;
         info!(generation = generation.0, version = %trainer.resolver.version(), "trainer started");
         Ok(trainer)
     }
 
-    /// Trains until the last step or `shutdown`; after the last step it goes on serving its record until `shutdown`.
+    /// Trains until `shutdown`. After the last step it only follows the logs.
     ///
     /// # Errors
     /// When the bus is gone for good, a step fails, the disk refuses, or another trainer has started.
@@ -262,14 +265,14 @@ impl Trainer {
                 tokio::time::sleep(GRACE).await;
             };
             let done = tokio::select! {
-                biased; // what has begun (a manifest, a step) is finished first, if the bus lets it
+                biased; // a turn that has begun (a manifest, a step) ends first, if the bus lets it
                 done = self.turn() => done,
-                () = overdue => return Ok(()), // as a kill would: what is not durable is done again at the next start
+                () = overdue => return Ok(()), // like a kill: the next start repeats what is not durable
             };
             match done {
                 Ok(()) => {}
                 Err(TrainerError::Bus(error)) if error.is_transient() => {
-                    warn!(%error, "the bus did not answer: trying again");
+                    warn!(%error, "the bus did not answer; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => return Err(error),
@@ -277,7 +280,7 @@ impl Trainer {
         }
     }
 
-    /// One round: take groups, and take a step when a batch is full.
+    /// Takes a step if a batch is full, else takes groups.
     async fn turn(&mut self) -> Result<(), TrainerError> {
         self.read_logs().await?;
         if self.resolver.version().0 >= self.settings.steps {
@@ -308,8 +311,8 @@ impl Trainer {
             {
                 Ok(_) => return Ok(()),
                 Err(error) if error.is_transient() => {
-                    // Given up here, the decision would be lost: nothing else remembers it.
-                    warn!(%error, "a fate is not confirmed: trying again");
+                    // Giving up here would lose the decision: it is stored nowhere else.
+                    warn!(%error, "a fate is not confirmed; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => return Err(error.into()),
@@ -317,29 +320,31 @@ impl Trainer {
         }
     }
 
-    /// Manifest, step, image, announcement: in this order. Once the manifest stands, fates and acknowledgements can be made
-    /// again at any time; they are made while the step runs.
+    /// Writes the manifest, takes the step, stores the image and announces the version, in this order. Once the manifest
+    /// is stored, fates and acknowledgements can be repeated at any time, so they are sent while the step runs.
     async fn resolve(&mut self, batch: Vec<Selected<Group>>) -> Result<(), TrainerError> {
-        let began = Instant::now();
-        let waited = began.duration_since(self.step_ended);
+        let wait_for_batch = self.step_ended.elapsed();
         let step = self.resolver.version().next();
         self.commit(step, &batch).await?;
-        let (output, trained) = self.step(step, &batch, Intake::Open).await?;
+        let (output, training) = self.step(step, &batch, Intake::Open).await?;
         let announcing = Instant::now();
         let announced = self.publish(step, &output.image).await?;
-        let whole = self.step_ended.elapsed().as_secs_f64();
-        let line = StepMetrics {
-            time_step: whole,
-            time_wait_for_batch: waited.as_secs_f64(),
-            time_broadcast: announcing.elapsed().as_secs_f64(),
-            rollout_tokens_per_second: self.drawn_tokens as f64 / whole.max(1e-9),
-            learner_tokens_per_second: output.stats.tokens as f64 / trained.as_secs_f64().max(1e-9),
-            broadcast_bytes: announced.bytes,
-            ..self.metrics_of(step, &batch, &output)
+        let times = StepTimes {
+            whole: self.step_ended.elapsed(),
+            wait_for_batch,
+            training,
+            broadcast: announcing.elapsed(),
         };
         self.step_ended = Instant::now();
-        self.drawn_tokens = 0;
-        self.write_lines(step, &batch, line)?;
+        let tokens_arrived = std::mem::take(&mut self.tokens_arrived);
+        self.write_lines(&StepRecord {
+            step,
+            batch: &batch,
+            output: &output,
+            broadcast_bytes: announced.bytes,
+            tokens_arrived,
+            times,
+        })?;
         self.advance(step).await?;
         self.checkpoint(step, &announced).await
     }
@@ -354,7 +359,7 @@ impl Trainer {
         loop {
             match self.announcer.announce(&announced).await {
                 Err(TrainerError::Bus(error)) if error.is_transient() => {
-                    warn!(%error, "the version is not announced yet: trying again");
+                    warn!(%error, %version, "a version is not announced yet; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
                 done => return done.map(|()| announced),
@@ -362,43 +367,16 @@ impl Trainer {
         }
     }
 
-    fn metrics_of(
-        &self,
-        step: PolicyVersion,
-        batch: &[Selected<Group>],
-        output: &StepOutput,
-    ) -> StepMetrics {
-        let stats = output.stats;
-        StepMetrics {
-            loss: stats.loss,
-            entropy_mean: stats.entropy,
-            mismatch_kl_mean: stats.mismatch_kl,
-            clip_fraction_mean: stats.clip_fraction,
-            grad_norm: stats.gradient_norm,
-            lr: stats.learning_rate,
-            updates: stats.updates,
-            broadcast_full_bytes: output.image.len() as u64,
-            broadcast_changed_fraction: stats.changed_fraction,
-            ..batch_metrics(step, self.resolver.version(), batch)
-        }
-    }
-
-    fn write_lines(
-        &mut self,
-        step: PolicyVersion,
-        batch: &[Selected<Group>],
-        line: StepMetrics,
-    ) -> Result<(), TrainerError> {
+    fn write_lines(&mut self, record: &StepRecord<'_>) -> Result<(), TrainerError> {
+        let temperature = self.descriptor.body.sampling.temperature;
+        let line = self.logs.step(record, temperature)?;
         info!(
-            %step,
+            step = line.step,
             reward = format!("{:.3}", line.reward_mean),
             staleness = format!("{:.2}", line.staleness_mean),
             seconds = format!("{:.2}", line.time_step),
             "step"
         );
-        let temperature = self.descriptor.body.sampling.temperature;
-        self.record.rollouts(step, batch, temperature)?;
-        self.record.step(line)?;
         Ok(())
     }
 
@@ -411,7 +389,16 @@ impl Trainer {
                 acknowledge(&delivery).await;
             }
         }
+        self.assert_held_are_waiting();
         Ok(())
+    }
+
+    fn assert_held_are_waiting(&self) {
+        debug_assert_eq!(
+            self.held.len(),
+            self.resolver.waiting(),
+            "every delivery held belongs to a group that waits"
+        );
     }
 
     fn stepper(&mut self, step: PolicyVersion) -> Result<&mut Box<dyn Stepper>, TrainerError> {
@@ -457,19 +444,29 @@ impl Trainer {
             self.fates_read = last.sequence;
             for record in records {
                 let fate = open::<FateRecord>(record.payload, self.client.run())?.body;
-                self.record.fate(&fate)?;
+                self.logs.fate(&fate)?;
             }
         }
     }
 }
 
-/// A step that was given up half way has the model.
+impl TrainerSettings {
+    fn resolve_config(&self, async_level: u64) -> ResolveConfig {
+        ResolveConfig {
+            batch_groups: self.batch_groups,
+            async_level,
+            advantage: self.advantage,
+        }
+    }
+}
+
+/// A step that was abandoned still has the model.
 fn lost(step: PolicyVersion) -> TrainerError {
     let source = StepError("an earlier step did not end: restart the trainer".to_owned());
     TrainerError::Step { step, source }
 }
 
-/// What is not confirmed comes again, and is recognised by its ticket then.
+/// A delivery whose acknowledgement is lost comes again; the trainer recognises its ticket then.
 async fn acknowledge(delivery: &Delivery) {
     if let Err(error) = delivery.ack().await {
         warn!(%error, "an acknowledgement was not confirmed");

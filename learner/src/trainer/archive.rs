@@ -1,6 +1,6 @@
-//! What the trainer keeps on disk so that a kill at any instant loses nothing: group bodies under their hash exactly as
-//! signed, every version's published image until no group can come from it, and the optimizer's full state every few
-//! steps. Everything is written whole or not at all.
+//! The trainer's files, so that a kill at any instant loses nothing: group bodies under their hash exactly as signed, each
+//! version's published image until no group can come from it, and the optimizer's full state every few steps. Each file is
+//! written whole or not at all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,17 +15,15 @@ use muster_protocol::id::{GroupHash, PolicyVersion};
     "{path} cannot be {verb}: {source}; free space or check its permissions, then start the same command again"
 )]
 pub struct ArchiveError {
-    /// Which file.
     pub path: PathBuf,
-    /// What was tried.
+    /// A participle, such as `written`.
     pub verb: &'static str,
-    /// Why it failed.
     pub source: std::io::Error,
 }
 
 /// The trainer's files under the run directory.
 #[derive(Debug, Clone)]
-pub struct Archive {
+pub(super) struct Archive {
     groups: PathBuf,
     images: PathBuf,
     states: PathBuf,
@@ -35,11 +33,8 @@ const STATE_EXTENSION: &str = "state";
 const IMAGE_EXTENSION: &str = "safetensors";
 
 impl Archive {
-    /// Opens (or makes) the archive in a run directory.
-    ///
-    /// # Errors
-    /// When a folder cannot be made.
-    pub fn open(dir: &Path) -> Result<Self, ArchiveError> {
+    /// Opens the archive in a run directory and creates missing folders.
+    pub(super) fn open(dir: &Path) -> Result<Self, ArchiveError> {
         let root = dir.join("learner");
         let archive = Self {
             groups: root.join("groups"),
@@ -53,10 +48,7 @@ impl Archive {
     }
 
     /// Stores a group's signed envelope under its hash.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn put_group(&self, group: GroupHash, envelope: &[u8]) -> Result<(), ArchiveError> {
+    pub(super) fn put_group(&self, group: GroupHash, envelope: &[u8]) -> Result<(), ArchiveError> {
         let path = self.group_path(group);
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(|source| failed(folder, "made", source))?;
@@ -65,10 +57,7 @@ impl Archive {
     }
 
     /// A stored group's envelope.
-    ///
-    /// # Errors
-    /// When it is missing or cannot be read.
-    pub fn group(&self, group: GroupHash) -> Result<Bytes, ArchiveError> {
+    pub(super) fn group(&self, group: GroupHash) -> Result<Bytes, ArchiveError> {
         read(&self.group_path(group))
     }
 
@@ -78,18 +67,16 @@ impl Archive {
     }
 
     /// Stores a version's published image.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn put_image(&self, version: PolicyVersion, image: &[u8]) -> Result<(), ArchiveError> {
+    pub(super) fn put_image(
+        &self,
+        version: PolicyVersion,
+        image: &[u8],
+    ) -> Result<(), ArchiveError> {
         write_whole(&self.images.join(numbered(version, IMAGE_EXTENSION)), image)
     }
 
     /// The stored images of `from ..= to`, those that exist.
-    ///
-    /// # Errors
-    /// When one cannot be read.
-    pub fn images(
+    pub(super) fn images(
         &self,
         from: PolicyVersion,
         to: PolicyVersion,
@@ -107,27 +94,20 @@ impl Archive {
         Ok(images)
     }
 
-    /// Where the full state at `version` is kept.
-    pub fn state_path(&self, version: PolicyVersion) -> PathBuf {
+    pub(super) fn state_path(&self, version: PolicyVersion) -> PathBuf {
         self.states.join(numbered(version, STATE_EXTENSION))
     }
 
     /// The newest version whose full state is kept.
-    ///
-    /// # Errors
-    /// When the folder cannot be read.
-    pub fn newest_state(&self) -> Result<Option<PolicyVersion>, ArchiveError> {
+    pub(super) fn newest_state(&self) -> Result<Option<PolicyVersion>, ArchiveError> {
         Ok(self
             .versions(&self.states, STATE_EXTENSION)?
             .into_iter()
             .max())
     }
 
-    /// Drops states before `state` and images that no group can come from once the run stands there.
-    ///
-    /// # Errors
-    /// When a file cannot be removed.
-    pub fn prune(&self, state: PolicyVersion, async_level: u64) -> Result<(), ArchiveError> {
+    /// Removes states before `state`, and images that no group can come from after a restart at `state`.
+    pub(super) fn prune(&self, state: PolicyVersion, async_level: u64) -> Result<(), ArchiveError> {
         let oldest_image = PolicyVersion(state.0.saturating_sub(async_level));
         for (folder, extension, oldest) in [
             (&self.states, STATE_EXTENSION, state),
@@ -150,11 +130,11 @@ impl Archive {
             let path = entry
                 .map_err(|source| failed(folder, "read", source))?
                 .path();
-            let is_ours = path.extension().is_some_and(|found| found == extension);
+            let is_version = path.extension().is_some_and(|found| found == extension);
             let number = path
                 .file_stem()
                 .and_then(|stem| stem.to_str()?.parse().ok());
-            versions.extend(number.filter(|_| is_ours).map(PolicyVersion));
+            versions.extend(number.filter(|_| is_version).map(PolicyVersion));
         }
         versions.sort();
         Ok(versions)
@@ -179,8 +159,8 @@ fn read(path: &Path) -> Result<Bytes, ArchiveError> {
         .map_err(|source| failed(path, "read", source))
 }
 
-/// Durable means here: survives the death of every process. What survives power loss is the queue's and the log's
-/// business, whose server is told how often to synchronise.
+/// The file survives the death of every process. Only queues and logs survive a loss of power: their server is told how
+/// often to synchronise.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), ArchiveError> {
     let temporary = path.with_extension("part");
     let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));

@@ -1,5 +1,5 @@
-//! What becomes of a batch: its manifest, which binds; then, at once, the step and what can be made again at any time, fates
-//! and acknowledgements.
+//! Resolves a batch: writes its manifest, which binds, then takes the step. Fates and acknowledgements, which can be
+//! repeated at any time, go out while the step runs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -22,30 +22,36 @@ use super::{RETRY, Trainer, TrainerError, acknowledge, fate_of, lost};
 use crate::resolver::Selected;
 use crate::stepper::{StepInput, StepOutput, TrainRollout};
 
-/// How long to wait for groups while a step runs, which is not to wait for them when it is done.
+/// How long the trainer waits for groups while a step runs. Short, since a finished step must not wait for groups.
 const MEANWHILE_WAIT: Duration = Duration::from_millis(5);
 
 /// Whether groups are taken in while a step runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Intake {
     Open,
-    /// What is in the ready queue is not looked at before the replay is over.
+    /// During a replay.
     Closed,
 }
 
 impl Trainer {
+    /// Makes a batch's manifest durable, unless another trainer has started.
     pub(super) async fn commit(
         &mut self,
         step: PolicyVersion,
         batch: &[Selected<Group>],
     ) -> Result<(), TrainerError> {
-        let entry = |selected: &Selected<Group>| BatchEntry {
-            ticket: selected.candidate.ticket,
-            group: selected.candidate.group,
-            worker: selected.candidate.worker,
-            version: selected.candidate.version,
-            audited: selected.candidate.audited,
-            rewards: selected.candidate.rewards.clone(),
+        debug_assert_eq!(
+            batch.len(),
+            self.settings.batch_groups,
+            "a batch has B groups"
+        );
+        let entry = |Selected { candidate, .. }: &Selected<Group>| BatchEntry {
+            ticket: candidate.ticket,
+            group: candidate.group,
+            worker: candidate.worker,
+            version: candidate.version,
+            audited: candidate.audited,
+            rewards: candidate.rewards.clone(),
         };
         let manifest = self.client.sign(Batch {
             descriptor: descriptor_hash(&self.descriptor.bytes),
@@ -67,17 +73,17 @@ impl Trainer {
                     self.batches_read = stored.sequence();
                     break;
                 }
-                Err(BusError::Fenced { .. }) => match self.manifest_is_stored(&manifest).await {
+                Err(BusError::Fenced { .. }) => match self.find_stored(&manifest).await {
                     Ok(true) => break,
                     Ok(false) => return Err(TrainerError::Replaced),
                     Err(TrainerError::Bus(error)) if error.is_transient() => {
-                        warn!(%error, "the newest manifest is not known: trying again");
+                        warn!(%error, "the newest manifest is not known; trying again");
                         tokio::time::sleep(RETRY).await;
                     }
                     Err(error) => return Err(error),
                 },
                 Err(error) if error.is_transient() => {
-                    warn!(%error, "the batch manifest is not confirmed: trying again");
+                    warn!(%error, %step, "a batch manifest is not confirmed; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => return Err(error.into()),
@@ -91,8 +97,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Whether the newest manifest is this one: its confirmation was lost on the way.
-    async fn manifest_is_stored(&mut self, manifest: &Signed<Batch>) -> Result<bool, TrainerError> {
+    /// Looks for a manifest whose confirmation was lost: true if the newest one is this.
+    async fn find_stored(&mut self, manifest: &Signed<Batch>) -> Result<bool, TrainerError> {
         let last = self.client.bus().last(Log::Batches).await?;
         let Some(record) = last.filter(|record| record.payload == manifest.bytes) else {
             return Ok(false);
@@ -101,7 +107,7 @@ impl Trainer {
         Ok(true)
     }
 
-    /// Acknowledges a batch's groups and writes their fates. Both may be repeated.
+    /// Writes the fates of a batch's groups, then acknowledges the groups. Both may be repeated.
     async fn settle(
         &mut self,
         step: PolicyVersion,
@@ -122,11 +128,12 @@ impl Trainer {
             .filter_map(|ticket| self.held.remove(&ticket))
             .collect();
         join_all(held.iter().map(acknowledge)).await;
+        self.assert_held_are_waiting();
         Ok(())
     }
 
-    /// Takes the step and makes its image durable; meanwhile settles the batch and, with the intake open, takes in groups
-    /// of the next one. Returns what the step made and how long it took.
+    /// Takes the step and makes its image durable. Meanwhile it settles the batch and, with the intake open, takes in
+    /// groups of the next one. Also returns how long the step took.
     pub(super) async fn step(
         &mut self,
         step: PolicyVersion,
@@ -151,9 +158,7 @@ impl Trainer {
         met?;
         let output = output.map_err(|source| TrainerError::Step { step, source })?;
         let (archive, image) = (self.archive.clone(), output.image.clone());
-        off_loop_if_large(image.len(), move || archive.put_image(step, &image))
-            .await
-            .map_err(|error| TrainerError::Announce(error.to_string()))??;
+        off_loop_if_large(image.len(), move || archive.put_image(step, &image)).await??;
         Ok((output, took))
     }
 
@@ -167,7 +172,7 @@ impl Trainer {
         while running.load(Ordering::Relaxed) {
             match self.take_groups(MEANWHILE_WAIT).await {
                 Err(TrainerError::Bus(error)) if error.is_transient() => {
-                    warn!(%error, "groups are taken in after the step");
+                    warn!(%error, "the bus did not answer; groups are taken in after the step");
                     return Ok(());
                 }
                 taken => taken?,
@@ -177,7 +182,7 @@ impl Trainer {
     }
 }
 
-/// The rollouts of a group as the stepper wants them.
+/// The rollouts of a group in the stepper's form.
 fn train_rollouts(selected: &Selected<Group>) -> Vec<TrainRollout> {
     let Selected {
         candidate,

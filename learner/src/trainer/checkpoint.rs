@@ -1,4 +1,4 @@
-//! What a version leaves in the run directory: the full state to go on from, and a checkpoint folder.
+//! Writes a version into the run directory: the full state for a restart, and a checkpoint folder.
 
 use bytes::Bytes;
 
@@ -11,6 +11,7 @@ use super::announce::Announced;
 use super::{Trainer, TrainerError};
 
 impl Trainer {
+    /// Saves the state and writes a folder, if one is due at this step.
     pub(super) async fn checkpoint(
         &mut self,
         step: PolicyVersion,
@@ -25,6 +26,7 @@ impl Trainer {
         self.write_folder(announced, image).await
     }
 
+    /// Saves the full state, unless the newest version is saved already.
     pub(super) async fn save(&mut self) -> Result<(), TrainerError> {
         let version = self.resolver.version();
         if version == self.saved {
@@ -73,9 +75,7 @@ impl Trainer {
             };
             snapshot::write(&folder, &contents, Existing::Replace)
         });
-        written
-            .await
-            .map_err(|error| TrainerError::Announce(error.to_string()))??;
+        written.await??;
         Ok(())
     }
 }

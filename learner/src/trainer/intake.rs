@@ -1,7 +1,7 @@
-//! Groups as dispatch hands them on: opened, checked and kept on disk, then offered to the resolver.
+//! Takes joined groups from the ready queue: opens, checks and stores them, then offers them to the resolver.
 //!
-//! Signatures and files take time, so a chunk of groups is opened off the runtime's threads; while a step runs, the
-//! groups of the next one are.
+//! Signatures and files take time, so a chunk of groups is opened off the runtime's threads; the groups of the next step are
+//! opened while a step runs. Invariant: every joined message of this run's dispatch gets a fate.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +13,11 @@ use tracing::{info, warn};
 use muster_broadcaster::follower::off_loop_if_large;
 use muster_protocol::bus::Delivery;
 use muster_protocol::credentials::Roster;
-use muster_protocol::envelope::open;
+use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{GroupHash, PeerId, RunId};
 use muster_protocol::message::critique::Joined;
-use muster_protocol::message::fate::FateRecord;
-use muster_protocol::message::group::Group;
+use muster_protocol::message::fate::{Fate, FateRecord};
+use muster_protocol::message::group::{Group, Rollout};
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::verdict::{Decision, Verdict};
 use muster_protocol::subject::{Queue, Role};
@@ -36,56 +36,68 @@ pub(super) struct Opener {
 
 /// Why a message of the ready queue was not taken in.
 enum Unusable {
-    /// It is not what dispatch makes.
+    /// The message names no ticket of this run, so no fate can be recorded.
     Message(String),
-    /// Its group could not be kept.
+    /// The group breaks a rule: its ticket ends here.
+    Group(Box<FateRecord>),
+    /// The group could not be stored.
     Disk(ArchiveError),
 }
 
-impl From<String> for Unusable {
-    fn from(reason: String) -> Self {
-        Self::Message(reason)
-    }
+/// Why a joined group cannot be trained on. The sentence becomes the reason of its fate.
+#[derive(Debug, thiserror::Error)]
+enum BadGroup {
+    #[error("the group cannot be opened: {0}")]
+    Group(EnvelopeError),
+    #[error("the group does not answer its lease")]
+    Lease,
+    #[error("a verdict cannot be opened: {0}")]
+    Verdict(EnvelopeError),
+    #[error("a verdict is signed by {0}, which is not a critic for this group")]
+    Author(PeerId),
+    #[error("a verdict does not accept this group")]
+    Decision,
+    #[error("a verdict has {rewards} rewards for {rollouts} rollouts")]
+    Rewards { rewards: usize, rollouts: usize },
+}
+
+/// A group with the rewards of its last verdict.
+struct Judged {
+    group: Signed<Group>,
+    rewards: Vec<f32>,
 }
 
 impl Opener {
-    /// Opens a joined group and everything in it. Dispatch has checked all of it; the learner believes signatures alone.
+    /// Opens a joined group and all its parts. Dispatch has checked them too; the learner relies on signatures alone.
     fn open(&self, payload: &Bytes) -> Result<Candidate<Group>, Unusable> {
-        let (run, dispatch) = (&self.run, self.dispatch);
-        let joined = open::<Joined>(payload.clone(), run).map_err(|error| error.to_string())?;
-        let lease =
-            open::<Lease>(joined.body.lease.into(), run).map_err(|error| error.to_string())?;
-        if joined.author != dispatch || lease.author != dispatch {
-            return Err("not signed by the run's dispatch".to_owned().into());
+        let message = |error: EnvelopeError| Unusable::Message(error.to_string());
+        let joined = open::<Joined>(payload.clone(), &self.run).map_err(message)?;
+        let Joined {
+            lease,
+            group: group_bytes,
+            verdicts,
+            audited,
+        } = joined.body;
+        let lease = open::<Lease>(lease.into(), &self.run).map_err(message)?;
+        if joined.author != self.dispatch || lease.author != self.dispatch {
+            let reason = "it is not signed by the run's dispatch";
+            return Err(Unusable::Message(reason.to_owned()));
         }
-        let group =
-            open::<Group>(joined.body.group.into(), run).map_err(|error| error.to_string())?;
-        if group.author != lease.body.worker || group.body.lease != lease.body.id {
-            return Err("the group does not answer its lease".to_owned().into());
-        }
-        let hash = GroupHash::of(&group.bytes);
-        let mut rewards = Vec::new();
-        for bytes in joined.body.verdicts {
-            let verdict =
-                open::<Verdict>(bytes.into_vec().into(), run).map_err(|error| error.to_string())?;
-            let is_critic = self
-                .roster
-                .by_peer(&verdict.author)
-                .is_some_and(|member| member.role == Role::Critic && member.peer != group.author);
-            let fits = verdict.body.group == hash
-                && verdict.body.decision == Decision::Accept
-                && verdict.body.rewards.len() == group.body.rollouts.len();
-            if !is_critic || !fits {
-                let reason = "a verdict is not an accepting critic's of this group";
-                return Err(reason.to_owned().into());
-            }
-            rewards = verdict
-                .body
-                .rewards
-                .iter()
-                .map(|reward| reward.total)
-                .collect();
-        }
+        let hash = GroupHash::of(&group_bytes);
+        let judged = self.judged(&lease.body, hash, group_bytes.into(), verdicts);
+        let Judged { group, rewards } = judged.map_err(|bad| {
+            Unusable::Group(Box::new(FateRecord {
+                ticket: lease.body.ticket.id,
+                group: Some(hash),
+                lease: Some(lease.body.id),
+                worker: Some(lease.body.worker),
+                policy_version: Some(lease.body.version.version),
+                fate: Fate::Rejected,
+                reason: bad.to_string(),
+                audited,
+                step: None,
+            }))
+        })?;
         self.archive
             .put_group(hash, &group.bytes)
             .map_err(Unusable::Disk)?;
@@ -95,13 +107,46 @@ impl Opener {
             worker: group.author,
             version: group.body.oldest_version(),
             rewards,
-            audited: joined.body.audited,
+            audited,
             carried: group.body,
         })
     }
+
+    fn judged(
+        &self,
+        lease: &Lease,
+        hash: GroupHash,
+        group: Bytes,
+        verdicts: Vec<serde_bytes::ByteBuf>,
+    ) -> Result<Judged, BadGroup> {
+        let group = open::<Group>(group, &self.run).map_err(BadGroup::Group)?;
+        if group.author != lease.worker || group.body.lease != lease.id {
+            return Err(BadGroup::Lease);
+        }
+        let rollouts = group.body.rollouts.len();
+        let mut rewards = Vec::new();
+        for bytes in verdicts {
+            let verdict =
+                open::<Verdict>(bytes.into_vec().into(), &self.run).map_err(BadGroup::Verdict)?;
+            let member = self.roster.by_peer(&verdict.author);
+            if !member.is_some_and(|m| m.role == Role::Critic && m.peer != group.author) {
+                return Err(BadGroup::Author(verdict.author));
+            }
+            let verdict = verdict.body;
+            if verdict.group != hash || verdict.decision != Decision::Accept {
+                return Err(BadGroup::Decision);
+            }
+            if verdict.rewards.len() != rollouts {
+                let rewards = verdict.rewards.len();
+                return Err(BadGroup::Rewards { rewards, rollouts });
+            }
+            rewards = verdict.rewards.iter().map(|reward| reward.total).collect();
+        }
+        Ok(Judged { group, rewards })
+    }
 }
 
-/// What is left to do about groups that were looked at.
+/// Groups that were looked at and need no place in the resolver.
 #[derive(Default)]
 struct Spent {
     fates: Vec<FateRecord>,
@@ -109,12 +154,11 @@ struct Spent {
 }
 
 impl Trainer {
-    /// Takes groups of the ready queue, at most a chunk, and waits up to `wait` for the first; returns how many came.
-    pub(super) async fn take_groups(&mut self, wait: Duration) -> Result<usize, TrainerError> {
+    /// Takes groups of the ready queue, at most a chunk, and waits up to `wait` for the first.
+    pub(super) async fn take_groups(&mut self, wait: Duration) -> Result<(), TrainerError> {
         let deliveries = self.client.bus().take(Queue::Ready, CHUNK, wait).await?;
-        let count = deliveries.len();
-        if count == 0 {
-            return Ok(0);
+        if deliveries.is_empty() {
+            return Ok(());
         }
         let payloads: Vec<Bytes> = deliveries.iter().map(|d| d.payload.clone()).collect();
         let opener = Arc::clone(&self.opener);
@@ -123,16 +167,13 @@ impl Trainer {
             let opened = payloads.iter().map(|payload| opener.open(payload));
             opened.collect::<Vec<_>>()
         });
-        let opened = opening
-            .await
-            .map_err(|error| TrainerError::Announce(error.to_string()))?;
         let mut spent = Spent::default();
-        for (delivery, opened) in deliveries.into_iter().zip(opened) {
+        for (delivery, opened) in deliveries.into_iter().zip(opening.await?) {
             self.on_group(delivery, opened, &mut spent)?;
         }
         try_join_all(spent.fates.into_iter().map(|fate| self.append_fate(fate))).await?;
         join_all(spent.deliveries.iter().map(acknowledge)).await;
-        Ok(count)
+        Ok(())
     }
 
     fn on_group(
@@ -141,34 +182,52 @@ impl Trainer {
         opened: Result<Candidate<Group>, Unusable>,
         spent: &mut Spent,
     ) -> Result<(), TrainerError> {
-        let candidate = match opened {
-            Ok(candidate) => candidate,
+        match opened {
+            Ok(candidate) => self.on_candidate(delivery, candidate, spent),
             Err(Unusable::Message(reason)) => {
-                warn!(%reason, "a message of the ready queue cannot be used: it is dropped");
+                warn!(%reason, "a message of the ready queue is dropped");
                 spent.deliveries.push(delivery);
-                return Ok(());
+            }
+            Err(Unusable::Group(record)) => {
+                warn!(ticket = %record.ticket, reason = %record.reason, "a joined group is rejected");
+                spent.fates.extend(self.rejected(*record));
+                spent.deliveries.push(delivery);
             }
             Err(Unusable::Disk(error)) => return Err(error.into()),
-        };
+        }
+        Ok(())
+    }
+
+    /// The fate of a group that breaks a rule; none if its ticket has one on record.
+    fn rejected(&mut self, mut record: FateRecord) -> Option<FateRecord> {
+        if self.logs.ended().contains(&record.ticket) {
+            return None;
+        }
+        if !self.resolver.end(record.ticket) {
+            record.fate = Fate::Duplicate; // another group of the ticket waits or is in a batch
+        }
+        Some(record)
+    }
+
+    fn on_candidate(&mut self, delivery: Delivery, candidate: Candidate<Group>, spent: &mut Spent) {
         let ticket = candidate.ticket;
         if self.trained.get(&ticket) == Some(&candidate.group) {
-            spent.deliveries.push(delivery); // in a manifest already: the kill came before the acknowledgement
-            return Ok(());
+            spent.deliveries.push(delivery); // a kill came between the manifest and this acknowledgement
+            return;
         }
         if self.resolver.holds(ticket, candidate.group) {
-            self.held.insert(ticket, delivery); // handed out again: a server that was killed forgot that we have it
-            return Ok(());
+            self.held.insert(ticket, delivery); // a restarted server delivers again
+            return;
         }
-        self.drawn_tokens += drawn_tokens(&candidate.carried);
+        let drawn = candidate.carried.rollouts.iter().map(Rollout::drawn_tokens);
+        self.tokens_arrived += drawn.sum::<u64>();
         match self.resolver.admit(candidate) {
             Ok(()) => {
                 self.held.insert(ticket, delivery);
-                return Ok(());
+                return;
             }
-            Err((Refusal::Duplicate { .. }, candidate))
-                if self.record.ended().contains(&ticket) =>
-            {
-                // Its fate is in the log: either this group's own, before a kill, or another group's.
+            Err((Refusal::Duplicate { .. }, candidate)) if self.logs.ended().contains(&ticket) => {
+                // The log has the ticket's fate: this group's own, before a kill, or another group's.
                 info!(%ticket, group = %candidate.group.short(), "a group of an ended ticket");
             }
             Err((refusal, candidate)) => {
@@ -178,14 +237,5 @@ impl Trainer {
             }
         }
         spent.deliveries.push(delivery);
-        Ok(())
     }
-}
-
-fn drawn_tokens(group: &Group) -> u64 {
-    group
-        .rollouts
-        .iter()
-        .map(|rollout| rollout.drawn().0.len() as u64)
-        .sum()
 }

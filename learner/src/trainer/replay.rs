@@ -1,5 +1,5 @@
-//! How a trainer that starts finds its place: the run is opened or recognised, the newest full state loaded, and every
-//! batch that was decided after it replayed from the stored bodies.
+//! Restarts a trainer: opens the run or checks its configuration, loads the newest full state, and replays every later
+//! batch from the stored groups.
 
 use std::collections::BTreeMap;
 
@@ -14,17 +14,16 @@ use muster_protocol::message::control::{ControlEvent, ControlState};
 use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::message::group::Group;
 use muster_protocol::message::version::{Announcement, Version};
-use muster_protocol::record::StepMetrics;
 use muster_protocol::subject::{Log, Queue};
 
 use super::archive::Archive;
 use super::batch::Intake;
-use super::{CHUNK, Trainer, TrainerError};
-use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
+use super::{CHUNK, StepRecord, StepTimes, Trainer, TrainerError};
+use crate::resolver::{Candidate, Resolver, Selected};
 use crate::stepper::Stepper;
 
 impl Trainer {
-    /// Brings a restarted trainer to where the run is.
+    /// Brings a restarted trainer to the version that the manifests lead to.
     pub(super) async fn replay(
         &mut self,
         saved: Option<PolicyVersion>,
@@ -35,7 +34,7 @@ impl Trainer {
         self.archive.put_image(version, &image)?;
         let described = self.announcer.describe(version, image.clone()).await?;
         self.root = described.version.body.root;
-        // What was announced names deltas of the process before, which nobody may offer any more.
+        // An earlier announcement may name deltas that only the earlier process offered.
         if announced.get(&version) != Some(&self.root) || self.announcer.makes_deltas(&image) {
             self.announcer.announce(&described).await?;
         }
@@ -57,13 +56,11 @@ impl Trainer {
             }
         }
         self.read_logs().await?;
-        self.record.forget_counts();
-        let (version, ended) = (self.resolver.version(), self.record.ended().clone());
-        let config = ResolveConfig {
-            batch_groups: self.settings.batch_groups,
-            async_level: self.descriptor.body.async_level,
-            advantage: self.settings.advantage,
-        };
+        self.logs.forget_counts();
+        let (version, ended) = (self.resolver.version(), self.logs.ended().clone());
+        let config = self
+            .settings
+            .resolve_config(self.descriptor.body.async_level);
         self.resolver = Resolver::new(config, version, ended);
         self.client.bus().reclaim(Queue::Ready).await?;
         self.step_ended = Instant::now();
@@ -88,7 +85,7 @@ impl Trainer {
         }
     }
 
-    /// The manifest that holds for each step: the newest generation's.
+    /// The manifest of each step. Of two for one step, the one of the newer generation holds.
     async fn manifests(&mut self) -> Result<BTreeMap<PolicyVersion, Batch>, TrainerError> {
         let mut manifests = BTreeMap::new();
         loop {
@@ -129,38 +126,49 @@ impl Trainer {
                 audited: entry.audited,
                 carried: group.body,
             };
-            let advantages = self
-                .settings
-                .advantage
-                .advantages(&entry.rewards)
-                .map_err(|error| TrainerError::Announce(error.to_string()))?;
+            let advantages =
+                self.settings
+                    .advantage
+                    .advantages(&entry.rewards)
+                    .map_err(|source| TrainerError::Replay {
+                        step,
+                        ticket: entry.ticket,
+                        source,
+                    })?;
             batch.push(Selected {
                 candidate,
                 advantages,
             });
         }
-        let (output, _) = self.step(step, &batch, Intake::Closed).await?;
+        let (output, training) = self.step(step, &batch, Intake::Closed).await?;
         let described = self.announcer.describe(step, output.image.clone()).await?;
         self.root = described.version.body.root;
         if announced != Some(&self.root) || self.announcer.makes_deltas(&output.image) {
             if announced.is_some_and(|announced| *announced != self.root) {
-                warn!(%step, "the replayed step made other bits: the new generation supersedes");
+                warn!(%step, "the replayed step made other bits; its new announcement replaces the earlier one");
             }
             self.announcer.announce(&described).await?;
         }
-        let line = StepMetrics {
-            time_step: began.elapsed().as_secs_f64(),
+        self.logs.forget_counts();
+        self.write_lines(&StepRecord {
+            step,
+            batch: &batch,
+            output: &output,
             broadcast_bytes: described.bytes,
-            ..self.metrics_of(step, &batch, &output)
-        };
-        self.record.forget_counts();
-        self.write_lines(step, &batch, line)?;
+            tokens_arrived: 0,
+            times: StepTimes {
+                whole: began.elapsed(),
+                training,
+                ..StepTimes::default()
+            },
+        })?;
         self.resolver.advance(step);
         self.checkpoint(step, &described).await
     }
 }
 
-/// Opens the run under `descriptor`, or checks that it was opened under the same.
+/// Opens a new run under `descriptor`, or checks that the run was opened under the same one. Also returns the control
+/// state and the newest sequence read of the control log.
 pub(super) async fn open_run(
     client: &DispatchClient,
     descriptor: Descriptor,
@@ -195,7 +203,7 @@ pub(super) async fn open_run(
     }
 }
 
-/// The first thing in which two descriptors differ.
+/// The first part in which two descriptors differ.
 fn changed(opened: &Descriptor, now: &Descriptor) -> Option<&'static str> {
     let differences = [
         (
