@@ -8,135 +8,32 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write as _};
-use std::ops::Range;
 use std::path::Path;
 
 use bytes::Bytes;
 use muster_protocol::envelope::Signed;
-use muster_protocol::id::{ContentHash, Generation, PeerId, RunId};
-use muster_protocol::message::version::{Object, Version, VersionRef};
+use muster_protocol::id::{ContentHash, PeerId, RunId};
+use muster_protocol::message::version::{Object, Version};
 
 use self::check::{Joined, check_file, check_folder, pump, weights_error};
 use self::layout::{Split, WeightFile};
 use self::manifest::Statements;
-use crate::store::disk::{self, DiskError, EntryKind, Existing, NewFolder};
-use crate::version::state::StateError;
+use crate::store::disk::{self, EntryKind, Existing, NewFolder};
 use crate::version::state::stream::{Checked, StreamError, verify_stream};
 
 mod check;
+mod error;
 mod layout;
 mod manifest;
+mod names;
 
-pub use self::layout::INDEX_FILE;
-pub use self::manifest::run_named;
+pub use self::error::SnapshotError;
+pub use self::layout::FOLDER_FILES_MAX;
+pub use self::manifest::{Report, run_named};
+pub use self::names::{INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 
-/// The weights, under the name that Hugging Face libraries look for.
-pub const WEIGHTS_FILE: &str = "model.safetensors";
-/// The proof.
-pub const MANIFEST_FILE: &str = "manifest.json";
-/// Most bytes of one file of weights, unless asked otherwise: the default of `huggingface_hub`, 5 GB.
+/// Default size limit of one file of weights: that of `huggingface_hub`, 5 GB.
 pub const FILE_BYTES_MAX: u64 = 5_000_000_000;
-/// Most files that weights are split in: each is held open by whoever serves the folder. At the default size they hold more
-/// than the largest object.
-pub const FOLDER_FILES_MAX: usize = 100;
-/// Where `huggingface_hub` keeps its notes in a folder that it downloaded. No library reads weights from there.
-const DOWNLOADER_FOLDER: &str = ".cache";
-
-/// Why a folder is not a snapshot, or cannot become one.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SnapshotError {
-    /// The disk failed.
-    #[error("{0}")]
-    Disk(#[from] DiskError),
-    /// A file is not there.
-    #[error("file {file} is missing: pull the snapshot again")]
-    Missing {
-        /// Which.
-        file: String,
-    },
-    /// A file that the version does not name, or something that is no file.
-    #[error("{file} does not belong to the snapshot: remove it, or pull the snapshot again")]
-    Unexpected {
-        /// Which.
-        file: String,
-    },
-    /// A file is cut short or too long.
-    #[error(
-        "file {file} has {found} bytes where the manifest says {expected}: pull the snapshot again"
-    )]
-    Size {
-        /// Which.
-        file: String,
-        /// As signed.
-        expected: u64,
-        /// As found.
-        found: u64,
-    },
-    /// A file's content is not what was signed.
-    #[error("file {file} differs from what was signed in bytes {}..{}{place}: pull the snapshot again", range.start, range.end)]
-    Differs {
-        /// Which.
-        file: String,
-        /// Where: the part that has a hash of its own.
-        range: Range<u64>,
-        /// The tensor there, in brackets, when there is one.
-        place: String,
-    },
-    /// The manifest is no manifest, or its signatures do not hold.
-    #[error(
-        "file {MANIFEST_FILE} (bytes 0..{bytes}) does not hold: {problem}: pull the snapshot again"
-    )]
-    Manifest {
-        /// Its size.
-        bytes: u64,
-        /// What is wrong.
-        problem: String,
-    },
-    /// Somebody else signed the version.
-    #[error(
-        "version was signed by {found} where the learner of the run is {expected}: it is not this run's"
-    )]
-    Author {
-        /// Who may sign.
-        expected: PeerId,
-        /// Who did.
-        found: PeerId,
-    },
-    /// The weights are not those of the version, though they are what the anchor describes.
-    #[error("file {WEIGHTS_FILE} does not hold: {0}")]
-    Weights(StateError),
-    /// The weights cannot be put in files of that size.
-    #[error(
-        "weights of {bytes} bytes cannot be put in files of {bytes_max} bytes ({problem}): allow larger files"
-    )]
-    Split {
-        /// Their size.
-        bytes: u64,
-        /// Most bytes of a file.
-        bytes_max: u64,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A file cannot be read.
-    #[error("{0}")]
-    Read(#[from] io::Error),
-}
-
-impl SnapshotError {
-    fn missing(file: &str) -> Self {
-        let file = file.to_owned();
-        Self::Missing { file }
-    }
-
-    fn differs(file: &str, range: Range<u64>) -> Self {
-        Self::Differs {
-            file: file.to_owned(),
-            range,
-            place: String::new(),
-        }
-    }
-}
 
 /// What a snapshot is made of.
 #[derive(Debug, Clone, Copy)]
@@ -153,23 +50,6 @@ pub struct Contents<'a> {
     pub files: &'a BTreeMap<String, Bytes>,
     /// Most bytes of a file of weights; a larger tensor has a file of its own.
     pub file_bytes_max: u64,
-}
-
-/// What a snapshot is: as signed, or as verified.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Report {
-    /// Which version.
-    pub version: VersionRef,
-    /// Hash of the statement that the learner signed: it names this version's content and no other.
-    pub statement: ContentHash,
-    /// Of which start of the learner.
-    pub generation: Generation,
-    /// Who signed the version.
-    pub learner: PeerId,
-    /// Who described the weights' file.
-    pub described_by: PeerId,
-    /// Every file but the manifest, with its size.
-    pub files: BTreeMap<String, u64>,
 }
 
 /// Writes a snapshot, all of it or nothing, after checking that it is one.

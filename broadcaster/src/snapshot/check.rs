@@ -12,9 +12,10 @@ use std::slice;
 use muster_protocol::id::ContentHash;
 use muster_protocol::message::version::{FILES_MAX, FileEntry};
 
-use super::layout::{INDEX_FILE, Split, WeightFile};
+use super::error::SnapshotError;
+use super::layout::{FOLDER_FILES_MAX, Split, WeightFile};
 use super::manifest::{Statements, first_difference};
-use super::{DOWNLOADER_FOLDER, FOLDER_FILES_MAX, MANIFEST_FILE, SnapshotError, WEIGHTS_FILE};
+use super::names::{DOWNLOADER_FOLDER, INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use crate::store::disk::{self, EntryKind, FolderEntry};
 use crate::version::state::StateError;
 use crate::version::state::stream::{Checked, StreamError, verify_stream};

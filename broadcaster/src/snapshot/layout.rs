@@ -11,12 +11,13 @@ use muster_protocol::id::ContentHash;
 use muster_protocol::message::version::{Dtype, Object, Parameter, Version};
 use serde::Serialize;
 
-use super::{FOLDER_FILES_MAX, WEIGHTS_FILE};
+use super::names::WEIGHTS_FILE;
 use crate::version::state::stream::{Checked, image_spans};
 use crate::version::state::{LENGTH_BYTES, StateError, TensorSpan, verify_root};
 
-/// Which tensor is in which file, under the name that Hugging Face libraries look for.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Most files of weights: a seeder that serves the folder holds each open. At the default size they hold more than the largest
+/// object.
+pub const FOLDER_FILES_MAX: usize = 100;
 /// Where a header ends is a multiple of this, so that tensors are aligned.
 const ALIGNMENT: usize = 8;
 /// What libraries want to read in a header before they take a file for theirs.

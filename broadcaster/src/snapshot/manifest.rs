@@ -12,11 +12,14 @@ use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{
     ContentHash, DescriptorHash, Generation, ObjectId, PeerId, PolicyVersion, RunId, StateRoot,
 };
-use muster_protocol::message::version::{Content, FileEntry, Object, Parameter, Version};
+use muster_protocol::message::version::{
+    Content, FileEntry, Object, Parameter, Version, VersionRef,
+};
 use serde::{Deserialize, Serialize};
 
-use super::layout::{INDEX_FILE, Split, WeightFile};
-use super::{MANIFEST_FILE, Report, SnapshotError, WEIGHTS_FILE};
+use super::error::SnapshotError;
+use super::layout::{Split, WeightFile};
+use super::names::{INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use crate::store::disk;
 use crate::version::state::LENGTH_BYTES;
 
@@ -27,6 +30,20 @@ const FORMAT_SPLIT: &str = "muster-snapshot-v2";
 /// Largest manifest read: two envelopes of at most 1 MiB in hexadecimal, a parameter table and hashes of 16,384 rows, and a
 /// header of at most 8 MiB as a string.
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+
+/// A snapshot's identity and files, as signed or as verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    pub version: VersionRef,
+    /// Hash of the learner's signed statement: no other version content has it.
+    pub statement: ContentHash,
+    pub generation: Generation,
+    pub learner: PeerId,
+    /// The peer that described the weights' file.
+    pub described_by: PeerId,
+    /// The size in bytes of every file but the manifest.
+    pub files: BTreeMap<String, u64>,
+}
 
 /// What a manifest holds, after all of it was checked.
 #[derive(Debug)]

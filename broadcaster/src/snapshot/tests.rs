@@ -1,9 +1,10 @@
 use muster_protocol::envelope::seal;
-use muster_protocol::id::{DescriptorHash, PolicyVersion};
+use muster_protocol::id::{DescriptorHash, Generation, PolicyVersion};
 use muster_protocol::identity::Identity;
 use muster_protocol::message::version::{Content, FileEntry, state_root};
 use proptest::prelude::*;
 
+use super::names::DOWNLOADER_FOLDER;
 use super::*;
 use crate::store::object::describe_object;
 use crate::version::state::describe_state;
@@ -137,7 +138,7 @@ fn a_flipped_byte_of_the_weights_is_named_by_file_bytes_and_tensor() {
     std::fs::write(folder.join(WEIGHTS_FILE), weights).unwrap();
     let error = fixture.verify(&folder).unwrap_err();
     let expected =
-        "file model.safetensors differs from what was signed in bytes 4096..8192 (tensor `a`)";
+        "file model.safetensors differs from its signed hash in bytes 4096..8192 (tensor `a`)";
     assert!(error.to_string().starts_with(expected), "{error}");
 }
 

@@ -105,7 +105,7 @@ fn a_flipped_byte_is_named_by_file_bytes_and_tensor() {
     bytes[50] ^= 4;
     std::fs::write(&path, &bytes).unwrap();
     let error = fixture.verify(&folder).unwrap_err().to_string();
-    let expected = "file model-00003-of-00004.safetensors differs from what was signed in bytes 50..51 (header)";
+    let expected = "file model-00003-of-00004.safetensors differs from its signed hash in bytes 50..51 (header)";
     assert!(error.starts_with(expected), "{error}");
 }
 
