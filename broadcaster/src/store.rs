@@ -125,12 +125,20 @@ impl Entry {
         if !self.held.insert(shard) {
             return Inserted::Duplicate;
         }
+        debug_assert!(
+            verify_shard(&self.object, shard, &bytes).is_ok(),
+            "shards verified before use"
+        );
         self.shards[shard as usize] = bytes;
         Inserted::New
     }
 
     /// Shards become slices of the whole, so that the object is not held twice.
     fn put_whole(&mut self, whole: Bytes) {
+        debug_assert!(
+            verify_object(&self.object, &whole).is_ok(),
+            "shards verified before use"
+        );
         for shard in 0..shard_count(&self.object) {
             if let Ok(range) = shard_range(&self.object, shard) {
                 self.shards[shard as usize] = whole.slice(range.start as usize..range.end as usize);
@@ -208,6 +216,10 @@ impl Store {
         }
         self.entries
             .insert(id, Entry::new(Arc::new(object.clone())));
+        debug_assert!(
+            self.bytes() <= self.config.bytes_max,
+            "declared sizes never exceed the bound"
+        );
         Ok(id)
     }
 

@@ -44,7 +44,7 @@ impl Table {
 
     /// Scales weights so that they add up; what rounding leaves over goes to the largest.
     fn of_weights(weights: &[u32; TOKENS]) -> Self {
-        let total: u32 = weights.iter().sum();
+        let weights_sum: u32 = weights.iter().sum();
         let mut frequency = [0u16; TOKENS];
         let mut largest = 0;
         let mut assigned = 0;
@@ -53,7 +53,7 @@ impl Table {
             .enumerate()
             .filter(|(_, weight)| **weight > 0)
         {
-            let scaled = (weight * SCALE / total).max(1);
+            let scaled = (weight * SCALE / weights_sum).max(1);
             frequency[token] = scaled as u16;
             assigned += scaled;
             if scaled > u32::from(frequency[largest]) || frequency[largest] == 0 {
@@ -65,6 +65,8 @@ impl Table {
             let rest = SCALE as i32 - assigned as i32;
             frequency[largest] = (i32::from(frequency[largest]) + rest) as u16;
         }
+        let total: u32 = frequency.iter().copied().map(u32::from).sum();
+        debug_assert!(total == SCALE || total == 0, "frequencies add up to SCALE");
         let mut start = [0u16; TOKENS];
         let mut next = 0;
         for token in 0..TOKENS {

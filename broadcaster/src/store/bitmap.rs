@@ -78,6 +78,7 @@ impl Bitmap {
         }
         self.bits[(shard / 8) as usize] |= 1 << (shard % 8);
         self.ones += 1;
+        debug_assert!(self.ones <= self.length, "a count of shards");
         true
     }
 

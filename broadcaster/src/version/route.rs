@@ -45,6 +45,7 @@ pub fn cheapest<'a>(
             Content::Anchor { .. } | Content::File { .. } => break,
         }
     }
+    debug_assert!(route.len() <= objects.len(), "a route uses an object once");
     route.reverse();
     Some(route)
 }

@@ -422,6 +422,14 @@ fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSp
         })
         .collect();
     spans.sort_by(|a, b| a.parameter.name.cmp(&b.parameter.name));
+    debug_assert_eq!(
+        spans
+            .iter()
+            .map(|span| span.range.len() as u64)
+            .sum::<u64>(),
+        data_bytes,
+        "tensors tile the file"
+    );
     Ok(spans)
 }
 
