@@ -24,9 +24,7 @@ use muster_protocol::subject::Log;
 
 use crate::swarm::ObjectSource;
 
-pub use crate::version::adopt::{
-    FollowError, Held, Opened, fetch, fetch_file, off_loop_if_large, open_announcement,
-};
+pub use crate::version::adopt::{FollowError, Held, Opened, fetch, fetch_file, open_announcement};
 
 /// Shortest and longest silence after which the follower asks for the newest version. The silence doubles with each question
 /// that brings nothing new.

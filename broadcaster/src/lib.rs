@@ -15,6 +15,7 @@
 )]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod blocking;
 pub mod codec;
 pub mod follower;
 pub mod snapshot;

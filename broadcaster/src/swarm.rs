@@ -22,10 +22,11 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::blocking::on_blocking_thread;
 use crate::store::{Store, StoreConfig, StoreError};
 use crate::swarm::bounded::make_room;
 use crate::swarm::metrics::{FalseDescription, Metrics};
-use crate::swarm::node::{Node, NodeParts, on_blocking_thread};
+use crate::swarm::node::{Node, NodeParts};
 use crate::swarm::server::Server;
 use crate::swarm::survey::{Holdings, survey};
 use crate::swarm::uploads::{Sharing, Uploads};
@@ -34,6 +35,7 @@ use crate::transport::interface::Transport;
 use crate::transport::nat::{self, NatConfig, NatError};
 use crate::transport::tcp::Tcp;
 use crate::transport::wire::Chooser;
+use crate::version::adoptions::Adoptions;
 use crate::version::squash::SquashConfig;
 
 pub use crate::swarm::fetch::FetchError;
@@ -298,6 +300,10 @@ impl ObjectSource for Swarm {
 
     fn is_unreachable(&self, object: &Object) -> bool {
         self.node.is_unreachable(&object.id())
+    }
+
+    fn adoptions(&self) -> Adoptions {
+        self.node.adoptions.clone()
     }
 
     fn distrust(&self, maker: PeerId, object: &Object, reason: &str) {

@@ -13,18 +13,16 @@ use muster_protocol::id::{ObjectId, PeerId};
 use muster_protocol::identity::Identity;
 use muster_protocol::message::peer::PeerRecord;
 use tokio::sync::{Notify, Semaphore, watch};
-use tokio::task::JoinError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking::{INLINE_BYTES_MAX, on_blocking_thread};
 use crate::store::{Inserted, Store, StoreError};
 use crate::swarm::metrics::Counters;
 use crate::swarm::rate::TokenBucket;
 use crate::swarm::uploads::Uploads;
 use crate::transport::Transports;
-
-/// Hashing more bytes than this takes longer than a task should keep a thread of the runtime (BLAKE3: about 4 GB/s).
-const HASHED_INLINE_BYTES_MAX: usize = 256 << 10;
+use crate::version::adoptions::Adoptions;
 
 /// The known peers: the newest record that each has signed, by the key that signed it.
 pub(crate) type AddressBook = BTreeMap<PeerId, PeerRecord>;
@@ -36,6 +34,7 @@ pub(crate) struct Node {
     pub(crate) store: Arc<Store>,
     pub(crate) transports: Transports,
     pub(crate) counters: Counters,
+    pub(crate) adoptions: Adoptions,
     pub(crate) address_book: watch::Sender<AddressBook>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) stall_ms: u64,
@@ -73,6 +72,7 @@ impl Node {
             store: Arc::new(parts.store),
             transports: parts.transports,
             counters: Counters::default(),
+            adoptions: Adoptions::default(),
             address_book: watch::Sender::new(AddressBook::new()),
             shutdown: parts.shutdown,
             stall_ms: parts.stall_ms,
@@ -150,7 +150,7 @@ impl Node {
         shard: u32,
         bytes: Bytes,
     ) -> Result<Inserted, StoreError> {
-        if bytes.len() <= HASHED_INLINE_BYTES_MAX && !self.store.is_persistent() {
+        if bytes.len() <= INLINE_BYTES_MAX && !self.store.is_persistent() {
             return self.store.insert(&object, shard, bytes);
         }
         self.blocking(move |store| store.insert(&object, shard, bytes))
@@ -164,21 +164,5 @@ impl Node {
     ) -> T {
         let store = Arc::clone(&self.store);
         on_blocking_thread(move || work(&store)).await
-    }
-}
-
-/// Runs `work` on a thread that may block, and waits for it.
-pub(crate) async fn on_blocking_thread<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> T {
-    match tokio::task::spawn_blocking(work)
-        .await
-        .map_err(JoinError::try_into_panic)
-    {
-        Ok(done) => done,
-        // A panic in `work` continues here, as if `work` had run on this thread.
-        Err(Ok(panic)) => std::panic::resume_unwind(panic),
-        // The runtime is shutting down, and this task with it.
-        Err(Err(_)) => std::future::pending().await,
     }
 }

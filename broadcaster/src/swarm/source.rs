@@ -7,6 +7,7 @@ use muster_protocol::message::version::Object;
 
 use crate::store::StoreError;
 use crate::swarm::fetch::FetchError;
+use crate::version::adoptions::Adoptions;
 
 /// A place to fetch objects from: the swarm, or a simulation of it.
 #[async_trait]
@@ -35,6 +36,11 @@ pub trait ObjectSource: Send + Sync + std::fmt::Debug {
     fn is_unreachable(&self, object: &Object) -> bool {
         tracing::trace!(object = %object.id().short(), "assumed to be reachable");
         false
+    }
+
+    /// The counter of adoptions from this source.
+    fn adoptions(&self) -> Adoptions {
+        Adoptions::default()
     }
 
     /// Records that `maker` described an object falsely. Its descriptions are ignored from then on.

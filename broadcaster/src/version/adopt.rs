@@ -3,7 +3,6 @@
 //! anybody sees it.
 
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,17 +16,16 @@ use muster_protocol::message::version::{
     Announcement, Content, FileEntry, Object, Version, state_root,
 };
 
+use crate::blocking::off_loop_if_large;
 use crate::codec::delta::apply;
 use crate::swarm::survey::Holdings;
 use crate::swarm::{FetchError, ObjectSource};
+use crate::version::adoptions::Adoptions;
 use crate::version::route::cheapest;
 use crate::version::state::{HEADER_BYTES_MAX, describe_state, verify_state};
 
 /// Most threads that apply a delta: the machine has other work, and eight keep up with any network.
 const APPLY_THREADS_MAX: usize = 8;
-/// Bytes that are hashed where they are: below this a thread costs more than the work, which takes some 50 µs.
-const IN_PLACE_BYTES_MAX: usize = 64 << 10;
-
 /// How often it is looked whether somebody holds what a member described.
 const FORSAKEN_LOOK: Duration = Duration::from_millis(500);
 
@@ -232,6 +230,10 @@ pub async fn fetch(
                 for object in &opened.objects {
                     source.keep_for(&object.body, number);
                 }
+                debug_assert!(
+                    verify_state(&image, &opened.version.body, None).is_ok(),
+                    "weights verified before use"
+                );
                 return Ok(Held {
                     anchor,
                     version: opened.version,
@@ -271,6 +273,7 @@ async fn travel(
     held: Option<&(StateRoot, Bytes)>,
 ) -> Result<Bytes, Stray> {
     let number = version.body.version;
+    let adoptions = source.adoptions();
     let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
     let mut failure = None;
     for (at, object) in route.iter().enumerate() {
@@ -280,7 +283,7 @@ async fn travel(
             is_untrue: false,
             error,
         })?;
-        match step(image.clone(), bytes, &object.body).await {
+        match step(&adoptions, image.clone(), bytes, &object.body).await {
             Ok(next) => image = next,
             Err(problem) => {
                 failure = Some((at, problem));
@@ -290,7 +293,7 @@ async fn travel(
     }
     let (at, problem) = match failure {
         Some(failure) => failure,
-        None => match arrive(&image, version, route).await {
+        None => match arrive(&adoptions, &image, version, route).await {
             Ok(()) => return Ok(image),
             Err(problem) => (route.len().saturating_sub(1), problem),
         },
@@ -333,13 +336,18 @@ async fn come_by(
 }
 
 /// Where an object leads from `image`; a problem in words when it leads nowhere.
-async fn step(image: Bytes, bytes: Bytes, object: &Object) -> Result<Bytes, String> {
+async fn step(
+    adoptions: &Adoptions,
+    image: Bytes,
+    bytes: Bytes,
+    object: &Object,
+) -> Result<Bytes, String> {
     if object.delta().is_none() {
         return Ok(bytes);
     }
-    let underway = Underway::begin();
+    let adoption = adoptions.begin();
     let applied = off_loop_if_large(image.len(), move || {
-        let _underway = underway;
+        let _adoption = adoption;
         apply(&image, &bytes, apply_threads()).map(Bytes::from)
     });
     let applied = applied.await.map_err(|error| error.to_string())?;
@@ -348,6 +356,7 @@ async fn step(image: Bytes, bytes: Bytes, object: &Object) -> Result<Bytes, Stri
 
 /// Whether `image`, to which `route` led, is what the learner signed.
 async fn arrive(
+    adoptions: &Adoptions,
     image: &Bytes,
     version: &Signed<Version>,
     route: &[Signed<Object>],
@@ -357,9 +366,9 @@ async fn arrive(
         [only] if only.body.delta().is_none() => Some(only.body.clone()),
         _ => None,
     };
-    let (signed, bytes, underway) = (version.body.clone(), image.clone(), Underway::begin());
+    let (signed, bytes, adoption) = (version.body.clone(), image.clone(), adoptions.begin());
     let verify = move || {
-        let _underway = underway;
+        let _adoption = adoption;
         verify_state(&bytes, &signed, object.as_ref())
     };
     off_loop_if_large(image.len(), verify)
@@ -374,10 +383,11 @@ async fn first_untrue(
     route: &[Signed<Object>],
     held: Option<&(StateRoot, Bytes)>,
 ) -> Option<usize> {
+    let adoptions = source.adoptions();
     let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
     for (at, object) in route.iter().enumerate() {
         let bytes = source.fetch(&object.body).await.ok()?;
-        image = match step(image, bytes, &object.body).await {
+        image = match step(&adoptions, image, bytes, &object.body).await {
             Ok(next) => next,
             Err(_) => return Some(at),
         };
@@ -398,30 +408,6 @@ async fn first_untrue(
     None
 }
 
-/// Applications and verifications that this process is at: work that can wait does.
-static UNDERWAY: AtomicUsize = AtomicUsize::new(0);
-
-/// Whether this process is just taking over a version.
-pub(crate) fn is_underway() -> bool {
-    UNDERWAY.load(Ordering::Relaxed) > 0
-}
-
-/// Counted in [`UNDERWAY`] while it lives.
-struct Underway;
-
-impl Underway {
-    fn begin() -> Self {
-        UNDERWAY.fetch_add(1, Ordering::Relaxed);
-        Self
-    }
-}
-
-impl Drop for Underway {
-    fn drop(&mut self) {
-        UNDERWAY.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 fn apply_threads() -> NonZeroUsize {
     let most = NonZeroUsize::MIN.saturating_add(APPLY_THREADS_MAX - 1);
     std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |threads| threads.min(most))
@@ -432,20 +418,6 @@ async fn pass_on(source: &dyn ObjectSource, anchor: &Object, image: &Bytes) {
     if let Err(error) = source.offer(anchor, image.clone()).await {
         debug!(%error, "the weights are not passed on as a whole");
     }
-}
-
-/// Does `work` over so many bytes: here when they are few, on a thread that may block otherwise.
-///
-/// # Errors
-/// When the work panicked on its thread.
-pub async fn off_loop_if_large<T: Send + 'static>(
-    bytes: usize,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, tokio::task::JoinError> {
-    if bytes <= IN_PLACE_BYTES_MAX {
-        return Ok(work());
-    }
-    tokio::task::spawn_blocking(work).await
 }
 
 /// Fetches one of the files that a version names.

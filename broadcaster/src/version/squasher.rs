@@ -25,8 +25,8 @@ use crate::codec::delta::{DeltaError, encode_while};
 use crate::follower::squashed_deltas;
 use crate::store::StoreError;
 use crate::store::object::{ObjectError, describe_object};
-use crate::swarm::Swarm;
-use crate::version::adopt::{Held, is_underway};
+use crate::swarm::{ObjectSource as _, Swarm};
+use crate::version::adopt::Held;
 use crate::version::squash::{SquashConfig, chain_bytes, strides_kept, strides_to, turn_ms};
 
 /// Most deltas of this member's own that are offered at once, the newest.
@@ -231,8 +231,9 @@ impl Squasher {
 
     async fn make(&self, job: Job, content: Content) -> Result<Signed<Object>, SquashError> {
         let (chain, version, stop) = (job.chain, job.to.version, self.shutdown.clone());
+        let adoptions = self.swarm.adoptions();
         let goes_on = move || {
-            while is_underway() && !stop.is_cancelled() {
+            while !adoptions.is_idle() && !stop.is_cancelled() {
                 std::thread::sleep(YIELD);
             }
             !stop.is_cancelled()

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde_bytes::ByteBuf;
 
-use muster_broadcaster::follower::off_loop_if_large;
+use muster_broadcaster::blocking::off_loop_if_large;
 use muster_broadcaster::store::object::describe_object;
 use muster_broadcaster::swarm::Swarm;
 use muster_protocol::dispatch_client::DispatchClient;

@@ -8,7 +8,7 @@ use futures_util::future::{join_all, try_join_all};
 use tokio::time::Instant;
 use tracing::warn;
 
-use muster_broadcaster::follower::off_loop_if_large;
+use muster_broadcaster::blocking::off_loop_if_large;
 use muster_protocol::bus::{BusError, Delivery};
 use muster_protocol::envelope::Signed;
 use muster_protocol::id::PolicyVersion;

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use muster_broadcaster::follower::off_loop_if_large;
+use muster_broadcaster::blocking::off_loop_if_large;
 use muster_broadcaster::snapshot::{self, Contents};
 use muster_broadcaster::store::disk::Existing;
 use muster_protocol::id::PolicyVersion;

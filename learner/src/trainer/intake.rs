@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
 use tracing::{info, warn};
 
-use muster_broadcaster::follower::off_loop_if_large;
+use muster_broadcaster::blocking::off_loop_if_large;
 use muster_protocol::bus::Delivery;
 use muster_protocol::credentials::Roster;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
