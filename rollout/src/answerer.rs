@@ -1,5 +1,5 @@
-//! What a worker needs of a model: leases go in at any time, answers come out as they are complete, under the weights that
-//! each lease names. A simulation puts a table in the model's place, and nothing else.
+//! The model as a worker sees it: leases go in at any time, answers come out when they are complete, under the weights that
+//! each lease names. A simulation replaces the model by a table, and nothing else.
 
 use std::sync::Arc;
 
@@ -17,25 +17,25 @@ use muster_protocol::message::lease::Lease;
 #[error("{0}")]
 pub struct AnswerError(pub String);
 
-/// A lease that is answered: one rollout per number of its range, in order, drawn as its seed prescribes.
+/// An answered lease: one rollout per number of its range, in order, drawn as its seed prescribes.
 pub type AnsweredLease = (LeaseId, Vec<Rollout>);
 
 /// A model that answers.
 #[async_trait]
 pub trait Answerer: Send {
-    /// Takes over the weights of a version whose root was verified. Leases that come later are answered under them.
+    /// Adopts the weights of a verified version. Leases taken later are answered under them.
     async fn adopt(&mut self, held: &Arc<Held>) -> Result<(), AnswerError>;
 
-    /// Whether it takes new weights now.
+    /// Whether [`Answerer::adopt`] is possible now.
     fn adopts(&self) -> bool;
 
-    /// Rollouts that it could take on now.
+    /// Number of rollouts that it can take now.
     fn room(&self) -> u32;
 
-    /// Takes leases on, under the weights adopted last.
+    /// Takes leases under the weights adopted last.
     async fn take(&mut self, leases: Vec<Lease>) -> Result<(), AnswerError>;
 
-    /// Waits until leases are answered; for ever while none is underway.
+    /// Waits until leases are answered; for ever if no lease is in progress.
     ///
     /// # Cancel safety
     /// A cancelled call loses no answer and delays none.

@@ -1,17 +1,16 @@
-//! How many rows a worker decodes together, from how fast it decoded a few when it joined. Pure: timings in, a number out.
+//! Chooses how many rows a worker decodes together, from timings of short decodes. Pure: timings in, a number out.
 //!
-//! More rows use the processor better, up to a point, and each takes longer. A worker takes the fewest that give almost
-//! the best speed, and no more than it can answer in time and has memory for.
+//! More rows use the processor better, up to a point, and each row takes longer. A worker takes the fewest rows that reach
+//! almost the best speed, and no more than it can answer in time and has memory for.
 
-/// Share of the best speed that is as good as the best: timings differ by as much from one moment to the next.
+/// Share of the best speed that counts as the best: timings vary by as much from one moment to the next.
 const NEARLY: f64 = 0.9;
 
 /// How long a step over some rows took.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timing {
-    /// Rows that decoded together.
     pub rows: u32,
-    /// One token for each of them.
+    /// Time of one step, which draws a token for each row.
     pub step_seconds: f64,
 }
 
@@ -21,7 +20,7 @@ impl Timing {
     }
 }
 
-/// What a worker is bound by.
+/// The limits of a worker.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bounds {
     /// Rows, as configured.
@@ -34,7 +33,7 @@ pub struct Bounds {
     pub answer_seconds: f64,
 }
 
-/// Rows to decode together, at least one.
+/// The number of rows to decode together, at least 1.
 pub fn rows(timings: &[Timing], bounds: &Bounds) -> u32 {
     let in_time = |timing: &&Timing| {
         f64::from(bounds.tokens_max) * timing.step_seconds <= bounds.answer_seconds

@@ -1,8 +1,8 @@
-//! The policy as an answerer: one engine on a thread of its own, which decodes the rollouts of all leases together and
-//! takes new leases and new weights between two steps.
+//! Answers leases with the policy: one engine on its own thread decodes the rollouts of all leases together and takes new
+//! leases and new weights between two steps.
 //!
-//! The thread measures itself when the first weights come and takes as many rows as it can carry ([`crate::capacity`]).
-//! A reserve of leases waits in the engine, so that a slot that comes free is taken in the same step.
+//! When the first weights come, the thread measures its speed and chooses its rows ([`crate::capacity`]). A reserve of
+//! leases waits in the engine, so that a free slot is used in the same step.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,23 +21,23 @@ use runner::{Command, Runner};
 
 mod runner;
 
-/// Commands and answers on their way between worker and engine: a command is of a lease or a version, and a worker holds
-/// fewer of them.
+/// Most commands, and most answers, between worker and engine. Each belongs to a lease or a version, and a worker holds
+/// fewer of those.
 const UNDERWAY_MAX: usize = 1_024;
 
-/// Rollouts that wait beyond the rows that decode: one for so many of these.
+/// One rollout waits in the engine for every `RESERVE` rows that decode.
 const RESERVE: u32 = 4;
 
-/// What a run asks of every answer.
+/// The run's rules for every answer.
 #[derive(Debug, Clone)]
 pub struct Task {
     /// Longest answer in tokens.
     pub tokens_max: u32,
-    /// For stop strings.
+    /// Finds stop strings.
     pub tokenizer: Tokenizer,
 }
 
-/// A policy that answers.
+/// The policy as an [`Answerer`].
 #[derive(Debug)]
 pub struct PolicyAnswerer {
     config: Config,
@@ -46,16 +46,16 @@ pub struct PolicyAnswerer {
     engine: EngineConfig,
     task: Task,
     thread: Option<Thread>,
-    /// Rollouts of the leases that were taken on and not answered.
+    /// Number of rollouts of each lease that is not answered yet.
     underway: BTreeMap<LeaseId, u32>,
 }
 
-/// The engine's thread, as its worker sees it. It ends when this is dropped, after the step that it is in.
+/// A handle to the engine's thread. Dropping it ends the thread after the current step.
 #[derive(Debug)]
 struct Thread {
     commands: mpsc::Sender<Command>,
     answers: mpsc::Receiver<Result<Vec<AnsweredLease>, AnswerError>>,
-    /// Rows that it can carry.
+    /// Rows that decode together.
     rows: u32,
 }
 
@@ -79,7 +79,7 @@ impl PolicyAnswerer {
         }
     }
 
-    /// Answers leases and takes nothing else on meanwhile.
+    /// Answers these leases and takes no others meanwhile.
     ///
     /// # Errors
     /// As [`Answerer::take`] and [`Answerer::answered`].
@@ -109,7 +109,7 @@ impl PolicyAnswerer {
                 Ok((runner, rows)) => (Some(runner), Ok(rows)),
                 Err(error) => (None, Err(error)),
             };
-            // Whoever does not listen any more has dropped the answerer: the inbox is closed then, too.
+            // If the receiver is gone, the answerer was dropped and the inbox is closed too.
             if started.send(told).is_ok()
                 && let Some(runner) = runner
             {
@@ -154,7 +154,7 @@ impl Answerer for PolicyAnswerer {
     }
 
     fn adopts(&self) -> bool {
-        true // answers underway go on or end as their leases say
+        true // each lease's rule says whether its answer goes on under the new weights
     }
 
     fn room(&self) -> u32 {
@@ -163,7 +163,7 @@ impl Answerer for PolicyAnswerer {
         };
         let underway: u32 = self.underway.values().sum();
         let room = (rows + rows.div_ceil(RESERVE)).saturating_sub(underway);
-        // Asked for one by one, leases would cost more than answers: only when the reserve is used up are more taken.
+        // Single leases would cost more than their answers: the worker asks again once the reserve is used up.
         if room < rows.div_ceil(RESERVE) {
             0
         } else {

@@ -1,9 +1,8 @@
-//! The worker's loop: adopt, lease, answer, submit, all at once.
+//! The worker's loop: adopt weights, take leases, answer, submit, all concurrently.
 //!
-//! Leases are taken as soon as the model has room for them, answers are submitted as they are complete, and new weights
-//! are adopted meanwhile: what they change for answers underway is the lease's rule. A group that was answered is
-//! submitted until dispatch has said what became of it or its lease ran out; nothing else is kept, so a worker may be
-//! killed at any instant.
+//! The worker takes leases as soon as the model has room, submits each answer when it is complete, and adopts new weights
+//! meanwhile; the lease's rule says what new weights change for answers in progress. The worker repeats a submission until
+//! dispatch answers or the lease runs out. It keeps no other state, so a kill at any instant costs only its leases.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,15 +30,15 @@ use muster_protocol::message::lease::{Lease, NumericClass, class_names};
 
 use crate::answerer::{AnswerError, AnsweredLease, Answerer};
 
-/// How long an answer that has begun may take once the worker is told to stop.
+/// How long an answer that has begun may take after the shutdown signal.
 const GRACE: Duration = Duration::from_secs(3);
 /// Pauses between attempts to submit: first and longest.
 const SUBMIT_RETRY_MS: (u64, u64) = (50, 2_000);
-/// Pauses after asks that nobody answered: first and longest. They grow, so that a thousand workers do not drown a
-/// dispatch that has just come back.
+/// Pauses after requests that timed out: first and longest. They grow, so that a thousand workers do not overload a
+/// dispatch that has just restarted.
 const ASK_RETRY_MS: (u64, u64) = (250, 4_000);
-/// A longer wait says that many others wait too: then new weights are no reason to ask before it is over.
-const CROWD_WAIT: Duration = Duration::from_millis(250);
+/// A longer wait means that many workers wait: then new weights are no reason to ask earlier.
+const CROWDED_WAIT: Duration = Duration::from_millis(250);
 
 /// Why a worker ended.
 #[derive(Debug, thiserror::Error)]
@@ -56,43 +55,44 @@ pub enum WorkerError {
     /// A group could not be signed.
     #[error("a group could not be written: {0}")]
     Envelope(#[from] EnvelopeError),
-    /// The run takes no answers of this worker's arithmetic.
+    /// The run accepts no answers in this worker's arithmetic.
     #[error(
         "this run takes answers of class {taken}, and this worker's are of class {class}: choose other `--kernels` or \
          another `--device`, or list the class in the run's `dispatch.classes`"
     )]
     Class {
-        /// What the worker would answer in.
+        /// The worker's class.
         class: NumericClass,
-        /// What the run lists.
+        /// The classes that the run lists.
         taken: String,
     },
 }
 
-/// What became of a worker's groups so far.
+/// A worker's counters since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Credit {
-    /// Groups that dispatch took.
+pub struct Metrics {
+    /// Groups that dispatch accepted.
     pub submitted: u64,
-    /// Tokens drawn for them.
+    /// Tokens drawn for accepted groups.
     pub tokens: u64,
-    /// Groups trained on.
+    /// Groups that dispatch refused.
+    pub refused: u64,
+    /// Groups whose lease ran out before dispatch answered.
+    pub late: u64,
+    /// Groups that the learner trained on.
     pub trained: u64,
-    /// Groups rejected.
+    /// Groups that a critic or the learner rejected.
     pub rejected: u64,
 }
 
 /// What a worker needs to start.
 pub struct WorkerParts {
-    /// Its way to dispatch.
     pub client: DispatchClient,
-    /// Time.
     pub clock: SharedClock,
-    /// Its model.
     pub answerer: Box<dyn Answerer>,
-    /// Where weights come from.
+    /// The source of weights.
     pub follower: Follower,
-    /// The arithmetic of its model.
+    /// The arithmetic of the answerer.
     pub class: NumericClass,
 }
 
@@ -103,24 +103,35 @@ pub struct Worker {
     dispatch: PeerId,
     adopted: Option<Arc<Held>>,
     notes: Subscription,
-    credit: Credit,
+    metrics: Metrics,
     /// Leases that are being answered.
     underway: BTreeMap<LeaseId, Signed<Lease>>,
-    /// At most one ask, and a submission for every lease that was answered.
-    errands: FuturesUnordered<BoxFuture<'static, Errand>>,
+    /// At most one request for leases, and a submission for every answered lease.
+    requests: FuturesUnordered<BoxFuture<'static, Finished>>,
     asking: bool,
     pause: Option<Pause>,
-    /// Pause after the next ask that nobody answers.
+    /// Pause after the next request for leases that times out.
     ask_retry_ms: u64,
 }
 
-/// What came of talking to dispatch.
-enum Errand {
+/// How a request to dispatch ended.
+enum Finished {
     Asked(Result<Reply, DispatchClientError>),
-    Submitted(Result<u64, WorkerError>),
+    Submitted(Result<Submitted, WorkerError>),
 }
 
-/// No ask before its end, or before new weights come.
+/// How the submission of a group ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Submitted {
+    Accepted {
+        tokens: u64,
+    },
+    Refused,
+    /// The lease ran out before dispatch answered.
+    Late,
+}
+
+/// The worker asks for no leases before the end of a pause.
 #[derive(Debug, Clone, Copy)]
 struct Pause {
     end: Instant,
@@ -134,10 +145,9 @@ enum Wake {
     AtItsEnd,
 }
 
-/// Something happened.
 enum Event {
     Shutdown,
-    Errand(Errand),
+    Finished(Finished),
     Answered(Vec<AnsweredLease>),
     Note(bytes::Bytes),
     NewWeights,
@@ -145,7 +155,7 @@ enum Event {
 }
 
 impl Worker {
-    /// Joins the run: reads its descriptor, signed by the learner whom the credentials trust.
+    /// Joins the run: reads its descriptor, signed by the learner that the credentials name.
     ///
     /// # Errors
     /// When dispatch cannot be asked or the descriptor is not to be trusted.
@@ -163,9 +173,9 @@ impl Worker {
             dispatch: descriptor.body.dispatch,
             adopted: None,
             notes,
-            credit: Credit::default(),
+            metrics: Metrics::default(),
             underway: BTreeMap::new(),
-            errands: FuturesUnordered::new(),
+            requests: FuturesUnordered::new(),
             asking: false,
             pause: None,
             ask_retry_ms: ASK_RETRY_MS.0,
@@ -173,21 +183,21 @@ impl Worker {
         })
     }
 
-    /// Works until the run is over or `shutdown`, after which what is nearly answered is still submitted.
+    /// Works until the run is over or `shutdown`. After `shutdown`, answers that complete within a moment are submitted.
     ///
     /// # Errors
     /// When the model fails, the bus is gone for good, or dispatch refuses this worker.
-    pub async fn run(mut self, shutdown: CancellationToken) -> Result<Credit, WorkerError> {
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<Metrics, WorkerError> {
         info!("waiting for the first weights");
         loop {
             self.adopt_newest().await?;
             self.ask_if_there_is_room();
             match self.event(&shutdown).await? {
                 Event::Shutdown => return self.finish_what_is_underway().await,
-                Event::Errand(errand) => {
-                    if self.on_errand(errand).await? {
-                        info!(credit = ?self.credit, "the run is over");
-                        return Ok(self.credit);
+                Event::Finished(finished) => {
+                    if self.on_finished(finished).await? {
+                        info!(metrics = ?self.metrics, "the run is over");
+                        return Ok(self.metrics);
                     }
                 }
                 Event::Answered(answers) => self.submit_all(answers)?,
@@ -197,19 +207,19 @@ impl Worker {
         }
     }
 
-    /// Waits for whatever is next.
+    /// Waits for the next event.
     ///
     /// # Cancel safety
-    /// A lease whose answer is lost is given to somebody else after its time.
+    /// A cancelled call may lose an answer; dispatch gives its lease to another worker after the deadline.
     async fn event(&mut self, shutdown: &CancellationToken) -> Result<Event, WorkerError> {
         let pause_over = match self.pause {
             Some(pause) => tokio::time::sleep_until(pause.end).left_future(),
             None => std::future::pending().right_future(),
         };
         Ok(tokio::select! {
-            biased; // what was answered goes out before anything new comes in
+            biased; // answers go out before new leases come in
             () = shutdown.cancelled() => Event::Shutdown,
-            Some(errand) = self.errands.next() => Event::Errand(errand),
+            Some(finished) = self.requests.next() => Event::Finished(finished),
             answers = self.parts.answerer.answered() => Event::Answered(answers?),
             () = self.parts.follower.changed() => Event::NewWeights,
             () = pause_over => {
@@ -220,15 +230,15 @@ impl Worker {
         })
     }
 
-    /// Submits what is answered within a moment, and nothing new.
-    async fn finish_what_is_underway(mut self) -> Result<Credit, WorkerError> {
+    /// Submits the answers that complete within [`GRACE`] and takes no new leases.
+    async fn finish_what_is_underway(mut self) -> Result<Metrics, WorkerError> {
         let overdue = CancellationToken::new();
         let end = Instant::now() + GRACE;
-        while !self.underway.is_empty() || !self.errands.is_empty() {
+        while !self.underway.is_empty() || !self.requests.is_empty() {
             let next = tokio::time::timeout_at(end, self.event(&overdue));
             match next.await {
                 Err(_) => break,
-                Ok(Ok(Event::Errand(Errand::Submitted(submitted)))) => {
+                Ok(Ok(Event::Finished(Finished::Submitted(submitted)))) => {
                     self.on_submitted(submitted)?
                 }
                 Ok(Ok(Event::Answered(answers))) => self.submit_all(answers)?,
@@ -236,10 +246,10 @@ impl Worker {
                 Ok(Err(error)) => return Err(error),
             }
         }
-        Ok(self.credit)
+        Ok(self.metrics)
     }
 
-    /// Adopts the newest weights, unless the model wants nothing new now, or leases under those held are on their way.
+    /// Adopts the newest weights, unless the model cannot now, or a request for leases under the held ones is in flight.
     async fn adopt_newest(&mut self) -> Result<(), WorkerError> {
         if self.asking || !self.parts.answerer.adopts() {
             return Ok(());
@@ -280,15 +290,15 @@ impl Worker {
         };
         let client = self.parts.client.clone();
         self.asking = true;
-        let asked = async move { Errand::Asked(client.ask(ask).await) };
-        self.errands.push(asked.boxed());
+        let asked = async move { Finished::Asked(client.ask(ask).await) };
+        self.requests.push(asked.boxed());
     }
 
     /// True when the run is over.
-    async fn on_errand(&mut self, errand: Errand) -> Result<bool, WorkerError> {
-        let asked = match errand {
-            Errand::Submitted(submitted) => return self.on_submitted(submitted).map(|()| false),
-            Errand::Asked(asked) => asked,
+    async fn on_finished(&mut self, finished: Finished) -> Result<bool, WorkerError> {
+        let asked = match finished {
+            Finished::Submitted(submitted) => return self.on_submitted(submitted).map(|()| false),
+            Finished::Asked(asked) => asked,
         };
         self.asking = false;
         self.ask_retry_ms = match &asked {
@@ -317,7 +327,7 @@ impl Worker {
             );
         }
         let crowded =
-            reason != WaitReason::VersionTooOld && Duration::from_millis(retry_ms) > CROWD_WAIT;
+            reason != WaitReason::VersionTooOld && Duration::from_millis(retry_ms) > CROWDED_WAIT;
         let wake = if crowded {
             Wake::AtItsEnd
         } else {
@@ -338,8 +348,10 @@ impl Worker {
         }
         let bodies = leases.iter().map(|lease| lease.body.clone()).collect();
         self.parts.answerer.take(bodies).await?;
-        let by_id = leases.into_iter().map(|lease| (lease.body.id, lease));
-        self.underway.extend(by_id);
+        for lease in leases {
+            let taken_twice = self.underway.insert(lease.body.id, lease);
+            debug_assert!(taken_twice.is_none(), "a lease is taken once");
+        }
         Ok(())
     }
 
@@ -348,21 +360,30 @@ impl Worker {
         for (lease, rollouts) in answers {
             if let Some(lease) = self.underway.remove(&lease) {
                 let submission = Submission::new(&self.parts, lease, rollouts)?;
-                let submitted = async move { Errand::Submitted(submission.submit().await) };
-                self.errands.push(submitted.boxed());
+                let submitted = async move { Finished::Submitted(submission.submit().await) };
+                self.requests.push(submitted.boxed());
             }
         }
         Ok(())
     }
 
-    fn on_submitted(&mut self, submitted: Result<u64, WorkerError>) -> Result<(), WorkerError> {
-        let tokens = submitted?;
-        self.credit.submitted += u64::from(tokens > 0);
-        self.credit.tokens += tokens;
+    fn on_submitted(
+        &mut self,
+        submitted: Result<Submitted, WorkerError>,
+    ) -> Result<(), WorkerError> {
+        match submitted? {
+            Submitted::Accepted { tokens } => {
+                self.metrics.submitted += 1;
+                self.metrics.tokens += tokens;
+            }
+            Submitted::Refused => self.metrics.refused += 1,
+            Submitted::Late => self.metrics.late += 1,
+        }
         Ok(())
     }
 
-    /// Opens leases that are this worker's own, of this run's dispatch, descriptor and rule for seeds.
+    /// Opens leases and refuses those that break a rule: signed by this run's dispatch, for this worker, its adopted
+    /// version and this descriptor, with the prescribed seed.
     fn open_leases(&self, leases: Vec<ByteBuf>) -> Vec<Signed<Lease>> {
         let run = self.parts.client.run();
         let me = self.parts.client.identity().peer_id();
@@ -390,9 +411,9 @@ impl Worker {
             return;
         };
         match record.body.fate {
-            Fate::Trained => self.credit.trained += 1,
+            Fate::Trained => self.metrics.trained += 1,
             Fate::Rejected => {
-                self.credit.rejected += 1;
+                self.metrics.rejected += 1;
                 warn!(ticket = %record.body.ticket, reason = %record.body.reason, "a group was rejected");
             }
             fate => debug!(ticket = %record.body.ticket, %fate, "receipt"),
@@ -400,7 +421,7 @@ impl Worker {
     }
 }
 
-/// A group on its way to dispatch.
+/// A signed group that dispatch has not accepted yet.
 struct Submission {
     client: DispatchClient,
     clock: SharedClock,
@@ -415,8 +436,7 @@ impl Submission {
         lease: Signed<Lease>,
         rollouts: Vec<Rollout>,
     ) -> Result<Self, WorkerError> {
-        let drawn = |rollout: &Rollout| rollout.drawn().0.len() as u64;
-        let tokens = rollouts.iter().map(drawn).sum();
+        let tokens = rollouts.iter().map(Rollout::drawn_tokens).sum();
         let group = Group {
             lease: lease.body.id,
             ticket: lease.body.ticket.id,
@@ -434,8 +454,8 @@ impl Submission {
         })
     }
 
-    /// Submits until dispatch has answered or the lease has run out. Returns the tokens that were taken.
-    async fn submit(self) -> Result<u64, WorkerError> {
+    /// Repeats the submission until dispatch answers or the lease runs out.
+    async fn submit(self) -> Result<Submitted, WorkerError> {
         let lease = &self.lease.body;
         let mut pause_ms = SUBMIT_RETRY_MS.0;
         while self.clock.now() < lease.deadline {
@@ -444,12 +464,16 @@ impl Submission {
                 group: ByteBuf::from(self.group.bytes.to_vec()),
             };
             match self.client.ask(ask).await {
-                Ok(Reply::Accepted { .. }) => return Ok(self.tokens),
+                Ok(Reply::Accepted { .. }) => {
+                    return Ok(Submitted::Accepted {
+                        tokens: self.tokens,
+                    });
+                }
                 Ok(Reply::Wait { .. }) => {}
                 Ok(_) => return Err(DispatchClientError::Unexpected.into()),
                 Err(DispatchClientError::Refused(reason)) => {
                     warn!(ticket = %lease.ticket.id, %reason, "a group was refused");
-                    return Ok(0);
+                    return Ok(Submitted::Refused);
                 }
                 Err(error) if error.is_transient() => debug!(%error, "submitting again"),
                 Err(error) => return Err(error.into()),
@@ -458,6 +482,6 @@ impl Submission {
             pause_ms = (pause_ms * 2).min(SUBMIT_RETRY_MS.1);
         }
         warn!(ticket = %lease.ticket.id, "a group was not taken before its lease ran out");
-        Ok(0)
+        Ok(Submitted::Late)
     }
 }

@@ -77,8 +77,8 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
         worker = joined => worker?,
         () = seat.shutdown.cancelled() => return Ok(()),
     };
-    let credit = worker.run(seat.shutdown.clone()).await.context("worker")?;
-    tracing::info!(?credit, "done");
+    let metrics = worker.run(seat.shutdown.clone()).await.context("worker")?;
+    tracing::info!(?metrics, "done");
     seat.leave().await;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What runs on the engine's thread: commands in between two steps, answers out as leases are complete.
+//! The engine's thread: it takes commands between two steps and sends answers when leases are complete.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -20,39 +20,36 @@ use super::{Task, failed};
 use crate::answerer::{AnswerError, AnsweredLease};
 use crate::capacity::{Bounds, Timing, rows};
 
-/// A measurement that took so long is the last: larger batches of so slow a machine are not tried. Long enough for a model
-/// of some hundred million parameters on a laptop that does other things besides: it gains most from larger batches.
+/// A measurement that takes this long is the last: a slower machine tries no larger batches. Long enough for a model of some
+/// hundred million parameters on a busy laptop, which gains most from larger batches.
 const MEASURE: Duration = Duration::from_secs(3);
 
 /// Steps timed for each number of rows.
 const MEASURED_STEPS: u32 = 4;
 
-/// Half of the time that a lease gives by default: a worker that needs more would drop leases.
+/// Half of a lease's default time: a worker that needs more would drop leases.
 const ANSWER_SECONDS: f64 = 15.0;
 
-/// What the thread is told.
 #[derive(Debug)]
 pub(super) enum Command {
     /// New weights and their version.
     Adopt(Policy, u64),
-    /// Leases to answer.
     Take(Vec<Lease>),
 }
 
-/// Where answers go.
 type Outbox = mpsc::Sender<Result<Vec<AnsweredLease>, AnswerError>>;
 
-/// The engine and what it is answering.
+/// The engine and the leases that it answers.
 pub(super) struct Runner {
     engine: Engine,
     leases: BTreeMap<GroupId, Lease>,
     task: Task,
-    /// Made when a lease first names a stop string.
+    /// None before a lease names a stop string.
     bytes: Option<Arc<TokenBytes>>,
 }
 
 impl Runner {
-    /// Measures how many rows this machine can carry, and makes an engine of as many slots.
+    /// Measures how many rows this machine can decode together, and makes an engine with as many slots.
     pub(super) fn start(
         policy: Policy,
         version: u64,
@@ -76,7 +73,7 @@ impl Runner {
         Ok((runner, carried))
     }
 
-    /// Works until nobody gives commands or takes answers any more.
+    /// Works until the handle is dropped.
     pub(super) fn run(mut self, mut inbox: mpsc::Receiver<Command>, outbox: &Outbox) {
         loop {
             let command = match self.engine.is_idle() {
@@ -179,7 +176,7 @@ fn rollout_of(lease: &Lease, completion: &Completion) -> Rollout {
     )
 }
 
-/// Rows that this machine can carry: short decodes of more and more rows, until they take long.
+/// The number of rows that this machine can decode together, from short decodes of more and more rows.
 fn measure(
     policy: &Policy,
     config: &EngineConfig,
@@ -191,7 +188,7 @@ fn measure(
     loop {
         let timing = time(policy, config, count)?;
         timings.push(timing);
-        // The steps alone: what is prepared once takes seconds in a large model, and says nothing about its rows.
+        // The first step is left out: its preparations take seconds in a large model and do not depend on the rows.
         let took = timing.step_seconds * f64::from(MEASURED_STEPS);
         if count == rows_max || took > MEASURE.as_secs_f64() {
             break;
@@ -223,7 +220,7 @@ fn time(
     let tokens = (MEASURED_STEPS as usize + 1).min(room);
     let request = GenerationRequest::new(prompt, tokens, stop_ids, Sampling::Greedy);
     engine.submit(vec![request; rows as usize])?;
-    // The first step reads the prompt for all of them, and prepares what is prepared once.
+    // The first step reads the prompt for all rows and makes the one-time preparations.
     engine.step()?;
     let start = Instant::now();
     for _ in 0..MEASURED_STEPS {
