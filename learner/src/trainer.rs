@@ -491,3 +491,6 @@ fn fate_of(
         step,
     }
 }
+
+#[cfg(test)]
+mod tests;
