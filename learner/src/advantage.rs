@@ -8,16 +8,12 @@ use serde::{Deserialize, Serialize};
 pub enum AdvantageError {
     /// Equal rewards say nothing about which answer was better. The group is dropped with the fate `no_signal`.
     #[error("all {group_size} rewards are equal, so every advantage is zero")]
-    NoSignal {
-        /// Rollouts in the group.
-        group_size: usize,
-    },
+    NoSignal { group_size: usize },
     /// A reward that is not a number of ordinary size would reach every weight of the policy.
     #[error("the reward of rollout {rollout} is {reward}, outside ±{max:e}", max = REWARD_ABS_MAX)]
     Reward {
-        /// Which rollout, from 0.
+        /// Its number in the group, from 0.
         rollout: usize,
-        /// Its reward.
         reward: f32,
     },
 }
@@ -50,7 +46,6 @@ pub enum AdvantageConfig {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("advantage: `epsilon` is {epsilon}, must be a number from 0 to 1; leave it out for 1e-4")]
 pub struct AdvantageConfigError {
-    /// What was written.
     pub epsilon: f64,
 }
 
@@ -107,8 +102,21 @@ impl AdvantageConfig {
             }
             Self::LeaveOneOut {} => group_size as f64 / (group_size - 1) as f64,
         };
-        Ok(centred.map(|c| (c * scale) as f32).collect())
+        let advantages: Vec<f32> = centred.map(|c| (c * scale) as f32).collect();
+        debug_assert!(
+            sums_to_zero(&advantages),
+            "the advantages of a group sum to zero"
+        );
+        Ok(advantages)
     }
+}
+
+/// Up to the rounding of f32.
+fn sums_to_zero(advantages: &[f32]) -> bool {
+    let sum: f64 = advantages.iter().map(|&a| f64::from(a)).sum();
+    let size: f64 = advantages.iter().map(|&a| f64::from(a.abs())).sum();
+    let rounding = advantages.len() as f64 * f64::from(f32::MIN_POSITIVE);
+    sum.abs() <= 1e-5 * size + rounding
 }
 
 #[cfg(test)]

@@ -40,29 +40,23 @@ pub enum ObjectiveError {
     Setting {
         /// The objective's `type`.
         objective: &'static str,
-        /// The key.
         key: &'static str,
-        /// What was written.
         value: f64,
-        /// What it must be.
+        /// The range of the key, in words.
         rule: &'static str,
     },
     /// Two lists that belong together differ in length.
     #[error("{learner_logprobs} learner log-probs for {rollout_logprobs} rollout log-probs")]
     Lengths {
-        /// Length of the one.
         learner_logprobs: usize,
-        /// Length of the other.
         rollout_logprobs: usize,
     },
     /// An input that is not finite would reach every weight of the policy.
     #[error("{what} at position {position} is {value}, not a finite number")]
     NotFinite {
-        /// Which input.
         what: &'static str,
-        /// Where in the rollout; 0 for the advantage.
+        /// Token of the rollout, from 0; 0 for the advantage.
         position: usize,
-        /// What it is.
         value: f32,
     },
 }
@@ -113,11 +107,10 @@ pub struct Evaluation {
 /// Sums over trained tokens; rollouts are added in a fixed order, so that equal runs report equal numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct ObjectiveStats {
-    /// How many tokens.
     pub tokens: u64,
     /// Σ L.
     pub loss: f64,
-    /// How many were masked, clipped or capped.
+    /// Number of tokens masked, clipped or capped.
     pub clipped: u64,
     /// Σ ((r − 1) − ln r).
     pub mismatch_kl_sum: f64,
@@ -198,6 +191,10 @@ impl ObjectiveConfig {
             evaluation.stats.clipped += u64::from(cost.clipped);
             evaluation.stats.mismatch_kl_sum += token.k3();
         }
+        debug_assert!(
+            evaluation.stats.loss.is_finite() && evaluation.stats.mismatch_kl_sum.is_finite(),
+            "all outputs of an objective are finite"
+        );
         Ok(evaluation)
     }
 

@@ -1,5 +1,5 @@
-//! The model in training: a float32 master in the optimizer, and forward passes over the published image alone, as
-//! rollout and critique run them (design §5). Every update of a step runs on the image of the update before it.
+//! The model in training: the optimizer holds f32 master weights, while forward passes use only the published image, as
+//! rollout and critique do. Every update of a step runs on the image of the update before it.
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -21,52 +21,49 @@ use crate::objective::{ObjectiveConfig, ObjectiveStats, RolloutTokens};
 use crate::schedule::ScheduleConfig;
 use crate::stepper::{StepError, StepInput, StepOutput, StepStats, Stepper, TrainRollout};
 
+const GRADIENT_SHARDS: NonZeroUsize = NonZeroUsize::new(2).unwrap();
+
 /// How the policy is trained.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// What is minimised.
     pub objective: ObjectiveConfig,
-    /// Step sizes over the run.
+    /// The learning rate over the run.
     pub schedule: ScheduleConfig,
     /// The optimizer; its learning rate is the schedule's.
     pub optimizer: AdamW,
     /// Optimizer updates per step: each trains an equal share of the batch's groups.
     pub updates_per_step: NonZeroUsize,
-    /// Shards of a gradient. The result depends on it, so it is configuration and never the number of cores.
+    /// Shards of a gradient. The bits of a gradient depend on this number, so it is never the number of cores.
     pub gradient_shards: NonZeroUsize,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        const TWO: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1);
         Self {
             objective: ObjectiveConfig::default(),
             schedule: ScheduleConfig::default(),
             optimizer: AdamW::default(),
             updates_per_step: NonZeroUsize::MIN,
-            gradient_shards: TWO,
+            gradient_shards: GRADIENT_SHARDS,
         }
     }
 }
 
-/// How weights are kept and computed.
+/// How weights are stored and computed.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
-    /// The decoder.
     pub config: Config,
     /// Storage of the published image.
     pub storage: Storage,
-    /// Kernels.
     pub kernels: KernelSet,
-    /// Where it runs.
     pub device: Device,
 }
 
 /// A model in training.
 #[derive(Debug)]
 pub struct PolicyStepper {
-    /// Taken out while a step runs on its own thread.
+    /// None while a step runs on its own thread.
     model: Option<Box<Model>>,
     image: Bytes,
 }
@@ -89,7 +86,7 @@ struct Model {
 struct Known {
     image: Image,
     policy: Policy,
-    /// With weights rounded to eight bits, made when a group of such a worker is first recomputed.
+    /// The int8 weights; None before a group of an int8 worker is recomputed.
     rounded: Option<Policy>,
 }
 
@@ -102,8 +99,8 @@ impl Known {
         }
     }
 
-    /// What a group of this class was drawn with. Classes of other devices are recomputed in this trainer's own, which is
-    /// what their tolerance is for.
+    /// The policy that a group of this class was drawn with. Groups of GPU classes are recomputed in this trainer's class;
+    /// the tolerance between classes covers the difference.
     fn drawn_with(&mut self, class: NumericClass, config: &Config) -> Result<&Policy, StepError> {
         if class != NumericClass::Int8Cpu {
             return Ok(&self.policy);
@@ -122,8 +119,7 @@ fn failed(error: impl std::fmt::Display) -> StepError {
 }
 
 impl PolicyStepper {
-    /// A model that starts from published weights as version 0, for a run of `steps` steps whose groups may be
-    /// `async_level` steps old.
+    /// Starts from published weights as version 0, for a run of `steps` steps whose groups may be `async_level` steps old.
     ///
     /// # Errors
     /// When the image does not belong to the configuration.
@@ -156,7 +152,7 @@ impl PolicyStepper {
         })
     }
 
-    /// Runs `work` on a thread of its own.
+    /// Runs `work` on its own thread.
     async fn on_thread<R: Send + 'static>(
         &mut self,
         work: impl FnOnce(&mut Model) -> Result<R, StepError> + Send + 'static,
@@ -247,8 +243,8 @@ impl Model {
         Ok(stats)
     }
 
-    /// Replaces the recorded log-probs of rollouts that no critic re-checked by those of their version's image in their
-    /// own arithmetic, so that the importance ratio says how far the policy is from what drew them.
+    /// Replaces the recorded log-probs of unaudited rollouts by those of their version's image in their own class, so that
+    /// the importance ratio measures only the policy's change. Returns how many rollouts were recomputed.
     fn recompute(&mut self, input: &mut StepInput) -> Result<u64, StepError> {
         let mut by_weights: BTreeMap<(PolicyVersion, NumericClass), Vec<&mut TrainRollout>> =
             BTreeMap::new();
@@ -339,7 +335,7 @@ impl Model {
         }
         let mut sums = ObjectiveStats::default();
         for row_stats in locked(&evaluations).values() {
-            sums.add(row_stats); // in the order of the rows, so that equal runs report equal numbers
+            sums.add(row_stats); // in row order, so that equal runs report equal numbers
         }
         let settings = AdamW {
             learning_rate: learning_rate as f32,
@@ -385,7 +381,7 @@ impl Model {
     }
 }
 
-/// A lock whose data stays usable: each entry is written whole.
+/// Locks a mutex. After a panic the data is still usable, since each entry is written whole.
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex
         .lock()

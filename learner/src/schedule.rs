@@ -25,7 +25,7 @@ pub enum ScheduleConfig {
     Cosine(Decay),
 }
 
-/// A rate that stays.
+/// The same rate throughout, after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Constant {
@@ -51,11 +51,9 @@ pub struct Decay {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("schedule: `{key}` is {value}, must be {rule}")]
 pub struct ScheduleError {
-    /// The key.
     pub key: &'static str,
-    /// What was written.
     pub value: f64,
-    /// What it must be.
+    /// The range of the key, in words.
     pub rule: &'static str,
 }
 

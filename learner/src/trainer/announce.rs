@@ -1,8 +1,8 @@
-//! Making a version known: describe its weights, sign, append to the versions log, tell everybody. The bytes themselves
-//! travel from peer to peer; NATS carries only what is signed here.
+//! Announces versions: describes and signs the weights, appends to the versions log and publishes the record. The weights
+//! travel from peer to peer; NATS carries only the signed descriptions.
 //!
-//! A version is described as a delta from the one before it, as an anchor, or as both ([`super::objects`]). Invariant: what is
-//! announced with a version leads to it from nothing, and all of it was offered by this process.
+//! A version is described as a delta from the one before it, as an anchor, or as both ([`super::objects`]). Invariant: the
+//! objects announced with a version begin with an anchor and lead to the version, and this process offers all of them.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use muster_protocol::subject::Log;
 use super::TrainerError;
 use super::objects::{BroadcastConfig, Described, describe_weights};
 
-/// Where a version's bytes are handed to the swarm.
+/// Hands a version's bytes to the swarm.
 #[async_trait]
 pub trait Outlet: Send + Sync {
     /// Offers an object to the peers.
@@ -31,7 +31,7 @@ pub trait Outlet: Send + Sync {
     /// When it cannot be held.
     async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String>;
 
-    /// Says that a version needs an object, which is then kept as long as that version is.
+    /// Keeps an object as long as `version`, which needs it.
     fn keep_for(&self, object: &Object, version: PolicyVersion);
 
     /// Bytes uploaded to peers so far.
@@ -59,26 +59,22 @@ impl Outlet for Swarm {
 /// A file that travels with every version.
 #[derive(Debug, Clone)]
 pub struct RunFile {
-    /// Its name in the folder.
     pub name: String,
-    /// Its content.
     pub bytes: Bytes,
 }
 
-/// A version made known.
+/// A version with the descriptions that are announced with it.
 #[derive(Debug, Clone)]
 pub struct Announced {
-    /// The signed version.
     pub version: Signed<Version>,
-    /// The signed description of its anchor, when it has one.
     pub anchor: Option<Signed<Object>>,
-    /// Everything that leads to it, as signed.
+    /// An anchor and the deltas that lead from it to the version.
     pub objects: Vec<Signed<Object>>,
-    /// Bytes that take a holder of the parent here.
+    /// Bytes that a holder of the parent fetches.
     pub bytes: u64,
 }
 
-/// Makes versions known.
+/// Describes, offers and announces versions.
 pub struct Announcer {
     client: DispatchClient,
     outlet: std::sync::Arc<dyn Outlet>,
@@ -87,7 +83,7 @@ pub struct Announcer {
     files: Vec<FileEntry>,
     file_objects: Vec<Signed<Object>>,
     config: BroadcastConfig,
-    /// The newest version that was described: its root, and its weights where the next may be a delta from them.
+    /// Root and weights of the newest described version; the weights are empty if the next one cannot be a delta.
     parent: Option<(StateRoot, Bytes)>,
     /// The last anchor and the deltas since, which lead to the newest version.
     trail: Vec<Signed<Object>>,
@@ -142,13 +138,13 @@ impl Announcer {
         self.parent.as_ref().map(|(root, _)| *root)
     }
 
-    /// Whether weights of this size may be announced by deltas. A record of theirs in the log names objects of the process
-    /// that wrote it, so whoever comes after it announces the version anew.
+    /// Whether weights of this size may be announced by deltas. A log record with deltas names objects that only the process
+    /// that wrote it offers, so a restarted trainer announces the version again.
     pub fn makes_deltas(&self, image: &Bytes) -> bool {
         image.len() as u64 >= self.config.delta_image_bytes_min
     }
 
-    /// Describes and offers a version's weights, without telling anybody. Hashes on a thread that may block.
+    /// Describes and offers a version's weights without announcing it. Large weights are hashed on a blocking thread.
     ///
     /// # Errors
     /// When the image cannot be described or held.
@@ -163,7 +159,7 @@ impl Announcer {
         let described = off_loop_if_large(image.len(), move || {
             describe_weights(version, &weights, parent, since_anchor, config)
         });
-        let described = described.await.map_err(failed)??;
+        let described = described.await??;
         let Described {
             parameters,
             part,
@@ -180,6 +176,10 @@ impl Announcer {
         } else {
             self.trail.extend(delta.clone());
         }
+        debug_assert!(
+            (self.trail.first()).is_some_and(|o| matches!(o.body.content, Content::Anchor { .. })),
+            "the objects announced with a version begin with an anchor"
+        );
         for object in &self.trail {
             self.outlet.keep_for(&object.body, version);
         }
@@ -209,7 +209,7 @@ impl Announcer {
         })
     }
 
-    /// Describes weights as a whole, for whoever writes them down; nothing is offered.
+    /// Describes weights as an anchor for a checkpoint folder. Nothing is offered.
     ///
     /// # Errors
     /// When the image cannot be described.
@@ -225,7 +225,7 @@ impl Announcer {
         let object = off_loop_if_large(image.len(), move || {
             describe_object(Content::Anchor { root }, version, &hashed)
         });
-        let object = object.await.map_err(failed)?.map_err(failed)?;
+        let object = object.await?.map_err(failed)?;
         Ok(self.client.sign(object)?)
     }
 
@@ -240,7 +240,7 @@ impl Announcer {
         Ok(Some(self.client.sign(object)?))
     }
 
-    /// Appends a version to the log and tells everybody.
+    /// Appends a version to the log and publishes it to the members.
     ///
     /// # Errors
     /// When the bus refuses.

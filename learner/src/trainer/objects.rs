@@ -1,5 +1,5 @@
-//! By which objects a version's weights are offered: as a delta from the version before, while that is much smaller than the
-//! whole, and as a whole (an anchor) every few versions, so that whoever comes late has a short way. Pure.
+//! Chooses the objects that carry a version's weights: a delta from the version before while it is much smaller than the
+//! weights, and the whole weights (an anchor) every few versions, so that a newcomer fetches few objects.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 
@@ -14,9 +14,11 @@ use muster_protocol::message::version::{Content, Object, Parameter, Part, state_
 
 use super::TrainerError;
 
-/// Most versions from one anchor to the next: all objects since the anchor are announced with a version, and with the files
-/// beside the weights there are at most sixteen.
+/// Most versions from one anchor to the next: a version is announced with all objects since the anchor, and an announcement
+/// holds at most sixteen, the files included.
 const ANCHOR_EVERY_MAX: u64 = 10;
+
+const ANCHOR_EVERY: NonZeroU64 = NonZeroU64::new(8).unwrap();
 
 /// `[learner.broadcast]`: how versions are offered.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -35,22 +37,20 @@ pub struct BroadcastConfig {
 impl Default for BroadcastConfig {
     fn default() -> Self {
         Self {
-            anchor_every: NonZeroU64::MIN.saturating_add(7),
+            anchor_every: ANCHOR_EVERY,
             delta_fraction_max: 0.25,
             delta_image_bytes_min: 4 << 20,
         }
     }
 }
 
-/// A value of `[learner.broadcast]` that cannot be.
+/// Why `[learner.broadcast]` is refused.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 pub enum BroadcastConfigError {
-    /// Too few anchors.
     #[error(
         "`anchor_every` is {0}, at most {ANCHOR_EVERY_MAX} is possible: choose a smaller number"
     )]
     AnchorEvery(NonZeroU64),
-    /// Not a share.
     #[error("`delta_fraction_max` is {0}, outside 0 to 1: choose a share of the weights' size")]
     DeltaFraction(f64),
 }
@@ -59,7 +59,7 @@ impl BroadcastConfig {
     /// Checks the values.
     ///
     /// # Errors
-    /// Names the first that cannot be.
+    /// Names the first value out of range.
     pub fn validate(&self) -> Result<(), BroadcastConfigError> {
         if self.anchor_every.get() > ANCHOR_EVERY_MAX {
             return Err(BroadcastConfigError::AnchorEvery(self.anchor_every));
@@ -71,7 +71,7 @@ impl BroadcastConfig {
     }
 }
 
-/// A version's weights, described.
+/// The objects of a version's weights, with their bytes.
 #[derive(Debug)]
 pub(super) struct Described {
     pub(super) parameters: Vec<Parameter>,
@@ -80,8 +80,8 @@ pub(super) struct Described {
     pub(super) delta: Option<(Object, Bytes)>,
 }
 
-/// Describes `weights`, a safetensors file, as a delta from `parent` where that is small enough, and as an anchor where it
-/// is not or `since_anchor` versions have gone by.
+/// Describes `weights`, a safetensors file, as a delta from `parent` if that is small enough, and as an anchor if it is not
+/// or `since_anchor` has reached the configured number.
 pub(super) fn describe_weights(
     version: PolicyVersion,
     weights: &Bytes,
@@ -117,7 +117,7 @@ pub(super) fn describe_weights(
     })
 }
 
-/// A delta that is small enough to be worth it.
+/// A delta, if it is small enough to save bytes.
 fn delta_from(parent: &Bytes, weights: &Bytes, config: BroadcastConfig) -> Option<Bytes> {
     if parent.is_empty() || (weights.len() as u64) < config.delta_image_bytes_min {
         return None;
