@@ -1,6 +1,5 @@
 //! The commands: what each takes, and where it is carried out.
 
-mod bench;
 mod critic;
 mod ctl;
 mod dispatch;
@@ -74,8 +73,6 @@ enum Command {
     Ctl(ctl::CtlArgs),
     /// Whether this machine has what Muster needs
     Doctor(doctor::DoctorArgs),
-    /// Measure whole runs and hold them against their bars
-    Bench(bench::BenchArgs),
 }
 
 /// What every member of a run takes.
@@ -171,7 +168,6 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Status(args) => status::run(&args),
         Command::Ctl(args) => in_process(ctl::run(args)),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Bench(args) => in_process(bench::run(args)),
     }
 }
 
@@ -189,7 +185,7 @@ fn log_to_stderr() {
 }
 
 /// Logs above the display, so that lines do not tear it.
-fn log_to_screen(screen: &crate::screen::Screen) {
+fn log_to_screen(screen: &muster_monitor::screen::Screen) {
     let filter =
         EnvFilter::try_from_env("MUSTER_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
     let writer = screen.log_writer();

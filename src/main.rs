@@ -9,21 +9,13 @@ mod commands;
 mod config;
 mod descriptor;
 mod evaluate;
-mod gateway;
-mod hub;
 mod machine;
-mod output;
 mod prompts;
-mod record;
-mod report;
 mod run_dir;
-mod screen;
 mod seat;
 mod signals;
 mod start_model;
-mod summary;
 mod supervisor;
-mod text;
 
 use std::process::ExitCode;
 
@@ -35,7 +27,7 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    machine::small_pages();
+    muster_monitor::machine::small_pages();
     let cli = commands::Cli::parse();
     match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use muster_protocol::child::{Child, ChildEnd};
 
 use crate::machine::disk_free;
-use crate::screen::{Process, ProcessState};
+use muster_monitor::screen::{Process, ProcessState};
 
 /// First pause before a child is started again; each further one is twice as long.
 const BACKOFF_MIN: Duration = Duration::from_millis(200);

@@ -594,8 +594,6 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
         &["snapshot", "serve", "--file-bytes-max", "100000"],
         &["snapshot", "verify", "x", "--learner", "abc"],
         &["generate", "--model", "x"],
-        &["bench", "quickstart", "--control", "permuted"],
-        &["bench", "quickstart", "--seeds", "one"],
         &["ctl"],
         // The way through routers leads to a live run.
         &["snapshot", "list", "--nat"],
@@ -637,23 +635,6 @@ fn a_command_that_needs_a_run_says_how_to_name_one() {
         let said = refusal(&muster(folder.path(), &named));
         assert!(said.contains("nowhere"), "{named:?}: {said}");
     }
-}
-
-#[test]
-fn a_bench_does_not_measure_what_earlier_runs_left() {
-    let folder = tempfile::tempdir().unwrap();
-    fs::create_dir_all(folder.path().join("runs/old")).unwrap();
-    let words = ["bench", "quickstart", "--seeds", "1", "--dir", "runs"];
-    assert!(refusal(&muster(folder.path(), &words)).contains("name a new folder with --dir"));
-}
-
-#[cfg(not(feature = "nat"))]
-#[test]
-fn a_build_without_quic_says_how_to_have_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let words = ["bench", "broadcast", "--transport", "quic"];
-    let said = refusal(&muster(folder.path(), &words));
-    assert!(said.contains("--features nat"), "{said}");
 }
 
 #[test]

@@ -3,7 +3,6 @@
 //! * [`delta`] is the object: every tensor in slices, each slice by the method that takes the fewest bytes.
 //! * [`patch`] codes where 16-bit weights changed, by how much; [`planes`] is XOR in byte planes under zstd, for the rest.
 //! * `rans`, `token` and `bits` are the entropy coder; `block` looks at 64 weights at a time.
-//! * [`pulse`] is the published alternative (PULSE, arXiv:2602.03839), written for comparison only.
 //!
 //! Pure: bytes in, bytes out. A delta is hostile until the root of what it leads to was compared with the signed one; here it
 //! may fail, but neither panic nor take more memory than the parent's own size asks for.
@@ -14,7 +13,6 @@ mod classes;
 pub mod delta;
 pub mod patch;
 pub mod planes;
-pub mod pulse;
 mod rans;
 mod token;
 mod wide;

@@ -15,8 +15,8 @@ use muster_protocol::message::control::{ControlEvent, Phase};
 use muster_protocol::subject::Log;
 
 use crate::machine::interrupt;
-use crate::output::say;
 use crate::run_dir::RunDir;
+use muster_monitor::output::say;
 
 /// How long dispatch may take to follow an order, and the run to drain.
 const PATIENCE: Duration = Duration::from_secs(20);

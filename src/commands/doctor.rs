@@ -11,9 +11,10 @@ use serde::Serialize;
 
 use muster_protocol::nats_server;
 
-use crate::machine::{disk_free, load_average, memory_available};
-use crate::output::say;
-use crate::text::short;
+use crate::machine::disk_free;
+use muster_monitor::machine::{load_average, memory_available};
+use muster_monitor::output::say;
+use muster_monitor::text::short;
 
 /// Cores below which the swarm of the quickstart takes its turns on one.
 const CORES_MIN: usize = 2;
@@ -140,7 +141,9 @@ fn version(program: &Path) -> String {
         .stdin(Stdio::null())
         .output();
     match ran {
-        Ok(output) => crate::text::printable(String::from_utf8_lossy(&output.stdout).trim(), 80),
+        Ok(output) => {
+            muster_monitor::text::printable(String::from_utf8_lossy(&output.stdout).trim(), 80)
+        }
         Err(error) => error.to_string(),
     }
 }

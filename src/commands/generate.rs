@@ -14,7 +14,7 @@ use muster_policy::{
 };
 use muster_protocol::message::group::FinishReason;
 
-use crate::output::say;
+use muster_monitor::output::say;
 
 /// What `generate` takes.
 #[derive(Debug, Args)]

@@ -10,9 +10,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::RunConfig;
 use crate::run_dir::RunDir;
-use crate::screen::{Screen, ScreenMode, Status};
 use crate::start_model::prepare;
 use crate::supervisor::{Supervised, stop};
+use muster_monitor::screen::{Screen, ScreenMode, Status};
 
 /// How often children and files are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);

@@ -11,12 +11,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{QUICKSTART, RunConfig};
 use crate::machine::project;
-use crate::record::{RunRecord, newest_checkpoint};
 use crate::run_dir::RunDir;
-use crate::screen::{Screen, ScreenMode, Status};
 use crate::start_model::{Progress, prepare};
 use crate::supervisor::{Supervised, stop};
-use crate::{report, summary};
+use muster_monitor::record::{RunRecord, newest_checkpoint};
+use muster_monitor::screen::{Screen, ScreenMode, Status};
+use muster_monitor::{report, summary};
 use muster_protocol::nats_server::{self, Member as ServerMember, NatsServer, ServerConfig};
 use muster_protocol::subject::Role;
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use muster_policy::{Config, Device, KernelSet, Policy, ScoreRow, Threads, logprobs};
 
-use crate::output::say;
+use muster_monitor::output::say;
 
 /// Longest line read: a million tokens of seven digits.
 const LINE_BYTES_MAX: u64 = 8 << 20;

@@ -10,8 +10,8 @@ use clap::{Args, Subcommand};
 use muster_rewards::{Prepared, RewardConfig, ScoreLines, ScoreSummary, check};
 
 use crate::config::RunConfig;
-use crate::output::say;
-use crate::text::plural;
+use muster_monitor::output::say;
+use muster_monitor::text::plural;
 
 /// What `rewards` takes.
 #[derive(Debug, Args)]

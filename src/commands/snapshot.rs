@@ -18,12 +18,13 @@ use muster_protocol::record::{EvalLine, Line as _, read_all};
 
 use self::live::LiveRun;
 use super::NatArgs;
-use crate::output::say;
-use crate::record::newest_checkpoint;
 use crate::run_dir::RunDir;
-use crate::text::{count, percent, short};
+use muster_monitor::output::say;
+use muster_monitor::record::newest_checkpoint;
+use muster_monitor::text::{count, percent, short};
 
-pub(crate) mod live;
+mod live;
+mod live_versions;
 mod progress;
 mod serve;
 

@@ -10,10 +10,10 @@ use serde::Serialize;
 use muster_protocol::message::fate::Fate;
 
 use crate::machine::children_of;
-use crate::output::say;
-use crate::record::{RecordReader, RunRecord};
 use crate::run_dir::RunDir;
-use crate::screen::{Process, ProcessState, Status, still};
+use muster_monitor::output::say;
+use muster_monitor::record::{RecordReader, RunRecord};
+use muster_monitor::screen::{Process, ProcessState, Status, still};
 
 /// What `status` takes.
 #[derive(Debug, Args)]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs `muster bench policy` and Hugging Face transformers in turns on the same weights, prompts, batches and threads.
+"""Runs `muster-bench policy` and Hugging Face transformers in turns on the same weights, prompts, batches and threads.
 
-usage: bench_policy.py MUSTER [--shape quickstart|135m] [--storage bf16|f32] [--kernels fused|int8] [--dtype float32|bfloat16]
+usage: bench_policy.py BENCH [--shape quickstart|135m] [--storage bf16|f32] [--kernels fused|int8] [--dtype float32|bfloat16]
                        [--batch 8,32] [--threads 2] [--rounds 5] [--gguf FILE] [--dir DIR]
 
-MUSTER is the program. The model is written by it (`--write-only`) and loaded by transformers as it is. A round measures
+BENCH is the program. The model is written by it (`--write-only`) and loaded by transformers as it is. A round measures
 every engine at every batch once; printed are the medians of whole calls, prompts included, and their ratio, and the load
 average beside them. Answers are sampled at temperature 1 and all of the same length, since neither side may stop early.
 
@@ -41,7 +41,7 @@ class Muster:
     """The program, started once for each measurement, on the path that its workers take."""
 
     def __init__(self, args: argparse.Namespace):
-        self.command = [args.muster, "bench", "policy", "--shape", args.shape, "--storage", args.storage]
+        self.command = [args.muster, "policy", "--shape", args.shape, "--storage", args.storage]
         self.command += ["--dir", args.dir]
         self.folder = subprocess.run(
             [*self.command, "--write-only"], check=True, capture_output=True, text=True
@@ -58,7 +58,7 @@ class Muster:
 
 
 def prompt_ids(vocab: int, rows: int, length: int) -> list[list[int]]:
-    """The prompts that `muster bench policy` makes."""
+    """The prompts that `muster-bench policy` makes."""
     ids = max(vocab - 3, 1)
     return [[(row * 7919 + place * 104729) % ids + min(vocab, 3) for place in range(length)] for row in range(rows)]
 

@@ -1,4 +1,4 @@
-"""Rivals of `muster bench broadcast`: one process per host, the same object, the same links, the same words.
+"""Rivals of `muster-bench broadcast`: one process per host, the same object, the same links, the same words.
 
 broadcast_rivals.py star|libtorrent HOST FOLDER, where FOLDER holds plan.json and object.bin. Host 0 has the object. Says
 `ready`, waits for a line, says {"seconds": ..} when it has everything, waits for the end of its input, says what it counted.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a folder of `muster bench policy --write-only` as a GGUF file that llama.cpp decodes, for bench_policy.py --gguf.
+"""Writes a folder of `muster-bench policy --write-only` as a GGUF file that llama.cpp decodes, for bench_policy.py --gguf.
 
 usage: shape_gguf.py FOLDER OUT.gguf f32|f16|bf16|q8_0
 

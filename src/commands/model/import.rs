@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use muster_policy::{Storage, import_gguf};
 
 use super::refuse_model;
-use crate::output::say;
-use crate::text::count;
+use muster_monitor::output::say;
+use muster_monitor::text::count;
 
 /// What `import` takes.
 #[derive(Debug, Args)]

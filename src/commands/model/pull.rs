@@ -6,9 +6,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::refuse_model;
-use crate::hub::{Ask, ENDPOINT, Wanted, place, pull};
-use crate::output::say;
-use crate::text::short;
+use muster_hub::pull::{Ask, ENDPOINT, Wanted, place, pull};
+use muster_monitor::output::say;
+use muster_monitor::text::short;
 
 /// What `pull` takes.
 #[derive(Debug, Args)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use crate::text::{duration, percent, short};
+use muster_monitor::text::{duration, percent, short};
 
 /// How often the bar moves.
 const LOOK_EVERY: Duration = Duration::from_millis(200);

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -14,15 +14,16 @@ use muster_broadcaster::snapshot::{FILE_BYTES_MAX, run_named};
 use muster_protocol::id::PeerId;
 
 use super::live::LiveRun;
+use super::live_versions::LiveVersions;
 use super::parse_file_bytes;
 use crate::commands::NatArgs;
-use crate::gateway::Gateway;
-use crate::gateway::edition::Trust;
-use crate::gateway::shelf::Keeper;
-use crate::gateway::stock::{Known, LiveStock, Stock};
-use crate::output::say;
 use crate::run_dir::RunDir;
 use crate::signals::cancel_on_signal;
+use muster_hub::gateway::Gateway;
+use muster_hub::gateway::edition::Trust;
+use muster_hub::gateway::source::{Folders, VersionSource};
+use muster_hub::gateway::version_cache::Preparer;
+use muster_monitor::output::say;
 
 /// Where to listen by default: to be reached from elsewhere is a decision.
 const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8090);
@@ -75,7 +76,7 @@ fn parse_connections(text: &str) -> Result<NonZeroUsize, String> {
 
 /// Serves until told to stop.
 pub(super) async fn run(args: ServeArgs) -> Result<()> {
-    let (stock, trust, shutdown) = open(&args).await?;
+    let (source, trust, shutdown) = open(&args).await?;
     let run = trust.run.clone();
     let listener = TcpListener::bind(args.listen).await.with_context(|| {
         format!(
@@ -85,25 +86,31 @@ pub(super) async fn run(args: ServeArgs) -> Result<()> {
     })?;
     let address = listener.local_addr().context("the address is not known")?;
     let started = tokio::select! {
-        started = Keeper::start(stock, trust) => started?,
+        started = Preparer::start(source, trust) => started?,
         () = shutdown.cancelled() => return Ok(()),
     };
-    let (keeper, shelf) = started;
-    let newest = shelf.inventory().listed.last().map(|listed| listed.version);
+    let (preparer, versions) = started;
+    let newest = versions
+        .inventory()
+        .listed
+        .last()
+        .map(|listed| listed.version);
     let newest = newest.context("there is no version to serve")?;
     say(&format!(
         "run {run} on http://{address}, newest version {newest}: for example HF_ENDPOINT=http://{address} hf download {run}"
     ))?;
-    let keeping = tokio::spawn(keeper.run(shutdown.clone()));
-    let gateway = Gateway { run, shelf };
+    let preparing = tokio::spawn(preparer.run(shutdown.clone()));
+    let gateway = Gateway { run, versions };
     gateway
         .serve(listener, args.connections.get(), shutdown)
         .await;
-    keeping.await.context("the shelf broke off")
+    preparing
+        .await
+        .context("the task that prepares versions failed")
 }
 
 /// Where versions come from, whose they are, and what tells the process to end.
-async fn open(args: &ServeArgs) -> Result<(Stock, Trust, CancellationToken)> {
+async fn open(args: &ServeArgs) -> Result<(Box<dyn VersionSource>, Trust, CancellationToken)> {
     if let Some(creds) = &args.creds {
         let run = LiveRun::join(creds, args.nats.as_deref(), args.nat.config()).await?;
         let trust = Trust {
@@ -111,31 +118,44 @@ async fn open(args: &ServeArgs) -> Result<(Stock, Trust, CancellationToken)> {
             run: run.seat.credentials.run.clone(),
         };
         let shutdown = run.seat.shutdown.clone();
-        let live = LiveStock {
+        let live = LiveVersions {
             run,
             cache: args.cache.clone(),
             keep: args.keep.get(),
             file_bytes_max: args.file_bytes_max.unwrap_or(FILE_BYTES_MAX),
         };
-        return Ok((Stock::Live(Box::new(live)), trust, shutdown));
+        return Ok((Box::new(live), trust, shutdown));
     }
     let shutdown = CancellationToken::new();
     cancel_on_signal(&TaskTracker::new(), &shutdown);
-    let (stock, trust) = match (args.learner, args.folders.first()) {
+    let folders = args.folders.clone();
+    let pulled = move || Folders::new(move || Ok(folders.clone()));
+    let (source, trust) = match (args.learner, args.folders.first()) {
         (Some(learner), Some(first)) => {
             let run = run_named(first).with_context(|| first.display().to_string())?;
-            let stock = Stock::Folders(args.folders.clone(), Known::default());
-            (stock, Trust { learner, run })
+            (pulled(), Trust { learner, run })
         }
         (_, folder) => {
             let dir = RunDir::named(args.run.as_deref())?;
             let (learner, run) = (dir.learner()?, dir.load_config()?.run.name);
-            let stock = match folder {
-                Some(_) => Stock::Folders(args.folders.clone(), Known::default()),
-                None => Stock::Run(dir, Known::default()),
+            let source = match folder {
+                Some(_) => pulled(),
+                None => Folders::new(move || checkpoints(&dir)),
             };
-            (stock, Trust { learner, run })
+            (source, Trust { learner, run })
         }
     };
-    Ok((stock, trust, shutdown))
+    Ok((Box::new(source), trust, shutdown))
+}
+
+/// The checkpoint folders of a run, oldest first.
+fn checkpoints(dir: &RunDir) -> Result<Vec<PathBuf>> {
+    let versions = super::versions_on_disk(dir)?;
+    if versions.is_empty() {
+        bail!(
+            "{} has no checkpoint yet: wait for the first, or serve the live run with --creds",
+            dir.root().display()
+        );
+    }
+    Ok(versions.into_iter().map(|v| dir.checkpoint(v)).collect())
 }

@@ -1,0 +1,245 @@
+//! Live progress of a run: a display that is redrawn on a terminal, plain lines otherwise. It follows the files of the
+//! run directory, so it shows the same whoever writes them. What is shown is decided in [`frame`] and [`Plain`], which
+//! are pure; this file draws. Invariant: everything goes to stderr, and a stderr that is gone stops nothing.
+
+mod frame;
+mod plain;
+
+use std::io::{self, IsTerminal as _, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use muster_protocol::record::JsonLinesError;
+
+use crate::record::{RecordReader, RunRecord};
+use plain::Plain;
+
+/// How progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScreenMode {
+    /// Lines that are redrawn in place.
+    Live,
+    /// A line now and then.
+    Plain,
+    /// Nothing.
+    Quiet,
+}
+
+impl ScreenMode {
+    /// What suits whatever stderr is.
+    pub fn of_stderr() -> Self {
+        if io::stderr().is_terminal() {
+            Self::Live
+        } else {
+            Self::Plain
+        }
+    }
+}
+
+/// Whether a child process is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessState {
+    /// Started, or not needed to be seen yet.
+    Up,
+    /// Ended by itself, to be started again.
+    Restarting,
+    /// Ended as it should.
+    Ended,
+}
+
+/// A child process as its parent knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Role and number: `rollout-2`.
+    pub name: String,
+    /// Whether it is there.
+    pub state: ProcessState,
+    /// How often it was started again.
+    pub restarts: u64,
+}
+
+/// What the files do not tell.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Status {
+    /// Steps that the run will take; 0 when it has no end.
+    pub steps_total: u64,
+    /// What goes on before the first step, in a few words; empty when nothing needs to be said.
+    pub phase: String,
+    /// The parent's children; empty for a process without any.
+    pub processes: Vec<Process>,
+}
+
+/// The display. Owned by one task, which calls [`Screen::tick`] a few times a second.
+#[derive(Debug)]
+pub struct Screen {
+    mode: ScreenMode,
+    reader: RecordReader,
+    plain: Plain,
+    lines: MultiProgress,
+    bars: Vec<ProgressBar>,
+    started: Instant,
+}
+
+/// A writer for logs that does not tear the display.
+#[derive(Debug, Clone)]
+pub struct LogWriter {
+    lines: MultiProgress,
+}
+
+impl Screen {
+    /// A display of the run in `dir`. What its files already hold, of a run that is resumed, is not announced again.
+    ///
+    /// # Errors
+    /// When a log of the run cannot be read.
+    pub fn new(dir: &Path, mode: ScreenMode) -> Result<Self, JsonLinesError> {
+        let mut reader = RecordReader::new(dir);
+        reader.read_new()?;
+        let lines = MultiProgress::with_draw_target(match mode {
+            // Five times a second: more often is not read, and costs time that the run could use.
+            ScreenMode::Live => ProgressDrawTarget::stderr_with_hz(5),
+            ScreenMode::Plain | ScreenMode::Quiet => ProgressDrawTarget::hidden(),
+        });
+        let started = Instant::now();
+        Ok(Self {
+            mode,
+            reader,
+            plain: Plain::default(),
+            lines,
+            bars: Vec::new(),
+            started,
+        })
+    }
+
+    /// Takes up what is new and shows it.
+    ///
+    /// # Errors
+    /// When a log of the run cannot be read; what was shown stays, and the next call tries again.
+    pub fn tick(&mut self, now: Instant, status: &Status) -> Result<(), JsonLinesError> {
+        let added = self.reader.read_new()?;
+        let record = self.reader.record();
+        match self.mode {
+            ScreenMode::Quiet => {}
+            ScreenMode::Plain => {
+                for line in self.plain.lines(now, added, record, status) {
+                    to_stderr(&line);
+                }
+            }
+            ScreenMode::Live => {
+                let elapsed = now.saturating_duration_since(self.started);
+                self.draw(frame::live(
+                    self.reader.record(),
+                    status,
+                    elapsed.as_secs_f64(),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The newest step that was read.
+    pub fn newest_step(&self) -> u64 {
+        let steps = &self.reader.record().steps;
+        steps.last().map_or(0, |line| line.step)
+    }
+
+    /// Says something once, above the display.
+    pub fn note(&self, line: &str) {
+        match self.mode {
+            ScreenMode::Quiet => {}
+            ScreenMode::Plain => to_stderr(line),
+            ScreenMode::Live => self.lines.suspend(|| to_stderr(line)),
+        }
+    }
+
+    /// Where logs go while the display stands.
+    pub fn log_writer(&self) -> LogWriter {
+        LogWriter {
+            lines: self.lines.clone(),
+        }
+    }
+
+    /// Leaves the last display standing and gives back what was read.
+    pub fn finish(self) -> RunRecord {
+        self.bars.iter().for_each(ProgressBar::abandon);
+        self.reader.into_record()
+    }
+
+    fn draw(&mut self, shown: Vec<String>) {
+        while self.bars.len() < shown.len() {
+            let bar = self.lines.add(ProgressBar::no_length());
+            // `wide_msg` cuts a line to the terminal's width. The template is a constant that parses.
+            if let Ok(style) = ProgressStyle::with_template("{wide_msg}") {
+                bar.set_style(style);
+            }
+            self.bars.push(bar);
+        }
+        for (bar, line) in self.bars.iter().zip(shown) {
+            bar.set_message(line);
+        }
+    }
+}
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.lines.suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+/// The display as it would stand now, for who looks once.
+///
+/// * `elapsed` — seconds that the run has taken
+pub fn still(record: &RunRecord, status: &Status, elapsed: f64) -> Vec<String> {
+    frame::live(record, status, elapsed)
+}
+
+/// A line on stderr. Nobody may be listening any more, which is no reason to end a run.
+fn to_stderr(line: &str) {
+    writeln!(io::stderr(), "{line}").ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use muster_protocol::record::{JsonLines, Line as _, StepMetrics};
+
+    #[test]
+    fn a_screen_follows_the_files_of_a_run_whoever_writes_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut screen = Screen::new(folder.path(), ScreenMode::Quiet).unwrap();
+        let mut log = JsonLines::open(&folder.path().join(StepMetrics::FILE), |_| true).unwrap();
+        log.append(&StepMetrics {
+            step: 1,
+            ..Default::default()
+        })
+        .unwrap();
+        screen.tick(Instant::now(), &Status::default()).unwrap();
+        assert_eq!(screen.reader.record().steps_taken(), 1);
+        log.append(&StepMetrics {
+            step: 2,
+            ..Default::default()
+        })
+        .unwrap();
+        screen.tick(Instant::now(), &Status::default()).unwrap();
+        assert_eq!(screen.finish().steps_taken(), 2);
+    }
+
+    #[test]
+    fn a_live_screen_draws_as_many_lines_as_the_frame_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut screen = Screen::new(folder.path(), ScreenMode::Live).unwrap();
+        screen.lines.set_draw_target(ProgressDrawTarget::hidden());
+        for _ in 0..2 {
+            screen.tick(Instant::now(), &Status::default()).unwrap();
+        }
+        assert_eq!(
+            screen.bars.len(),
+            frame::live(screen.reader.record(), &Status::default(), 0.0).len()
+        );
+        assert!(screen.bars[0].message().contains("step"));
+    }
+}

@@ -1,0 +1,90 @@
+//! The versions of a live run as a source for the gateway: each is pulled into a cache when it is asked for.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use async_trait::async_trait;
+
+use muster_broadcaster::snapshot::FILE_BYTES_MAX;
+use muster_hub::gateway::edition::Trust;
+use muster_hub::gateway::source::{Listed, VersionSource};
+
+use super::live::LiveRun;
+
+/// A live run and the folder that keeps its versions.
+pub(super) struct LiveVersions {
+    pub(super) run: LiveRun,
+    /// Folders are named after version and commit, and after the size of files where that is not the usual one.
+    pub(super) cache: PathBuf,
+    /// Most folders kept.
+    pub(super) keep: usize,
+    /// Most bytes of a file of weights.
+    pub(super) file_bytes_max: u64,
+}
+
+#[async_trait]
+impl VersionSource for LiveVersions {
+    async fn list(&mut self, _trust: &Trust) -> Result<Vec<Listed>> {
+        self.run.refresh().await?;
+        let listed = self.run.heard().map(|opened| {
+            let body = &opened.version.body;
+            Listed::new(body.version, body.root, &opened.version.hash())
+        });
+        Ok(listed.collect())
+    }
+
+    async fn folder(&mut self, wanted: &Listed) -> Result<PathBuf> {
+        let short: String = wanted.commit.chars().take(12).collect();
+        let mut name = format!("{}-{short}", wanted.version);
+        if self.file_bytes_max != FILE_BYTES_MAX {
+            name = format!("{name}-{}", self.file_bytes_max);
+        }
+        let folder = self.cache.join(name);
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+        self.make_room()?;
+        self.run
+            .pull(wanted.version, &folder, self.file_bytes_max)
+            .await?;
+        Ok(folder)
+    }
+
+    fn discard(&self, folder: &Path) {
+        if let Err(error) = muster_broadcaster::store::disk::remove(folder) {
+            tracing::warn!(%error, "a folder that failed its check stays behind");
+        }
+    }
+
+    async fn close(self: Box<Self>) {
+        self.run.seat.leave().await;
+    }
+}
+
+impl LiveVersions {
+    /// Removes the oldest folders, so that one more may come.
+    fn make_room(&self) -> Result<()> {
+        let mut held: Vec<(u64, PathBuf)> = Vec::new();
+        let entries = match self.cache.read_dir() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.with_context(|| self.cache.display().to_string())?,
+        };
+        for entry in entries {
+            let entry = entry.with_context(|| self.cache.display().to_string())?;
+            let name = entry.file_name();
+            let version = name.to_str().and_then(|name| name.split_once('-'));
+            // What somebody else put there is left alone.
+            if let Some((version, _)) = version
+                && let Ok(version) = version.parse()
+            {
+                held.push((version, entry.path()));
+            }
+        }
+        held.sort();
+        let excess = (held.len() + 1).saturating_sub(self.keep.max(1));
+        for (_, folder) in held.into_iter().take(excess) {
+            muster_broadcaster::store::disk::remove(&folder)?;
+        }
+        Ok(())
+    }
+}
