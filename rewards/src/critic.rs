@@ -1,10 +1,10 @@
-//! The critic: takes groups that dispatch gives it, computes each answer's reward with the run's own functions, re-checks
-//! drawn ones with one forward pass, and signs what it finds.
+//! The critic: leases groups from dispatch, scores each answer with the run's own reward, re-checks the audited groups with
+//! one forward pass, and signs a verdict for each group.
 //!
-//! [`findings`] decides (pure), [`scorer`] is what it needs of a model; this file talks. It keeps no state that a kill could
-//! lose: what was not answered is given to another critic.
+//! [`findings`] decides (pure), [`scorer`] is the model behind the audit, and this file talks to dispatch. A critic that is
+//! killed loses nothing: dispatch leases its open groups to another critic.
 
-pub mod findings;
+mod findings;
 pub mod scorer;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -31,85 +31,84 @@ use muster_protocol::message::version::VersionRef;
 use crate::config::RewardConfig;
 use crate::function::Answer;
 use crate::reward::{GoldError, Reward};
-use findings::{COINCIDENCE_LOGPROB, audit, audit_endings, draws_digest, total_logprob};
+use findings::{
+    COINCIDENCE_LOGPROB, RolloutScores, audit, audit_endings, draws_digest, total_logprob,
+};
 use scorer::{ScoreRequest, Scorer, ScorerError};
 
-/// Pause after an ask that nobody answered.
+/// Pause after a request that the bus lost.
 const ASK_RETRY: Duration = Duration::from_millis(250);
-/// Groups whose draws are remembered, to recognise answers that come again.
+/// Log target of the stages in a group's life, the same in all processes.
+const LIFE: &str = "muster::life";
+/// Groups whose draws are remembered, to recognise repeated answers; about 5 MB.
 const REMEMBERED_MAX: usize = 65_536;
 
 /// Why a critic ended.
 #[derive(Debug, thiserror::Error)]
 pub enum CriticError {
-    /// Dispatch cannot be asked, or refuses this critic.
     #[error("the critic cannot go on: {0}")]
     Dispatch(#[from] DispatchClientError),
-    /// The model failed.
     #[error("the model failed: {0}")]
     Scorer(#[from] ScorerError),
-    /// The run's reward configuration cannot be used.
     #[error("the run's reward configuration cannot be used: {0}")]
-    Rewards(String),
-    /// A gold answer that the reward cannot read.
+    Rewards(serde_json::Error),
     #[error("a gold answer cannot be used: {0}")]
     Gold(#[from] GoldError),
-    /// A verdict could not be signed.
-    #[error("a verdict could not be written: {0}")]
+    #[error("a verdict could not be signed: {0}")]
     Envelope(#[from] EnvelopeError),
 }
 
-/// What a critic needs to start.
+/// The parts of a critic.
 pub struct CriticParts {
-    /// Its way to dispatch.
     pub client: DispatchClient,
-    /// Its model.
     pub scorer: Box<dyn Scorer>,
-    /// Where weights come from; follows every version.
+    /// Must follow every version.
     pub follower: Follower,
-    /// The arithmetic of its model.
+    /// The arithmetic of the scorer.
     pub class: NumericClass,
-    /// Most groups at once.
+    /// Most groups in one request to dispatch.
     pub groups_max: u32,
 }
 
-/// A critic, connected.
+/// A critic that has joined its run.
 pub struct Critic {
     parts: CriticParts,
     descriptor: Signed<Descriptor>,
     reward: Reward,
-    seen: Seen,
+    seen: SeenDraws,
 }
 
-/// Draws of earlier groups.
+/// Digests of the draws of earlier groups, the newest [`REMEMBERED_MAX`] of them.
 #[derive(Debug, Default)]
-struct Seen {
+struct SeenDraws {
     order: VecDeque<[u8; 32]>,
     leases: BTreeMap<[u8; 32], LeaseId>,
 }
 
-impl Seen {
-    /// The other lease under which the same draws came before; remembers these.
-    fn earlier(&mut self, group: &Group) -> Option<LeaseId> {
+impl SeenDraws {
+    /// Remembers a group's draws. Returns the other lease under which the same draws came before.
+    fn remember(&mut self, group: &Group) -> Option<LeaseId> {
         let digest = draws_digest(group);
-        match self.leases.get(&digest) {
-            Some(lease) => Some(*lease).filter(|lease| *lease != group.lease),
-            None => {
-                self.leases.insert(digest, group.lease);
-                self.order.push_back(digest);
-                if self.order.len() > REMEMBERED_MAX
-                    && let Some(oldest) = self.order.pop_front()
-                {
-                    self.leases.remove(&oldest);
-                }
-                None
-            }
+        if let Some(lease) = self.leases.get(&digest) {
+            return Some(*lease).filter(|lease| *lease != group.lease);
         }
+        self.leases.insert(digest, group.lease);
+        self.order.push_back(digest);
+        if self.order.len() > REMEMBERED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.leases.remove(&oldest);
+        }
+        debug_assert!(
+            self.order.len() == self.leases.len() && self.order.len() <= REMEMBERED_MAX,
+            "every remembered digest is in the queue, once"
+        );
+        None
     }
 }
 
-/// A group that was opened for judgement.
-struct Opened {
+/// A verified critique lease.
+struct Critique {
     lease: Lease,
     group: Signed<Group>,
     prompt: String,
@@ -117,38 +116,46 @@ struct Opened {
     audit: bool,
 }
 
+/// What a critic does after one request to dispatch.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    AskAgain,
+    Wait(Duration),
+    RunIsOver,
+}
+
 impl Critic {
-    /// Joins the run: reads its descriptor and the reward functions in it.
+    /// Joins the run: reads its descriptor and the reward in it.
     ///
     /// # Errors
-    /// When dispatch cannot be asked or the descriptor cannot be used.
+    /// Dispatch refuses the request, or the descriptor cannot be used.
     pub async fn start(parts: CriticParts) -> Result<Self, CriticError> {
         let descriptor = parts.client.descriptor().await?;
-        let config: RewardConfig = serde_json::from_str(&descriptor.body.rewards)
-            .map_err(|error| CriticError::Rewards(error.to_string()))?;
+        let config: RewardConfig =
+            serde_json::from_str(&descriptor.body.rewards).map_err(CriticError::Rewards)?;
         Ok(Self {
             parts,
             descriptor,
             reward: config.reward,
-            seen: Seen::default(),
+            seen: SeenDraws::default(),
         })
     }
 
-    /// Judges until the run is over or `shutdown`.
+    /// Critiques groups until the run is over or `shutdown`.
     ///
     /// # Errors
-    /// When the model fails, the bus is gone for good, or dispatch refuses this critic.
+    /// The model fails, the bus closes, or dispatch refuses this critic.
     pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), CriticError> {
         loop {
-            let turn = tokio::select! {
+            let next = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ok(()),
-                turn = self.turn() => turn?,
+                next = self.ask_and_critique() => next?,
             };
-            match turn {
-                Some(pause) if pause.is_zero() => {}
-                Some(pause) => self.pause(pause, &shutdown).await,
-                None => {
+            match next {
+                Next::AskAgain => {}
+                Next::Wait(pause) => self.pause(pause, &shutdown).await,
+                Next::RunIsOver => {
                     info!("the run is over");
                     return Ok(());
                 }
@@ -156,8 +163,7 @@ impl Critic {
         }
     }
 
-    /// One round; returns how long to wait before the next, nothing when the run is over.
-    async fn turn(&mut self) -> Result<Option<Duration>, CriticError> {
+    async fn ask_and_critique(&mut self) -> Result<Next, CriticError> {
         while let Some(held) = self.parts.follower.take_next() {
             self.parts.scorer.adopt(&held).await?;
         }
@@ -168,121 +174,122 @@ impl Critic {
         };
         match self.parts.client.ask(ask).await {
             Ok(Reply::CritiqueLeases(leases)) => {
-                let opened = leases
-                    .into_iter()
-                    .filter_map(|lease| self.open(lease))
-                    .collect();
-                self.judge(opened).await?;
-                Ok(Some(Duration::ZERO))
+                let opened = leases.into_iter().filter_map(|lease| self.open(lease));
+                let opened = opened.collect();
+                self.critique(opened).await?;
+                Ok(Next::AskAgain)
             }
             Ok(Reply::Wait { retry_ms, reason }) => {
                 if reason == WaitReason::CoolDown {
-                    warn!("dispatch gives this critic no more groups: it contradicted the others");
+                    warn!(
+                        "dispatch leases no groups to this critic for a while: its verdicts contradicted other critics"
+                    );
                 }
-                Ok(Some(Duration::from_millis(retry_ms)))
+                Ok(Next::Wait(Duration::from_millis(retry_ms)))
             }
-            Ok(Reply::Finished) => Ok(None),
+            Ok(Reply::Finished) => Ok(Next::RunIsOver),
             Ok(_) => Err(DispatchClientError::Unexpected.into()),
-            Err(error) if error.is_transient() => Ok(Some(ASK_RETRY)),
+            Err(error) if error.is_transient() => Ok(Next::Wait(ASK_RETRY)),
             Err(error) => Err(error.into()),
         }
     }
 
+    /// Waits until the pause, a new version, or `shutdown` ends it.
     async fn pause(&mut self, pause: Duration, shutdown: &CancellationToken) {
         tokio::select! {
             biased;
             () = shutdown.cancelled() => {}
             () = self.parts.follower.changed() => {
-                // The wait was for work as much as for weights: adopt at once, ask in the next round.
+                // Marks the version as seen; the next request adopts it.
                 self.parts.follower.latest();
             }
             () = tokio::time::sleep(pause) => {}
         }
     }
 
-    fn open(&self, bytes: ByteBuf) -> Option<Opened> {
+    /// Opens a critique lease; logs and drops one that dispatch did not sign.
+    fn open(&self, bytes: ByteBuf) -> Option<Critique> {
         let run = self.parts.client.run();
-        let opened = || -> Result<Option<Opened>, EnvelopeError> {
-            let case = open::<CritiqueLease>(bytes.into_vec().into(), run)?;
-            let lease = open::<Lease>(case.body.lease.into(), run)?;
-            let group = open::<Group>(case.body.group.into(), run)?;
-            let dispatch = self.descriptor.body.dispatch;
-            if case.author != dispatch || lease.author != dispatch {
-                return Ok(None);
-            }
-            let CritiqueLease {
-                prompt,
-                gold,
-                audit,
-                ..
-            } = CritiqueLease {
-                lease: Vec::new(),
-                group: Vec::new(),
-                ..case.body
-            };
-            Ok(Some(Opened {
+        let opened = || -> Result<_, EnvelopeError> {
+            let critique = open::<CritiqueLease>(bytes.into_vec().into(), run)?;
+            let lease = open::<Lease>(critique.body.lease.into(), run)?;
+            let group = open::<Group>(critique.body.group.into(), run)?;
+            let authors = [critique.author, lease.author];
+            let opened = Critique {
                 lease: lease.body,
                 group,
-                prompt,
-                gold,
-                audit,
-            }))
+                prompt: critique.body.prompt,
+                gold: critique.body.gold,
+                audit: critique.body.audit,
+            };
+            Ok((authors, opened))
         };
         match opened() {
-            Ok(opened) => opened,
+            Ok((authors, opened)) => {
+                let dispatch = self.descriptor.body.dispatch;
+                if let Some(author) = authors.iter().find(|author| **author != dispatch) {
+                    warn!(author = %author.short(), "critique lease dropped: dispatch did not sign it");
+                    return None;
+                }
+                Some(opened)
+            }
             Err(error) => {
-                warn!(%error, "a group to judge cannot be opened");
+                warn!(%error, "critique lease dropped: it cannot be opened");
                 None
             }
         }
     }
 
-    async fn judge(&mut self, cases: Vec<Opened>) -> Result<(), CriticError> {
+    async fn critique(&mut self, critiques: Vec<Critique>) -> Result<(), CriticError> {
         let held = self.parts.scorer.held();
-        let audited = cases.iter().filter(|case| case.audit);
+        let audited = critiques.iter().filter(|critique| critique.audit);
         let requests: Vec<ScoreRequest> = audited
-            .flat_map(|case| score_requests(&case.lease, &case.group.body, &held))
+            .flat_map(|critique| score_requests(&critique.lease, &critique.group.body, &held))
             .collect();
         let mut scores = self.parts.scorer.score(requests).await?.into_iter();
-        let mut verdicts = Vec::with_capacity(cases.len());
-        for case in &cases {
-            let scored: Option<Vec<_>> =
-                case.audit.then(|| scores_of(&case.group.body, &mut scores));
-            let verdict = self.verdict(case, scored.as_deref())?;
+        let mut verdicts = Vec::with_capacity(critiques.len());
+        for critique in &critiques {
+            let scored = critique
+                .audit
+                .then(|| scores_of(&critique.group.body, &mut scores));
+            let verdict = self.verdict(critique, scored.as_deref())?;
             verdicts.push(ByteBuf::from(
                 self.parts.client.sign(verdict)?.bytes.to_vec(),
             ));
         }
+        debug_assert_eq!(
+            scores.len(),
+            0,
+            "every score belongs to a segment of an audited group"
+        );
         self.report(verdicts).await
     }
 
     fn verdict(
         &mut self,
-        case: &Opened,
-        scored: Option<&[findings::RolloutScores]>,
+        critique: &Critique,
+        scored: Option<&[RolloutScores]>,
     ) -> Result<Verdict, CriticError> {
-        let group = &case.group.body;
-        let rewards: Result<Vec<RolloutReward>, CriticError> = group
-            .rollouts
-            .iter()
-            .map(|rollout| self.reward(case, rollout))
-            .collect();
+        let (lease, group) = (&critique.lease, &critique.group.body);
+        let rewards = group.rollouts.iter();
+        let rewards = rewards.map(|rollout| self.reward(critique, rollout));
+        let rewards = rewards.collect::<Result<Vec<_>, _>>()?;
         let (mut decision, mut findings) = match scored {
-            Some(scores) => audit(&case.lease, group, scores, self.thresholds(group.class)),
+            Some(scores) => audit(lease, group, scores, self.thresholds(group.class)),
             None => (Decision::Accept, Vec::new()),
         };
-        let strings = &case.lease.ticket.sampling.stop_strings;
+        let strings = &lease.ticket.sampling.stop_strings;
         let scorer = &mut self.parts.scorer;
-        let ended = group.rollouts.iter();
-        let stopped: Vec<Option<StopAt>> = ended
+        let rollouts = group.rollouts.iter();
+        let stopped: Vec<Option<StopAt>> = rollouts
             .map(|rollout| scorer.stopped(&rollout.drawn().0, strings))
             .collect();
-        let endings = audit_endings(&case.lease, group, &stopped);
+        let endings = audit_endings(lease, group, &stopped);
         if !endings.is_empty() {
             findings.extend(endings);
             decision = Decision::Reject;
         }
-        if let Some(earlier) = self.seen.earlier(group)
+        if let Some(earlier) = self.seen.remember(group)
             && total_logprob(group) < COINCIDENCE_LOGPROB
         {
             let of = format!("the answers to lease {earlier}");
@@ -290,44 +297,50 @@ impl Critic {
             decision = Decision::Reject;
         }
         findings.truncate(FINDINGS_MAX);
-        if let Some(finding) = findings.first() {
-            debug!(ticket = %group.ticket, %finding, ?decision, "found");
-        }
+        debug_assert_eq!(
+            decision == Decision::Accept,
+            findings.is_empty(),
+            "an accepted group has no finding, and any other decision has one"
+        );
+        let name = GroupHash::of(&critique.group.bytes);
+        let finding = findings.first().map(tracing::field::display);
+        debug!(
+            target: LIFE, ticket = %group.ticket, lease = %group.lease, group = %name.short(),
+            version = %group.version.version, audited = scored.is_some(), ?decision, finding, "critiqued"
+        );
         Ok(Verdict {
-            group: GroupHash::of(&case.group.bytes),
+            group: name,
             lease: group.lease,
             ticket: group.ticket,
             audited: scored.is_some(),
-            rewards: rewards?,
+            rewards,
             findings,
             decision,
         })
     }
 
-    fn reward(&self, case: &Opened, rollout: &Rollout) -> Result<RolloutReward, CriticError> {
+    fn reward(&self, critique: &Critique, rollout: &Rollout) -> Result<RolloutReward, CriticError> {
         let (tokens, _) = rollout.drawn();
         let text = self.parts.scorer.text(&tokens)?;
         let answer = Answer {
-            prompt: &case.prompt,
+            prompt: &critique.prompt,
             text: &text,
             finished: rollout.finish.is_stop(),
             tokens: tokens.len(),
         };
-        let score = self.reward.score(&answer, &case.gold)?;
-        let components = score
-            .components
-            .into_iter()
-            .map(|c| (c.name, c.value as f32))
-            .collect();
+        let score = self.reward.score(&answer, &critique.gold)?;
+        let components = score.components.into_iter();
         Ok(RolloutReward {
             total: score.total as f32,
-            components,
+            components: components
+                .map(|part| (part.name, part.value as f32))
+                .collect(),
         })
     }
 
     fn thresholds(&self, class: NumericClass) -> &Thresholds {
         let descriptor = &self.descriptor.body;
-        // Answers in int8 are scored in int8, whatever this critic's own arithmetic is.
+        // Every critic scores int8 answers in int8, so they are of one class with any critic.
         if class == self.parts.class || class == NumericClass::Int8Cpu {
             &descriptor.same_class
         } else {
@@ -339,30 +352,25 @@ impl Critic {
         if verdicts.is_empty() {
             return Ok(());
         }
-        match self
-            .parts
-            .client
-            .ask_until_answered(Ask::Verdict { verdicts })
-            .await
-        {
-            Ok(Reply::Recorded { refused }) => {
+        let ask = Ask::Verdict { verdicts };
+        match self.parts.client.ask_until_answered(ask).await? {
+            Reply::Recorded { refused } => {
                 for reason in refused {
-                    debug!(%reason, "a verdict was not recorded");
+                    debug!(%reason, "verdict not recorded");
                 }
                 Ok(())
             }
-            Ok(Reply::Wait { retry_ms, .. }) => {
-                // Dispatch lost its bus for a moment: the groups are given out again after their time.
+            Reply::Wait { retry_ms, .. } => {
+                // Dispatch lost its bus for a moment. It leases the groups again after their deadline.
                 tokio::time::sleep(Duration::from_millis(retry_ms)).await;
                 Ok(())
             }
-            Ok(_) => Err(DispatchClientError::Unexpected.into()),
-            Err(error) => Err(error.into()),
+            _ => Err(DispatchClientError::Unexpected.into()),
         }
     }
 }
 
-/// What to score of a group: each drawn segment after everything before it, under the version that drew it.
+/// One request for each policy segment: its tokens after everything before them, under the version that drew them.
 fn score_requests(lease: &Lease, group: &Group, held: &[VersionRef]) -> Vec<ScoreRequest> {
     let mut requests = Vec::new();
     for rollout in &group.rollouts {
@@ -385,8 +393,8 @@ fn score_requests(lease: &Lease, group: &Group, held: &[VersionRef]) -> Vec<Scor
     requests
 }
 
-/// The lease's own version, or the one held under this number; the lease's where there is none, whose weights will not
-/// confirm what others drew.
+/// The held version of this number. If there is none, the lease's version, whose weights do not confirm tokens that another
+/// version drew.
 fn version_of(number: PolicyVersion, lease: &Lease, held: &[VersionRef]) -> VersionRef {
     let newer = held.iter().find(|known| known.version == number);
     match newer {
@@ -395,11 +403,11 @@ fn version_of(number: PolicyVersion, lease: &Lease, held: &[VersionRef]) -> Vers
     }
 }
 
-/// The scores of a group, a list for every rollout, from those of its segments.
+/// Takes the scores of a group's policy segments and joins them to one list per rollout.
 fn scores_of(
     group: &Group,
     scores: &mut impl Iterator<Item = Vec<TokenScore>>,
-) -> Vec<findings::RolloutScores> {
+) -> Vec<RolloutScores> {
     let drawn = |rollout: &Rollout| {
         let policy = |segment: &&Segment| matches!(segment, Segment::Policy { .. });
         rollout.segments.iter().filter(policy).count()

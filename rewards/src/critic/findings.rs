@@ -1,9 +1,10 @@
-//! Whether an answer was drawn as its lease prescribes. Pure: a group, its lease and one forward pass's scores in,
-//! findings and a decision out.
+//! Checks that the answers of a group were drawn as its lease prescribes. Pure: a group, its lease and the scores of one
+//! forward pass in, findings and a decision out.
 //!
-//! Every position is checked: with F the policy's cumulative distribution, a token k is honest where u(g, t) lies in
-//! [F(k−1), F(k)); the error is the distance of u(g, t) from that interval (`research/verification-incentives.md` §1.9).
-//! This one check catches another temperature, other weights, edited tokens, and choosing among several answers.
+//! Every position is checked. With F the policy's cumulative distribution, token k is honest if u(g, t) lies in
+//! [F(k−1), F(k)); the error is the distance of u(g, t) from that interval. The draw u(g, t) is
+//! [`muster_policy::uniform`] of the lease's seed. This one check catches a wrong temperature, wrong weights, edited tokens, and a choice among
+//! several answers.
 
 use muster_policy::{StopAt, TokenScore, uniform};
 use muster_protocol::message::descriptor::Thresholds;
@@ -11,16 +12,16 @@ use muster_protocol::message::group::{FinishReason, Group, Rollout};
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::verdict::{Decision, Finding};
 
-/// A repeated group is no coincidence when all its draws together were less likely than this: e⁻⁴⁰, once in 10¹⁷.
-pub const COINCIDENCE_LOGPROB: f64 = -40.0;
+/// A repeated group is not a coincidence if its draws together are less likely than this, in nats: e⁻⁴⁰, once in 10¹⁷.
+pub(super) const COINCIDENCE_LOGPROB: f64 = -40.0;
 
-/// What a forward pass says about one rollout's drawn tokens.
-pub type RolloutScores = Vec<TokenScore>;
+/// The scores of one rollout's drawn tokens, one per token.
+pub(super) type RolloutScores = Vec<TokenScore>;
 
-/// Compares a group with what its lease prescribes.
+/// Checks the draws and the recorded log-probs of a group.
 ///
 /// * `scores` — for each rollout, one score per drawn token, under the lease's version and temperature
-pub fn audit(
+pub(super) fn audit(
     lease: &Lease,
     group: &Group,
     scores: &[RolloutScores],
@@ -87,6 +88,7 @@ fn draw_errors(lease: &Lease, number: u32, scored: &[TokenScore]) -> DrawErrors 
             (max, worst) = (error, position);
         }
     }
+    debug_assert!(max.is_nan() || max >= 0.0, "an error is a distance: {max}");
     DrawErrors {
         mean: sum / scored.len().max(1) as f64,
         max,
@@ -100,7 +102,7 @@ fn judge_draws(draws: &DrawErrors, thresholds: &Thresholds) -> Decision {
     } else if draws.max <= thresholds.draw_error_reject {
         Decision::Grey
     } else {
-        Decision::Reject // also where the errors are not numbers
+        Decision::Reject // also if the errors are NaN
     }
 }
 
@@ -112,15 +114,19 @@ fn worse(one: Decision, other: Decision) -> Decision {
     }
 }
 
-/// Compares where answers end with the lease's stop strings, which only a critic can who knows the tokens' texts.
+/// Checks where answers end against the lease's stop strings. Dispatch cannot: it does not know the text of tokens.
 ///
-/// * `stopped` — for each rollout, where the first stop string is complete in its drawn tokens, and which
-pub fn audit_endings(lease: &Lease, group: &Group, stopped: &[Option<StopAt>]) -> Vec<Finding> {
+/// * `stopped` — for each rollout, the first stop string that its drawn tokens complete, and the token that completes it
+pub(super) fn audit_endings(
+    lease: &Lease,
+    group: &Group,
+    stopped: &[Option<StopAt>],
+) -> Vec<Finding> {
     let stop_ids = &lease.ticket.sampling.stop_ids;
     let mut findings = Vec::new();
     for (number, (rollout, stopped)) in group.rollouts.iter().zip(stopped).enumerate() {
         let (tokens, _) = rollout.drawn();
-        // A stop id that completes a string as well ends the answer by its id.
+        // A stop id that also completes a stop string ends the answer by its id.
         let by_id = tokens.last().is_some_and(|last| stop_ids.contains(last));
         let prescribed = stopped.filter(|at| !(by_id && at.token + 1 == tokens.len()));
         let problem = match (rollout.finish, prescribed) {
@@ -148,7 +154,7 @@ pub fn audit_endings(lease: &Lease, group: &Group, stopped: &[Option<StopAt>]) -
     findings
 }
 
-/// Where a recorded log-prob is furthest from the one computed, and how far, in nats.
+/// The position of the largest difference between a recorded log-prob and the computed one, and the difference in nats.
 fn largest_logprob_error(rollout: &Rollout, scored: &[TokenScore]) -> (usize, f64) {
     let (tokens, recorded) = rollout.drawn();
     if tokens.len() != scored.len() {
@@ -169,8 +175,8 @@ fn largest_logprob_error(rollout: &Rollout, scored: &[TokenScore]) -> (usize, f6
         })
 }
 
-/// What a group's draws were, under whatever lease: two groups with equal digests hold the same answers.
-pub fn draws_digest(group: &Group) -> [u8; 32] {
+/// A digest of a group's drawn tokens alone: groups with equal digests hold the same answers under any lease.
+pub(super) fn draws_digest(group: &Group) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"muster-draws-v1\0");
     for rollout in &group.rollouts {
@@ -182,8 +188,8 @@ pub fn draws_digest(group: &Group) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// ln of how likely the group's draws were all together, as its author recorded it.
-pub fn total_logprob(group: &Group) -> f64 {
+/// The log-prob of all draws of a group together, in nats, as its author recorded it.
+pub(super) fn total_logprob(group: &Group) -> f64 {
     group
         .rollouts
         .iter()
@@ -193,7 +199,7 @@ pub fn total_logprob(group: &Group) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use muster_protocol::id::{
         DescriptorHash, LeaseId, PeerId, PolicyVersion, StateRoot, TicketId, UnixMillis,
@@ -203,9 +209,9 @@ mod tests {
     use muster_protocol::message::version::VersionRef;
 
     /// Four tokens, equally likely: token k covers [k/4, (k+1)/4).
-    const P: f64 = 0.25;
+    pub(in crate::critic) const P: f64 = 0.25;
 
-    fn lease() -> Lease {
+    pub(in crate::critic) fn lease() -> Lease {
         let sampling = SamplingRules {
             temperature: 1.0,
             tokens_max: 4,
@@ -241,7 +247,7 @@ mod tests {
         }
     }
 
-    fn honest() -> Group {
+    pub(in crate::critic) fn honest() -> Group {
         let lease = lease();
         let rollouts = (0..2).map(|rollout| {
             let tokens: Vec<u32> = (0..4)
@@ -283,7 +289,10 @@ mod tests {
         audit(&lease(), group, &scores(group), &Thresholds::SAME_CLASS)
     }
 
-    fn drawn_mut(group: &mut Group, rollout: usize) -> (&mut Vec<u32>, &mut Vec<f32>) {
+    pub(in crate::critic) fn drawn_mut(
+        group: &mut Group,
+        rollout: usize,
+    ) -> (&mut Vec<u32>, &mut Vec<f32>) {
         use muster_protocol::message::group::Segment;
         match &mut group.rollouts[rollout].segments[1] {
             Segment::Policy {

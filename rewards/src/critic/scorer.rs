@@ -1,4 +1,4 @@
-//! What a critic needs of a model: scores of finished answers under any version that it holds, and the answers as text.
+//! The model behind the audit: scores finished answers under any version that it holds, and decodes them to text.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use muster_policy::{
 use muster_protocol::message::lease::NumericClass;
 use muster_protocol::message::version::VersionRef;
 
-/// Why a model gave no scores.
+/// Why a model could not score.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct ScorerError(pub String);
@@ -22,15 +22,13 @@ pub struct ScorerError(pub String);
 /// A finished answer to score.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoreRequest {
-    /// Under which weights.
     pub version: VersionRef,
-    /// Prompt and answer.
+    /// The prompt and the answer up to its last token to score.
     pub tokens: Vec<u32>,
-    /// Where the answer begins.
+    /// Index of the first token to score.
     pub first: usize,
-    /// What the logits are divided by.
     pub temperature: f32,
-    /// The arithmetic that the answer claims to be drawn in.
+    /// The arithmetic that the worker says it used.
     pub class: NumericClass,
 }
 
@@ -47,62 +45,60 @@ impl ScoreRequest {
 /// A model that scores.
 #[async_trait]
 pub trait Scorer: Send {
-    /// Takes over the weights of one more version, and drops the oldest beyond what a group may still come from.
+    /// Adds the weights of a version and drops the oldest ones from which no group can still come.
     async fn adopt(&mut self, held: &Held) -> Result<(), ScorerError>;
 
-    /// The versions held.
+    /// Oldest first.
     fn held(&self) -> Vec<VersionRef>;
 
-    /// One forward pass over every answer: in the arithmetic that it claims for [`NumericClass::Int8Cpu`], which every
-    /// machine can compute in, and in the critic's own for all others.
+    /// Runs one forward pass over every answer: in int8 for answers of [`NumericClass::Int8Cpu`], which every machine can
+    /// compute, and in the critic's own arithmetic for all others. Returns one list per request, with a score for each
+    /// token from `first`, or an empty list if the version is not held.
     async fn score(
         &mut self,
         requests: Vec<ScoreRequest>,
     ) -> Result<Vec<Vec<TokenScore>>, ScorerError>;
 
-    /// An answer's drawn tokens as text, without end markers.
+    /// Decodes an answer's drawn tokens, without end markers.
     ///
     /// # Errors
-    /// When a token is not of the vocabulary.
+    /// A token is not in the vocabulary.
     fn text(&self, tokens: &[u32]) -> Result<String, ScorerError>;
 
-    /// Where the first of the stop strings is complete in an answer's drawn tokens.
+    /// The first stop string that an answer's drawn tokens complete.
     fn stopped(&mut self, tokens: &[u32], strings: &[String]) -> Option<StopAt>;
 }
 
-/// The policy as a scorer.
+/// A scorer that keeps the policy in several versions.
 pub struct PolicyScorer {
     config: Config,
     kernels: KernelSet,
     device: Device,
     tokenizer: Tokenizer,
-    /// Made when a stop string is first looked for.
+    /// Built for the first answer with stop strings.
     bytes: Option<Arc<TokenBytes>>,
     versions_kept: usize,
-    /// Whether the run takes answers of workers with int8 weights.
     int8: Int8,
     held: BTreeMap<u64, Weights>,
 }
 
-/// Whether weights are also wanted rounded to eight bits.
+/// Whether the run accepts answers of workers with int8 weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Int8 {
     Wanted,
-    /// Then nothing is kept to make them of.
+    /// No image is kept to round weights from.
     NotWanted,
 }
 
-/// A version's weights.
 #[derive(Debug, Clone)]
 struct Weights {
     version: VersionRef,
     /// In the critic's own arithmetic.
     policy: Policy,
-    /// For answers in int8.
     rounded: Rounded,
 }
 
-/// Weights rounded to eight bits: made when an answer first needs them, of what they then take the place of.
+/// Weights rounded to eight bits, made from the image when the first answer needs them; they replace the image.
 #[derive(Debug, Clone)]
 enum Rounded {
     No,
@@ -111,7 +107,7 @@ enum Rounded {
 }
 
 impl Weights {
-    /// The weights by which answers of a class are scored.
+    /// The weights that score answers of a class.
     fn of(&mut self, class: NumericClass) -> Result<&Policy, ScorerError> {
         if class != NumericClass::Int8Cpu {
             return Ok(&self.policy);
@@ -124,7 +120,7 @@ impl Weights {
         }
         match &self.rounded {
             Rounded::Made(policy) => Ok(policy),
-            // Dispatch leases no class that the run does not list: whoever claims one is held to this critic's own.
+            // Dispatch leases only the classes that the run lists. A worker that claims another is scored in this critic's.
             Rounded::No | Rounded::From(_) => Ok(&self.policy),
         }
     }
@@ -206,7 +202,7 @@ impl Scorer for PolicyScorer {
             score_all(&mut held, &requests).map(|scores| (held, scores))
         });
         let (held, scores) = scored.await.map_err(failed)??;
-        self.held = held; // with what was made for these answers
+        self.held = held; // with the weights that were rounded for these answers
         Ok(scores)
     }
 
@@ -224,7 +220,7 @@ impl Scorer for PolicyScorer {
     }
 }
 
-/// Scores requests, those of one version and class together. There are no scores under a version that is not held.
+/// Scores requests, batched by version and class. A request for a version that is not held gets no scores.
 fn score_all(
     held: &mut BTreeMap<u64, Weights>,
     requests: &[ScoreRequest],
@@ -240,6 +236,7 @@ fn score_all(
         for (class, numbers) in by_class {
             let rows: Vec<ScoreRow<'_>> = numbers.iter().map(|n| requests[*n].row()).collect();
             let scored = score(weights.of(class)?, &rows).map_err(failed)?;
+            debug_assert_eq!(scored.len(), rows.len(), "one list of scores per request");
             for (number, row) in numbers.into_iter().zip(scored) {
                 scores[number] = row;
             }

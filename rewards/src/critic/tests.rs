@@ -1,3 +1,5 @@
+//! The audit of real models: answers over swapped weights, and over stale keys and values.
+
 use muster_policy::{
     Completion, Config, Device, Engine, EngineConfig, GenerationRequest, Image, KernelSet, Layout,
     Master, Policy, Sampling, ScoreRow, Storage, WeightsRule as Rule, score,
@@ -9,6 +11,8 @@ use muster_protocol::message::ticket::{SamplingRules, Ticket};
 use serde_json::Value;
 
 use super::*;
+
+mod over_bus;
 
 /// Inputs, and answers that a dishonest engine made of them over stale keys and values.
 fn recorded() -> Value {
