@@ -27,7 +27,7 @@ const VOCAB_MAX: usize = 1 << 22;
 const POSITIONS_MAX: usize = 1 << 21;
 
 /// Layers accepted: the deepest open decoders have about 130.
-const LAYERS_MAX: usize = 1 << 10;
+pub(crate) const LAYERS_MAX: usize = 1 << 10;
 
 /// Special tokens accepted that end an answer: published files have up to five.
 const STOPS_MAX: usize = 1 << 10;

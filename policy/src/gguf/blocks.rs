@@ -1,19 +1,19 @@
 //! How GGUF stores numbers: blocks of 1 to 256 elements, widened to float32.
 //!
 //! Quantised blocks are widened by candle, whose order of operations is that of the `gguf` package. Invariant: candle is
-//! given exactly the bytes that it reads, since it does not look.
+//! given exactly the bytes that it reads, because it does not check their number.
 
 use candle_core::Device;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use half::{bf16, f16};
 
-use super::GgufError;
+use super::error::GgufError;
 
-/// Elements widened at once: large enough to be fast, small enough never to hold a second copy of a large tensor.
+/// Elements widened at once: large enough to be fast, small enough not to copy a large tensor whole.
 pub(super) const ELEMENTS_AT_ONCE: usize = 1 << 20;
 
-/// Types that are known by name and not read.
+/// Types that cannot be read, by number, so that errors can name them.
 const UNREAD: [(u32, &str); 17] = [
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
@@ -39,8 +39,8 @@ const UNREAD: [(u32, &str); 17] = [
 pub(super) struct BlockType(GgmlDType);
 
 impl BlockType {
-    /// The type that the format numbers so.
-    pub(super) fn numbered(number: u32, tensor: &str) -> Result<Self, GgufError> {
+    /// The type that has this number in the format.
+    pub(super) fn from_number(number: u32, tensor: &str) -> Result<Self, GgufError> {
         Ok(Self(match number {
             0 => GgmlDType::F32,
             1 => GgmlDType::F16,
@@ -66,7 +66,7 @@ impl BlockType {
         }))
     }
 
-    /// The name that users of the format give it.
+    /// The name that users of the format know.
     pub(super) fn name(self) -> String {
         match self.0 {
             GgmlDType::Q2K => "Q2_K".to_owned(),
@@ -78,14 +78,14 @@ impl BlockType {
         }
     }
 
-    /// Bytes of a tensor with axes `shape`, fastest first, of which no product overflows.
+    /// Bytes of a tensor; `shape` has its fastest axis first, and its product does not overflow.
     pub(super) fn bytes_of(self, shape: &[u64], tensor: &str) -> Result<u64, GgufError> {
         let columns = shape.first().copied().unwrap_or(1);
         let rows: u64 = shape.iter().skip(1).product();
         let block = self.0.block_size() as u64;
         if columns % block != 0 {
             return Err(GgufError::Malformed(format!(
-                "tensor `{tensor}` has rows of {columns} elements, but {} has blocks of {block}",
+                "tensor `{tensor}` has rows of {columns} elements, which blocks of {block} ({}) do not divide",
                 self.name()
             )));
         }
@@ -99,7 +99,11 @@ impl BlockType {
 
     /// Whole rows of `columns` elements, widened: `[rows · columns]`.
     pub(super) fn widen(self, bytes: &[u8], columns: usize) -> Result<Vec<f32>, GgufError> {
-        debug_assert_eq!(bytes.len() % self.row_bytes(columns), 0, "whole rows");
+        debug_assert_eq!(
+            bytes.len() % self.row_bytes(columns),
+            0,
+            "only whole rows are widened"
+        );
         let values = match self.0 {
             GgmlDType::F32 => bytes
                 .as_chunks()

@@ -1,33 +1,35 @@
-//! A GGUF file's metadata as the configuration that Hugging Face would have published, and its names of tensors.
+//! A GGUF file's metadata as the configuration that Hugging Face would have published, and the file's tensor names.
 //!
-//! Knows no numbers of the weights but the rotary factors, from which the scaling of Llama 3.1 is read back. Invariant:
-//! what the metadata says and the configuration cannot is refused by key, never dropped.
+//! Reads no weights but the rotary factors, which determine the scaling of Llama 3.1. Invariant: metadata that the
+//! configuration cannot express is refused by key, never dropped.
 
-use super::GgufError;
+use super::error::GgufError;
 use super::reader::{Container, Entry};
-use crate::config::{Architecture, Config, LayerType, Rope, RopeScaling};
+use crate::config::{Architecture, Config, LAYERS_MAX, LayerType, Rope, RopeScaling};
 
-/// Tensors that hold what the configuration says.
+/// Rotary factors: the configuration expresses them, so they are not a parameter.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// What Llama 3.1, 3.2 and 3.3 publish beside the factor of their rotary scaling; GGUF keeps only its effect.
-const LLAMA3: (f64, f64, usize) = (1.0, 4.0, 8192);
+/// Rotary scaling of Llama 3.1, 3.2 and 3.3 except its factor. GGUF stores only the resulting factors.
+const LLAMA3_LOW_FREQ_FACTOR: f64 = 1.0;
+const LLAMA3_HIGH_FREQ_FACTOR: f64 = 4.0;
+const LLAMA3_ORIGINAL_POSITIONS: usize = 8192;
 
-/// The pattern of Gemma 3: every sixth layer sees everything.
+/// In Gemma 3, every sixth layer has full attention.
 const GEMMA3_PERIOD: usize = 6;
 
-/// Layers of the one Gemma 3 (27B) whose scores are scaled by its width over its heads.
+/// Layers of Gemma 3 27B, the one size that scales scores by its width divided by its heads.
 const GEMMA3_27B_LAYERS: usize = 62;
 
-/// Architectures that are read, by their names in GGUF.
-const READ: [(&str, Architecture); 4] = [
+/// Architectures that can be imported, by their names in GGUF.
+const SUPPORTED: [(&str, Architecture); 4] = [
     ("llama", Architecture::Llama),
     ("qwen2", Architecture::Qwen2),
     ("qwen3", Architecture::Qwen3),
     ("gemma3", Architecture::Gemma3),
 ];
 
-/// Keys below the architecture that are read, or say what follows from others.
+/// Keys below the architecture that are read, or that follow from others.
 const KEYS: [&str; 17] = [
     "attention.head_count",
     "attention.head_count_kv",
@@ -58,10 +60,10 @@ pub(super) struct Description<'a> {
 impl<'a> Description<'a> {
     pub(super) fn new(container: &'a Container<'a>) -> Result<Self, GgufError> {
         let found = container.text("general.architecture")?.unwrap_or("(none)");
-        let known = READ.iter().find(|(name, _)| *name == found);
+        let known = SUPPORTED.iter().find(|(name, _)| *name == found);
         let &(prefix, architecture) = known.ok_or_else(|| GgufError::Architecture {
             found: found.chars().take(80).collect(),
-            read: READ.map(|(name, _)| name).join(", "),
+            supported: SUPPORTED.map(|(name, _)| name).join(", "),
         })?;
         let description = Self {
             container,
@@ -72,7 +74,7 @@ impl<'a> Description<'a> {
         Ok(description)
     }
 
-    /// Keys that would change the function and have no place in the configuration, such as counts of experts.
+    /// Refuses keys that change what the model computes and that the configuration cannot express, such as expert counts.
     fn refuse_unknown(&self) -> Result<(), GgufError> {
         for key in self.container.keys() {
             let Some(own) = key
@@ -81,12 +83,13 @@ impl<'a> Description<'a> {
             else {
                 continue;
             };
-            let idle = matches!(
+            let is_off = matches!(
                 self.container.entry(key),
-                Some(Entry::Unsigned(0) | Entry::Signed(0) | Entry::Flag(false))
+                Some(
+                    Entry::Unsigned(0) | Entry::Signed(0) | Entry::Flag(false) | Entry::Float(0.0)
+                )
             );
-            let idle = idle || matches!(self.container.entry(key), Some(Entry::Float(0.0)));
-            if !idle && !KEYS.contains(&own) {
+            if !is_off && !KEYS.contains(&own) {
                 return Err(GgufError::Unsupported {
                     key: key.to_owned(),
                 });
@@ -103,10 +106,7 @@ impl<'a> Description<'a> {
         let key = self.key(name);
         let size = self.container.unsigned(&key)?;
         size.and_then(|size| usize::try_from(size).ok())
-            .ok_or(GgufError::Metadata {
-                key,
-                expected: "a whole number of at least 0",
-            })
+            .ok_or_else(|| GgufError::metadata(&key, "a whole number of at least 0"))
     }
 
     fn size_or(&self, name: &str, default: usize) -> Result<usize, GgufError> {
@@ -116,7 +116,7 @@ impl<'a> Description<'a> {
         self.size(name)
     }
 
-    /// The configuration; special tokens are the tokenizer's to say.
+    /// The configuration without special tokens, which the vocabulary defines.
     pub(super) fn config(&self) -> Result<Config, GgufError> {
         let rows = self.container.tensors.get("token_embd.weight");
         let vocab_size = rows.and_then(|tensor| tensor.shape.first().copied());
@@ -131,9 +131,8 @@ impl<'a> Description<'a> {
                 });
             }
         }
-        let eps = self
-            .container
-            .float(&self.key("attention.layer_norm_rms_epsilon"))?;
+        let eps_key = self.key("attention.layer_norm_rms_epsilon");
+        let eps = self.container.float(&eps_key)?;
         let mut config = Config {
             vocab_size: vocab_size.ok_or(GgufError::Missing {
                 tensor: "token_embd.weight".to_owned(),
@@ -147,10 +146,7 @@ impl<'a> Description<'a> {
                 || self.architecture == Architecture::Qwen3)
                 .then_some(head_dim),
             max_position_embeddings: self.size("context_length")?,
-            rms_norm_eps: eps.ok_or_else(|| GgufError::Metadata {
-                key: self.key("attention.layer_norm_rms_epsilon"),
-                expected: "a number",
-            })?,
+            rms_norm_eps: eps.ok_or_else(|| GgufError::metadata(&eps_key, "a number"))?,
             final_logit_softcapping: self.container.float(&self.key("final_logit_softcapping"))?,
             attention_bias: self.architecture != Architecture::Qwen2
                 && self.container.tensors.contains_key("blk.0.attn_q.bias"),
@@ -159,17 +155,17 @@ impl<'a> Description<'a> {
         };
         config.rope = self.rope(head_dim, config.rope.theta)?;
         if self.architecture == Architecture::Gemma3 {
-            self.describe_gemma(&mut config, head_dim)?;
+            self.complete_gemma(&mut config, head_dim)?;
         }
         config.validate()?;
         Ok(config)
     }
 
-    /// What llama.cpp's description of Gemma 3 leaves to the program.
-    fn describe_gemma(&self, config: &mut Config, head_dim: usize) -> Result<(), GgufError> {
+    /// Sets what llama.cpp leaves out of its metadata of Gemma 3.
+    fn complete_gemma(&self, config: &mut Config, head_dim: usize) -> Result<(), GgufError> {
         let layers = config.num_hidden_layers;
-        // A count of layers that is none would otherwise be a list of that length.
-        if layers > 1 << 10 {
+        // Validation refuses the count afterwards; until then it must not size a list.
+        if layers > LAYERS_MAX {
             return Ok(());
         }
         let local = self.container.float(&self.key("rope.freq_base_swa"))?;
@@ -245,19 +241,18 @@ impl<'a> Description<'a> {
         Some(format!("{name}.{kind}"))
     }
 
-    /// Added to every weight of a parameter when it was converted: Gemma's norms multiply by one plus the weight.
-    pub(super) fn added(&self, parameter: &str) -> f32 {
-        let is_norm = parameter.ends_with("norm.weight");
-        if is_norm {
+    /// llama.cpp adds this to every weight of a parameter: Gemma's norms multiply by one plus the weight.
+    pub(super) fn norm_offset(&self, parameter: &str) -> f32 {
+        if parameter.ends_with("norm.weight") {
             self.architecture.family().norm_offset
         } else {
             0.0
         }
     }
 
-    /// Heads whose rows were put in another order when a parameter was converted: llama.cpp turns neighbours where
-    /// Hugging Face turns halves.
-    pub(super) fn turned_heads(&self, parameter: &str, config: &Config) -> Option<usize> {
+    /// Number of heads of a parameter whose rows llama.cpp interleaves: its rotary embedding pairs neighbours, that of
+    /// Hugging Face pairs the halves of a head.
+    pub(super) fn interleaved_heads(&self, parameter: &str, config: &Config) -> Option<usize> {
         if self.architecture != Architecture::Llama {
             return None;
         }
@@ -271,25 +266,24 @@ impl<'a> Description<'a> {
     }
 }
 
-/// Row of the file that holds row `row` of a parameter whose `heads` heads of width `dim` were turned: within a head, row
-/// `h·D/2 + i` was written as row `2·i + h`.
-pub(super) fn turned(row: usize, dim: usize) -> usize {
+/// Row of the file that holds row `row` of a parameter with interleaved heads of width `dim`: within a head, row
+/// `h·D/2 + i` is stored as row `2·i + h`.
+pub(super) fn interleaved_row(row: usize, dim: usize) -> usize {
     let (head, within) = (row / dim, row % dim);
     let (half, pair) = (within / (dim / 2), within % (dim / 2));
     head * dim + 2 * pair + half
 }
 
-/// The scaling whose effect the factors are.
+/// The scaling that gives these factors.
 fn llama3(rope: &Rope, head_dim: usize, factors: &[f32]) -> Result<Rope, GgufError> {
-    let (low_freq_factor, high_freq_factor, original) = LLAMA3;
     let largest = factors.iter().copied().fold(1.0f32, f32::max);
     let scaled = Rope {
         theta: rope.theta,
         scaling: RopeScaling::Llama3 {
             factor: f64::from(largest),
-            low_freq_factor,
-            high_freq_factor,
-            original_max_position_embeddings: original,
+            low_freq_factor: LLAMA3_LOW_FREQ_FACTOR,
+            high_freq_factor: LLAMA3_HIGH_FREQ_FACTOR,
+            original_max_position_embeddings: LLAMA3_ORIGINAL_POSITIONS,
         },
     };
     let (plain, stretched) = (rope.frequencies(head_dim), scaled.frequencies(head_dim));

@@ -1,26 +1,27 @@
-//! The GGUF container: metadata and a table of tensors, as views into the bytes of a file that anybody may have written.
+//! The GGUF container: metadata and a table of tensors, as views into the bytes of an untrusted file.
 //!
-//! Knows no model. Invariant: nothing is allocated beyond a small multiple of the file's own size, every view lies within
-//! the file, every tensor's bytes are exactly those that its shape and type call for, and no two tensors share any.
+//! Written by hand because candle's reader allocates whatever sizes a file announces and copies every tensor. Knows no
+//! model. Invariant: allocations stay within a small multiple of the file's size, every view lies within the file, every
+//! tensor has exactly the bytes of its shape and type, and no two tensors overlap.
 
 use std::collections::BTreeMap;
 
-use super::GgufError;
 use super::blocks::BlockType;
+use super::error::GgufError;
 
-/// Keys accepted: the longest headers in use have about a hundred.
+/// Most keys accepted: the longest published headers have about a hundred.
 const KEYS_MAX: u64 = 1 << 16;
 
-/// Tensors accepted: mixtures of experts have some ten thousand.
+/// Most tensors accepted: mixtures of experts have about ten thousand.
 const TENSORS_MAX: u64 = 1 << 16;
 
-/// Longest key or name: what the format allows.
+/// Longest key or name that the format allows.
 const NAME_BYTES_MAX: usize = u16::MAX as usize;
 
-/// Longest axis and most elements of a tensor: far above any model, and small enough for sizes to stay within 64 bits.
+/// Most elements of a tensor: far above any model, and small enough that sizes fit 64 bits.
 const ELEMENTS_MAX: u64 = 1 << 40;
 
-/// Where tensors begin when a file does not say otherwise.
+/// Alignment of tensors in a file that does not set `general.alignment`.
 const ALIGNMENT: u64 = 32;
 
 /// A value of the metadata.
@@ -34,7 +35,7 @@ pub(super) enum Entry<'a> {
     List(List<'a>),
 }
 
-/// An array of the metadata, read when it is asked for.
+/// An array of the metadata, decoded on request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct List<'a> {
     kind: u32,
@@ -59,7 +60,6 @@ pub(super) struct Container<'a> {
 }
 
 impl<'a> Container<'a> {
-    /// Reads the header of a file.
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, GgufError> {
         let mut cursor = Cursor { bytes, at: 0 };
         if cursor.take(4).is_err() || &bytes[..4] != b"GGUF" {
@@ -68,18 +68,18 @@ impl<'a> Container<'a> {
         let version = cursor.u32()?;
         if !(2..=3).contains(&version) {
             return Err(malformed(format!(
-                "it has version {version}, but 2 and 3 in little-endian order are what is read"
+                "it has version {version}, but only little-endian versions 2 and 3 can be read"
             )));
         }
-        let tensors = bounded(cursor.u64()?, TENSORS_MAX, "tensors")?;
-        let keys = bounded(cursor.u64()?, KEYS_MAX, "keys")?;
+        let tensors = at_most(TENSORS_MAX, cursor.u64()?, "tensors")?;
+        let keys = at_most(KEYS_MAX, cursor.u64()?, "keys")?;
         let mut entries = BTreeMap::new();
         for _ in 0..keys {
             let key = cursor.name()?;
             let kind = cursor.u32()?;
             let entry = cursor.entry(kind)?;
             if entries.insert(key, entry).is_some() {
-                return Err(malformed(format!("key `{key}` stands in it twice")));
+                return Err(malformed(format!("key `{key}` occurs twice")));
             }
         }
         let infos = (0..tensors)
@@ -89,12 +89,12 @@ impl<'a> Container<'a> {
             entries,
             tensors: BTreeMap::new(),
         };
-        container.place(infos, bytes, cursor.at)?;
+        container.locate(infos, bytes, cursor.at)?;
         Ok(container)
     }
 
     /// Finds the bytes of each tensor behind the header.
-    fn place(
+    fn locate(
         &mut self,
         mut infos: Vec<TensorInfo<'a>>,
         bytes: &'a [u8],
@@ -113,7 +113,7 @@ impl<'a> Container<'a> {
             let name = info.name;
             if info.offset % alignment != 0 || info.offset < end {
                 return Err(malformed(format!(
-                    "tensor `{name}` begins at {}, which is no multiple of {alignment} or lies within another tensor",
+                    "tensor `{name}` begins at {}, which is not a multiple of {alignment} or lies within another tensor",
                     info.offset
                 )));
             }
@@ -124,7 +124,7 @@ impl<'a> Container<'a> {
                 .and_then(|(from, to)| bytes.get(from..to))
                 .ok_or_else(|| {
                     malformed(format!(
-                        "tensor `{name}` ends at byte {} of a file of {}, fetch it again",
+                        "tensor `{name}` ends at byte {}, but the file has {} bytes; fetch it again",
                         start + end,
                         bytes.len()
                     ))
@@ -135,7 +135,7 @@ impl<'a> Container<'a> {
                 bytes: data,
             };
             if self.tensors.insert(name, tensor).is_some() {
-                return Err(malformed(format!("tensor `{name}` stands in it twice")));
+                return Err(malformed(format!("tensor `{name}` occurs twice")));
             }
         }
         Ok(())
@@ -153,7 +153,7 @@ impl<'a> Container<'a> {
         match self.entry(key) {
             None => Ok(None),
             Some(Entry::Text(text)) => Ok(Some(text)),
-            Some(_) => Err(unfit(key, "a text")),
+            Some(_) => Err(GgufError::metadata(key, "a text")),
         }
     }
 
@@ -162,7 +162,7 @@ impl<'a> Container<'a> {
             None => Ok(None),
             Some(Entry::Unsigned(number)) => Ok(Some(number)),
             Some(Entry::Signed(number)) if number >= 0 => Ok(Some(number.unsigned_abs())),
-            Some(_) => Err(unfit(key, "a whole number of at least 0")),
+            Some(_) => Err(GgufError::metadata(key, "a whole number of at least 0")),
         }
     }
 
@@ -171,7 +171,7 @@ impl<'a> Container<'a> {
             None => Ok(None),
             Some(Entry::Float(number)) => Ok(Some(number)),
             Some(Entry::Unsigned(number)) => Ok(Some(number as f64)),
-            Some(_) => Err(unfit(key, "a number")),
+            Some(_) => Err(GgufError::metadata(key, "a number")),
         }
     }
 
@@ -179,7 +179,7 @@ impl<'a> Container<'a> {
         match self.entry(key) {
             None => Ok(None),
             Some(Entry::Flag(flag)) => Ok(Some(flag)),
-            Some(_) => Err(unfit(key, "true or false")),
+            Some(_) => Err(GgufError::metadata(key, "true or false")),
         }
     }
 
@@ -187,7 +187,7 @@ impl<'a> Container<'a> {
         match self.entry(key) {
             None => Ok(None),
             Some(Entry::List(list)) => Ok(Some(list)),
-            Some(_) => Err(unfit(key, "a list")),
+            Some(_) => Err(GgufError::metadata(key, "a list")),
         }
     }
 }
@@ -197,7 +197,6 @@ impl<'a> List<'a> {
         self.count
     }
 
-    /// Its elements, which must be texts.
     pub(super) fn texts(&self, key: &str) -> Result<Vec<&'a str>, GgufError> {
         let mut cursor = Cursor {
             bytes: self.bytes,
@@ -207,13 +206,12 @@ impl<'a> List<'a> {
         for _ in 0..self.count {
             match cursor.entry(self.kind)? {
                 Entry::Text(text) => texts.push(text),
-                _ => return Err(unfit(key, "a list of texts")),
+                _ => return Err(GgufError::metadata(key, "a list of texts")),
             }
         }
         Ok(texts)
     }
 
-    /// Its elements, which must be numbers.
     pub(super) fn numbers(&self, key: &str) -> Result<Vec<f64>, GgufError> {
         let mut cursor = Cursor {
             bytes: self.bytes,
@@ -226,23 +224,23 @@ impl<'a> List<'a> {
                 Entry::Signed(number) => number as f64,
                 Entry::Float(number) => number,
                 Entry::Flag(flag) => f64::from(u8::from(flag)),
-                _ => return Err(unfit(key, "a list of numbers")),
+                _ => return Err(GgufError::metadata(key, "a list of numbers")),
             });
         }
         Ok(numbers)
     }
 }
 
-/// A tensor as the table lists it.
+/// A tensor of the header's table.
 struct TensorInfo<'a> {
     name: &'a str,
-    /// Fastest axis first, as the format has it.
+    /// Fastest axis first, as in the format.
     shape: Vec<u64>,
     block: BlockType,
     offset: u64,
 }
 
-/// A place in bytes that are not trusted.
+/// A position in untrusted bytes.
 struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -286,7 +284,7 @@ impl<'a> Cursor<'a> {
         Ok(name)
     }
 
-    /// A value of the kind that the format numbers so.
+    /// A value; `kind` is the format's number of its type.
     fn entry(&mut self, kind: u32) -> Result<Entry<'a>, GgufError> {
         Ok(match kind {
             0 => Entry::Unsigned(u64::from(u8::from_le_bytes(self.array()?))),
@@ -295,7 +293,7 @@ impl<'a> Cursor<'a> {
             3 => Entry::Signed(i64::from(i16::from_le_bytes(self.array()?))),
             4 => Entry::Unsigned(u64::from(self.u32()?)),
             5 => Entry::Signed(i64::from(i32::from_le_bytes(self.array()?))),
-            6 => Entry::Float(widened(f32::from_le_bytes(self.array()?))),
+            6 => Entry::Float(shortest_decimal(f32::from_le_bytes(self.array()?))),
             7 => Entry::Flag(self.array::<1>()? != [0]),
             8 => Entry::Text(self.text()?),
             9 => Entry::List(self.list()?),
@@ -304,7 +302,7 @@ impl<'a> Cursor<'a> {
             12 => Entry::Float(f64::from_le_bytes(self.array()?)),
             other => {
                 return Err(malformed(format!(
-                    "it holds a value of the unknown kind {other}"
+                    "it holds a value of the unknown type {other}"
                 )));
             }
         })
@@ -312,13 +310,13 @@ impl<'a> Cursor<'a> {
 
     fn list(&mut self) -> Result<List<'a>, GgufError> {
         let kind = self.u32()?;
-        // No published file has lists of lists, and their depth would have no bound.
+        // No published file has nested lists, and their depth would be unbounded.
         if kind == 9 {
             return Err(malformed("it holds a list of lists".to_owned()));
         }
-        // Every element takes a byte or more.
+        // Every element takes at least a byte.
         let left = (self.bytes.len() - self.at) as u64;
-        let count = bounded(self.u64()?, left, "elements in a list")?;
+        let count = at_most(left, self.u64()?, "elements in a list")?;
         let from = self.at;
         for _ in 0..count {
             self.entry(kind)?;
@@ -335,7 +333,7 @@ impl<'a> Cursor<'a> {
         let axes = self.u32()?;
         if !(1..=4).contains(&axes) {
             return Err(malformed(format!(
-                "tensor `{name}` has {axes} axes, 1 to 4 are read"
+                "tensor `{name}` has {axes} axes, but only 1 to 4 can be read"
             )));
         }
         let shape: Vec<u64> = (0..axes).map(|_| self.u64()).collect::<Result<_, _>>()?;
@@ -344,11 +342,11 @@ impl<'a> Cursor<'a> {
             .try_fold(1u64, |product, &axis| product.checked_mul(axis));
         if elements.is_none_or(|elements| elements == 0 || elements > ELEMENTS_MAX) {
             return Err(malformed(format!(
-                "tensor `{name}` has the shape {shape:?}, with no or too many elements"
+                "tensor `{name}` has shape {shape:?}, but must have 1 to {ELEMENTS_MAX} elements"
             )));
         }
-        let block = BlockType::numbered(self.u32()?, name)?;
-        let offset = bounded(self.u64()?, ELEMENTS_MAX << 3, "bytes before a tensor")?;
+        let block = BlockType::from_number(self.u32()?, name)?;
+        let offset = at_most(ELEMENTS_MAX << 3, self.u64()?, "bytes before a tensor")?;
         Ok(TensorInfo {
             name,
             shape,
@@ -358,18 +356,18 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// The number that was meant: 1e-6 stored in f32 is read as 1e-6, not as 9.999999974752427e-7.
-fn widened(number: f32) -> f64 {
+/// The shortest decimal that rounds to `number`, as f64: 1e-6 stored in f32 becomes 1e-6, not 9.999999974752427e-7.
+fn shortest_decimal(number: f32) -> f64 {
     number
         .to_string()
         .parse()
         .unwrap_or_else(|_| f64::from(number))
 }
 
-fn bounded(number: u64, max: u64, what: &str) -> Result<u64, GgufError> {
+fn at_most(max: u64, number: u64, unit: &str) -> Result<u64, GgufError> {
     if number > max {
         return Err(malformed(format!(
-            "it announces {number} {what}, above the limit of {max}"
+            "it announces {number} {unit}, above the limit of {max}"
         )));
     }
     Ok(number)
@@ -377,11 +375,4 @@ fn bounded(number: u64, max: u64, what: &str) -> Result<u64, GgufError> {
 
 fn malformed(problem: String) -> GgufError {
     GgufError::Malformed(problem)
-}
-
-fn unfit(key: &str, expected: &'static str) -> GgufError {
-    GgufError::Metadata {
-        key: key.to_owned(),
-        expected,
-    }
 }

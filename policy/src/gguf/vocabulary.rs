@@ -1,25 +1,25 @@
 //! The tokenizer of a GGUF file as Hugging Face would have published it: `tokenizer.json` and `tokenizer_config.json` from
-//! the pieces, their types and scores, the merges, and the name of the way in which text is cut beforehand.
+//! the pieces, their types and scores, the merges, and the name of the pre-tokenizer.
 //!
-//! Knows no weights. Merges of SentencePiece vocabularies are not in the file; they follow from the scores as in
-//! transformers' own conversion. Invariant: a way of cutting text that is not known is refused, never guessed.
+//! Knows no weights. The file has no merges for a SentencePiece vocabulary; they follow from the scores, as in
+//! transformers' conversion. Invariant: an unknown pre-tokenizer is refused, never guessed.
 
 use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
-use super::GgufError;
+use super::error::GgufError;
 use super::reader::Container;
 use crate::config::{Architecture, Config};
 
-/// Longest piece: the longest in use is a run of 256 spaces.
+/// Longest piece accepted: the longest published one is a run of 256 spaces.
 const PIECE_BYTES_MAX: usize = 1024;
 
-/// How text is cut before byte pairs are merged, after Llama 3 and Qwen2; they differ in how many digits stand together.
+/// The words of Llama 3 and Qwen2, within which byte pairs are merged. The two differ in how many digits form a word.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Special pieces that end an answer in the families that are imported.
+/// Special pieces that end an answer in the supported families.
 const ENDS: [&str; 5] = [
     "<end_of_turn>",
     "<|im_end|>",
@@ -28,9 +28,9 @@ const ENDS: [&str; 5] = [
     "<|endoftext|>",
 ];
 
-/// What a piece is for.
+/// The `token_type` of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum PieceKind {
     Normal,
     Unknown,
     Control,
@@ -39,8 +39,8 @@ enum Kind {
     Byte,
 }
 
-impl Kind {
-    fn numbered(number: f64) -> Self {
+impl PieceKind {
+    fn from_number(number: f64) -> Self {
         match number as i64 {
             2 => Self::Unknown,
             3 => Self::Control,
@@ -52,63 +52,62 @@ impl Kind {
     }
 }
 
-/// How text becomes pieces.
+/// How text is split before merging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cut {
-    /// SentencePiece: spaces become `▁`, unknown characters bytes.
-    Pieces {
+enum PreTokenizer {
+    /// Spaces become `▁`, unknown characters become bytes.
+    SentencePiece {
         space_before: bool,
     },
     Llama3,
     Qwen2,
-    /// GPT-2's words, digits one by one.
+    /// GPT-2's words, and every digit alone.
     SmolLm,
     Gpt2,
 }
 
-/// A file's vocabulary.
 pub(super) struct Vocabulary<'a> {
     architecture: Architecture,
-    cut: Cut,
+    pre: PreTokenizer,
     pieces: Vec<&'a str>,
-    kinds: Vec<Kind>,
+    kinds: Vec<PieceKind>,
     scores: Vec<f64>,
     merges: Vec<&'a str>,
-    opens: bool,
+    /// Whether a document begins with the token `bos`.
+    add_bos: bool,
     pub(super) bos: Option<u32>,
     pub(super) pad: Option<u32>,
     unknown: Option<u32>,
     end: Option<u32>,
-    /// Whether the tabulator, which has no piece, takes the name of its byte, as in Gemma's published files.
-    tab: bool,
-    /// Every piece that ends an answer, the file's own first.
+    /// Whether the piece of byte 9 is named as a tab, as in Gemma's published files.
+    names_tab: bool,
+    /// All pieces that end an answer; those that the metadata names come first.
     pub(super) ends: Vec<u32>,
 }
 
 impl<'a> Vocabulary<'a> {
-    pub(super) fn of(
+    pub(super) fn new(
         container: &Container<'a>,
         architecture: Architecture,
     ) -> Result<Self, GgufError> {
         let key = "tokenizer.ggml.tokens";
-        let list = container.list(key)?.ok_or(GgufError::Metadata {
-            key: key.to_owned(),
-            expected: "a list of texts",
-        })?;
+        let list = container
+            .list(key)?
+            .ok_or_else(|| GgufError::metadata(key, "a list of texts"))?;
         let pieces = list.texts(key)?;
         if let Some(long) = pieces.iter().find(|piece| piece.len() > PIECE_BYTES_MAX) {
             let start: String = long.chars().take(40).collect();
             return Err(GgufError::Malformed(format!(
-                "the piece `{start}…` of its vocabulary has {} bytes",
+                "the piece `{start}…` of its vocabulary has {} bytes, but at most {PIECE_BYTES_MAX} are read",
                 long.len()
             )));
         }
         let kinds = numbers(container, "tokenizer.ggml.token_type", pieces.len())?;
-        let kinds: Vec<Kind> = match kinds {
-            Some(numbers) => numbers.into_iter().map(Kind::numbered).collect(),
-            None => vec![Kind::Normal; pieces.len()],
+        let kinds: Vec<PieceKind> = match kinds {
+            Some(numbers) => numbers.into_iter().map(PieceKind::from_number).collect(),
+            None => vec![PieceKind::Normal; pieces.len()],
         };
-        let cut = cut(container)?;
+        let pre = pre_tokenizer(container)?;
         let scores = numbers(container, "tokenizer.ggml.scores", pieces.len())?;
         let merges = match container.list("tokenizer.ggml.merges")? {
             Some(list) => list.texts("tokenizer.ggml.merges")?,
@@ -127,7 +126,7 @@ impl<'a> Vocabulary<'a> {
         ];
         let named = (0u32..).zip(pieces.iter().zip(&kinds));
         let named = named
-            .filter(|(_, (piece, kind))| **kind == Kind::Control && ENDS.contains(piece))
+            .filter(|(_, (piece, kind))| **kind == PieceKind::Control && ENDS.contains(piece))
             .map(|(id, _)| id);
         let mut ends: Vec<u32> = end.into_iter().chain(turn.into_iter().flatten()).collect();
         for id in named {
@@ -136,18 +135,21 @@ impl<'a> Vocabulary<'a> {
             }
         }
         ends.dedup();
-        let opens = container.flag("tokenizer.ggml.add_bos_token")?;
+        let add_bos = container.flag("tokenizer.ggml.add_bos_token")?;
         Ok(Self {
             architecture,
-            cut,
+            pre,
             scores: scores.unwrap_or_default(),
             merges,
-            opens: opens.unwrap_or(matches!(cut, Cut::Pieces { .. } | Cut::Llama3)),
+            add_bos: add_bos.unwrap_or(matches!(
+                pre,
+                PreTokenizer::SentencePiece { .. } | PreTokenizer::Llama3
+            )),
             bos: id("tokenizer.ggml.bos_token_id")?,
             pad: id("tokenizer.ggml.padding_token_id")?,
             unknown: id("tokenizer.ggml.unknown_token_id")?,
             end,
-            tab: architecture == Architecture::Gemma3 && !pieces.contains(&"\t"),
+            names_tab: architecture == Architecture::Gemma3 && !pieces.contains(&"\t"),
             ends,
             pieces,
             kinds,
@@ -157,7 +159,7 @@ impl<'a> Vocabulary<'a> {
     /// The name of a piece in `tokenizer.json`.
     fn name(&self, id: usize) -> &'a str {
         match self.pieces[id] {
-            "<0x09>" if self.tab => "	",
+            "<0x09>" if self.names_tab => "	",
             piece => piece,
         }
     }
@@ -168,11 +170,11 @@ impl<'a> Vocabulary<'a> {
 
     /// The text of `tokenizer.json`.
     pub(super) fn tokenizer_json(&self) -> Result<String, GgufError> {
-        let is_pieces = matches!(self.cut, Cut::Pieces { .. });
+        let is_pieces = matches!(self.pre, PreTokenizer::SentencePiece { .. });
         let mut vocabulary = Map::with_capacity(self.pieces.len());
         for id in 0..self.pieces.len() {
-            // Fillers up to a round number of rows are no tokens.
-            if self.kinds[id] == Kind::Unused {
+            // Padding up to a round number of rows.
+            if self.kinds[id] == PieceKind::Unused {
                 continue;
             }
             if vocabulary
@@ -181,7 +183,7 @@ impl<'a> Vocabulary<'a> {
             {
                 let piece = self.name(id);
                 return Err(GgufError::Malformed(format!(
-                    "piece `{piece}` is in its vocabulary twice"
+                    "piece `{piece}` occurs twice in its vocabulary"
                 )));
             }
         }
@@ -198,7 +200,7 @@ impl<'a> Vocabulary<'a> {
             "end_of_word_suffix": null,
             "fuse_unk": is_pieces,
             "byte_fallback": is_pieces,
-            "ignore_merges": self.cut == Cut::Llama3,
+            "ignore_merges": self.pre == PreTokenizer::Llama3,
             "vocab": vocabulary,
             "merges": merges,
         });
@@ -216,12 +218,12 @@ impl<'a> Vocabulary<'a> {
         Ok(format!("{file}\n"))
     }
 
-    /// Control pieces and those that users defined are found in text before anything else; only control has no text.
+    /// Control and user-defined pieces, which are found in text before all others. Control pieces decode to nothing.
     fn added_tokens(&self) -> Vec<(usize, Value)> {
         let added = |id: usize| match self.kinds[id] {
-            Kind::Control | Kind::Unknown => Some(true),
-            Kind::UserDefined => Some(false),
-            Kind::Normal | Kind::Unused | Kind::Byte => None,
+            PieceKind::Control | PieceKind::Unknown => Some(true),
+            PieceKind::UserDefined => Some(false),
+            PieceKind::Normal | PieceKind::Unused | PieceKind::Byte => None,
         };
         let token = |id: usize| {
             let special = added(id)?;
@@ -237,17 +239,19 @@ impl<'a> Vocabulary<'a> {
     fn merges_as_listed(&self) -> Result<Vec<(&'a str, &'a str)>, GgufError> {
         let pair = |merge: &&'a str| {
             merge.split_once(' ').ok_or_else(|| {
-                GgufError::Malformed(format!("the merge `{merge}` of its vocabulary is no pair"))
+                GgufError::Malformed(format!(
+                    "the merge `{merge}` of its vocabulary is not a pair"
+                ))
             })
         };
         self.merges.iter().map(pair).collect()
     }
 
-    /// The pairs of pieces that make up each piece, those with the highest score first, as transformers' conversion of
-    /// SentencePiece vocabularies lists them. Pieces that users defined come before all others: SentencePiece takes them
-    /// out of a text beforehand.
+    /// The pairs of pieces that form each piece, in the order of transformers' conversion: highest score first.
+    /// User-defined pieces come before all others, because SentencePiece takes them out of a text beforehand.
     fn merges_of_scores(&self) -> Vec<(&'a str, &'a str)> {
-        let joins = |id: usize| matches!(self.kinds[id], Kind::Normal | Kind::UserDefined);
+        let joins =
+            |id: usize| matches!(self.kinds[id], PieceKind::Normal | PieceKind::UserDefined);
         let ids: HashMap<&str, usize> = (0..self.pieces.len())
             .map(|id| (self.name(id), id))
             .collect();
@@ -255,7 +259,7 @@ impl<'a> Vocabulary<'a> {
         for id in (0..self.pieces.len()).filter(|&id| joins(id)) {
             let piece = self.name(id);
             let score = match self.kinds[id] {
-                Kind::UserDefined => f64::INFINITY,
+                PieceKind::UserDefined => f64::INFINITY,
                 _ => self.scores.get(id).copied().unwrap_or(-(id as f64)),
             };
             let mut pairs: Vec<(usize, usize, usize)> = piece
@@ -271,7 +275,7 @@ impl<'a> Vocabulary<'a> {
                     .map(|(_, _, at)| (score, lengths(at), piece.split_at(at))),
             );
         }
-        // Stable, from high to low: equal ones stay in the order of their ids.
+        // The sort is stable: equal scores keep the order of their ids.
         merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
         merges.into_iter().map(|(_, _, pair)| pair).collect()
     }
@@ -279,16 +283,16 @@ impl<'a> Vocabulary<'a> {
     fn normalizer(&self) -> Value {
         let underscores =
             json!({ "type": "Replace", "pattern": { "String": " " }, "content": "▁" });
-        match self.cut {
-            Cut::Pieces { space_before: true } => json!({
+        match self.pre {
+            PreTokenizer::SentencePiece { space_before: true } => json!({
                 "type": "Sequence",
                 "normalizers": [{ "type": "Prepend", "prepend": "▁" }, underscores],
             }),
-            Cut::Pieces {
+            PreTokenizer::SentencePiece {
                 space_before: false,
             } => underscores,
-            Cut::Qwen2 => json!({ "type": "NFC" }),
-            Cut::Llama3 | Cut::SmolLm | Cut::Gpt2 => Value::Null,
+            PreTokenizer::Qwen2 => json!({ "type": "NFC" }),
+            PreTokenizer::Llama3 | PreTokenizer::SmolLm | PreTokenizer::Gpt2 => Value::Null,
         }
     }
 
@@ -300,27 +304,27 @@ impl<'a> Vocabulary<'a> {
         };
         let sequence = |first: Value, second: Value| json!({ "type": "Sequence", "pretokenizers": [first, second] });
         let split = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
-        match self.cut {
-            // Spaces are gone by then; the step is the one that Gemma's own file has.
-            Cut::Pieces {
+        match self.pre {
+            // The normalizer left no spaces; Gemma's published file has this step all the same.
+            PreTokenizer::SentencePiece {
                 space_before: false,
             } => json!({
                 "type": "Split", "pattern": { "String": " " }, "behavior": "MergedWithPrevious", "invert": false,
             }),
-            Cut::Pieces { space_before: true } => Value::Null,
-            Cut::Llama3 => sequence(split(LLAMA3), bytes(false)),
-            Cut::Qwen2 => sequence(split(QWEN2), bytes(false)),
-            Cut::SmolLm => sequence(
+            PreTokenizer::SentencePiece { space_before: true } => Value::Null,
+            PreTokenizer::Llama3 => sequence(split(LLAMA3), bytes(false)),
+            PreTokenizer::Qwen2 => sequence(split(QWEN2), bytes(false)),
+            PreTokenizer::SmolLm => sequence(
                 json!({ "type": "Digits", "individual_digits": true }),
                 bytes(true),
             ),
-            Cut::Gpt2 => bytes(true),
+            PreTokenizer::Gpt2 => bytes(true),
         }
     }
 
-    /// What stands at the start of a document.
+    /// Puts `bos` at the start of a document, where the file asks for it.
     fn post_processor(&self) -> Value {
-        let (true, Some(id), Some(bos)) = (self.opens, self.bos, self.piece(self.bos)) else {
+        let (true, Some(id), Some(bos)) = (self.add_bos, self.bos, self.piece(self.bos)) else {
             return Value::Null;
         };
         let special = json!({ "SpecialToken": { "id": bos, "type_id": 0 } });
@@ -334,7 +338,7 @@ impl<'a> Vocabulary<'a> {
     }
 
     fn decoder(&self) -> Value {
-        let Cut::Pieces { space_before } = self.cut else {
+        let PreTokenizer::SentencePiece { space_before } = self.pre else {
             return json!({ "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true });
         };
         let mut steps = vec![
@@ -350,21 +354,21 @@ impl<'a> Vocabulary<'a> {
 
     /// The text of `tokenizer_config.json`.
     pub(super) fn settings(&self, config: &Config) -> String {
-        let class = match (self.cut, self.architecture) {
+        let class = match (self.pre, self.architecture) {
             (_, Architecture::Gemma3) => "GemmaTokenizer",
-            (Cut::Qwen2, _) => "Qwen2Tokenizer",
-            (Cut::SmolLm | Cut::Gpt2, _) => "GPT2Tokenizer",
-            (Cut::Pieces { .. }, _) => "LlamaTokenizer",
-            (Cut::Llama3, _) => "PreTrainedTokenizerFast",
+            (PreTokenizer::Qwen2, _) => "Qwen2Tokenizer",
+            (PreTokenizer::SmolLm | PreTokenizer::Gpt2, _) => "GPT2Tokenizer",
+            (PreTokenizer::SentencePiece { .. }, _) => "LlamaTokenizer",
+            (PreTokenizer::Llama3, _) => "PreTrainedTokenizerFast",
         };
         let mut settings = json!({
             "tokenizer_class": class,
-            "add_bos_token": self.opens,
+            "add_bos_token": self.add_bos,
             "add_eos_token": false,
             "clean_up_tokenization_spaces": false,
             "model_max_length": config.max_position_embeddings,
         });
-        // Without the list here, transformers takes every added token for one without text.
+        // Without this list, transformers treats every added token as special.
         let added = self.added_tokens().into_iter().map(|(id, mut token)| {
             if let Value::Object(token) = &mut token {
                 token.remove("id");
@@ -391,7 +395,7 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-/// A list of `count` numbers, if there is one.
+/// The list under `key`, which must have one number for each of `count` pieces.
 fn numbers(
     container: &Container<'_>,
     key: &str,
@@ -402,38 +406,38 @@ fn numbers(
     };
     if list.len() != count {
         return Err(GgufError::Malformed(format!(
-            "{key} has {} elements for {count} pieces",
+            "{key} has {} elements, but the vocabulary has {count} pieces",
             list.len()
         )));
     }
     Ok(Some(list.numbers(key)?))
 }
 
-fn cut(container: &Container<'_>) -> Result<Cut, GgufError> {
+fn pre_tokenizer(container: &Container<'_>) -> Result<PreTokenizer, GgufError> {
     let shortened = |text: &str| text.chars().take(80).collect();
     let space_before = container
         .flag("tokenizer.ggml.add_space_prefix")?
         .unwrap_or(true);
     match container.text("tokenizer.ggml.model")?.unwrap_or("(none)") {
-        "llama" => return Ok(Cut::Pieces { space_before }),
+        "llama" => return Ok(PreTokenizer::SentencePiece { space_before }),
         "gpt2" => {}
         other => {
-            return Err(GgufError::Pieces {
+            return Err(GgufError::TokenizerKind {
                 key: "tokenizer.ggml.model",
                 found: shortened(other),
-                read: "llama, gpt2",
+                supported: "llama, gpt2",
             });
         }
     }
     match container.text("tokenizer.ggml.pre")?.unwrap_or("(none)") {
-        "llama-bpe" | "llama3" | "llama-v3" => Ok(Cut::Llama3),
-        "qwen2" => Ok(Cut::Qwen2),
-        "smollm" => Ok(Cut::SmolLm),
-        "gpt-2" => Ok(Cut::Gpt2),
-        other => Err(GgufError::Pieces {
+        "llama-bpe" | "llama3" | "llama-v3" => Ok(PreTokenizer::Llama3),
+        "qwen2" => Ok(PreTokenizer::Qwen2),
+        "smollm" => Ok(PreTokenizer::SmolLm),
+        "gpt-2" => Ok(PreTokenizer::Gpt2),
+        other => Err(GgufError::TokenizerKind {
             key: "tokenizer.ggml.pre",
             found: shortened(other),
-            read: "llama-bpe, qwen2, smollm, gpt-2",
+            supported: "llama-bpe, qwen2, smollm, gpt-2",
         }),
     }
 }

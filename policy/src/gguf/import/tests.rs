@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use half::bf16;
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -30,7 +31,7 @@ fn imported(name: &str, storage: Storage) -> (GgufImport, ModelFolder) {
     (import, ModelFolder::read(folder.path()).unwrap())
 }
 
-/// Imports bytes that were tampered with.
+/// The error of importing damaged bytes.
 fn refused(bytes: &[u8]) -> GgufError {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("model.gguf");
@@ -38,7 +39,7 @@ fn refused(bytes: &[u8]) -> GgufError {
     import_gguf(&file, &folder.path().join("out"), Storage::F32).unwrap_err()
 }
 
-/// The file with `from` replaced by as many bytes.
+/// The file with the first `from` replaced by `to`, of the same length.
 fn replaced(name: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
     assert_eq!(from.len(), to.len());
     let mut bytes = bytes_of(name);
@@ -58,7 +59,7 @@ fn fnv(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn widened_values_are_those_of_the_gguf_package_bit_for_bit() {
+fn widened_values_equal_those_of_the_gguf_package_bit_for_bit() {
     let expected = json_of("gguf/expected.json");
     let mut types = BTreeMap::new();
     for name in NAMES {
@@ -85,7 +86,7 @@ fn widened_values_are_those_of_the_gguf_package_bit_for_bit() {
 }
 
 #[test]
-fn bf16_is_the_nearest_to_what_was_widened() {
+fn bf16_import_rounds_the_widened_values() {
     let (_, exact) = imported("gemma3", Storage::F32);
     let (_, rounded) = imported("gemma3", Storage::Bf16);
     let expected: Vec<f32> = exact
@@ -98,7 +99,7 @@ fn bf16_is_the_nearest_to_what_was_widened() {
 }
 
 #[test]
-fn the_configuration_is_the_one_that_was_published() {
+fn the_published_configuration_is_rebuilt() {
     let (llama, _) = imported("llama", Storage::Bf16);
     let scaling = RopeScaling::Llama3 {
         factor: 8.0,
@@ -160,7 +161,7 @@ fn the_rebuilt_tokenizer_gives_the_ids_that_transformers_gives() {
 }
 
 #[test]
-fn what_does_not_run_here_is_refused_by_name() {
+fn unsupported_metadata_and_tensors_are_refused_by_name() {
     for (bytes, expected) in [
         (
             replaced(
@@ -193,7 +194,7 @@ fn what_does_not_run_here_is_refused_by_name() {
         assert!(error.contains(expected), "{expected}: {error}");
         assert!(!error.contains('\n'), "{error}");
     }
-    // The type stands behind the name, the count of axes and two axes.
+    // The type follows the name, the number of axes and two axes.
     let mut bytes = bytes_of("qwen2");
     let name = b"blk.0.ffn_up.weight";
     let at = bytes
@@ -212,7 +213,7 @@ fn what_does_not_run_here_is_refused_by_name() {
 }
 
 #[test]
-fn a_file_cut_short_names_what_is_not_whole_and_writes_nothing() {
+fn a_truncated_file_is_refused_by_name_and_nothing_is_written() {
     let bytes = bytes_of("qwen2");
     for length in [0, 3, 4, 23, 24, 100, 5000, bytes.len() / 2] {
         let error = refused(&bytes[..length]);
@@ -234,7 +235,7 @@ fn a_file_cut_short_names_what_is_not_whole_and_writes_nothing() {
 }
 
 #[test]
-fn announced_counts_allocate_nothing() {
+fn announced_counts_do_not_size_allocations() {
     let header = |tensors: u64, keys: u64| {
         [
             &b"GGUF"[..],
@@ -278,9 +279,9 @@ fn a_value_that_is_not_finite_is_refused_by_tensor() {
 }
 
 #[test]
-fn turned_rows_go_back_to_where_they_were() {
-    // Two heads of width 6: pairs (0, 3), (1, 4), (2, 5) were written side by side.
-    let rows: Vec<usize> = (0..12).map(|row| turned(row, 6)).collect();
+fn interleaved_rows_are_put_back_in_order() {
+    // Two heads of width 6: the file stores the pairs (0, 3), (1, 4), (2, 5) side by side.
+    let rows: Vec<usize> = (0..12).map(|row| interleaved_row(row, 6)).collect();
     assert_eq!(rows, [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]);
 }
 
@@ -290,7 +291,7 @@ proptest! {
     fn altered_bytes_never_panic(place in 0.0f64..1.0, in_header: bool, value: u8, cut in 0usize..200) {
         for name in NAMES {
             let mut bytes = bytes_of(name);
-            // Most of a file is weights, where every byte is good.
+            // Most of a file is weights, where every byte is valid.
             let span = if in_header { 700 } else { bytes.len() };
             bytes[(place * span as f64) as usize] = value;
             bytes.truncate(bytes.len() - cut);
@@ -298,8 +299,8 @@ proptest! {
                 && let Ok(description) = Description::new(&container)
                 && let Ok(config) = description.config()
             {
-                drop(sources(&container, &description, &config, &Layout::new(&config)));
-                if let Ok(vocabulary) = Vocabulary::of(&container, config.architecture) {
+                drop(match_tensors(&container, &description, &config, &Layout::new(&config)));
+                if let Ok(vocabulary) = Vocabulary::new(&container, config.architecture) {
                     drop(vocabulary.settings(&config));
                 }
             }
