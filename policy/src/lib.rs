@@ -51,8 +51,8 @@ pub use roofline::Roofline;
 pub use sampling::{Distribution, Sampling, uniform};
 pub use score::{ScoreRow, TokenScore, logprobs, score};
 pub use text::{
-    ChatError, ChatTemplate, Message, Rendering, Speaker, TokenBytes, Tokenizer, TokenizerError,
-    character_tokenizer,
+    AlphabetError, ChatError, ChatRole, ChatTemplate, Message, Rendering, TokenBytes, Tokenizer,
+    TokenizerError, character_tokenizer,
 };
 pub use training::optimizer::{AdamW, Master, OptimizerError, Update};
 pub use training::pass::{Coefficients, Pass, TrainRow, gradients};

@@ -2,11 +2,14 @@
 //!
 //! Knows no weights.
 
-pub use chat::{ChatError, ChatTemplate, Message, Rendering, Speaker};
+pub use characters::{AlphabetError, character_tokenizer};
+pub use chat::{ChatError, ChatRole, ChatTemplate, Message, Rendering};
 pub use token_bytes::TokenBytes;
 pub(crate) use tokenizer::CHAT_FILE;
-pub use tokenizer::{Tokenizer, TokenizerError, character_tokenizer};
+pub use tokenizer::{Tokenizer, TokenizerError};
 
+mod byte_level;
+mod characters;
 mod chat;
 mod token_bytes;
 mod tokenizer;

@@ -1,39 +1,47 @@
 //! A tokenizer with one token per character, for models trained from scratch.
 //!
-//! Writes the same `tokenizer.json` for the same alphabet. Knows no model.
+//! Invariant: equal alphabets give equal bytes of `tokenizer.json`.
 
 use serde_json::json;
 
-use super::TokenizerError;
+use super::byte_level::char_of;
 
-/// The token that fills batches in other software, in a character tokenizer.
+/// Pads batches in other software; this crate never pads.
 pub(super) const PAD: &str = "<pad>";
 
-/// The token that ends an answer, in a character tokenizer.
+/// Ends an answer.
 pub(super) const EOS: &str = "<eos>";
 
+/// Why an alphabet makes no tokenizer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AlphabetError {
+    #[error("the alphabet is empty; list each character once")]
+    Empty,
+    #[error("the alphabet lists `{character}` twice; list each character once")]
+    Duplicate { character: char },
+}
+
 /// The text of a `tokenizer.json` with one token per character of `alphabet`, which Hugging Face `tokenizers` and
-/// transformers load as well. A character outside the alphabet is an error when encoding, and not dropped.
+/// transformers load as well. Encoding a character outside the alphabet is an error.
 ///
-/// Characters are named as byte-level vocabularies name them (a space is `Ġ`): transformers 5 rebuilds the tokenizer of
-/// every Qwen2 model as a byte-level one and takes over no more than the vocabulary. So it reads an alphabet of ASCII
-/// characters as it is meant; of others it drops the characters, where transformers 4 and this crate do not.
+/// Characters are spelled as in byte-level vocabularies, because transformers 5 rebuilds the tokenizer of every Qwen2 model
+/// as a byte-level one from the vocabulary alone. That works for ASCII; transformers 5 drops other characters, transformers
+/// 4 and this crate do not.
 ///
 /// # Errors
-/// When the alphabet is empty or names a character twice.
-pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
+/// When the alphabet is empty or lists a character twice.
+pub fn character_tokenizer(alphabet: &str) -> Result<String, AlphabetError> {
     if alphabet.is_empty() {
-        return Err(TokenizerError::Alphabet {
-            problem: "is empty".to_owned(),
-        });
+        return Err(AlphabetError::Empty);
     }
     let mut vocabulary = serde_json::Map::new();
-    let names = [PAD.to_owned(), EOS.to_owned()].into_iter();
-    for (id, name) in names.chain(alphabet.chars().map(byte_level)).enumerate() {
-        if vocabulary.insert(name.clone(), json!(id)).is_some() {
-            return Err(TokenizerError::Alphabet {
-                problem: format!("names `{name}` twice"),
-            });
+    for (id, special) in [PAD, EOS].into_iter().enumerate() {
+        vocabulary.insert(special.to_owned(), json!(id));
+    }
+    for character in alphabet.chars() {
+        let id = vocabulary.len();
+        if vocabulary.insert(spelled(character), json!(id)).is_some() {
+            return Err(AlphabetError::Duplicate { character });
         }
     }
     let added = [PAD, EOS].iter().enumerate().map(|(id, name)| {
@@ -51,7 +59,7 @@ pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
         "padding": null,
         "added_tokens": added.collect::<Vec<_>>(),
         "normalizer": null,
-        // A dot would leave out line breaks.
+        // A dot would not match line breaks.
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
@@ -60,7 +68,7 @@ pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
             ],
         },
         "post_processor": null,
-        // Joins tokens as they are; without a decoder, spaces would be put between them.
+        // Without a decoder, the library joins tokens with spaces.
         "decoder": byte_level_step,
         // The unknown token is not in the vocabulary, which makes an unknown character an error.
         "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>" },
@@ -68,32 +76,20 @@ pub fn character_tokenizer(alphabet: &str) -> Result<String, TokenizerError> {
     Ok(format!("{file:#}\n"))
 }
 
-/// A character's name in a byte-level vocabulary: each of its bytes as a visible character. Those of Latin-1 that are
-/// visible stand for themselves, the others for the code points from U+0100 on, in order.
-pub(super) fn byte_level(character: char) -> String {
-    let is_visible = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let shown = |byte: u8| {
-        if is_visible(byte) {
-            return char::from(byte);
-        }
-        let hidden_before = (0..byte).filter(|earlier| !is_visible(*earlier)).count();
-        let code = 0x100 + u32::try_from(hidden_before).unwrap_or_default();
-        char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
-    };
+/// A character's name in a byte-level vocabulary.
+pub(super) fn spelled(character: char) -> String {
     let mut bytes = [0; 4];
-    character
-        .encode_utf8(&mut bytes)
-        .bytes()
-        .map(shown)
-        .collect()
+    let bytes = character.encode_utf8(&mut bytes).bytes();
+    bytes.map(char_of).collect()
 }
 
+/// The text of the `tokenizer_config.json` beside it.
 pub(super) fn character_settings() -> String {
     let settings = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
         "eos_token": EOS,
-        // Without one, transformers 5 adds a token of its own. No text is ever read as it.
+        // Without this key, transformers 5 adds a token of its own. No text is encoded as it.
         "unk_token": PAD,
         "clean_up_tokenization_spaces": false,
     });

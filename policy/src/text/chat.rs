@@ -1,8 +1,8 @@
-//! Chat templates: a conversation as the text that a model was tuned on, as transformers renders it.
+//! Chat templates: a conversation as text in the format that a model was tuned on, equal to the text of transformers.
 //!
-//! A template is a Jinja program that comes with the model, so it is run as transformers runs it (trimmed blocks, Python's
-//! string methods, `raise_exception`, `tojson` as `json.dumps` writes) and with bounds on its steps. Knows no tokens.
-//! Invariant: the text depends on the template, the messages and the time that is given, never on a clock read here.
+//! A template is a Jinja program that comes with the model. It runs as in transformers (trimmed blocks, Python's string
+//! methods, `raise_exception`, `tojson` in the format of `json.dumps`), with a bound on its steps. Knows no tokens. Invariant:
+//! the text depends only on the template, the messages and the given time; no clock is read.
 
 use std::fmt;
 
@@ -18,28 +18,25 @@ use python_json::{JsonStyle, python_json};
 mod calendar;
 mod python_json;
 
-/// Largest template read: the longest in use have about 30 KB.
+/// Largest template read: the longest published ones have about 30 KB.
 pub(crate) const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 
-/// Steps a template may take: a conversation of thousands of messages needs about a million.
+/// Most steps of a template: a conversation of thousands of messages needs about a million.
 const STEPS_MAX: u64 = 20_000_000;
 
-/// The name under which errors speak of a template.
+/// The template's name in errors.
 const NAME: &str = "chat template";
 
-/// Who speaks.
+/// The role of a message's author.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Speaker {
-    /// What the model is told beforehand.
+pub enum ChatRole {
     System,
-    /// Who asks.
     User,
-    /// The model.
     Assistant,
 }
 
-impl Speaker {
-    fn role(self) -> &'static str {
+impl ChatRole {
+    fn name(self) -> &'static str {
         match self {
             Self::System => "system",
             Self::User => "user",
@@ -51,60 +48,54 @@ impl Speaker {
 /// One turn of a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Message<'a> {
-    /// Who speaks.
-    pub speaker: Speaker,
-    /// What is said.
+    pub role: ChatRole,
     pub content: &'a str,
 }
 
 impl<'a> Message<'a> {
-    /// What a user asks.
     pub fn user(content: &'a str) -> Self {
-        let speaker = Speaker::User;
-        Self { speaker, content }
+        let role = ChatRole::User;
+        Self { role, content }
     }
 }
 
 /// How a conversation is rendered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rendering {
-    /// Whether the text ends where the model begins to answer (`add_generation_prompt`).
-    pub answer_next: bool,
-    /// Seconds since 1970 that a template may ask for (`strftime_now`, in UTC). Without them a template falls back to
-    /// the date written in it, so that a prompt is the same on every machine and on every day.
+    /// Whether the text ends with the opening of the model's answer.
+    pub add_generation_prompt: bool,
+    /// Seconds since 1970, which a template reads with `strftime_now` (in UTC). If they are absent, a template falls back to
+    /// the date written in it, so that a prompt is the same on every machine and day.
     pub unix_seconds: Option<i64>,
 }
 
 impl Rendering {
-    /// A prompt: the model answers next, and no clock enters.
+    /// A prompt that the model answers next, the same on every day.
     pub const PROMPT: Self = Self {
-        answer_next: true,
+        add_generation_prompt: true,
         unix_seconds: None,
     };
 }
 
-/// Why there is no chat prompt.
+/// Why a conversation was not rendered.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ChatError {
-    /// The model has none.
-    #[error(
-        "the model has no chat template: use one tuned for conversation, or leave the prompt as it is"
-    )]
+    #[error("the model has no chat template; use a model tuned for chat, or send a plain prompt")]
     Missing,
-    /// Not a template.
     #[error("the chat template cannot be read: {0}; use the file that came with the model")]
     Unreadable(String),
-    /// The template refused the conversation, or failed on it.
+    /// The template raised an exception, failed, or took too many steps.
     #[error(
-        "the chat template refuses the conversation: {0}; send what this model's format allows"
+        "the chat template refused the conversation: {0}; send messages that the model's format allows"
     )]
     Refused(String),
 }
 
-/// A chat template, ready to render.
+/// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     bytes: usize,
+    /// `bos_token` and the like, with their text.
     special: Vec<(String, String)>,
 }
 
@@ -115,18 +106,18 @@ impl fmt::Debug for ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Reads a template; `settings` is `tokenizer_config.json`, which names the special tokens that a template may write.
+    /// Compiles a template. `settings` is `tokenizer_config.json`, which names the special tokens that a template may write.
     ///
     /// # Errors
     /// When the text is not a template.
     pub fn new(source: &str, settings: &Json) -> Result<Self, ChatError> {
         if source.len() as u64 > TEMPLATE_BYTES_MAX {
             return Err(ChatError::Unreadable(format!(
-                "it has {} bytes, above the limit of {TEMPLATE_BYTES_MAX}",
+                "it has {} bytes, but at most {TEMPLATE_BYTES_MAX} are read",
                 source.len()
             )));
         }
-        let unreadable = |error: Error| ChatError::Unreadable(told(&error));
+        let unreadable = |error: Error| ChatError::Unreadable(one_line(&error));
         let mut environment = environment().map_err(unreadable)?;
         environment
             .add_template_owned(NAME, source.to_owned())
@@ -138,8 +129,8 @@ impl ChatTemplate {
         })
     }
 
-    /// The template that `tokenizer_config.json` holds: its only one, or the one called `default`.
-    pub(crate) fn of_settings(settings: &Json) -> Option<String> {
+    /// The template in `tokenizer_config.json`: its only one, or the one called `default`.
+    pub(crate) fn in_settings(settings: &Json) -> Option<String> {
         let value = settings.get("chat_template")?;
         if let Some(text) = value.as_str() {
             return Some(text.to_owned());
@@ -151,10 +142,10 @@ impl ChatTemplate {
         default.and_then(Json::as_str).map(str::to_owned)
     }
 
-    /// The text of a conversation, special tokens written out.
+    /// The text of a conversation, including special tokens.
     ///
     /// # Errors
-    /// When the template refuses the conversation, or does not end.
+    /// When the template refuses the conversation, or takes too many steps.
     pub fn render(
         &self,
         messages: &[Message<'_>],
@@ -162,7 +153,7 @@ impl ChatTemplate {
     ) -> Result<String, ChatError> {
         let turn = |message: &Message<'_>| {
             Value::from_pairs([
-                ("role", Value::from(message.speaker.role())),
+                ("role", Value::from(message.role.name())),
                 ("content", Value::from(message.content)),
             ])
         };
@@ -173,20 +164,23 @@ impl ChatTemplate {
             .collect();
         let mut set = |key: &str, value: Value| context.push((key.to_owned(), value));
         set("messages", messages.iter().map(turn).collect());
-        set("add_generation_prompt", Value::from(rendering.answer_next));
+        set(
+            "add_generation_prompt",
+            Value::from(rendering.add_generation_prompt),
+        );
         set("tools", Value::from(()));
         set("documents", Value::from(()));
         if let Some(seconds) = rendering.unix_seconds {
             let now = move |format: StringInput<'_>| strftime(format.as_str(), seconds);
             set("strftime_now", Value::from_function(now));
         }
-        let failed = |error: Error| ChatError::Refused(told(&error));
+        let failed = |error: Error| ChatError::Refused(one_line(&error));
         let template = self.environment.get_template(NAME).map_err(failed)?;
         template.render(Value::from_pairs(context)).map_err(failed)
     }
 }
 
-/// Jinja as transformers sets it up for chat templates.
+/// Jinja as in transformers.
 fn environment() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     let mut syntax = SyntaxConfig::builder();
@@ -218,17 +212,17 @@ fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
 }
 
 fn trim(value: StringInput<'_>, characters: Option<&str>) -> Value {
-    Value::from(stripped(value.as_str(), characters, (true, true)))
+    Value::from(stripped(value.as_str(), characters, Ends::Both))
 }
 
 /// Python's methods on strings, lists and dictionaries.
 ///
-/// Those that strip are done here: Python counts the separators U+001C to U+001F as white space, Rust does not.
+/// Stripping is done here: Python counts the separators U+001C to U+001F as white space, Rust does not.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let ends = match (value.kind(), name) {
-        (ValueKind::String, "strip") => (true, true),
-        (ValueKind::String, "lstrip") => (true, false),
-        (ValueKind::String, "rstrip") => (false, true),
+        (ValueKind::String, "strip") => Ends::Both,
+        (ValueKind::String, "lstrip") => Ends::Start,
+        (ValueKind::String, "rstrip") => Ends::End,
         _ => return pycompat::unknown_method_callback(state, value, name, args),
     };
     let (Rest(args),): (Rest<Value>,) = minijinja::value::from_args(args)?;
@@ -237,26 +231,28 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
     Ok(Value::from(stripped(text, characters, ends)))
 }
 
-/// A text without what stands at its ends: the characters given, or Python's white space.
-fn stripped<'a>(text: &'a str, characters: Option<&str>, ends: (bool, bool)) -> &'a str {
+/// The ends of a text to strip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    Start,
+    End,
+    Both,
+}
+
+/// Strips the given characters, or Python's white space, from the ends of a text.
+fn stripped<'a>(text: &'a str, characters: Option<&str>, ends: Ends) -> &'a str {
     let goes = |c: char| match characters {
         Some(characters) => characters.contains(c),
         None => c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c),
     };
-    let (start, end) = ends;
-    let text = if start {
-        text.trim_start_matches(goes)
-    } else {
-        text
-    };
-    if end {
-        text.trim_end_matches(goes)
-    } else {
-        text
+    match ends {
+        Ends::Start => text.trim_start_matches(goes),
+        Ends::End => text.trim_end_matches(goes),
+        Ends::Both => text.trim_matches(goes),
     }
 }
 
-/// `bos_token` and its like, as far as the settings name them.
+/// The special tokens that the settings name: `bos_token` and the like.
 fn special_tokens(settings: &Json) -> Vec<(String, String)> {
     let Some(settings) = settings.as_object() else {
         return Vec::new();
@@ -271,8 +267,8 @@ fn special_tokens(settings: &Json) -> Vec<(String, String)> {
         .collect()
 }
 
-/// An error of the template as one line, with the line of the template where it came up.
-fn told(error: &Error) -> String {
+/// An error of the template in one line, with the line number in the template.
+fn one_line(error: &Error) -> String {
     let reason = match error.detail() {
         Some(detail) => detail.to_owned(),
         None => error.kind().to_string(),

@@ -1,20 +1,21 @@
-//! The bytes that each token of a vocabulary stands for, so that texts can be searched across the borders of tokens.
+//! The bytes of each token of a vocabulary, so that a text can be searched across token boundaries.
 //!
 //! Read from `tokenizer.json`: byte-level vocabularies spell bytes as visible characters, those with a byte fallback write
-//! `▁` for a space and `<0xNN>` for a byte. Special tokens stand for nothing, as in decoded text. Invariant: a
-//! vocabulary of hostile or unknown form yields bytes, never an error, since worker and critic only have to agree.
+//! `▁` for a space and `<0xNN>` for a byte. Special tokens have no bytes, as in decoded text. Invariant: a vocabulary of
+//! hostile or unknown form yields bytes, never an error, because worker and critic only have to agree.
 
 use serde_json::Value;
 
+use super::byte_level::byte_of;
 use super::tokenizer::Tokenizer;
 
-/// What an id without a token stands for, as in decoded text.
+/// The text of an id without a token, as in decoded text.
 const UNKNOWN: &str = "\u{FFFD}";
 
 /// The bytes of every token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenBytes {
-    /// By id; ids beyond the end are unknown.
+    /// By id; ids without a token, and ids beyond the end, are unknown.
     pieces: Vec<Option<Box<[u8]>>>,
 }
 
@@ -29,7 +30,7 @@ enum Spelling {
 impl TokenBytes {
     /// Reads the vocabulary of a tokenizer.
     pub fn new(tokenizer: &Tokenizer) -> Self {
-        // Already parsed once when the tokenizer was made, so this cannot fail; an empty table would be harmless.
+        // The tokenizer was parsed from this text, so this cannot fail; an empty table would be harmless.
         let file: Value = serde_json::from_str(tokenizer.json()).unwrap_or_default();
         let spelling = spelling(&file["decoder"]);
         let mut bytes = Self {
@@ -74,7 +75,7 @@ impl TokenBytes {
     }
 }
 
-/// The decoder, or the first of its steps that says how bytes are spelled.
+/// The spelling that the decoder reverts; of several steps, the first that reverts one.
 fn spelling(decoder: &Value) -> Spelling {
     match decoder["type"].as_str() {
         Some("ByteLevel") => Spelling::ByteLevel,
@@ -98,7 +99,7 @@ fn spelled(token: &str, spelling: Spelling) -> Vec<u8> {
         },
         Spelling::ByteLevel => {
             let bytes: Option<Vec<u8>> = token.chars().map(byte_of).collect();
-            // As the decoder does with a token that is not spelled in bytes.
+            // As in the decoder, a token with other characters stands for itself.
             bytes.unwrap_or_else(|| token.as_bytes().to_vec())
         }
     }
@@ -113,25 +114,12 @@ fn fallback_byte(token: &str) -> Option<u8> {
     u8::from_str_radix(digits, 16).ok()
 }
 
-/// The byte that a character stands for in a byte-level vocabulary: visible Latin-1 for itself, the code points from
-/// U+0100 on for all others in order.
-fn byte_of(character: char) -> Option<u8> {
-    let visible = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    match u32::from(character) {
-        code @ 0..0x100 => Some(code as u8).filter(visible),
-        code => {
-            let mut hidden = (0..=u8::MAX).filter(|byte| !visible(byte));
-            hidden.nth((code - 0x100) as usize)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_bytes_of_tokens_are_those_of_the_decoded_text() {
+    fn the_bytes_of_tokens_join_to_the_decoded_text() {
         let tokenizer = Tokenizer::characters("ab .é\n").unwrap();
         let bytes = TokenBytes::new(&tokenizer);
         let tokens = tokenizer.encode("b é.a\n").unwrap();
@@ -140,27 +128,21 @@ mod tests {
             .flat_map(|token| bytes.of(*token).to_vec())
             .collect();
         assert_eq!(String::from_utf8(joined).unwrap(), "b é.a\n");
-        assert_eq!(bytes.of(1), b"", "special tokens are no text");
+        assert_eq!(bytes.of(1), b"", "special tokens have no text");
         assert_eq!(bytes.of(999), UNKNOWN.as_bytes());
     }
 
     #[test]
-    fn bytes_are_read_in_every_spelling() {
+    fn each_spelling_is_read() {
         assert_eq!(spelled("Ġa", Spelling::ByteLevel), b" a");
         assert_eq!(spelled("Ã©", Spelling::ByteLevel), "é".as_bytes());
         assert_eq!(spelled("▁a", Spelling::Fallback), b" a");
         assert_eq!(spelled("<0xE9>", Spelling::Fallback), [0xE9]);
         assert_eq!(spelled("<0xE9Z>", Spelling::Fallback), b"<0xE9Z>");
-        let all: Vec<u8> = (0x21..0x17F)
-            .filter_map(char::from_u32)
-            .filter_map(byte_of)
-            .collect();
-        let distinct: std::collections::BTreeSet<u8> = all.iter().copied().collect();
-        assert_eq!((all.len(), distinct.len()), (256, 256));
     }
 
     #[test]
-    fn a_decoder_of_several_steps_is_understood() {
+    fn the_spelling_is_found_among_several_decoder_steps() {
         let steps = serde_json::json!({ "type": "Sequence", "decoders": [
             { "type": "Replace", "pattern": { "String": "▁" }, "content": " " },
             { "type": "ByteFallback" }, { "type": "Fuse" },

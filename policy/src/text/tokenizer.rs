@@ -1,29 +1,24 @@
-//! Text to tokens and back, as the `tokenizer.json` beside a model says, and a small character tokenizer for models trained
-//! from scratch.
+//! Text to tokens and back, by the `tokenizer.json` of a model.
 //!
-//! Invariant: a tokenizer that was checked against a configuration yields no id that the embedding lacks.
+//! Invariant: a tokenizer that was checked against a configuration yields no id beyond the embedding.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::characters::{AlphabetError, EOS, PAD, character_settings, character_tokenizer};
 use super::chat::{ChatError, ChatTemplate, Message, Rendering, TEMPLATE_BYTES_MAX};
 use crate::config::Config;
 use crate::disk::{DiskError, read_file};
 
-pub use characters::character_tokenizer;
-use characters::{EOS, PAD, character_settings};
-
-mod characters;
-
-/// Largest tokenizer read: the longest in use have about 35 MB.
+/// Largest tokenizer read: the longest published ones have about 35 MB.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 
-/// Where a chat template stands alone.
+/// The file of a chat template, outside `tokenizer_config.json`.
 pub(crate) const CHAT_FILE: &str = "chat_template.jinja";
 
-/// Names under which the end of a text goes where no `tokenizer_config.json` names it.
+/// Names of the token that ends an answer, tried in order when `tokenizer_config.json` names none.
 const EOS_NAMES: [&str; 6] = [
     EOS,
     "<|im_end|>",
@@ -36,49 +31,32 @@ const EOS_NAMES: [&str; 6] = [
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// A file was not read.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// Not a tokenizer.
     #[error("{file} cannot be read: {reason}; use the file that came with the model")]
-    Unreadable {
-        /// Which file.
-        file: &'static str,
-        /// What is wrong.
-        reason: String,
-    },
-    /// Ids beyond the embedding.
+    Unreadable { file: &'static str, reason: String },
+    /// `token` has the highest id.
     #[error(
-        "tokenizer.json has token `{token}` with id {id}, but config.json has vocab_size = {vocab_size}; use the pair that belongs together"
+        "tokenizer.json has token `{token}` with id {id}, but config.json has vocab_size = {vocab_size}; use both files of the same model"
     )]
     Vocabulary {
-        /// The token with the highest id.
         token: String,
-        /// Its id.
         id: u32,
-        /// Rows of the embedding.
         vocab_size: usize,
     },
-    /// Text with a character that has no token.
-    #[error("text `{text}` has no tokens in this vocabulary: {reason}")]
-    Encode {
-        /// Start of the text.
-        text: String,
-        /// What the tokenizer said.
-        reason: String,
-    },
-    /// Tokens that are no text.
-    #[error("tokens cannot be turned into text: {0}")]
+    /// `text` is the start of the text.
+    #[error(
+        "text `{text}` cannot be encoded: {reason}; use only characters of the model's vocabulary"
+    )]
+    Encode { text: String, reason: String },
+    #[error(
+        "tokens cannot be decoded to text: {0}; use the tokenizer.json that came with the model"
+    )]
     Decode(String),
-    /// The chat template, or its refusal.
     #[error(transparent)]
     Chat(#[from] ChatError),
-    /// An alphabet that makes no tokenizer.
-    #[error("the alphabet {problem}; list each character once")]
-    Alphabet {
-        /// What is wrong with it.
-        problem: String,
-    },
+    #[error(transparent)]
+    Alphabet(#[from] AlphabetError),
 }
 
 /// A tokenizer, cheap to share.
@@ -96,14 +74,13 @@ struct Shared {
     highest: (String, u32),
     eos: Option<u32>,
     pad: Option<u32>,
-    /// Its text, and what became of it: a template that cannot be read is no reason to refuse a model that is not asked
-    /// for conversation.
+    /// The template's text and the template. A model with an unreadable template can still be used without chat.
     chat: Option<(String, Result<ChatTemplate, ChatError>)>,
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json` from a model's folder, with `tokenizer_config.json` and `chat_template.jinja` if they are
-    /// there; as in transformers, the file wins over a template among the settings.
+    /// Loads `tokenizer.json` from a model's folder, with `tokenizer_config.json` and `chat_template.jinja` if they exist. As
+    /// in transformers, the latter wins over a template in `tokenizer_config.json`.
     ///
     /// # Errors
     /// When the file is missing or is not a tokenizer.
@@ -111,7 +88,7 @@ impl Tokenizer {
         let hint =
             "copy it from the model that the weights came from, or write one with `muster warmup`";
         let json = read_file(&folder.join("tokenizer.json"), TOKENIZER_BYTES_MAX, hint)?;
-        // Everything needed to encode is in tokenizer.json.
+        // Encoding needs tokenizer.json only.
         let optional =
             |name: &str, bytes_max: u64| match read_file(&folder.join(name), bytes_max, hint) {
                 Ok(text) => Ok(Some(String::from_utf8_lossy(&text).into_owned())),
@@ -126,15 +103,15 @@ impl Tokenizer {
     /// Reads the text of a `tokenizer.json` and of a `tokenizer_config.json`.
     ///
     /// # Errors
-    /// When one of them is not what it should be.
+    /// When one of them is unreadable.
     pub fn parse(json: &str, settings: Option<&str>) -> Result<Self, TokenizerError> {
         Self::with_chat(json, settings, None)
     }
 
-    /// The same with the text of a `chat_template.jinja`.
+    /// Like [`Tokenizer::parse`], with the text of a `chat_template.jinja`.
     ///
     /// # Errors
-    /// As [`Tokenizer::parse`]; a template is looked at when it is asked for.
+    /// As [`Tokenizer::parse`]. An error of the template is reported by [`Tokenizer::chat_template`].
     pub fn with_chat(
         json: &str,
         settings: Option<&str>,
@@ -163,7 +140,7 @@ impl Tokenizer {
         let eos = id_named("eos_token").or_else(known);
         let pad = id_named("pad_token").or_else(|| tokenizer.token_to_id(PAD));
         let chat = chat
-            .or_else(|| ChatTemplate::of_settings(&settings))
+            .or_else(|| ChatTemplate::in_settings(&settings))
             .map(|source| {
                 let template = ChatTemplate::new(&source, &settings);
                 (source, template)
@@ -222,7 +199,7 @@ impl Tokenizer {
         self.encode_with(text, false)
     }
 
-    /// Tokens of a prompt, with what the tokenizer puts at the start of a document (most families: nothing).
+    /// Tokens of a prompt, after the tokens that open a document (most families have none).
     ///
     /// # Errors
     /// When a character has no token.
@@ -230,8 +207,8 @@ impl Tokenizer {
         self.encode_with(text, true)
     }
 
-    /// Tokens of a conversation as the model's chat template writes it. The template writes what stands at the start of a
-    /// document itself, so nothing is put around its text.
+    /// Tokens of a conversation in the form of the model's chat template. The template itself writes the tokens that open a
+    /// document.
     ///
     /// # Errors
     /// When the model has no chat template, or the template refuses the conversation.
@@ -255,8 +232,8 @@ impl Tokenizer {
 
     /// Text of tokens, without special tokens.
     ///
-    /// An id that has no token (an embedding may have more rows than the vocabulary) shows as U+FFFD, so that nothing can
-    /// be hidden in an answer.
+    /// An id without a token (an embedding may have more rows than the vocabulary) becomes U+FFFD, so that an answer cannot
+    /// hide it.
     ///
     /// # Errors
     /// When the tokenizer's decoder fails.
@@ -276,12 +253,12 @@ impl Tokenizer {
         self.shared.eos
     }
 
-    /// The token that fills batches in other software, if the tokenizer has one.
+    /// The token that pads batches in other software, if the tokenizer has one.
     pub fn pad(&self) -> Option<u32> {
         self.shared.pad
     }
 
-    /// The id of a token by its name in the vocabulary, or by its text where that is one token.
+    /// The id of a token by its name in the vocabulary, or by its text if that is a single token.
     pub fn id(&self, token: &str) -> Option<u32> {
         let named = self.shared.tokenizer.token_to_id(token);
         named.or_else(|| match self.encode(token).ok()?.as_slice() {
@@ -290,7 +267,7 @@ impl Tokenizer {
         })
     }
 
-    /// Smallest embedding that has a row for every id.
+    /// Rows that an embedding needs to hold every id.
     pub fn vocab_size(&self) -> usize {
         self.shared.highest.1 as usize + 1
     }
@@ -298,7 +275,7 @@ impl Tokenizer {
     /// The model's chat template.
     ///
     /// # Errors
-    /// When the model has none, or it cannot be read.
+    /// When the model has none, or an unreadable one.
     pub fn chat_template(&self) -> Result<&ChatTemplate, ChatError> {
         match &self.shared.chat {
             None => Err(ChatError::Missing),
@@ -323,7 +300,7 @@ impl Tokenizer {
     }
 }
 
-/// A special token in `tokenizer_config.json`: a string, or an object with its content.
+/// A special token of `tokenizer_config.json`, written as a string or as an object with its content.
 fn special<'a>(settings: &'a Value, key: &str) -> Option<&'a str> {
     let value = settings.get(key)?;
     value.as_str().or_else(|| value.get("content")?.as_str())

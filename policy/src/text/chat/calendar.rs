@@ -1,12 +1,13 @@
-//! Dates as Python's `strftime` writes them, in UTC, for templates that ask for today.
+//! Dates in UTC in the format of Python's `strftime`, for templates that write today's date.
 //!
-//! Knows no clock: the seconds are an argument. Days are counted as in Howard Hinnant's `civil_from_days`.
+//! Written by hand because no date library is in the build, and each would take longer to compile than all of this saves.
+//! Reads no clock. Days are counted as in Howard Hinnant's `civil_from_days`.
 
 use minijinja::{Error, ErrorKind};
 
 const SECONDS_PER_DAY: i64 = 86_400;
 
-/// Last second of the year 9999, the last that Python's dates reach.
+/// Last second of the year 9999, the last year of Python's dates.
 const SECONDS_MAX: i64 = 253_402_300_799;
 
 const DAYS: [&str; 7] = [
@@ -34,8 +35,8 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
-/// A date and a time of day.
-struct Moment {
+/// A date and a time of day in UTC.
+struct DateTime {
     year: i64,
     /// From 0.
     month: usize,
@@ -49,11 +50,11 @@ struct Moment {
     second: i64,
 }
 
-impl Moment {
-    fn of(seconds: i64) -> Self {
+impl DateTime {
+    fn from_unix(seconds: i64) -> Self {
         let seconds = seconds.clamp(0, SECONDS_MAX);
         let days = seconds / SECONDS_PER_DAY;
-        // Years begin in March here, so that the leap day is the last of its year.
+        // Years are counted from March, so that the leap day is the last day of its year.
         let shifted = days + 719_468;
         let era = shifted / 146_097;
         let day_of_era = shifted % 146_097;
@@ -81,12 +82,12 @@ impl Moment {
     }
 }
 
-/// `format` with its directives filled in for a moment given in seconds since 1970.
+/// Fills in the directives of `format`; `seconds` are counted from 1970.
 ///
 /// # Errors
 /// When a directive is not known.
 pub(super) fn strftime(format: &str, seconds: i64) -> Result<String, Error> {
-    let moment = Moment::of(seconds);
+    let time = DateTime::from_unix(seconds);
     let mut text = String::with_capacity(format.len() + 16);
     let mut rest = format.chars();
     while let Some(character) = rest.next() {
@@ -95,12 +96,12 @@ pub(super) fn strftime(format: &str, seconds: i64) -> Result<String, Error> {
             continue;
         }
         let directive = rest.next().unwrap_or('%');
-        text.push_str(&filled(directive, &moment)?);
+        text.push_str(&filled(directive, &time)?);
     }
     Ok(text)
 }
 
-fn filled(directive: char, at: &Moment) -> Result<String, Error> {
+fn filled(directive: char, at: &DateTime) -> Result<String, Error> {
     let (hour, minute, second) = (at.second / 3_600, at.second / 60 % 60, at.second % 60);
     let (day, month) = (DAYS[at.weekday], MONTHS[at.month]);
     let number = at.month + 1;
@@ -129,7 +130,7 @@ fn filled(directive: char, at: &Moment) -> Result<String, Error> {
         'z' => "+0000".to_owned(),
         '%' => "%".to_owned(),
         other => {
-            let problem = format!("strftime_now does not know the directive %{other}");
+            let problem = format!("strftime_now does not support the directive %{other}");
             return Err(Error::new(ErrorKind::InvalidOperation, problem));
         }
     })
@@ -147,7 +148,7 @@ mod tests {
                 0,
                 "Thu Thursday Jan January 01 01/01/70  1 1970-01-01 00 12 001 01 00 AM 00 00:00:00 4 70 1970 %",
             ),
-            // The leap day of a year that a hundred divides.
+            // The leap day of a year that is divisible by 100.
             (
                 951_827_696,
                 "Tue Tuesday Feb February 29 02/29/00 29 2000-02-29 12 12 060 02 34 PM 56 12:34:56 2 00 2000 %",

@@ -1,21 +1,21 @@
-//! Values of a template as Python's `json.dumps` writes them: `", "` and `": "` between parts, floats as `repr` shows
-//! them, no escapes beyond those that JSON asks for. Jinja's own `tojson` escapes for HTML, which would change prompts.
+//! Values of a template in the format of Python's `json.dumps`: `", "` and `": "` between parts, floats as in `repr`, and
+//! only the escapes that JSON requires. Jinja's own `tojson` escapes for HTML, which would change prompts.
 
 use std::fmt::Write as _;
 
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, Value};
 
-/// How deep values may lie within one another: a template could nest them without end.
+/// Deepest nesting written: a template could nest values without end.
 const DEPTH_MAX: usize = 100;
 
-/// Widest indentation: beyond it nothing is read any more.
+/// Widest indentation written: a template could ask for gigabytes of spaces.
 const INDENT_MAX: usize = 64;
 
 /// The options of `json.dumps` that templates use.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct JsonStyle {
-    /// Spaces by which each level is moved in; everything on one line without.
+    /// Spaces per level; absent, everything is on one line.
     pub(super) indent: Option<usize>,
     /// Whether characters beyond ASCII are escaped.
     pub(super) ascii: bool,
@@ -26,7 +26,7 @@ pub(super) struct JsonStyle {
 /// `value` as JSON text.
 ///
 /// # Errors
-/// When a part of it has no place in JSON, or lies too deep.
+/// When a value has no JSON form, or is nested too deep.
 pub(super) fn python_json(value: &Value, style: JsonStyle) -> Result<String, Error> {
     let mut writer = Writer {
         text: String::new(),
@@ -52,7 +52,7 @@ impl Writer {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > DEPTH_MAX {
             return Err(refused(format!(
-                "tojson met values {DEPTH_MAX} levels deep"
+                "tojson supports at most {DEPTH_MAX} levels of nesting"
             )));
         }
         match value.kind() {
@@ -65,7 +65,7 @@ impl Writer {
             ValueKind::Map => self.map(value, depth)?,
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
-                self.nested(('[', ']'), &items, depth, |writer, item| {
+                self.nested('[', ']', &items, depth, |writer, item| {
                     writer.value(item, depth + 1)
                 })?;
             }
@@ -84,7 +84,7 @@ impl Writer {
             return Ok(());
         }
         let number = f64::try_from(value.clone())?;
-        // Rust and Python change to exponents at the same sizes, and write them differently: 1e16 and 1e+16.
+        // Rust and Python switch to exponents at the same magnitudes, but write 1e16 and 1e+16.
         let shown = format!("{number:?}");
         let text = match shown.split_once('e') {
             _ if number.is_nan() => "NaN".to_owned(),
@@ -108,14 +108,18 @@ impl Writer {
                 ValueKind::None => "null".to_owned(),
                 ValueKind::Bool => key.to_string().to_lowercase(),
                 ValueKind::Number => key.to_string(),
-                other => return Err(refused(format!("tojson met a key of kind {other}"))),
+                other => {
+                    return Err(refused(format!(
+                        "tojson cannot write a key of kind {other}"
+                    )));
+                }
             };
             pairs.push((name, value.get_item(&key)?));
         }
         if self.style.sorted {
             pairs.sort_by(|a, b| a.0.cmp(&b.0));
         }
-        self.nested(('{', '}'), &pairs, depth, |writer, (name, item)| {
+        self.nested('{', '}', &pairs, depth, |writer, (name, item)| {
             writer.string(name);
             writer.text.push_str(": ");
             writer.value(item, depth + 1)
@@ -124,7 +128,8 @@ impl Writer {
 
     fn nested<T>(
         &mut self,
-        (open, close): (char, char),
+        open: char,
+        close: char,
         items: &[T],
         depth: usize,
         mut write: impl FnMut(&mut Self, &T) -> Result<(), Error>,
@@ -132,7 +137,7 @@ impl Writer {
         self.text.push(open);
         for (place, item) in items.iter().enumerate() {
             if place > 0 {
-                // Python drops the space where a line break follows.
+                // Python omits the space before a line break.
                 let between = if self.style.indent.is_some() {
                     ","
                 } else {

@@ -20,16 +20,16 @@ fn rendered(source: &str, content: &str) -> Result<String, ChatError> {
     template(source).render(&[Message::user(content)], Rendering::PROMPT)
 }
 
-fn speaker(role: &str) -> Speaker {
-    match role {
-        "system" => Speaker::System,
-        "user" => Speaker::User,
-        _ => Speaker::Assistant,
+fn role(name: &str) -> ChatRole {
+    match name {
+        "system" => ChatRole::System,
+        "user" => ChatRole::User,
+        _ => ChatRole::Assistant,
     }
 }
 
 #[test]
-fn published_templates_give_the_text_that_transformers_gives() {
+fn published_templates_give_the_text_of_transformers() {
     let expected: Json = serde_json::from_str(&testdata("expected.json")).unwrap();
     let mut compared = 0;
     for (name, entry) in expected.as_object().unwrap() {
@@ -39,12 +39,12 @@ fn published_templates_give_the_text_that_transformers_gives() {
             let turns = case["messages"].as_array().unwrap().iter();
             let messages: Vec<Message<'_>> = turns
                 .map(|turn| Message {
-                    speaker: speaker(turn["role"].as_str().unwrap()),
+                    role: role(turn["role"].as_str().unwrap()),
                     content: turn["content"].as_str().unwrap(),
                 })
                 .collect();
             let rendering = Rendering {
-                answer_next: case["answer_next"].as_bool().unwrap(),
+                add_generation_prompt: case["answer_next"].as_bool().unwrap(),
                 unix_seconds: case["unix_seconds"].as_i64(),
             };
             let text = template.render(&messages, rendering);
@@ -60,7 +60,7 @@ fn published_templates_give_the_text_that_transformers_gives() {
 }
 
 #[test]
-fn python_s_habits_are_kept_where_jinja_in_rust_has_others() {
+fn python_s_behaviour_is_kept_where_minijinja_differs() {
     for (source, expected) in [
         ("{% if true %}\n  x\n  {% endif %}\ny", "  x\ny"),
         ("{{ messages[0].content | trim }}|", "a|"),
@@ -118,7 +118,7 @@ fn json_is_written_as_python_writes_it() {
 }
 
 #[test]
-fn a_refusal_of_the_template_is_told_in_its_words() {
+fn an_exception_of_the_template_is_reported_in_its_words() {
     let source = "{{ raise_exception('roles must alternate') }}";
     let error = rendered(source, "x").unwrap_err().to_string();
     assert!(error.contains("roles must alternate"), "{error}");
@@ -126,7 +126,7 @@ fn a_refusal_of_the_template_is_told_in_its_words() {
 }
 
 #[test]
-fn what_is_no_template_or_never_ends_is_refused() {
+fn an_unreadable_or_endless_template_is_refused() {
     let unread = ChatTemplate::new("{% if %}", &Json::Null);
     assert!(matches!(unread, Err(ChatError::Unreadable(_))));
     let large = ChatTemplate::new(&" ".repeat((1 << 20) + 1), &Json::Null);
@@ -147,17 +147,17 @@ fn what_is_no_template_or_never_ends_is_refused() {
 }
 
 #[test]
-fn of_several_templates_the_default_is_taken() {
+fn the_default_is_chosen_among_several_templates() {
     let several = json!({"chat_template": [
         {"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}
     ]});
-    assert_eq!(ChatTemplate::of_settings(&several).as_deref(), Some("b"));
+    assert_eq!(ChatTemplate::in_settings(&several).as_deref(), Some("b"));
     assert_eq!(
-        ChatTemplate::of_settings(&json!({"chat_template": "c"})).as_deref(),
+        ChatTemplate::in_settings(&json!({"chat_template": "c"})).as_deref(),
         Some("c")
     );
     assert_eq!(
-        ChatTemplate::of_settings(&json!({"chat_template": [1, {"name": "default"}]})),
+        ChatTemplate::in_settings(&json!({"chat_template": [1, {"name": "default"}]})),
         None
     );
 }
