@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 
-use muster_policy::{Config, ConfigError, WeightsError, weight_file_names};
+use muster_policy::{Config, ModelConfigError, WeightsError, weight_file_names};
 
 use self::client::Client;
 
@@ -160,7 +160,7 @@ pub enum HubError {
         /// Which.
         id: String,
         /// Why.
-        reason: ConfigError,
+        reason: ModelConfigError,
     },
     /// The list of weight files is none.
     #[error(transparent)]

@@ -1,6 +1,6 @@
 //! Why a policy could not be loaded, or could not answer.
 
-use crate::config::ConfigError;
+use crate::config::ModelConfigError;
 use crate::disk::DiskError;
 use crate::weights::WeightsError;
 
@@ -9,7 +9,7 @@ use crate::weights::WeightsError;
 pub enum PolicyError {
     /// The configuration is not one that runs.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(#[from] ModelConfigError),
     /// The weights do not belong to the configuration, or are damaged.
     #[error(transparent)]
     Weights(#[from] WeightsError),

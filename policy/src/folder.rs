@@ -8,7 +8,7 @@ use candle_core::Device;
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::config::{Config, ConfigError, TokenIds};
+use crate::config::{Config, ModelConfigError, TokenIds};
 use crate::disk::{CONFIG_BYTES_MAX, DiskError, create_folder, read_file, write_atomically};
 use crate::error::PolicyError;
 use crate::kernels::KernelSet;
@@ -36,7 +36,7 @@ pub enum FolderError {
     Generation(String),
     /// A stop token that the embedding lacks.
     #[error("generation_config.json does not fit: {0}")]
-    StopTokens(ConfigError),
+    StopTokens(ModelConfigError),
 }
 
 /// A whole model.

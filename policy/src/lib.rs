@@ -32,7 +32,7 @@ mod testing;
 
 pub use candle_core::Device;
 
-pub use config::{Architecture, Config, ConfigError, LayerType, Rope, RopeScaling};
+pub use config::{Architecture, Config, LayerType, ModelConfigError, Rope, RopeScaling};
 pub use device::{DeviceError, device};
 pub use disk::{DiskError, read_file, write_atomically};
 pub use engine::{

@@ -1,16 +1,16 @@
-//! Families of decoders: what is the same in every model of a family, and what a file that leaves a key out means by it.
+//! Families of decoders: the properties that all models of a family share.
 //!
-//! Knows no weights and no kernels. Invariant: nothing else in the crate asks which family it runs; the differences between
-//! families are the values of one [`Family`] and of the configuration's fields.
+//! Knows no weights and no kernels. Invariant: kernels and decoder never ask for the family; all differences between families
+//! are values of a [`Family`] and of the configuration's fields.
 
 use std::fmt;
 
-use super::{Config, ConfigError, LayerType, Rope};
+use super::error::ModelConfigError;
 
 /// A family of decoders that this crate runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
-    /// Llama 3 and what follows its form (SmolLM2): RMS norm, rotary embedding, grouped attention, gated MLP.
+    /// Llama 3 and models of the same form (SmolLM2): RMS norm, rotary embedding, grouped attention, gated MLP.
     Llama,
     /// Qwen2 and Qwen2.5: biases on q, k and v.
     Qwen2,
@@ -20,7 +20,7 @@ pub enum Architecture {
     Gemma3,
 }
 
-/// Function between gate and product in the gated MLP.
+/// Activation function of the gate in the MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Activation {
     /// `x·σ(x)`
@@ -29,7 +29,6 @@ pub(crate) enum Activation {
     GeluTanh,
 }
 
-/// What the models of a family share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Family {
     /// Name in `model_type`.
@@ -44,17 +43,17 @@ pub(crate) struct Family {
     pub(crate) always_biased: bool,
     /// Norms on each head of q and k.
     pub(crate) head_norms: bool,
-    /// Norms on what a branch adds to the residual stream, and not only on what it reads.
+    /// Norms on the output of each branch as well as on its input.
     pub(crate) branch_norms: bool,
     /// Added to the weight of every norm.
     pub(crate) norm_offset: f32,
-    /// Whether embeddings are multiplied by √width.
+    /// Whether embeddings are multiplied by √hidden_size.
     pub(crate) scales_embeddings: bool,
-    /// Rotary base of layers with a sliding window, where those have an embedding of their own.
+    /// Rotary base of layers with a sliding window, if it differs.
     pub(crate) local_theta: Option<f64>,
-    /// Whether models of images and text hold this decoder, under names of their own.
-    pub(crate) within_images: bool,
-    /// Whether the keys of Qwen say which layers have a sliding window.
+    /// Whether multimodal models contain this decoder, under other tensor names.
+    pub(crate) in_multimodal: bool,
+    /// Whether Qwen's keys select the layers with a sliding window.
     pub(crate) windows_by_depth: bool,
 }
 
@@ -70,7 +69,7 @@ const LLAMA: Family = Family {
     norm_offset: 0.0,
     scales_embeddings: false,
     local_theta: None,
-    within_images: false,
+    in_multimodal: false,
     windows_by_depth: false,
 };
 
@@ -102,94 +101,31 @@ const GEMMA3: Family = Family {
     norm_offset: 1.0,
     scales_embeddings: true,
     local_theta: Some(10_000.0),
-    within_images: true,
+    in_multimodal: true,
     windows_by_depth: false,
 };
 
 impl Architecture {
-    /// Names as they stand in `model_type`, for error messages.
-    pub(super) const RUNS: &'static str = "llama, qwen2, qwen3, gemma3_text, gemma3 (its text)";
+    /// Values of `model_type`, for error messages.
+    pub(super) const SUPPORTED: &'static str =
+        "llama, qwen2, qwen3, gemma3_text, gemma3 (text only)";
 
-    /// The family that a `model_type` names.
-    pub(super) fn named(model_type: &str) -> Result<Self, ConfigError> {
+    pub(super) fn from_model_type(model_type: &str) -> Result<Self, ModelConfigError> {
         [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3]
             .into_iter()
             .find(|architecture| architecture.family().model_type == model_type)
-            .ok_or_else(|| ConfigError::Architecture {
+            .ok_or_else(|| ModelConfigError::Architecture {
                 model_type: model_type.to_owned(),
-                runs: Self::RUNS,
+                supported: Self::SUPPORTED,
             })
     }
 
-    /// What its models share.
     pub(crate) fn family(self) -> &'static Family {
         match self {
             Self::Llama => &LLAMA,
             Self::Qwen2 => &QWEN2,
             Self::Qwen3 => &QWEN3,
             Self::Gemma3 => &GEMMA3,
-        }
-    }
-
-    /// The sizes that transformers gives to keys that a file of this family leaves out; published files of Gemma 3 leave
-    /// most of them out. No special tokens: those of another model would be wrong in silence.
-    pub fn defaults(self) -> Config {
-        let llama = Config {
-            architecture: self,
-            vocab_size: 32_000,
-            hidden_size: 4096,
-            intermediate_size: 11_008,
-            num_hidden_layers: 32,
-            num_attention_heads: 32,
-            num_key_value_heads: 32,
-            head_dim: None,
-            max_position_embeddings: 2048,
-            rope: Rope::plain(10_000.0),
-            local_rope: None,
-            layer_types: Vec::new(),
-            sliding_window: None,
-            rms_norm_eps: 1e-6,
-            attention_bias: false,
-            mlp_bias: false,
-            query_pre_attn_scalar: None,
-            attn_logit_softcapping: None,
-            final_logit_softcapping: None,
-            tie_word_embeddings: false,
-            bos_token_id: None,
-            eos_token_ids: Vec::new(),
-            pad_token_id: None,
-            unknown: serde_json::Map::new(),
-        };
-        let qwen = Config {
-            vocab_size: 151_936,
-            intermediate_size: 22_016,
-            max_position_embeddings: 32_768,
-            ..llama.clone()
-        };
-        match self {
-            Self::Llama => llama,
-            Self::Qwen2 => qwen,
-            Self::Qwen3 => Config {
-                head_dim: Some(128),
-                ..qwen
-            },
-            Self::Gemma3 => Config {
-                vocab_size: 262_208,
-                hidden_size: 2304,
-                intermediate_size: 9216,
-                num_hidden_layers: 26,
-                num_attention_heads: 8,
-                num_key_value_heads: 4,
-                head_dim: Some(256),
-                max_position_embeddings: 131_072,
-                rope: Rope::plain(1_000_000.0),
-                local_rope: self.family().local_theta.map(Rope::plain),
-                layer_types: LayerType::every(6, 26),
-                sliding_window: Some(4096),
-                query_pre_attn_scalar: Some(256.0),
-                tie_word_embeddings: true,
-                ..llama
-            },
         }
     }
 }

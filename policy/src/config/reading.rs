@@ -1,16 +1,21 @@
-//! From the keys of a `config.json` to a [`Config`]: which keys count, what stands for those left out, and what is refused
-//! because it would change the function that the weights were trained for.
+//! Reads a `config.json` into a [`Config`]: which keys are read, their defaults, and which keys are refused because they
+//! change what the model computes.
 //!
-//! Knows nothing of bounds, which [`Config::validate`] checks afterwards. Invariant: a key that changes what the decoder
-//! computes is either read or refused by name; all others are kept as they are.
+//! Bounds are checked afterwards by [`Config::validate`]. Invariant: a key that changes what the decoder computes is read or
+//! refused by name; all others are kept unchanged.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::bounds::{LAYERS_MAX, check_size};
+use super::error::ModelConfigError;
 use super::family::Architecture;
-use super::{Config, ConfigError, LayerType, Rope, RopeScaling, TokenIds};
+use super::layers::LayerType;
+use super::rope::{Rope, RopeScaling};
+use super::shape::{Config, TokenIds};
+use super::writing;
 
-/// Keys whose values are in a [`Config`] once it is read, so that they are not kept a second time.
+/// Keys that are read, or follow from others, and that [`writing::keys`] may leave out; they are not kept as unknown.
 const READ: [&str; 12] = [
     "architectures",
     "attn_logit_softcapping",
@@ -26,8 +31,8 @@ const READ: [&str; 12] = [
     "torch_dtype",
 ];
 
-/// Keys that change what is computed, by which a model says that it is more than its family. They may be absent, null,
-/// false, zero or empty.
+/// Keys of models that compute more than their family does, and the supported value. They may be absent, null, false, zero
+/// or empty.
 const REFUSED: [(&str, &str); 10] = [
     ("auto_map", "no code of its own"),
     ("attention_chunk_size", "null"),
@@ -41,7 +46,6 @@ const REFUSED: [(&str, &str); 10] = [
     ("use_mrope", "false"),
 ];
 
-/// The keys that are read; unknown keys are other software's.
 #[derive(Deserialize)]
 struct Raw {
     vocab_size: Option<usize>,
@@ -66,7 +70,7 @@ struct Raw {
     hidden_act: Option<String>,
     hidden_activation: Option<String>,
     use_sliding_window: Option<bool>,
-    /// A file may leave it out, which stands for a window, or say null, which stands for none.
+    /// Absent means the default window, null means no window.
     #[serde(default = "window_default")]
     sliding_window: Option<usize>,
     sliding_window_pattern: Option<usize>,
@@ -80,21 +84,33 @@ struct Raw {
     pad_token_id: Option<u32>,
 }
 
-/// Transformers' default in every family that has windows.
+/// Transformers' default in every family with sliding windows.
 fn window_default() -> Option<usize> {
     Some(4096)
 }
 
+impl Config {
+    /// Reads the text of a `config.json`.
+    ///
+    /// # Errors
+    /// When the text is unreadable, or describes a decoder that this crate does not run.
+    pub fn parse(text: &str) -> Result<Self, ModelConfigError> {
+        let config = read(text)?;
+        config.validate()?;
+        Ok(config)
+    }
+}
+
 /// Reads the text of a `config.json` without checking bounds.
-pub(super) fn read(text: &str) -> Result<Config, ConfigError> {
-    let unreadable = |error: serde_json::Error| ConfigError::Unreadable(error.to_string());
+fn read(text: &str) -> Result<Config, ModelConfigError> {
+    let unreadable = |error: serde_json::Error| ModelConfigError::Unreadable(error.to_string());
     let file: Map<String, Value> = serde_json::from_str(text).map_err(unreadable)?;
     let (architecture, keys) = text_decoder(file)?;
     refuse_extensions(&keys)?;
     let raw: Raw = serde_json::from_value(Value::Object(keys.clone())).map_err(unreadable)?;
     raw.refuse_unsupported(architecture)?;
     let mut config = raw.config(architecture)?;
-    let written = super::writing::keys(&config, "");
+    let written = writing::keys(&config, "");
     config.unknown = keys
         .into_iter()
         .filter(|(key, _)| !READ.contains(&key.as_str()) && !written.contains_key(key))
@@ -102,27 +118,28 @@ pub(super) fn read(text: &str) -> Result<Config, ConfigError> {
     Ok(config)
 }
 
-/// The family and its keys. Of a model of images and text, those of the text: special tokens and tying, which stand
-/// beside them in such a file, are taken along.
+/// The family and its keys. A multimodal model has them in `text_config`, except special tokens and tying.
 fn text_decoder(
     mut file: Map<String, Value>,
-) -> Result<(Architecture, Map<String, Value>), ConfigError> {
+) -> Result<(Architecture, Map<String, Value>), ModelConfigError> {
     let text_of = |keys: &Map<String, Value>, key: &str| {
         keys.get(key).and_then(Value::as_str).map(str::to_owned)
     };
-    // The family is looked at first: a file of another family lacks keys, and saying which would mislead.
+    // The family comes first: a file of another family may lack keys, and an error about those would mislead.
     let model_type = text_of(&file, "model_type").unwrap_or_else(|| "(none)".to_owned());
     if model_type != "gemma3" {
-        let architecture = Architecture::named(&model_type)?;
+        let architecture = Architecture::from_model_type(&model_type)?;
         refuse_class(&file, architecture.family().class)?;
         return Ok((architecture, file));
     }
     refuse_class(&file, "Gemma3ForConditionalGeneration")?;
     let Some(Value::Object(mut keys)) = file.remove("text_config") else {
-        return Err(ConfigError::Unreadable("text_config is missing".to_owned()));
+        return Err(ModelConfigError::Unreadable(
+            "text_config is missing".to_owned(),
+        ));
     };
     let inner = text_of(&keys, "model_type").unwrap_or_else(|| "gemma3_text".to_owned());
-    let architecture = Architecture::named(&inner)?;
+    let architecture = Architecture::from_model_type(&inner)?;
     for key in [
         "bos_token_id",
         "eos_token_id",
@@ -136,21 +153,21 @@ fn text_decoder(
     Ok((architecture, keys))
 }
 
-/// A class other than the language model's has other weights: a classifier has no head over the vocabulary.
-fn refuse_class(file: &Map<String, Value>, class: &'static str) -> Result<(), ConfigError> {
+/// Other classes have other weights: a classifier has no head over the vocabulary.
+fn refuse_class(file: &Map<String, Value>, class: &'static str) -> Result<(), ModelConfigError> {
     let classes = file.get("architectures").and_then(Value::as_array);
     let named = classes.into_iter().flatten().filter_map(Value::as_str);
     match named.into_iter().find(|&name| name != class) {
         None => Ok(()),
-        Some(other) => Err(ConfigError::Unsupported {
+        Some(other) => Err(ModelConfigError::Unsupported {
             key: "architectures",
             value: other.to_owned(),
-            accepted: class,
+            supported: class,
         }),
     }
 }
 
-fn refuse_extensions(keys: &Map<String, Value>) -> Result<(), ConfigError> {
+fn refuse_extensions(keys: &Map<String, Value>) -> Result<(), ModelConfigError> {
     for (key, accepted) in REFUSED {
         let absent = match keys.get(key) {
             None | Some(Value::Null | Value::Bool(false)) => true,
@@ -160,17 +177,17 @@ fn refuse_extensions(keys: &Map<String, Value>) -> Result<(), ConfigError> {
             Some(_) => false,
         };
         if !absent {
-            return Err(ConfigError::Unsupported {
+            return Err(ModelConfigError::Unsupported {
                 key,
                 value: brief(&keys[key]),
-                accepted,
+                supported: accepted,
             });
         }
     }
     Ok(())
 }
 
-/// The start of a value, for a message of one line.
+/// The start of a value, for a one-line message.
 fn brief(value: &Value) -> String {
     const CHARACTERS: usize = 80;
     let text = value.to_string();
@@ -181,13 +198,13 @@ fn brief(value: &Value) -> String {
 }
 
 impl Raw {
-    fn refuse_unsupported(&self, architecture: Architecture) -> Result<(), ConfigError> {
+    fn refuse_unsupported(&self, architecture: Architecture) -> Result<(), ModelConfigError> {
         let family = architecture.family();
         let refuse = |key, value: String, accepted| {
-            Err(ConfigError::Unsupported {
+            Err(ModelConfigError::Unsupported {
                 key,
                 value,
-                accepted,
+                supported: accepted,
             })
         };
         for (key, activation) in [
@@ -210,14 +227,13 @@ impl Raw {
         Ok(())
     }
 
-    fn config(self, architecture: Architecture) -> Result<Config, ConfigError> {
+    fn config(self, architecture: Architecture) -> Result<Config, ModelConfigError> {
         let defaults = architecture.defaults();
         let num_hidden_layers = self.num_hidden_layers.unwrap_or(defaults.num_hidden_layers);
         let heads = self
             .num_attention_heads
             .unwrap_or(defaults.num_attention_heads);
-        // A family that groups heads by default does so whatever their number; elsewhere a file without the key has no
-        // grouping.
+        // Without the key, a family that groups heads by default keeps its number of groups; others do not group.
         let grouped = defaults.num_key_value_heads != defaults.num_attention_heads;
         let key_heads = if grouped {
             defaults.num_key_value_heads
@@ -265,19 +281,20 @@ impl Raw {
         })
     }
 
-    /// Embeddings of layers that see everything and of those with a window.
+    /// Rotary embeddings of layers with full attention and with sliding windows.
     ///
-    /// Files of transformers 4 have `rope_theta` and `rope_scaling`, those of 5 `rope_parameters` with the same keys, which
-    /// Gemma splits by kind of layer. Where both stand, transformers takes `rope_scaling`, and the base from inside first.
+    /// Files of transformers 4 have `rope_theta` and `rope_scaling`. Files of transformers 5 have `rope_parameters` with the
+    /// same keys, which Gemma splits by layer type. If both exist, transformers prefers `rope_scaling`, and an inner
+    /// `rope_theta` over an outer one.
     fn ropes(
         &self,
         defaults: &Config,
         positions: usize,
-    ) -> Result<(Rope, Option<Rope>), ConfigError> {
+    ) -> Result<(Rope, Option<Rope>), ModelConfigError> {
         let empty = Map::new();
         let parameters = self.rope_parameters.as_ref().unwrap_or(&empty);
         let scaling = self.rope_scaling.as_ref().filter(|keys| !keys.is_empty());
-        let outer = Outer {
+        let outer = OuterKeys {
             theta: self.rope_theta.unwrap_or(defaults.rope.theta),
             positions: self.original_max_position_embeddings,
             positions_default: positions,
@@ -296,7 +313,7 @@ impl Raw {
                 .flatten()
                 .map(|(key, value)| (key.clone(), value.clone())),
         );
-        let local = Outer {
+        let local = OuterKeys {
             theta: self.rope_local_base_freq.unwrap_or(local.theta),
             ..outer
         };
@@ -309,15 +326,9 @@ impl Raw {
         defaults: &Config,
         architecture: Architecture,
         layers: usize,
-    ) -> Result<Vec<LayerType>, ConfigError> {
-        // Before anything is made of that size.
-        if layers > super::LAYERS_MAX {
-            return Err(ConfigError::Size {
-                key: "num_hidden_layers",
-                value: layers,
-                max: super::LAYERS_MAX,
-            });
-        }
+    ) -> Result<Vec<LayerType>, ModelConfigError> {
+        // Checked before a list of that size is made.
+        check_size("num_hidden_layers", layers, LAYERS_MAX)?;
         let by_depth = architecture.family().windows_by_depth;
         let slides = match architecture {
             _ if by_depth => self.use_sliding_window == Some(true) && self.sliding_window.is_some(),
@@ -326,13 +337,13 @@ impl Raw {
         if let Some(names) = &self.layer_types {
             let types: Vec<_> = names
                 .iter()
-                .map(|name| LayerType::named(name))
+                .map(|name| LayerType::from_name(name))
                 .collect::<Result<_, _>>()?;
             if types.contains(&LayerType::Sliding) && !slides {
-                return Err(ConfigError::Unsupported {
+                return Err(ModelConfigError::Unsupported {
                     key: "layer_types",
                     value: LayerType::Sliding.name().to_owned(),
-                    accepted: "full_attention in every layer, unless the family and use_sliding_window allow a window",
+                    supported: "full_attention in every layer, unless the family and use_sliding_window allow a window",
                 });
             }
             return Ok(types);
@@ -341,42 +352,36 @@ impl Raw {
             return Ok(Vec::new());
         }
         if by_depth {
-            // Transformers' default for files that leave it out.
+            // 28 is transformers' default.
             let first = self.max_window_layers.unwrap_or(28);
-            let kind = |layer| {
+            let layer_type = |layer| {
                 if layer >= first {
                     LayerType::Sliding
                 } else {
                     LayerType::Full
                 }
             };
-            return Ok((0..layers).map(kind).collect());
+            return Ok((0..layers).map(layer_type).collect());
         }
         let period = self.sliding_window_pattern.unwrap_or(6);
-        if period == 0 {
-            return Err(ConfigError::Size {
-                key: "sliding_window_pattern",
-                value: 0,
-                max: super::LAYERS_MAX,
-            });
-        }
+        check_size("sliding_window_pattern", period, LAYERS_MAX)?;
         Ok(LayerType::every(period, layers))
     }
 }
 
-/// What stands beside the keys of a rotary embedding.
+/// Values outside the keys of a rotary embedding.
 #[derive(Clone, Copy)]
-struct Outer {
+struct OuterKeys {
     theta: f64,
-    /// Positions first trained on, where the file says them outside; there they count more than inside.
+    /// Positions of the original training. They take precedence over the inner key.
     positions: Option<usize>,
-    /// For a file that does not say them.
+    /// For files without that key.
     positions_default: usize,
 }
 
-fn read_rope(keys: &Map<String, Value>, outer: &Outer) -> Result<Rope, ConfigError> {
+fn read_rope(keys: &Map<String, Value>, outer: &OuterKeys) -> Result<Rope, ModelConfigError> {
     let unreadable = |error: serde_json::Error| {
-        ConfigError::Unreadable(format!("the keys of its rotary embedding: {error}"))
+        ModelConfigError::Unreadable(format!("the keys of its rotary embedding: {error}"))
     };
     let kind = ["rope_type", "type"]
         .iter()
@@ -386,10 +391,10 @@ fn read_rope(keys: &Map<String, Value>, outer: &Outer) -> Result<Rope, ConfigErr
         .get("partial_rotary_factor")
         .filter(|part| part.as_f64() != Some(1.0));
     if let Some(part) = partial.filter(|part| !part.is_null()) {
-        return Err(ConfigError::Unsupported {
+        return Err(ModelConfigError::Unsupported {
             key: "partial_rotary_factor",
             value: brief(part),
-            accepted: "1",
+            supported: "1",
         });
     }
     let mut keys = keys.clone();
@@ -414,10 +419,10 @@ fn read_rope(keys: &Map<String, Value>, outer: &Outer) -> Result<Rope, ConfigErr
         Some(theta) => theta.as_f64().unwrap_or(f64::NAN),
     };
     if !["default", "linear", "dynamic", "llama3", "yarn"].contains(&kind) {
-        return Err(ConfigError::Unsupported {
+        return Err(ModelConfigError::Unsupported {
             key: "rope_type",
             value: kind.chars().take(80).collect(),
-            accepted: RopeScaling::RUNS,
+            supported: RopeScaling::SUPPORTED,
         });
     }
     let scaling = serde_json::from_value(Value::Object(keys)).map_err(unreadable)?;

@@ -1,49 +1,49 @@
-//! Rotary embedding: the angle by which each pair of a head turns from one position to the next, and how published
-//! models stretch those angles to contexts longer than they were trained on.
+//! Rotary embedding: the angle by which each pair of a head rotates per position, and how published models scale those
+//! angles to contexts longer than they were trained on.
 //!
-//! Frequencies are computed in f32, operation for operation as Hugging Face transformers computes them: at position
-//! 100,000 a frequency that differs in its last bit turns by another hundredth of a radian. Invariant: angles depend on
-//! the position alone, never on the length of the text.
+//! Frequencies are computed in f32 with the same operations as in Hugging Face transformers: at position 100,000, a
+//! difference in the last bit of a frequency is a hundredth of a radian. Invariant: angles depend on the position alone,
+//! never on the length of the text.
 
 use std::f64::consts::PI;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, POSITIONS_MAX};
+use super::bounds::{POSITIONS_MAX, check_number, check_size};
+use super::error::ModelConfigError;
 
-/// Bases above this would leave f32 when stretched; published ones end at 10⁷ or so.
+/// Larger bases would overflow f32 when scaled; published ones go up to about 10⁷.
 const THETA_MAX: f64 = 1e15;
 
-/// Largest factor of a scaling: far above the 64 of published models.
+/// Largest scaling factor: published models have up to 64.
 const FACTOR_MAX: f64 = 1e6;
 
 /// Rotary embedding of one kind of layers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// Base of the angles.
+    /// Base of the angles, ≥ 1.
     pub theta: f64,
-    /// How they are stretched.
     pub scaling: RopeScaling,
 }
 
-/// How angles are stretched. Names and fields are those of `rope_scaling` in `config.json`.
+/// How angles are scaled. Names and fields are those of `rope_scaling` in `config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "rope_type", rename_all = "lowercase")]
 pub enum RopeScaling {
-    /// Not at all.
+    /// Angles are not scaled.
     Default,
     /// Every frequency divided by the factor.
     Linear {
         /// At least 1.
         factor: f64,
     },
-    /// A base that grows with texts longer than `max_position_embeddings`. Such texts are refused here, and up to there
-    /// it is the same as [`RopeScaling::Default`].
+    /// The base grows with texts longer than `max_position_embeddings`. This crate refuses such texts; for shorter ones it
+    /// equals [`RopeScaling::Default`].
     Dynamic {
         /// At least 1.
         factor: f64,
     },
-    /// Low frequencies divided by the factor, high ones kept, those between blended (Llama 3.1).
+    /// Low frequencies are divided by the factor, high ones kept, those between interpolated (Llama 3.1).
     Llama3 {
         /// At least 1.
         factor: f64,
@@ -51,43 +51,41 @@ pub enum RopeScaling {
         low_freq_factor: f64,
         /// Wavelengths below `original_max_position_embeddings` over this are high frequencies.
         high_freq_factor: f64,
-        /// Positions that the model was first trained on.
+        /// Positions of the original training.
         original_max_position_embeddings: usize,
     },
-    /// The same by ramps over the pairs, and a factor on the attention (YaRN, arXiv:2309.00071).
+    /// Like Llama 3.1, with a linear ramp over the pairs and a factor on the attention (YaRN, arXiv:2309.00071).
     Yarn {
         /// At least 1.
         factor: f64,
-        /// Positions that the model was first trained on.
+        /// Positions of the original training.
         original_max_position_embeddings: usize,
         /// Multiplies cosines and sines; by default `0.1·ln(factor) + 1`.
         #[serde(skip_serializing_if = "Option::is_none")]
         attention_factor: Option<f64>,
-        /// Turns within the original context above which a pair is kept; 32 by default.
+        /// A pair with more rotations within the original context is kept; 32 by default.
         #[serde(skip_serializing_if = "Option::is_none")]
         beta_fast: Option<f64>,
-        /// Turns below which it is divided by the factor; 1 by default.
+        /// A pair with fewer rotations is divided by the factor; 1 by default.
         #[serde(skip_serializing_if = "Option::is_none")]
         beta_slow: Option<f64>,
-        /// With `mscale_all_dim`, another way to say the attention's factor.
+        /// Together with `mscale_all_dim`, an alternative to `attention_factor`.
         #[serde(skip_serializing_if = "Option::is_none")]
         mscale: Option<f64>,
-        /// See `mscale`.
         #[serde(skip_serializing_if = "Option::is_none")]
         mscale_all_dim: Option<f64>,
-        /// Whether the ends of the ramp are rounded to whole pairs; they are by default.
+        /// Whether the ends of the ramp are rounded to whole pairs; true by default.
         #[serde(skip_serializing_if = "Option::is_none")]
         truncate: Option<bool>,
     },
 }
 
 impl RopeScaling {
-    /// Names as they stand in `rope_type`, for error messages.
-    pub(super) const RUNS: &'static str = "default, linear, dynamic, llama3 or yarn";
+    /// Values of `rope_type`, for error messages.
+    pub(super) const SUPPORTED: &'static str = "default, linear, dynamic, llama3 or yarn";
 }
 
 impl Rope {
-    /// Angles that are not stretched.
     pub fn plain(theta: f64) -> Self {
         Self {
             theta,
@@ -95,18 +93,15 @@ impl Rope {
         }
     }
 
-    /// Checks every number.
-    ///
-    /// # Errors
-    /// Names the first that is out of bounds.
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        number(
+    pub(super) fn validate(&self) -> Result<(), ModelConfigError> {
+        check_number(
             "rope_theta",
             self.theta,
             1.0..=THETA_MAX,
             "between 1 and 1e15",
         )?;
-        let factor = |value| number("rope factor", value, 1.0..=FACTOR_MAX, "between 1 and 1e6");
+        let factor =
+            |value| check_number("rope factor", value, 1.0..=FACTOR_MAX, "between 1 and 1e6");
         match self.scaling {
             RopeScaling::Default => Ok(()),
             RopeScaling::Linear { factor: by } | RopeScaling::Dynamic { factor: by } => factor(by),
@@ -117,16 +112,16 @@ impl Rope {
                 original_max_position_embeddings: original,
             } => {
                 factor(by)?;
-                positions(original)?;
-                number("low_freq_factor", low, 1e-3..=1e6, "between 0.001 and 1e6")?;
-                number(
+                check_size("original_max_position_embeddings", original, POSITIONS_MAX)?;
+                check_number("low_freq_factor", low, 1e-3..=1e6, "between 0.001 and 1e6")?;
+                check_number(
                     "high_freq_factor",
                     high,
                     1e-3..=1e6,
                     "between 0.001 and 1e6",
                 )?;
                 if high <= low {
-                    return Err(ConfigError::Number {
+                    return Err(ModelConfigError::Number {
                         key: "high_freq_factor",
                         value: high,
                         expected: "above low_freq_factor",
@@ -138,7 +133,7 @@ impl Rope {
         }
     }
 
-    fn validate_yarn(&self) -> Result<(), ConfigError> {
+    fn validate_yarn(&self) -> Result<(), ModelConfigError> {
         let RopeScaling::Yarn {
             factor,
             original_max_position_embeddings: original,
@@ -152,10 +147,10 @@ impl Rope {
         else {
             return Ok(());
         };
-        number("rope factor", factor, 1.0..=FACTOR_MAX, "between 1 and 1e6")?;
-        positions(original)?;
+        check_number("rope factor", factor, 1.0..=FACTOR_MAX, "between 1 and 1e6")?;
+        check_size("original_max_position_embeddings", original, POSITIONS_MAX)?;
         // The ramp divides by the logarithm of the base.
-        number(
+        check_number(
             "rope_theta",
             self.theta,
             1.1..=THETA_MAX,
@@ -167,12 +162,12 @@ impl Rope {
             ("beta_slow", beta_slow.filter(|&beta| beta != 0.0)),
         ] {
             if let Some(value) = value {
-                number(key, value, 1e-3..=1e6, "between 0.001 and 1e6")?;
+                check_number(key, value, 1e-3..=1e6, "between 0.001 and 1e6")?;
             }
         }
         for (key, value) in [("mscale", mscale), ("mscale_all_dim", mscale_all_dim)] {
             if let Some(value) = value {
-                number(key, value, 0.0..=1e6, "between 0 and 1e6")?;
+                check_number(key, value, 0.0..=1e6, "between 0 and 1e6")?;
             }
         }
         Ok(())
@@ -203,7 +198,8 @@ impl Rope {
                         llama3(
                             1.0 / power,
                             factor,
-                            (low_freq_factor, high_freq_factor),
+                            low_freq_factor,
+                            high_freq_factor,
                             original,
                         )
                     })
@@ -224,8 +220,8 @@ impl Rope {
         }
     }
 
-    /// First and last pair of the ramp between kept and divided frequencies: where a pair turns `beta` times within the
-    /// original context, `dim·ln(original / (beta·2π)) / (2·ln theta)`.
+    /// First and last pair of the ramp between kept and divided frequencies: a pair rotates `beta` times within the original
+    /// context at `dim·ln(original / (beta·2π)) / (2·ln theta)`.
     fn yarn_ramp(&self, dim: usize) -> (f32, f32) {
         let RopeScaling::Yarn {
             original_max_position_embeddings,
@@ -254,7 +250,7 @@ impl Rope {
         (low as f32, high as f32)
     }
 
-    /// What cosines and sines are multiplied with.
+    /// Factor of cosines and sines.
     pub(crate) fn attention_factor(&self) -> f32 {
         let RopeScaling::Yarn {
             factor,
@@ -275,8 +271,8 @@ impl Rope {
     }
 }
 
-/// One frequency by Llama 3.1's rule; `(low, high)` are the factors of its two bounds.
-fn llama3(frequency: f32, factor: f64, (low, high): (f64, f64), original: f64) -> f32 {
+/// One frequency by Llama 3.1's rule; `low` and `high` are its `low_freq_factor` and `high_freq_factor`.
+fn llama3(frequency: f32, factor: f64, low: f64, high: f64, original: f64) -> f32 {
     let wavelength = (2.0 * PI) as f32 / frequency;
     if wavelength < (original / high) as f32 {
         return frequency;
@@ -286,33 +282,4 @@ fn llama3(frequency: f32, factor: f64, (low, high): (f64, f64), original: f64) -
     }
     let smooth = (original as f32 / wavelength - low as f32) / (high - low) as f32;
     (1.0 - smooth) * frequency / factor as f32 + smooth * frequency
-}
-
-fn number(
-    key: &'static str,
-    value: f64,
-    range: std::ops::RangeInclusive<f64>,
-    expected: &'static str,
-) -> Result<(), ConfigError> {
-    if range.contains(&value) {
-        Ok(())
-    } else {
-        Err(ConfigError::Number {
-            key,
-            value,
-            expected,
-        })
-    }
-}
-
-fn positions(value: usize) -> Result<(), ConfigError> {
-    if (1..=POSITIONS_MAX).contains(&value) {
-        Ok(())
-    } else {
-        Err(ConfigError::Size {
-            key: "original_max_position_embeddings",
-            value,
-            max: POSITIONS_MAX,
-        })
-    }
 }

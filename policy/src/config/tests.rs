@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::testing::{families, gemma3, llama, qwen3, tiny};
@@ -49,7 +49,7 @@ fn sizes_that_do_not_fit_are_refused_by_name() {
 }
 
 #[test]
-fn what_would_change_the_function_is_refused_by_name() {
+fn keys_that_change_the_function_are_refused_by_name() {
     for (config, key, value) in [
         (tiny(), "hidden_act", json!("gelu")),
         (
@@ -108,17 +108,17 @@ fn what_would_change_the_function_is_refused_by_name() {
 }
 
 #[test]
-fn keys_of_other_software_come_back_as_they_were() {
+fn unknown_keys_are_written_back_unchanged() {
     for config in families() {
         let mut file: Value = serde_json::from_str(&config.to_json("float32")).unwrap();
         file["initializer_range"] = json!(0.02);
-        file["somebody's"] = json!({"nested": [1, null, "x"]});
+        file["unknown"] = json!({"nested": [1, null, "x"]});
         let read = Config::parse(&file.to_string()).unwrap();
         assert_eq!(
             serde_json::from_str::<Value>(&read.to_json("float32")).unwrap(),
             file
         );
-        // What is hashed must not change with every reading.
+        // The text is hashed, so it must not change with every reading.
         let again = Config::parse(&read.to_json("bfloat16")).unwrap();
         assert_eq!(again.to_json("bfloat16"), read.to_json("bfloat16"));
     }
@@ -191,7 +191,7 @@ const PUBLISHED: [(&str, usize); 5] = [
 ];
 
 #[test]
-fn published_models_have_the_parameters_that_are_published_of_them() {
+fn published_models_have_their_published_number_of_parameters() {
     for (file, parameters) in PUBLISHED {
         let config = Config::parse(file).unwrap();
         assert_eq!(
@@ -204,7 +204,7 @@ fn published_models_have_the_parameters_that_are_published_of_them() {
     }
 }
 
-/// The whole file, but for the images' part, of a published Gemma 3 of images and text.
+/// The file of a published multimodal Gemma 3, with a shortened `vision_config`.
 const GEMMA: &str = r#"{
     "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
     "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
@@ -214,7 +214,7 @@ const GEMMA: &str = r#"{
     "vision_config": {"hidden_size": 1152}}"#;
 
 #[test]
-fn published_files_are_read_as_transformers_reads_them() {
+fn published_files_are_read_as_in_transformers() {
     let llama = Config::parse(LLAMA).unwrap();
     assert_eq!((llama.head_dim(), llama.kv_width()), (64, 512));
     assert_eq!(llama.rope.theta, 500_000.0);
@@ -243,14 +243,14 @@ fn published_files_are_read_as_transformers_reads_them() {
     assert_eq!(gemma.local_rope, Some(Rope::plain(10_000.0)));
     let windows: Vec<_> = (0..7).map(|layer| gemma.window(layer)).collect();
     assert_eq!(windows[4..], [Some(1024), None, Some(1024)]);
-    // It is written as the text decoder that it is here.
+    // It is written as the text decoder alone.
     let text: Value = serde_json::from_str(&gemma.to_json("bfloat16")).unwrap();
     assert_eq!(text["architectures"], json!(["Gemma3ForCausalLM"]));
     assert_eq!(Config::parse(&gemma.to_json("bfloat16")), Ok(gemma));
 }
 
 #[test]
-fn the_windows_of_qwen_are_off_unless_its_file_turns_them_on() {
+fn qwen_has_sliding_windows_only_if_its_file_enables_them() {
     let windows = |on: bool, window: Option<Value>| {
         let mut file: Value = serde_json::from_str(&tiny().to_json("float32")).unwrap();
         file["max_window_layers"] = json!(1);
@@ -263,13 +263,13 @@ fn the_windows_of_qwen_are_off_unless_its_file_turns_them_on() {
     };
     assert_eq!(windows(false, Some(json!(7))), (None, None));
     assert_eq!(windows(true, Some(json!(7))), (None, Some(7)));
-    // As transformers takes a key that is missing, and one that is null.
+    // As in transformers, a missing key and a null differ.
     assert_eq!(windows(true, None), (None, Some(4096)));
     assert_eq!(windows(true, Some(json!(null))), (None, None));
 }
 
 #[test]
-fn the_rotary_base_is_found_where_transformers_5_keeps_it() {
+fn the_rotary_base_of_transformers_5_is_read() {
     let mut file: Value = serde_json::from_str(&tiny().to_json("float32")).unwrap();
     file["rope_theta"] = Value::Null;
     file["rope_parameters"]["rope_theta"] = json!(5000.0);
@@ -282,9 +282,9 @@ fn the_rotary_base_is_found_where_transformers_5_keeps_it() {
 }
 
 proptest! {
-    /// Whatever stands in a file, it is read or refused; what is read is within bounds.
+    /// Every value is read or refused; all that is read is within bounds.
     #[test]
-    fn no_value_of_any_key_can_do_harm(family in 0usize..5, key in 0usize..64, value in 0usize..14) {
+    fn no_value_of_any_key_escapes_the_bounds(family in 0usize..5, key in 0usize..64, value in 0usize..14) {
         let mut file: Value = serde_json::from_str(&families()[family].to_json("float32")).unwrap();
         let hostile = [
             json!(null), json!(0), json!(-1), json!(1), json!(3), json!(u64::MAX), json!(1e300), json!(1e-300),

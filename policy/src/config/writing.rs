@@ -1,18 +1,24 @@
-//! From a [`Config`] back to a `config.json` that this crate and Hugging Face transformers load, with every key of the
-//! file it was read from that this crate does not know.
+//! A [`Config`] as a `config.json` that this crate and Hugging Face transformers load. Unknown keys of the original file are
+//! kept.
 
 use serde_json::{Map, Value, json};
 
-use super::{Config, LayerType, Rope, RopeScaling, TokenIds};
+use super::layers::LayerType;
+use super::rope::{Rope, RopeScaling};
+use super::shape::{Config, TokenIds};
 
-/// The text of the file; `dtype` is the name transformers uses for the storage of the weights beside it.
-pub(super) fn text(config: &Config, dtype: &str) -> String {
-    let mut fields = config.unknown.clone();
-    fields.extend(keys(config, dtype));
-    format!("{:#}\n", Value::Object(fields))
+impl Config {
+    /// The text of a `config.json` that this crate and Hugging Face transformers load.
+    ///
+    /// `dtype` is transformers' name for the storage of the weights beside it (`bfloat16`, `float32`).
+    pub fn to_json(&self, dtype: &str) -> String {
+        let mut fields = self.unknown.clone();
+        fields.extend(keys(self, dtype));
+        format!("{:#}\n", Value::Object(fields))
+    }
 }
 
-/// Every key that says something of the configuration.
+/// All keys that describe the configuration.
 pub(super) fn keys(config: &Config, dtype: &str) -> Map<String, Value> {
     let family = config.architecture.family();
     let mut keys = object(json!({
@@ -54,7 +60,7 @@ pub(super) fn keys(config: &Config, dtype: &str) -> Map<String, Value> {
     keys
 }
 
-/// Both places: transformers 4 reads the base and the scaling, 5 the parameters.
+/// Transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads `rope_parameters`.
 fn rope_keys(config: &Config) -> Map<String, Value> {
     let mut keys = Map::new();
     keys.insert("rope_theta".to_owned(), config.rope.theta.into());
@@ -104,7 +110,7 @@ fn window_keys(config: &Config) -> Map<String, Value> {
 fn gemma_keys(config: &Config) -> Map<String, Value> {
     let mut keys = Map::new();
     if let Some(scalar) = config.query_pre_attn_scalar {
-        // Transformers takes a whole number only.
+        // Transformers accepts integers only.
         let whole = (scalar.fract() == 0.0).then_some(scalar as u64);
         keys.insert(
             "query_pre_attn_scalar".to_owned(),
@@ -120,7 +126,6 @@ fn gemma_keys(config: &Config) -> Map<String, Value> {
     keys
 }
 
-/// The fields of a value that is an object.
 fn object(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(fields) => fields,

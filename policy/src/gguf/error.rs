@@ -1,6 +1,6 @@
 //! Why a GGUF file was not imported.
 
-use crate::config::ConfigError;
+use crate::config::ModelConfigError;
 use crate::disk::DiskError;
 use crate::text::TokenizerError;
 
@@ -57,7 +57,7 @@ pub enum GgufError {
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     #[error("the file describes a model that this program cannot run: {0}")]
-    Config(#[from] ConfigError),
+    Config(#[from] ModelConfigError),
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error("the tensor library failed: {0}; check the free memory")]

@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ModelConfigError};
 use crate::disk::DiskError;
 use crate::kernels::gradients::Gradients;
 use crate::kernels::simd::vectorised;
@@ -112,7 +112,7 @@ pub enum OptimizerError {
     },
     /// The configuration is not one that runs.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(#[from] ModelConfigError),
     /// The weights are not those of the configuration, or not finite.
     #[error(transparent)]
     Weights(#[from] WeightsError),

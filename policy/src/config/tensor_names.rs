@@ -1,15 +1,15 @@
-//! Names of tensors in published files, where they differ from those of the parameter table.
+//! Names of tensors in published files, if they differ from those of the parameter table.
 
-use super::Config;
+use super::shape::Config;
 
-/// Prefixes under which models of images and text keep the text decoder, and what stands for them in the table.
+/// Prefixes of the text decoder in multimodal models, and their replacements in the table.
 const PREFIXES: [(&str, &str); 3] = [
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 ];
 
-/// Parts of such models that are no part of the text decoder.
+/// Other parts of multimodal models.
 const TOWERS: [&str; 4] = [
     "vision_tower.",
     "multi_modal_projector.",
@@ -18,13 +18,13 @@ const TOWERS: [&str; 4] = [
 ];
 
 impl Config {
-    /// Name in the parameter table of a published tensor, or none if the tensor is none of the text decoder's: another
-    /// tower's, or the angles that old files of Llama hold, which the configuration gives.
+    /// Name in the parameter table of a published tensor. `None` for tensors outside the text decoder, and for the rotary
+    /// angles in old Llama files, which follow from the configuration.
     pub(crate) fn parameter_name(&self, tensor: &str) -> Option<String> {
         if tensor.ends_with(".rotary_emb.inv_freq") {
             return None;
         }
-        if !self.architecture.family().within_images {
+        if !self.architecture.family().in_multimodal {
             return Some(tensor.to_owned());
         }
         if TOWERS.iter().any(|tower| tensor.starts_with(tower)) {
@@ -43,7 +43,7 @@ mod tests {
     use crate::testing::{gemma3, llama};
 
     #[test]
-    fn text_tensors_are_found_under_their_prefixes_and_other_towers_are_not_ours() {
+    fn the_text_decoder_of_a_multimodal_model_is_renamed_and_other_parts_are_skipped() {
         let gemma = gemma3();
         let name = |tensor: &str| gemma.parameter_name(tensor);
         for prefix in ["model.", "language_model.model.", "model.language_model."] {
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_family_without_images_keeps_every_name_but_that_of_stored_angles() {
+    fn other_families_keep_every_name_except_that_of_rotary_angles() {
         let name = |tensor: &str| llama().parameter_name(tensor);
         assert_eq!(name("vision_tower.x").as_deref(), Some("vision_tower.x"));
         assert_eq!(name("model.layers.0.self_attn.rotary_emb.inv_freq"), None);
