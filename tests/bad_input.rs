@@ -158,7 +158,7 @@ fn a_tokenizer_with_more_ids_than_the_model_has_rows_is_named() {
     });
     assert_says(
         &found,
-        &["`Z`", "40", "vocab_size = 32", "belongs together"],
+        &["`Z`", "40", "vocab_size = 32", "of the same model"],
     );
 }
 
@@ -177,7 +177,7 @@ fn weights_for_another_vocabulary_are_named() {
             "model.embed_tokens.weight",
             "[32, 32]",
             "[24, 32]",
-            "belongs together",
+            "of the same model",
         ],
     );
 }

@@ -1,6 +1,6 @@
 //! Files on the disk: bounded reads, and writes that readers see whole or not at all.
 
-use std::fs::{self, File, Metadata, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -43,11 +43,13 @@ impl DiskError {
 }
 
 /// Opens a file of at most `bytes_max` bytes; `hint` says what to do when it is missing.
+///
+/// Returns the file and its size in bytes.
 pub(crate) fn open_file(
     path: &Path,
     bytes_max: u64,
     hint: &'static str,
-) -> Result<(File, Metadata), DiskError> {
+) -> Result<(File, u64), DiskError> {
     let opened = File::open(path).and_then(|file| Ok((file.metadata()?, file)));
     let (metadata, file) = opened.map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => DiskError::Missing {
@@ -56,14 +58,19 @@ pub(crate) fn open_file(
         },
         _ => DiskError::failed(path, "read", source),
     })?;
-    if metadata.len() > bytes_max {
+    if !metadata.is_file() {
+        let source = io::Error::new(io::ErrorKind::InvalidInput, "it is not a file");
+        return Err(DiskError::failed(path, "read", source));
+    }
+    let bytes = metadata.len();
+    if bytes > bytes_max {
         return Err(DiskError::TooLarge {
             path: path.to_owned(),
-            bytes: metadata.len(),
+            bytes,
             bytes_max,
         });
     }
-    Ok((file, metadata))
+    Ok((file, bytes))
 }
 
 /// Reads a file of at most `bytes_max` bytes; `hint` says what to do when it is missing.
@@ -71,8 +78,8 @@ pub(crate) fn open_file(
 /// # Errors
 /// When the file is missing, too large or unreadable.
 pub fn read_file(path: &Path, bytes_max: u64, hint: &'static str) -> Result<Vec<u8>, DiskError> {
-    let (file, metadata) = open_file(path, bytes_max, hint)?;
-    let mut contents = Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or(0));
+    let (file, bytes) = open_file(path, bytes_max, hint)?;
+    let mut contents = Vec::with_capacity(usize::try_from(bytes).unwrap_or(0));
     // The file may have grown since it was opened; the limit still holds.
     file.take(bytes_max)
         .read_to_end(&mut contents)

@@ -1,6 +1,7 @@
-//! A model as a Hugging Face folder: what users bring, what checkpoints are, and what transformers loads as it is.
+//! A model as a Hugging Face folder: the form in which users bring models, checkpoints are saved, and transformers loads
+//! both.
 //!
-//! Invariant: a folder that was read has a configuration, weights and a tokenizer that belong together.
+//! Invariant: the configuration, weights and tokenizer of a folder that was read fit together.
 
 use std::path::Path;
 
@@ -17,58 +18,49 @@ use crate::policy::{Policy, read_config, read_model};
 use crate::text::{CHAT_FILE, Tokenizer, TokenizerError};
 use crate::weights::Image;
 
-/// Why a folder is not a model.
+/// Why a model folder was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum FolderError {
-    /// Configuration or weights.
     #[error(transparent)]
     Policy(#[from] PolicyError),
-    /// The tokenizer, or its fit.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A file was not read or written.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// The generation settings do not parse.
     #[error(
         "generation_config.json cannot be read: {0}; remove it, or use the file that came with the model"
     )]
     Generation(String),
-    /// A stop token that the embedding lacks.
-    #[error("generation_config.json does not fit: {0}")]
+    /// Its special tokens, in place of those of `config.json`, make the configuration invalid.
+    #[error("generation_config.json has special tokens that do not fit the model: {0}")]
     StopTokens(ModelConfigError),
 }
 
-/// A whole model.
+/// A whole model in memory.
 #[derive(Debug, Clone)]
 pub struct ModelFolder {
-    /// Shape and special tokens.
     pub config: Config,
-    /// Weights.
     pub image: Image,
-    /// Text to tokens and back.
     pub tokenizer: Tokenizer,
 }
 
-/// What is read of `generation_config.json`. Its temperature, top-k and top-p are what transformers' `generate` would take
-/// by default; here they come from the run or the command alone.
+/// The keys read from `generation_config.json`. Temperature, top-k and top-p are ignored: they come from the run or the
+/// command alone.
 #[derive(Deserialize)]
 struct Generation {
     eos_token_id: Option<TokenIds>,
     pad_token_id: Option<u32>,
 }
 
-/// A model that answers: its weights as inference wants them, and nowhere else.
+/// A model prepared for inference; its weights are in memory only in the form that inference reads.
 #[derive(Debug)]
 pub struct RunningModel {
-    /// Shape, special tokens and weights.
     pub policy: Policy,
-    /// Text to tokens and back.
     pub tokenizer: Tokenizer,
 }
 
 impl RunningModel {
-    /// Reads a folder as [`ModelFolder::read`] does, its weights by [`Policy::load`].
+    /// Reads a folder like [`ModelFolder::read`], but its weights like [`Policy::load`].
     ///
     /// # Errors
     /// Names the first file that is missing, damaged or does not fit the others.
@@ -79,21 +71,21 @@ impl RunningModel {
         threads: &Threads,
     ) -> Result<Self, FolderError> {
         let mut config = read_config(folder)?;
-        let tokenizer = read_tokens(folder, &mut config)?;
+        let tokenizer = read_tokenizer(folder, &mut config)?;
         let policy = Policy::load_as(&config, folder, kernels, device, threads)?;
         Ok(Self { policy, tokenizer })
     }
 }
 
 impl ModelFolder {
-    /// Reads a folder. The tokens that end an answer are those of `generation_config.json`, else of `config.json`, else
-    /// the tokenizer's.
+    /// Reads a folder. The tokens that end an answer come from `generation_config.json`, else from `config.json`, else from
+    /// the tokenizer.
     ///
     /// # Errors
     /// Names the first file that is missing, damaged or does not fit the others.
     pub fn read(folder: &Path) -> Result<Self, FolderError> {
         let (mut config, image) = read_model(folder)?;
-        let tokenizer = read_tokens(folder, &mut config)?;
+        let tokenizer = read_tokenizer(folder, &mut config)?;
         Ok(Self {
             config,
             image,
@@ -101,7 +93,8 @@ impl ModelFolder {
         })
     }
 
-    /// Writes the folder, weights last, so that a folder with weights is whole; each file whole or not at all.
+    /// Writes the folder. Each file is written whole or not at all, and the weights come last, so that a folder with weights
+    /// is complete.
     ///
     /// # Errors
     /// When the disk refuses.
@@ -114,7 +107,7 @@ impl ModelFolder {
         });
         let config = self.config.to_json(self.image.storage().torch_name());
         let generation = format!("{generation:#}\n");
-        // Its own file, wherever it came from: transformers reads that one first.
+        // Always a file of its own, which transformers prefers over `tokenizer_config.json`.
         let chat = self.tokenizer.chat();
         let chat = chat.map(|source| (CHAT_FILE, source.as_bytes()));
         for (name, bytes) in [
@@ -136,12 +129,12 @@ impl ModelFolder {
     }
 }
 
-/// Reads the tokenizer, and into `config` which tokens end an answer.
-fn read_tokens(folder: &Path, config: &mut Config) -> Result<Tokenizer, FolderError> {
+/// Reads the tokenizer, and sets in `config` the tokens that end an answer.
+fn read_tokenizer(folder: &Path, config: &mut Config) -> Result<Tokenizer, FolderError> {
     let tokenizer = Tokenizer::load(folder)?;
     tokenizer.check(config)?;
     match read_file(&folder.join("generation_config.json"), CONFIG_BYTES_MAX, "") {
-        // Optional: older folders keep these ids in config.json.
+        // Optional: older folders have these ids in config.json.
         Err(DiskError::Missing { .. }) => {}
         Err(error) => return Err(error.into()),
         Ok(text) => {
@@ -205,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_another_model_are_refused() {
+    fn files_of_different_models_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         model(tiny()).write(folder.path()).unwrap();
         let large = Config {
@@ -224,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn stop_tokens_come_from_the_nearest_file_that_names_them() {
+    fn stop_tokens_come_from_the_first_file_that_has_them() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path();
         model(tiny()).write(path).unwrap();

@@ -1,15 +1,14 @@
-//! The canonical parameter table: every parameter of a decoder by its Hugging Face name, in one fixed order, and where it
-//! lies in a flat vector of them all.
+//! The canonical parameter table: all parameters of a decoder by Hugging Face name, in a fixed order, each with its place in
+//! one flat vector.
 //!
-//! The order puts parameters that are multiplied together side by side (q, k, v; their biases; gate, up), so that a
-//! [`Block`] of several parameters is one matrix of the flat vector and one product. Invariant: the parameters tile
-//! the flat vector without gaps, and so do the blocks.
+//! Parameters that multiply the same input are neighbours (q, k, v; their biases; gate, up), so that a [`Block`] of several
+//! parameters is one matrix and needs one product. Invariant: the parameters tile the flat vector without gaps, and so do
+//! the blocks.
 
 use std::ops::Range;
 
 use crate::config::Config;
 
-/// One named parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parameter {
     /// Hugging Face name, such as `model.layers.0.mlp.up_proj.weight`.
@@ -21,42 +20,41 @@ pub struct Parameter {
 }
 
 impl Parameter {
-    /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Never: every size of a valid configuration is above zero.
+    /// Always false: the sizes of a valid configuration are positive.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether it is a matrix, which weight decay applies to, and not a norm or a bias.
+    /// Matrices have weight decay; norms and biases do not.
     pub fn is_matrix(&self) -> bool {
         self.shape.len() == 2
     }
 
-    /// Where its elements lie in the flat vector.
+    /// Its place in the flat vector.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len()
     }
 }
 
-/// One or several neighbouring parameters taken as one matrix `[rows, columns]`, or as one vector (`rows` = 1).
+/// Neighbouring parameters as one matrix `[rows, columns]`, or as one vector (`rows` = 1).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Block {
-    /// Place among the blocks.
+    /// Index among the blocks.
     pub(crate) index: usize,
     /// First element in the flat vector.
     pub(crate) offset: usize,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
-    /// Which parameters of the table it is made of.
+    /// Indices of its parameters in the table.
     pub(crate) parameters: Range<usize>,
 }
 
 impl Block {
-    /// Where its elements lie in the flat vector.
+    /// Its place in the flat vector.
     pub(crate) fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.rows * self.columns
     }
@@ -71,21 +69,21 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Block>,
 }
 
-/// Norms on every head of q and k, each `[D]`.
+/// Norms on each head of q and of k, `[D]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HeadNorms {
     pub(crate) query: Block,
     pub(crate) key: Block,
 }
 
-/// How the attention of one layer differs from that of others.
+/// The attention parameters that differ between layers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Attention {
-    /// Place among the layers: where its keys and values lie in a cache.
+    /// Index among the layers, and of its keys and values in a cache.
     pub(crate) layer: usize,
-    /// Which of the configuration's rotary embeddings turns its heads.
+    /// Index of its rotary embedding in [`Config::ropes`].
     pub(crate) rope: usize,
-    /// Positions that a query sees, its own included; none where it sees everything before it.
+    /// Positions that a query attends to, including its own; `None` for all.
     pub(crate) window: Option<usize>,
     /// Multiplies the scores.
     pub(crate) scale: f64,
@@ -94,14 +92,14 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    /// First position that a query at `position` sees.
+    /// First position that a query at `position` attends to.
     pub(crate) fn first_visible(&self, position: usize) -> usize {
         self.window
             .map_or(0, |window| (position + 1).saturating_sub(window))
     }
 }
 
-/// Blocks of one decoder layer, in the order in which they are used.
+/// Blocks of one decoder layer, in order of use.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct LayerBlocks {
     pub(crate) input_norm: Block,
@@ -110,13 +108,13 @@ pub(crate) struct LayerBlocks {
     pub(crate) head_norms: Option<HeadNorms>,
     pub(crate) attention: Attention,
     pub(crate) output: Linear,
-    /// On what the attention adds to the residual stream.
+    /// On the output of the attention.
     pub(crate) output_norm: Option<Block>,
     pub(crate) mlp_norm: Block,
     /// `[2·intermediate, hidden]`: gate and up.
     pub(crate) gate_up: Linear,
     pub(crate) down: Linear,
-    /// On what the MLP adds to the residual stream.
+    /// On the output of the MLP.
     pub(crate) down_norm: Option<Block>,
 }
 
@@ -129,14 +127,19 @@ pub struct Layout {
     pub(crate) embedding: Block,
     pub(crate) layers: Vec<LayerBlocks>,
     pub(crate) norm: Block,
-    /// The embedding when the two are tied.
+    /// Equals `embedding` if the two are tied.
     pub(crate) head: Block,
 }
 
 impl Layout {
-    /// Lists the parameters of a decoder. `config` must be valid ([`Config::validate`]).
+    /// `config` must be valid ([`Config::validate`]).
     pub fn new(config: &Config) -> Self {
-        let mut table = Table::default();
+        debug_assert_eq!(
+            config.validate(),
+            Ok(()),
+            "a layout is made of a valid configuration"
+        );
+        let mut table = LayoutBuilder::default();
         let hidden = config.hidden_size;
         let embedding = table.matrix("model.embed_tokens.weight", config.vocab_size, hidden);
         let layers = (0..config.num_hidden_layers)
@@ -148,7 +151,7 @@ impl Layout {
         } else {
             table.matrix("lm_head.weight", config.vocab_size, hidden)
         };
-        let Table {
+        let LayoutBuilder {
             parameters,
             blocks,
             len,
@@ -164,7 +167,7 @@ impl Layout {
         }
     }
 
-    /// Every parameter, in canonical order.
+    /// In canonical order.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
@@ -174,12 +177,12 @@ impl Layout {
         self.len
     }
 
-    /// Never: every valid configuration has parameters.
+    /// Always false: a valid configuration has parameters.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The matrices that every token is multiplied with: all but an embedding that is not the head as well.
+    /// The matrices that every token is multiplied with: all except an embedding that is not also the head.
     pub(crate) fn multiplied(&self) -> impl Iterator<Item = &Block> {
         let blocks = self.blocks.iter().filter(|block| block.rows > 1);
         blocks.filter(|block| block.index != self.embedding.index || **block == self.head)
@@ -204,22 +207,21 @@ fn attention(config: &Config, layer: usize) -> Attention {
     }
 }
 
-/// A table under construction.
 #[derive(Default)]
-struct Table {
+struct LayoutBuilder {
     parameters: Vec<Parameter>,
     blocks: Vec<Block>,
     len: usize,
 }
 
-impl Table {
-    /// The parameters of one layer, in the order in which they are used.
+impl LayoutBuilder {
+    /// The parameters of one layer, in order of use.
     fn layer(&mut self, config: &Config, layer: usize) -> LayerBlocks {
         let family = config.architecture.family();
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
         let query = config.num_attention_heads * config.head_dim();
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        // Where a branch has a norm of its own, the name of the MLP's norm elsewhere is that of the attention's.
+        // Families with branch norms use this name for the norm on the attention's output.
         let mlp_norm = if family.branch_norms {
             "pre_feedforward_layernorm.weight"
         } else {
@@ -245,7 +247,7 @@ impl Table {
                 key: self.vector(&name("self_attn.k_norm.weight"), config.head_dim()),
             }),
             attention: attention(config, layer),
-            // Qwen2, whose q, k and v always have biases, never has this one.
+            // Qwen2 always has biases on q, k and v, but never here.
             output: self.linear(
                 &[(name("self_attn.o_proj"), hidden)],
                 query,
@@ -263,7 +265,7 @@ impl Table {
         }
     }
 
-    /// Linear maps of the same input: their weights, then their biases.
+    /// Linear maps of the same input: all weights, then all biases.
     fn linear(&mut self, parts: &[(String, usize)], inputs: usize, biased: bool) -> Linear {
         let named = |suffix: &str| -> Vec<(String, usize)> {
             let parts = parts.iter();
@@ -281,7 +283,7 @@ impl Table {
         self.matrices(&[(name.to_owned(), rows)], columns)
     }
 
-    /// Matrices of equal width, one below the other.
+    /// Matrices of equal width, stacked.
     fn matrices(&mut self, parts: &[(String, usize)], columns: usize) -> Block {
         let rows = parts.iter().map(|(_, rows)| rows).sum();
         let shapes = parts
@@ -321,6 +323,7 @@ impl Table {
             columns,
             parameters,
         };
+        debug_assert_eq!(block.range().end, self.len, "blocks tile the flat vector");
         self.blocks.push(block.clone());
         block
     }
@@ -364,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_names_its_parameters_in_the_order_of_their_use() {
+    fn a_layer_lists_its_parameters_in_order_of_use() {
         let layout = Layout::new(&gemma3());
         let first = layout.parameters()[1..].iter().take(13);
         let names: Vec<&str> = first

@@ -13,7 +13,7 @@ use crate::policy::Policy;
 use crate::training::optimizer::Master;
 use crate::weights::{Image, Storage};
 
-/// Two layers, grouped heads, sizes that are no multiples of a vector.
+/// Two layers, grouped heads, sizes that are not multiples of a SIMD vector.
 pub(crate) fn tiny() -> Config {
     Config {
         rope: Rope::plain(10_000.0),
@@ -22,7 +22,7 @@ pub(crate) fn tiny() -> Config {
     }
 }
 
-/// The same with a head of its own.
+/// Like [`tiny`], with a separate head.
 pub(crate) fn untied() -> Config {
     Config {
         tie_word_embeddings: false,
@@ -30,7 +30,7 @@ pub(crate) fn untied() -> Config {
     }
 }
 
-/// Angles stretched from 16 positions, every bias that the family can have.
+/// Angles scaled from 16 positions, and every bias of the family.
 pub(crate) fn llama() -> Config {
     Config {
         rope: Rope {
@@ -48,7 +48,7 @@ pub(crate) fn llama() -> Config {
     }
 }
 
-/// Heads wider than their share of the residual stream, layers with a window.
+/// Heads wider than `hidden_size / heads`, and a sliding layer.
 pub(crate) fn qwen3() -> Config {
     Config {
         head_dim: Some(10),
@@ -59,7 +59,7 @@ pub(crate) fn qwen3() -> Config {
     }
 }
 
-/// Layers with a window and without, both caps low enough to bend.
+/// Full and sliding layers, and caps low enough to matter.
 pub(crate) fn gemma3() -> Config {
     Config {
         num_hidden_layers: 3,
@@ -79,7 +79,7 @@ pub(crate) fn gemma3() -> Config {
     }
 }
 
-/// One of each form.
+/// One configuration of each form.
 pub(crate) fn families() -> Vec<Config> {
     vec![tiny(), untied(), llama(), qwen3(), gemma3()]
 }
@@ -107,7 +107,7 @@ pub(crate) fn image(config: &Config, seed: u64) -> Image {
         for value in &mut values[parameter.range()] {
             if parameter.is_matrix() {
                 *value *= match config.architecture {
-                    // The family multiplies embeddings itself.
+                    // Gemma scales embeddings itself.
                     Architecture::Gemma3 if parameter.name.contains("embed") => 4.0,
                     _ if parameter.name.contains("embed") => 8.0,
                     _ => 1.4,
@@ -126,7 +126,7 @@ pub(crate) fn policy(config: &Config, seed: u64, kernels: KernelSet) -> Policy {
 
 pub(crate) const BOTH: [KernelSet; 2] = [KernelSet::Fused, KernelSet::Candle];
 
-/// Texts of random tokens and of the given lengths.
+/// Random tokens, one text per length.
 pub(crate) fn texts(config: &Config, seed: u64, lengths: &[usize]) -> Vec<Arc<[u32]>> {
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     let vocab = config.vocab_size as u32;

@@ -1,4 +1,4 @@
-//! Why a `config.json` cannot be used. Every error names the key in the file.
+//! Why a `config.json` cannot be used.
 
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ModelConfigError {

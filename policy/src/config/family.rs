@@ -39,7 +39,7 @@ pub(crate) struct Family {
     pub(crate) activation_key: &'static str,
     pub(crate) activation_name: &'static str,
     pub(crate) activation: Activation,
-    /// Biases on q, k and v whatever the file says.
+    /// Biases on q, k and v even if the file sets none.
     pub(crate) always_biased: bool,
     /// Norms on each head of q and k.
     pub(crate) head_norms: bool,

@@ -41,9 +41,8 @@ pub struct Config {
     pub sliding_window: Option<usize>,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
-    /// Biases on q, k, v and the attention's output. Qwen2 has those on q, k and v whatever this says.
+    /// Biases on q, k, v and the attention's output. Qwen2 always has those on q, k and v.
     pub attention_bias: bool,
-    /// Biases in the MLP.
     pub mlp_bias: bool,
     /// Attention scores are divided by its square root instead of that of the head's width (Gemma).
     pub query_pre_attn_scalar: Option<f64>,
@@ -53,11 +52,11 @@ pub struct Config {
     pub final_logit_softcapping: Option<f64>,
     /// Whether the head is the transposed embedding.
     pub tie_word_embeddings: bool,
-    /// Opens a text, if the family has such a token.
+    /// Token that opens a text, if the family has one.
     pub bos_token_id: Option<u32>,
-    /// End an answer.
+    /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
-    /// Pads batches in other software; unused here, because rows are ragged.
+    /// Token that pads batches in other software; unused here, because rows are ragged.
     pub pad_token_id: Option<u32>,
     /// Keys of the file that this crate does not read, written back unchanged.
     pub unknown: Map<String, Value>,

@@ -135,7 +135,7 @@ const LLAMA: &str = r#"{
     "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": true,
     "vocab_size": 128256}"#;
 
-/// Published files of small models, whole but for keys that say nothing here, and how many parameters each model has.
+/// Published files of small models, without the keys that this crate ignores, and the number of parameters of each model.
 const PUBLISHED: [(&str, usize); 5] = [
     (LLAMA, 1_235_814_400),
     (

@@ -1,6 +1,6 @@
 //! How GGUF stores numbers: blocks of 1 to 256 elements, widened to float32.
 //!
-//! Quantised blocks are widened by candle, whose order of operations is that of the `gguf` package. Invariant: candle is
+//! Candle widens quantised blocks, in the same order of operations as the `gguf` package. Invariant: candle is
 //! given exactly the bytes that it reads, because it does not check their number.
 
 use candle_core::Device;
@@ -66,7 +66,7 @@ impl BlockType {
         }))
     }
 
-    /// The name that users of the format know.
+    /// The name in common use, such as `Q4_K`.
     pub(super) fn name(self) -> String {
         match self.0 {
             GgmlDType::Q2K => "Q2_K".to_owned(),

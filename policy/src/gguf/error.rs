@@ -41,9 +41,7 @@ pub enum GgufError {
         expected: Vec<usize>,
         found: Vec<usize>,
     },
-    #[error(
-        "tensor `{tensor}` has a NaN or an infinity at element {element}; fetch the file again"
-    )]
+    #[error("tensor `{tensor}` is not finite at element {element}; fetch the file again")]
     NotFinite { tensor: String, element: usize },
     #[error(
         "the file's tokenizer has {key} = `{found}`, but only these can be rebuilt: {supported}"

@@ -1,8 +1,8 @@
 //! The GGUF container: metadata and a table of tensors, as views into the bytes of an untrusted file.
 //!
-//! Written by hand because candle's reader allocates whatever sizes a file announces and copies every tensor. Knows no
-//! model. Invariant: allocations stay within a small multiple of the file's size, every view lies within the file, every
-//! tensor has exactly the bytes of its shape and type, and no two tensors overlap.
+//! Written by hand because candle's reader copies every tensor and allocates up to 1 GiB for a string that a file announces
+//! but does not hold. Knows no model. Invariant: allocations stay within a small multiple of the file's size, every view
+//! lies within the file, every tensor has exactly the bytes of its shape and type, and no two tensors overlap.
 
 use std::collections::BTreeMap;
 

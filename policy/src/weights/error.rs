@@ -47,7 +47,7 @@ pub enum WeightsError {
     )]
     Dtype { tensor: String, found: String },
     #[error(
-        "tensor `{tensor}` has a NaN or an infinity at element {element}; fetch the weights again or go back a version"
+        "tensor `{tensor}` is not finite at element {element}; fetch the weights again or go back a version"
     )]
     NotFinite { tensor: String, element: usize },
     #[error("model.safetensors.index.json cannot be read: {0}; fetch it again")]

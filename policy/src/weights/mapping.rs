@@ -3,7 +3,6 @@
 //!
 //! Invariant: a mapping is dropped when its file has been read, so no data that was verified lies in one.
 
-use std::io;
 use std::ops::Deref;
 use std::path::Path;
 
@@ -19,13 +18,9 @@ impl Mapping {
     /// Maps a file of at most `bytes_max` bytes; `hint` says what to do when it is missing.
     #[allow(unsafe_code)]
     pub(crate) fn open(path: &Path, bytes_max: u64, hint: &'static str) -> Result<Self, DiskError> {
-        let (file, metadata) = open_file(path, bytes_max, hint)?;
-        if !metadata.is_file() {
-            let source = io::Error::new(io::ErrorKind::InvalidInput, "it is not a file");
-            return Err(DiskError::failed(path, "read", source));
-        }
+        let (file, bytes) = open_file(path, bytes_max, hint)?;
         // The system refuses to map an empty file.
-        if metadata.len() == 0 {
+        if bytes == 0 {
             return Ok(Self(None));
         }
         // SAFETY: the memory is only read, as bytes, and every bit pattern is a valid byte. The types cannot promise that no
