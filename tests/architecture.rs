@@ -93,8 +93,8 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ),
     ("broadcaster/tests/appetite.rs", "an allocator that counts"),
     (
-        "policy/src/kernels/fused/attention.rs",
-        "threads store keys and values of their own rows in one memory",
+        "policy/src/engine/executor/fused.rs",
+        "threads use one cache, each the blocks that no other thread writes",
     ),
     (
         "policy/src/kernels/fused/cache.rs",
@@ -157,6 +157,7 @@ const DECIDING: &[&str] = &[
     "learner/src/advantage.rs",
     "learner/src/resolver.rs",
     "policy/src/engine/blocks.rs",
+    "policy/src/engine/plan.rs",
     "policy/src/engine/scheduler.rs",
     "policy/src/engine/stops.rs",
     "policy/src/sampling.rs",

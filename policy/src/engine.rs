@@ -21,14 +21,16 @@ use draws::{Draw, Drawn};
 use executor::candle::CandleExecutor;
 use executor::fused::FusedExecutor;
 use executor::{Executor, Outcome};
-pub use scheduler::ScheduleStats;
-use scheduler::{Epoch, Feed, Limits, Scheduler, Sequence};
+pub use plan::ScheduleStats;
+use plan::{Feed, Sequence, WeightsId};
+use scheduler::{Limits, Scheduler};
 use stops::StopWatch;
 pub use stops::{StopAt, StopStrings};
 
 mod blocks;
 mod draws;
 mod executor;
+mod plan;
 mod scheduler;
 mod stops;
 
@@ -222,7 +224,7 @@ struct Gathering {
 pub struct Engine {
     scheduler: Scheduler,
     executor: Box<dyn Executor>,
-    live: BTreeMap<Epoch, Live>,
+    live: BTreeMap<WeightsId, Live>,
     underway: BTreeMap<Sequence, Underway>,
     groups: BTreeMap<GroupId, Gathering>,
     submitted: Sequence,
@@ -336,7 +338,10 @@ impl Engine {
         for (row, request) in requests.iter().enumerate() {
             self.check(row, request)?;
         }
-        let epoch = self.live.last_key_value().map_or(0, |(epoch, _)| *epoch);
+        let weights_id = self
+            .live
+            .last_key_value()
+            .map_or(0, |(weights_id, _)| *weights_id);
         self.groups_made += 1;
         let group = GroupId(self.groups_made);
         let count = requests.len();
@@ -354,7 +359,7 @@ impl Engine {
             }
             self.submitted += 1;
             self.scheduler
-                .submit(self.submitted, epoch, Arc::clone(&request.prompt));
+                .submit(self.submitted, weights_id, Arc::clone(&request.prompt));
             let underway = Underway {
                 group,
                 place,
@@ -405,12 +410,12 @@ impl Engine {
         if old.config() != new.config() || old.kernels() != new.kernels() {
             return Err(PolicyError::OtherShape { version });
         }
-        let epoch = newest + 1;
-        self.executor.adopt(epoch, &policy);
-        self.live.insert(epoch, Live { policy, version });
+        let weights_id = newest + 1;
+        self.executor.adopt(weights_id, &policy);
+        self.live.insert(weights_id, Live { policy, version });
         for (sequence, underway) in &self.underway {
             if underway.request.weights == WeightsRule::InFlight {
-                self.scheduler.change_epoch(*sequence, epoch);
+                self.scheduler.change_weights(*sequence, weights_id);
             }
         }
         self.forget_unused();
@@ -424,11 +429,11 @@ impl Engine {
         };
         let scheduler = &mut self.scheduler;
         let executor = &mut self.executor;
-        self.live.retain(|&epoch, _| {
-            let used = epoch == newest || scheduler.uses_epoch(epoch);
+        self.live.retain(|&weights_id, _| {
+            let used = weights_id == newest || scheduler.uses_weights(weights_id);
             if !used {
-                scheduler.forget_epoch(epoch);
-                executor.forget(epoch);
+                scheduler.forget_weights(weights_id);
+                executor.forget(weights_id);
             }
             used
         });
@@ -448,8 +453,8 @@ impl Engine {
             ..
         } = self;
         let outcomes = executor.run(&plan, &|feeds, logits| {
-            let epoch = feeds.first().map_or(0, |feed| feed.epoch); // of all that are computed together
-            let version = live.get(&epoch).map_or(0, |live| live.version);
+            let weights_id = feeds.first().map_or(0, |feed| feed.weights_id); // of all that are computed together
+            let version = live.get(&weights_id).map_or(0, |live| live.version);
             let draws: Vec<Draw> = draws_of(feeds, underway).collect();
             let vocab = logits.len() / feeds.len().max(1);
             let drawn = draws::draw(threads, (logits, vocab), &draws);

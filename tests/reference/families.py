@@ -7,9 +7,9 @@ usage: families.py write [FOLDER]     (by default policy/testdata/families)
 `write` makes one file per family: configurations as they would stand in config.json, tokens, and logits at a few
 positions; and rope.json, the rotary frequencies of published models. Weights are not stored: both sides compute them
 from the tensors' names (`values` below, `testing::formula` in Rust). Folders to check come from the ignored test
-`folders_for_transformers`:
+`write_folders_for_transformers`:
 
-    MUSTER_FOLDERS=/tmp/folders cargo test --release -p muster-policy --lib folders_for_transformers -- --ignored
+    MUSTER_FOLDERS=/tmp/folders cargo test --release -p muster-policy --lib write_folders_for_transformers -- --ignored
 
 Exits 1 when a difference is above 1e-4.
 """

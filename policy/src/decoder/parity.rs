@@ -202,7 +202,7 @@ fn rotary_frequencies_are_those_of_transformers() {
 /// Writes every case as the folder that `tests/reference/families.py check` loads with transformers.
 #[test]
 #[ignore = "writes folders for a reference that needs transformers"]
-fn folders_for_transformers() {
+fn write_folders_for_transformers() {
     let out = PathBuf::from(std::env::var("MUSTER_FOLDERS").unwrap());
     let cases = cases();
     for (index, case) in cases.iter().enumerate() {

@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 
-use super::scheduler::Sequence;
+use super::plan::Sequence;
 use crate::kernels::threads::Threads;
 use crate::sampling::Distribution;
 

@@ -1,12 +1,12 @@
-//! What runs a plan: the kernels of every epoch in use over one memory of blocks.
+//! What runs a plan: the kernels of every weights_id in use over one memory of blocks.
 //!
-//! Knows no requests; what is drawn from logits is decided by who asks. Invariant: one epoch's rows are computed with that
-//! epoch's weights alone.
+//! Knows no requests; what is drawn from logits is decided by who asks. Invariant: one weights_id's rows are computed with that
+//! weights_id's weights alone.
 
 use std::rc::Rc;
 
 use super::draws::Drawn;
-use super::scheduler::{Epoch, Feed, Plan, Sequence};
+use super::plan::{Feed, Plan, Sequence, WeightsId};
 use crate::decoder;
 use crate::error::PolicyError;
 use crate::kernels::{Batch, Kernels, Paged, Row};
@@ -34,22 +34,23 @@ pub(super) type Draws<'a> = dyn Fn(&[&Feed], &[f32]) -> Vec<Outcome> + Sync + 'a
 
 /// Runs plans, whatever the kernels.
 pub(super) trait Executor {
-    /// Takes weights on as an epoch.
-    fn adopt(&mut self, epoch: Epoch, policy: &Policy);
+    /// Takes weights on as an weights_id.
+    fn adopt(&mut self, weights_id: WeightsId, policy: &Policy);
 
-    /// Lets an epoch's weights go.
-    fn forget(&mut self, epoch: Epoch);
+    /// Lets an weights_id's weights go.
+    fn forget(&mut self, weights_id: WeightsId);
 
-    /// One forward pass for every epoch of the plan; what was drawn from it, in the order of the feeds.
+    /// One forward pass for every weights_id of the plan; what was drawn from it, in the order of the feeds.
     fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError>;
 }
 
-/// The feeds of each epoch; none is empty.
-fn by_epoch(plan: &Plan) -> impl Iterator<Item = &[Feed]> {
-    plan.feeds.chunk_by(|one, other| one.epoch == other.epoch)
+/// The feeds of each weights_id; none is empty.
+fn by_weights(plan: &Plan) -> impl Iterator<Item = &[Feed]> {
+    plan.feeds
+        .chunk_by(|one, other| one.weights_id == other.weights_id)
 }
 
-/// One forward pass over rows of one epoch, and what is drawn from it.
+/// One forward pass over rows of one weights_id, and what is drawn from it.
 fn run_rows<K: Kernels>(
     kernels: &mut K,
     layout: &Layout,

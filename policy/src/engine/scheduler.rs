@@ -4,24 +4,19 @@
 //! pieces, and whoever asks for it shares its blocks; the block that a row writes next is copied first if others hold it
 //! (copy on write, as in PagedAttention, arXiv:2309.06180). When blocks run out, prefixes that nobody waits for go
 //! first and then the youngest row, whose tokens are read again later. Invariants: a row reads keys and values of its
-//! own text under its own epoch only; the oldest request advances with every plan, so that none starves.
+//! own text under its own weights_id only; the oldest request advances with every plan, so that none starves.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::blocks::{BlockId, Blocks};
+use super::plan::{Feed, Plan, ScheduleStats, Sequence, WeightsId};
 
 /// Prefixes kept for requests to come, beyond those that are being read.
 const PREFIXES_MAX: usize = 256;
 
 /// How far down the queue the next users of a prompt are looked for: the requests of a group follow one another.
 const LOOK_AHEAD: usize = 8;
-
-/// A request's place in the order of submission: lower is older.
-pub(crate) type Sequence = u64;
-
-/// Which weights a row runs under: a counter of the engine's, higher is newer.
-pub(crate) type Epoch = u64;
 
 /// What bounds a plan.
 #[derive(Debug, Clone, Copy)]
@@ -36,51 +31,10 @@ pub(crate) struct Limits {
     pub(crate) block: usize,
 }
 
-/// Consecutive tokens of one text, to be fed in one step.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Feed {
-    pub(crate) epoch: Epoch,
-    /// Position of the first token: the blocks hold everything before it.
-    pub(crate) position: usize,
-    pub(crate) tokens: Vec<u32>,
-    /// Blocks of the text in order.
-    pub(crate) table: Vec<BlockId>,
-    /// Requests that draw their next token from the logits after the last token; none while more is to be read.
-    pub(crate) draws: Vec<Sequence>,
-}
-
-/// One step.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Plan {
-    /// Blocks to copy, from and to, one after another and before anything is fed.
-    pub(crate) copies: Vec<(BlockId, BlockId)>,
-    /// By epoch, then by age.
-    pub(crate) feeds: Vec<Feed>,
-}
-
-/// What a schedule has done so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ScheduleStats {
-    /// Steps planned.
-    pub steps: u64,
-    /// Rows that fed, drew from or waited for a text, summed over all steps.
-    pub busy_slots: u64,
-    /// Tokens of prompts and of answers that were fed, other than the one that was drawn last.
-    pub read_tokens: u64,
-    /// Tokens fed by rows that decode.
-    pub decoded_tokens: u64,
-    /// Rows that gave their blocks back before they were done.
-    pub preemptions: u64,
-    /// Prompts whose keys and values were there already, whole or in part.
-    pub prefix_hits: u64,
-    /// Most blocks held at once.
-    pub blocks_peak: u64,
-}
-
 /// A request with what it has drawn so far.
 #[derive(Debug)]
 struct Request {
-    epoch: Epoch,
+    weights_id: WeightsId,
     prompt: Arc<[u32]>,
     /// Prompt and drawn tokens.
     text: Vec<u32>,
@@ -100,7 +54,7 @@ struct Row {
 /// A prompt, read or being read.
 #[derive(Debug)]
 struct Prefix {
-    epoch: Epoch,
+    weights_id: WeightsId,
     tokens: Arc<[u32]>,
     /// Tokens whose keys and values lie in `table`.
     read: usize,
@@ -155,10 +109,10 @@ impl Scheduler {
     }
 
     /// Takes a request on. Its text must fit, and its sequence must be new.
-    pub(crate) fn submit(&mut self, sequence: Sequence, epoch: Epoch, prompt: Arc<[u32]>) {
+    pub(crate) fn submit(&mut self, sequence: Sequence, weights_id: WeightsId, prompt: Arc<[u32]>) {
         let text = prompt.to_vec();
         let request = Request {
-            epoch,
+            weights_id,
             prompt,
             text,
         };
@@ -181,31 +135,32 @@ impl Scheduler {
         }
     }
 
-    /// Moves a request to another epoch: what was read for it under the old one is read again.
-    pub(crate) fn change_epoch(&mut self, sequence: Sequence, epoch: Epoch) {
+    /// Moves a request to another weights_id: what was read for it under the old one is read again.
+    pub(crate) fn change_weights(&mut self, sequence: Sequence, weights_id: WeightsId) {
         if self.rows.contains_key(&sequence) {
             self.put_back(sequence);
         }
         if let Some(request) = self.queue.get_mut(&sequence) {
-            request.epoch = epoch;
+            request.weights_id = weights_id;
         }
         self.drop_unwanted_reading();
     }
 
-    /// Drops the prefixes of an epoch that no request runs under any more.
-    pub(crate) fn forget_epoch(&mut self, epoch: Epoch) {
-        let of_epoch = |(id, prefix): (&u64, &Prefix)| (prefix.epoch == epoch).then_some(*id);
-        let dropped: Vec<u64> = self.prefixes.iter().filter_map(of_epoch).collect();
+    /// Drops the prefixes of an weights_id that no request runs under any more.
+    pub(crate) fn forget_weights(&mut self, weights_id: WeightsId) {
+        let of_weights =
+            |(id, prefix): (&u64, &Prefix)| (prefix.weights_id == weights_id).then_some(*id);
+        let dropped: Vec<u64> = self.prefixes.iter().filter_map(of_weights).collect();
         for id in dropped {
             self.drop_prefix(id);
         }
     }
 
-    /// Whether a request runs or waits under this epoch.
-    pub(crate) fn uses_epoch(&self, epoch: Epoch) -> bool {
+    /// Whether a request runs or waits under this weights_id.
+    pub(crate) fn uses_weights(&self, weights_id: WeightsId) -> bool {
         let rows = self.rows.values().map(|row| &row.request);
         rows.chain(self.queue.values())
-            .any(|request| request.epoch == epoch)
+            .any(|request| request.weights_id == weights_id)
     }
 
     /// Blocks of the memory, held or free.
@@ -237,13 +192,30 @@ impl Scheduler {
         for (at, &(_, feeder)) in feeders.iter().enumerate() {
             self.plan_feeder(feeder, &feeders[at + 1..], &mut chunk_left, &mut plan);
         }
-        plan.feeds.sort_by_key(|feed| feed.epoch); // stable: by age within an epoch
+        plan.feeds.sort_by_key(|feed| feed.weights_id); // stable: by age within an weights_id
         self.trim_prefixes();
         self.stats.steps += u64::from(!plan.feeds.is_empty());
         self.stats.busy_slots += self.rows.len() as u64;
         let held = (self.blocks.count() - self.blocks.free()) as u64;
         self.stats.blocks_peak = self.stats.blocks_peak.max(held);
+        debug_assert!(self.blocks_are_counted(), "KV blocks counted");
+        debug_assert!(
+            self.rows.len() <= self.limits.slots,
+            "rows within the slots"
+        );
         plan
+    }
+
+    /// Whether every block has as many holders as tables that name it, and is free if no table does.
+    fn blocks_are_counted(&self) -> bool {
+        let rows = self.rows.values().map(|row| &row.table);
+        let prefixes = self.prefixes.values().map(|prefix| &prefix.table);
+        let mut held: Vec<BlockId> = rows.chain(prefixes).flatten().copied().collect();
+        held.sort_unstable();
+        let named = |same: &[BlockId]| self.blocks.holders(same[0]) as usize == same.len();
+        let counted = held.chunk_by(|one, other| one == other).all(named);
+        held.dedup();
+        counted && held.len() + self.blocks.free() == self.blocks.count()
     }
 
     /// Gives free slots to the oldest requests for which there is memory now.
@@ -265,7 +237,7 @@ impl Scheduler {
     /// Blocks that a request takes soon: those of its text that it does not share, and one to go on with.
     fn blocks_wanted(&self, request: &Request) -> usize {
         let all = request.text.len() / self.limits.block + 1;
-        match self.prefix_of(request.epoch, &request.prompt) {
+        match self.prefix_of(request.weights_id, &request.prompt) {
             Some(_) => all - request.prompt.len() / self.limits.block,
             None => all,
         }
@@ -281,8 +253,8 @@ impl Scheduler {
 
     /// A slot for a request: on top of its prompt if that was read, else behind whoever reads it.
     fn place(&mut self, request: Request) -> Row {
-        let found = self.prefix_of(request.epoch, &request.prompt);
-        let id = found.unwrap_or_else(|| self.open_prefix(request.epoch, &request.prompt));
+        let found = self.prefix_of(request.weights_id, &request.prompt);
+        let id = found.unwrap_or_else(|| self.open_prefix(request.weights_id, &request.prompt));
         let mut row = Row {
             request,
             position: 0,
@@ -310,9 +282,9 @@ impl Scheduler {
     }
 
     /// A prefix that is this whole prompt.
-    fn prefix_of(&self, epoch: Epoch, prompt: &Arc<[u32]>) -> Option<u64> {
+    fn prefix_of(&self, weights_id: WeightsId, prompt: &Arc<[u32]>) -> Option<u64> {
         let same = |prefix: &Prefix| {
-            prefix.epoch == epoch
+            prefix.weights_id == weights_id
                 && prefix.len == prompt.len()
                 && (Arc::ptr_eq(&prefix.tokens, prompt) || prefix.tokens[..prefix.len] == **prompt)
         };
@@ -321,10 +293,14 @@ impl Scheduler {
     }
 
     /// A prefix to be read for a prompt; whole blocks that another prefix has in common with it are shared.
-    fn open_prefix(&mut self, epoch: Epoch, prompt: &Arc<[u32]>) -> u64 {
+    fn open_prefix(&mut self, weights_id: WeightsId, prompt: &Arc<[u32]>) -> u64 {
         let block = self.limits.block;
         let mut best: (usize, &[BlockId]) = (0, &[]);
-        for prefix in self.prefixes.values().filter(|p| p.epoch == epoch) {
+        for prefix in self
+            .prefixes
+            .values()
+            .filter(|p| p.weights_id == weights_id)
+        {
             let known = prefix.tokens[..prefix.read].iter().zip(prompt.iter());
             let equal = known.take_while(|(one, other)| one == other).count();
             // One token at least is left to read, since its logits are wanted.
@@ -340,7 +316,7 @@ impl Scheduler {
         self.stats.prefix_hits += u64::from(!table.is_empty());
         self.prefixes_made += 1;
         let prefix = Prefix {
-            epoch,
+            weights_id,
             tokens: Arc::clone(prompt),
             read: table.len() * block,
             len: prompt.len(),
@@ -491,7 +467,7 @@ impl Scheduler {
         }
         let request = &row.request;
         let same = |other: &Request| {
-            other.epoch == request.epoch && Arc::ptr_eq(&other.prompt, &request.prompt)
+            other.weights_id == request.weights_id && Arc::ptr_eq(&other.prompt, &request.prompt)
         };
         if self.queue.values().take(LOOK_AHEAD).any(same) {
             return;
@@ -546,7 +522,7 @@ impl Scheduler {
                 row.position += take;
                 let complete = row.position == text.len();
                 Some(Feed {
-                    epoch: row.request.epoch,
+                    weights_id: row.request.weights_id,
                     position,
                     tokens: text[position..position + take].to_vec(),
                     table: row.table.clone(),
@@ -558,7 +534,7 @@ impl Scheduler {
                 let position = prefix.read;
                 prefix.read += take;
                 let feed = Feed {
-                    epoch: prefix.epoch,
+                    weights_id: prefix.weights_id,
                     position,
                     tokens: prefix.tokens[position..prefix.read].to_vec(),
                     table: prefix.table.clone(),

@@ -400,7 +400,7 @@ impl Kernels for Candle {
         let scores = Self::capped((scores * attention.scale)?, attention.softcap)?;
         let scores = scores.reshape((b, kv, group, t, l))?;
         let scores = scores.broadcast_add(&padding.mask)?;
-        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
+        let weights = softmax(&scores)?;
         let out = weights.reshape((b, kv, group * t, l))?.matmul(&values)?;
         let out = out
             .reshape((b, kv, group, t, dim))?
@@ -452,7 +452,7 @@ impl Kernels for Candle {
         let logits = hidden.matmul(&self.block(head).t()?)?;
         let logits = Self::capped(logits, self.weights.config.final_logit_softcapping)?;
         let logits = (logits / f64::from(temperature))?;
-        let all = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
+        let all = log_softmax(&logits)?;
         let logprobs = all.gather(&targets, 1)?.squeeze(1)?;
         let all = all.detach();
         let entropies = (all.exp()? * all)?.sum(D::Minus1)?.neg()?;
@@ -484,6 +484,18 @@ impl Kernels for Candle {
         }
         Ok(gradients)
     }
+}
+
+/// `eᶻ / Σ eᶻ` with `z = x − max x`, over the last dimension.
+fn softmax(x: &Tensor) -> Result<Tensor, candle_core::Error> {
+    let weights = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
+    weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)
+}
+
+/// `z − ln Σ eᶻ` with `z = x − max x`, over the last dimension.
+fn log_softmax(x: &Tensor) -> Result<Tensor, candle_core::Error> {
+    let shifted = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?;
+    shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
 }
 
 /// `x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`, from operations with exact derivatives: candle's own has constants of six

@@ -134,27 +134,25 @@ impl Fused {
 
 impl Kernels for Fused {
     type Array = Array;
-    type Layer = Arc<CacheLayer>;
+    type Layer = CacheLayer;
 
-    fn cache(&self, blocks: usize) -> Result<Paged<Arc<CacheLayer>>, PolicyError> {
+    fn cache(&self, blocks: usize) -> Result<Paged<CacheLayer>, PolicyError> {
         let heads = self.weights.heads;
         let layers = self.weights.layout.layers.iter();
         Ok(Paged {
-            layers: layers
-                .map(|_| Arc::new(CacheLayer::new(heads, blocks)))
-                .collect(),
+            layers: layers.map(|_| CacheLayer::new(heads, blocks)).collect(),
             tables: Vec::new(),
         })
     }
 
     fn copy_block(
         &self,
-        cache: &mut Paged<Arc<CacheLayer>>,
+        cache: &mut Paged<CacheLayer>,
         from: u32,
         to: u32,
     ) -> Result<(), PolicyError> {
         for layer in &mut cache.layers {
-            CacheLayer::copy_block(layer, from, to);
+            layer.copy_block(from, to);
         }
         Ok(())
     }
@@ -268,7 +266,7 @@ impl Kernels for Fused {
         qkv: Array,
         attention: &Attention,
         rows: &Rc<[Row]>,
-        cache: Option<&mut Paged<Arc<CacheLayer>>>,
+        cache: Option<&mut Paged<CacheLayer>>,
     ) -> Result<Array, PolicyError> {
         let heads = self.weights.heads;
         let (input, tokens) = (qkv.id, qkv.rows());
@@ -282,7 +280,10 @@ impl Kernels for Fused {
         );
         let mut y = Buffer::stale(&self.pool, tokens * heads.query * heads.dim);
         let mut log_sums = Buffer::stale(&self.pool, tokens * heads.query);
-        let cache = cache.map(|cache| (&*cache.layers[attention.layer], cache.tables.as_slice()));
+        let cache = cache.map(|cache| {
+            let layer = &mut cache.layers[attention.layer];
+            (layer, cache.tables.as_slice())
+        });
         let shape = (heads, attention);
         let threads = self.threads();
         attention::forward(

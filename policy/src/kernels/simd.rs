@@ -1,13 +1,31 @@
-//! Loops over slices of f32 and f64 that the compiler turns into the widest vectors the machine has.
+//! Loops over slices of f32 and f64 that the compiler turns into the widest vectors of the machine.
 //!
-//! The order of every sum is fixed by the code: sixteen partial sums, then a tree. Only where `FMA` is used by name does
-//! the result depend on whether the machine contracts a multiplication with an addition.
+//! The code fixes the order of every sum: sixteen partial sums, then a tree. Only bodies that name `FMA` give results that
+//! depend on whether the machine contracts a multiplication with an addition.
 
 /// Lanes of the partial sums: one AVX-512 register of f32.
 pub(crate) const LANES: usize = 16;
 
-/// Defines a function whose body is compiled three times, for AVX-512, for AVX2 and for any machine, and chosen when called.
-/// The body may use `FMA`, a constant that tells whether [`multiply_add`] should contract.
+/// Compiles a body for some features of the processor, and returns what it returns to the enclosing function.
+macro_rules! with_features {
+    ($features:literal, $body:ident, ($($arg:ident: $kind:ty),*) $(-> $out:ty)?) => {{
+        #[target_feature(enable = $features)]
+        #[allow(clippy::too_many_arguments)]
+        fn compiled($($arg: $kind),*) $(-> $out)? {
+            $body::<true>($($arg),*)
+        }
+        // Safety: the caller has matched on `width`, which found these features; the body itself is safe code.
+        #[allow(unsafe_code)]
+        return unsafe { compiled($($arg),*) };
+    }};
+}
+pub(crate) use with_features;
+
+/// Defines a function whose body is compiled three times, for AVX-512, for AVX2 and for any machine. Each call picks one.
+///
+/// The body may use `FMA`, a constant that tells whether [`multiply_add`] should contract. After `wide` the body is
+/// compiled for AVX-512 alone, and the function panics elsewhere; after `narrow` machines with AVX-512 run the AVX2 body.
+/// Every body that is left out saves seconds of compile time.
 macro_rules! vectorised {
     (
         $(#[$meta:meta])*
@@ -21,29 +39,41 @@ macro_rules! vectorised {
             #[allow(clippy::too_many_arguments)]
             fn portable<const FMA: bool>($($arg: $kind),*) $(-> $out)? $body
             #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-                #[allow(clippy::too_many_arguments)]
-                fn avx512($($arg: $kind),*) $(-> $out)? {
-                    portable::<true>($($arg),*)
-                }
-                #[target_feature(enable = "avx2,fma")]
-                #[allow(clippy::too_many_arguments)]
-                fn avx2($($arg: $kind),*) $(-> $out)? {
-                    portable::<true>($($arg),*)
-                }
-                match $crate::kernels::simd::width() {
-                    // Safety: `width` has found these features on this machine; the body itself is safe code.
-                    #[allow(unsafe_code)]
-                    $crate::kernels::simd::Width::Avx512 => {
-                        return unsafe { avx512($($arg),*) };
-                    }
-                    #[allow(unsafe_code)]
-                    $crate::kernels::simd::Width::Avx2 => {
-                        return unsafe { avx2($($arg),*) };
-                    }
-                    $crate::kernels::simd::Width::Portable => {}
-                }
+            match $crate::kernels::simd::width() {
+                $crate::kernels::simd::Width::Avx512 => $crate::kernels::simd::with_features!(
+                    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", portable, ($($arg: $kind),*) $(-> $out)?
+                ),
+                $crate::kernels::simd::Width::Avx2 => $crate::kernels::simd::with_features!(
+                    "avx2,fma", portable, ($($arg: $kind),*) $(-> $out)?
+                ),
+                $crate::kernels::simd::Width::Portable => {}
+            }
+            portable::<false>($($arg),*)
+        }
+    };
+    (wide $(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $kind:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $kind),*) {
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+            fn portable<const FMA: bool>($($arg: $kind),*) $body
+            #[cfg(target_arch = "x86_64")]
+            if $crate::kernels::simd::width() == $crate::kernels::simd::Width::Avx512 {
+                $crate::kernels::simd::with_features!(
+                    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", portable, ($($arg: $kind),*)
+                )
+            }
+            unreachable!("wide panels exist only on machines with AVX-512")
+        }
+    };
+    (narrow $(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $kind:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $kind),*) {
+            #[inline(always)]
+            fn portable<const FMA: bool>($($arg: $kind),*) $body
+            #[cfg(target_arch = "x86_64")]
+            if $crate::kernels::simd::width() != $crate::kernels::simd::Width::Portable {
+                $crate::kernels::simd::with_features!("avx2,fma", portable, ($($arg: $kind),*))
             }
             portable::<false>($($arg),*)
         }
@@ -51,7 +81,7 @@ macro_rules! vectorised {
 }
 pub(crate) use vectorised;
 
-/// Vectors that this machine has.
+/// Width of the vectors of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) enum Width {
@@ -60,21 +90,26 @@ pub(crate) enum Width {
     Portable,
 }
 
-/// Looks at the machine; the standard library remembers the answer.
+/// The widest vectors of this machine; the standard library caches the answer.
 #[inline]
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn width() -> Width {
-    if is_x86_feature_detected!("avx512f")
+    let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    let has_avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl")
-    {
-        Width::Avx512
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        Width::Avx2
-    } else {
-        Width::Portable
+        && is_x86_feature_detected!("avx512vl");
+    match (has_avx2, has_avx512) {
+        (true, true) => Width::Avx512,
+        (true, false) => Width::Avx2,
+        (false, _) => Width::Portable,
     }
+}
+
+/// The widest vectors of this machine.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn width() -> Width {
+    Width::Portable
 }
 
 /// `eˣ` for x ≤ 88, to about one unit in the last place; below −87 it is 0.

@@ -118,7 +118,9 @@ impl Tokenizer {
         chat: Option<String>,
     ) -> Result<Self, TokenizerError> {
         let unreadable = |file, reason: String| TokenizerError::Unreadable { file, reason };
-        let tokenizer = tokenizers::Tokenizer::from_bytes(json)
+        // Not `from_bytes`: it is generic, so this crate would compile the whole of tokenizers' deserialisation again.
+        let tokenizer = json
+            .parse::<tokenizers::Tokenizer>()
             .map_err(|error| unreadable("tokenizer.json", error.to_string()))?;
         let vocabulary = tokenizer.get_vocab(true);
         let highest = vocabulary

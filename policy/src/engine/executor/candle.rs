@@ -3,18 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Draws, Executor, Outcome, by_epoch, run_rows};
-use crate::engine::scheduler::{Epoch, Plan};
+use super::{Draws, Executor, Outcome, by_weights, run_rows};
+use crate::engine::plan::{Plan, WeightsId};
 use crate::error::PolicyError;
 use crate::kernels::candle::{CacheLayer, Candle, CandleWeights};
 use crate::kernels::{Kernels, Paged};
 use crate::layout::Layout;
 use crate::policy::{Policy, Prepared};
 
-/// Candle's operations over all rows of an epoch at once.
+/// Candle's operations over all rows of an weights_id at once.
 pub(in crate::engine) struct CandleExecutor {
     cache: Paged<CacheLayer>,
-    kernels: BTreeMap<Epoch, Candle>,
+    kernels: BTreeMap<WeightsId, Candle>,
     layout: Arc<Layout>,
     logits: Vec<f32>,
 }
@@ -35,14 +35,14 @@ impl CandleExecutor {
 }
 
 impl Executor for CandleExecutor {
-    fn adopt(&mut self, epoch: Epoch, policy: &Policy) {
+    fn adopt(&mut self, weights_id: WeightsId, policy: &Policy) {
         if let Prepared::Candle(weights) = policy.prepared() {
-            self.kernels.insert(epoch, Candle::inference(weights));
+            self.kernels.insert(weights_id, Candle::inference(weights));
         }
     }
 
-    fn forget(&mut self, epoch: Epoch) {
-        self.kernels.remove(&epoch);
+    fn forget(&mut self, weights_id: WeightsId) {
+        self.kernels.remove(&weights_id);
     }
 
     fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError> {
@@ -52,9 +52,9 @@ impl Executor for CandleExecutor {
             }
         }
         let mut drawn = Vec::new();
-        for feeds in by_epoch(plan) {
-            let Some(kernels) = self.kernels.get_mut(&feeds[0].epoch) else {
-                continue; // no epoch is planned before its weights are adopted
+        for feeds in by_weights(plan) {
+            let Some(kernels) = self.kernels.get_mut(&feeds[0].weights_id) else {
+                continue; // no weights_id is planned before its weights are adopted
             };
             let memory = (&mut self.cache, &mut self.logits);
             drawn.extend(run_rows(kernels, &self.layout, memory, feeds, draws)?);

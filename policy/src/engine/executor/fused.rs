@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Draws, Executor, Outcome, by_epoch, run_rows};
-use crate::engine::scheduler::{Epoch, Feed, Plan};
+use super::{Draws, Executor, Outcome, by_weights, run_rows};
+use crate::engine::plan::{Feed, Plan, WeightsId};
 use crate::error::PolicyError;
 use crate::kernels::fused::{CacheLayer, Fused, FusedWeights, Pool};
 use crate::kernels::threads::Threads;
@@ -25,10 +25,10 @@ const TOKENS_MIN: usize = 2;
 /// Tokens of a part that are enough: a thread that is done before the others takes another part.
 const TOKENS_ENOUGH: usize = 32;
 
-/// The fused kernels of every epoch.
+/// The fused kernels of every weights_id.
 pub(in crate::engine) struct FusedExecutor {
-    layers: Vec<Arc<CacheLayer>>,
-    weights: BTreeMap<Epoch, Arc<FusedWeights>>,
+    layers: Vec<CacheLayer>,
+    weights: BTreeMap<WeightsId, Arc<FusedWeights>>,
     layout: Arc<Layout>,
     threads: Threads,
     writers: Writers,
@@ -61,16 +61,22 @@ impl FusedExecutor {
         })
     }
 
-    /// Computes some rows on the thread that asks.
-    fn part(
+    /// Computes some rows on the calling thread.
+    ///
+    /// # Safety
+    /// No thread may meanwhile write a block that `feeds` use, or use a block that `feeds` write.
+    #[allow(unsafe_code)]
+    unsafe fn part(
         &self,
         weights: &Arc<FusedWeights>,
         feeds: &[Feed],
         draws: &Draws<'_>,
     ) -> Result<Vec<Outcome>, PolicyError> {
         BENCH.with_borrow_mut(|bench| {
+            // Safety: the caller keeps the blocks of different threads apart; the handles end with this call.
+            let layers = self.layers.iter().map(|layer| unsafe { layer.share() });
             let mut cache = Paged {
-                layers: self.layers.clone(),
+                layers: layers.collect(),
                 tables: std::mem::take(&mut bench.tables),
             };
             let mut kernels = Fused::inference_with(weights, &bench.pool);
@@ -83,30 +89,31 @@ impl FusedExecutor {
 }
 
 impl Executor for FusedExecutor {
-    fn adopt(&mut self, epoch: Epoch, policy: &Policy) {
+    fn adopt(&mut self, weights_id: WeightsId, policy: &Policy) {
         if let Prepared::Fused(weights) = policy.prepared() {
-            self.weights.insert(epoch, Arc::clone(weights));
+            self.weights.insert(weights_id, Arc::clone(weights));
         }
     }
 
-    fn forget(&mut self, epoch: Epoch) {
-        self.weights.remove(&epoch);
+    fn forget(&mut self, weights_id: WeightsId) {
+        self.weights.remove(&weights_id);
     }
 
+    #[allow(unsafe_code)]
     fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError> {
         let written = plan.feeds.iter().flat_map(written);
         for layer in &mut self.layers {
             for &(from, to) in &plan.copies {
-                CacheLayer::copy_block(layer, from, to);
+                layer.copy_block(from, to);
             }
             if let Some(&newest) = written.clone().max() {
-                CacheLayer::reach(layer, newest);
+                layer.reach(newest);
             }
         }
         let mut drawn = Vec::new();
-        for feeds in by_epoch(plan) {
-            let Some(weights) = self.weights.get(&feeds[0].epoch) else {
-                continue; // no epoch is planned before its weights are adopted
+        for feeds in by_weights(plan) {
+            let Some(weights) = self.weights.get(&feeds[0].weights_id) else {
+                continue; // no weights_id is planned before its weights are adopted
             };
             let parts = match weights.is_cached() {
                 true => self.writers.deal(feeds, self.threads.count().get()),
@@ -116,7 +123,8 @@ impl Executor for FusedExecutor {
             self.threads
                 .share_rows(&mut outcomes, 1, 1, |first, outcomes| {
                     for (outcome, part) in outcomes.iter_mut().zip(&parts[first..]) {
-                        *outcome = self.part(weights, &feeds[part.clone()], draws);
+                        // Safety: `Writers::deal` gives no part a block that another part writes.
+                        *outcome = unsafe { self.part(weights, &feeds[part.clone()], draws) };
                     }
                 });
             for outcome in outcomes {
@@ -210,7 +218,7 @@ mod tests {
     /// A row of `tokens` from `position` on, in the blocks of `table`.
     fn feed(position: usize, tokens: usize, table: &[u32]) -> Feed {
         Feed {
-            epoch: 0,
+            weights_id: 0,
             position,
             tokens: vec![1; tokens],
             table: table.to_vec(),

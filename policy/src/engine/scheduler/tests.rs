@@ -4,19 +4,19 @@ use super::*;
 
 const BLOCK: usize = 4;
 
-/// A memory that remembers what was written where, in the place of keys and values: each cell is a digest of its epoch
+/// A memory that remembers what was written where, in the place of keys and values: each cell is a digest of its weights_id
 /// and of the text up to its position. Reading anything but one's own text is a failure.
 struct Memory {
     cells: Vec<Option<u64>>,
 }
 
-fn digests(epoch: Epoch, text: &[u32]) -> Vec<u64> {
+fn digests(weights_id: WeightsId, text: &[u32]) -> Vec<u64> {
     let mix = |hash: u64, value: u64| {
         (hash ^ value)
             .wrapping_mul(0x0100_0000_01B3)
             .rotate_left(17)
     };
-    let start = mix(0xCBF2_9CE4, epoch + 1);
+    let start = mix(0xCBF2_9CE4, weights_id + 1);
     text.iter()
         .scan(start, |hash, token| {
             *hash = mix(*hash, u64::from(*token) + 7);
@@ -38,7 +38,7 @@ impl Memory {
 
     /// `text` — of the feed's owner
     fn run(&mut self, feed: &Feed, text: &[u32], written: &mut Vec<BlockId>) {
-        let expected = digests(feed.epoch, text);
+        let expected = digests(feed.weights_id, text);
         let end = feed.position + feed.tokens.len();
         assert_eq!(feed.tokens, text[feed.position..end]);
         for (position, digest) in expected.iter().enumerate().take(feed.position) {
@@ -65,11 +65,11 @@ struct Job {
     in_flight: bool,
 }
 
-/// What each job has drawn, and under which epoch it runs.
+/// What each job has drawn, and under which weights_id it runs.
 struct Simulation {
     scheduler: Scheduler,
     memory: Memory,
-    texts: BTreeMap<Sequence, (Epoch, Vec<u32>)>,
+    texts: BTreeMap<Sequence, (WeightsId, Vec<u32>)>,
     done: BTreeMap<Sequence, Vec<u32>>,
 }
 
@@ -96,12 +96,12 @@ impl Simulation {
         let mut drawn = Vec::new();
         for feed in &plan.feeds {
             let end = feed.position + feed.tokens.len();
-            let owner = self.texts.iter().find(|(sequence, (epoch, text))| {
-                *epoch == feed.epoch
+            let owner = self.texts.iter().find(|(sequence, (weights_id, text))| {
+                *weights_id == feed.weights_id
                     && text.len() >= end
                     && text[feed.position..end] == feed.tokens
                     && (feed.draws.is_empty() || feed.draws.contains(sequence))
-                    && self.starts_alike(feed, *epoch, text)
+                    && self.starts_alike(feed, *weights_id, text)
             });
             let text = owner
                 .expect("every feed is of a text that is underway")
@@ -133,8 +133,8 @@ impl Simulation {
     }
 
     /// Whether the cells before a feed are those of this text.
-    fn starts_alike(&self, feed: &Feed, epoch: Epoch, text: &[u32]) -> bool {
-        let expected = digests(epoch, text);
+    fn starts_alike(&self, feed: &Feed, weights_id: WeightsId, text: &[u32]) -> bool {
+        let expected = digests(weights_id, text);
         (0..feed.position).all(|position| {
             let block = feed.table[position / BLOCK] as usize;
             self.memory.cells[block * BLOCK + position % BLOCK] == Some(expected[position])
@@ -161,28 +161,28 @@ impl Simulation {
 /// Runs jobs to their end; new weights come every `swap_every` steps, four times.
 fn run(jobs: &[Job], limits: Limits, swap_every: usize) -> (Simulation, usize) {
     let mut simulation = Simulation::new(limits);
-    let (mut epoch, mut steps) = (0, 0);
+    let (mut weights_id, mut steps) = (0, 0);
     let work: usize = jobs.iter().map(|job| job.prompt.len() + job.answer).sum();
     while simulation.done.len() < jobs.len() {
         for (sequence, job) in (0..).zip(jobs).filter(|(_, job)| job.at == steps) {
             simulation
                 .scheduler
-                .submit(sequence, epoch, Arc::clone(&job.prompt));
+                .submit(sequence, weights_id, Arc::clone(&job.prompt));
             simulation
                 .texts
-                .insert(sequence, (epoch, job.prompt.to_vec()));
+                .insert(sequence, (weights_id, job.prompt.to_vec()));
         }
-        if epoch < 4 && steps % swap_every == swap_every - 1 {
-            epoch += 1;
+        if weights_id < 4 && steps % swap_every == swap_every - 1 {
+            weights_id += 1;
             for (sequence, (own, _)) in &mut simulation.texts {
                 if jobs[*sequence as usize].in_flight {
-                    *own = epoch;
-                    simulation.scheduler.change_epoch(*sequence, epoch);
+                    *own = weights_id;
+                    simulation.scheduler.change_weights(*sequence, weights_id);
                 }
             }
-            for old in 0..epoch {
-                if !simulation.scheduler.uses_epoch(old) {
-                    simulation.scheduler.forget_epoch(old);
+            for old in 0..weights_id {
+                if !simulation.scheduler.uses_weights(old) {
+                    simulation.scheduler.forget_weights(old);
                 }
             }
         }

@@ -100,13 +100,12 @@ impl Keys<'_> {
 
 /// Attention of rotated `qkv` `[N, (H + 2 KV)·D]` into `out` `[N, H·D]`; `log_sums` `[N, H]` receives
 /// `ln Σ exp(scores)`, which the derivative needs. `rows` lie one after another.
-#[allow(unsafe_code)]
 pub(crate) fn forward(
     (out, log_sums): (&mut [f32], &mut [f32]),
     qkv: &[f32],
     shape: (Heads, &Attention),
     rows: &[Row],
-    cache: Option<(&CacheLayer, &[Vec<u32>])>,
+    cache: Option<(&mut CacheLayer, &[Vec<u32>])>,
     threads: &Threads,
 ) {
     let heads = shape.0;
@@ -114,9 +113,7 @@ pub(crate) fn forward(
         Some((layer, tables)) => {
             for row in rows {
                 let tokens = &qkv[columns(row.own(), heads.width())];
-                // Safety: rows that are computed on other threads meanwhile use none of the blocks that these rows write
-                // (`engine/machine/dealt.rs` deals them so).
-                unsafe { layer.store(heads, tokens, row.position, &tables[row.slot]) };
+                layer.store(heads, tokens, row.position, &tables[row.slot]);
             }
             Earlier::Cached(layer, tables)
         }

@@ -1,7 +1,7 @@
 //! Keys and values of one layer, in blocks: keys transposed, so that a query's scores are a sum of rows.
 //!
-//! Knows no texts: a table of blocks says where a text lies. Invariant: sums run over positions in order, as they do over
-//! keys that were never cached, so that cutting a text into blocks or steps changes no bit of its attention.
+//! Knows no texts: a table of blocks says where a text lies. Invariant: sums run over positions in order, as they do without
+//! a cache, so cutting a text into blocks or steps changes no bit of its attention.
 
 use std::sync::Arc;
 
@@ -10,12 +10,18 @@ use super::memory::Memory;
 use crate::kernels::BLOCK;
 use crate::kernels::simd::row_product;
 
-/// Keys `[blocks, KV, D, BLOCK]` and values `[blocks, KV, BLOCK, D]`.
+/// A handle to the keys and values of one layer.
 ///
-/// Threads share it while they compute rows of their own: a block that one of them writes in a step is in no table of
-/// another's.
+/// A handle is used as its memory would be: writing takes it exclusively, reading shares it. Further handles to the same
+/// memory come from [`CacheLayer::share`] alone, whose caller answers for what they write.
 #[derive(Debug)]
 pub(crate) struct CacheLayer {
+    memory: Arc<LayerMemory>,
+}
+
+/// Keys `[blocks, KV, D, BLOCK]` and values `[blocks, KV, BLOCK, D]`.
+#[derive(Debug)]
+struct LayerMemory {
     keys: Memory,
     values: Memory,
     heads: usize,
@@ -25,24 +31,13 @@ pub(crate) struct CacheLayer {
 /// One key head of one text.
 #[derive(Clone, Copy)]
 pub(super) struct CachedHead<'a> {
-    layer: &'a CacheLayer,
+    layer: &'a LayerMemory,
     j: usize,
     table: &'a [u32],
 }
 
-impl CacheLayer {
-    /// Room for so many blocks, which the system lends without memory behind it until it is written.
-    pub(super) fn new(heads: Heads, blocks: usize) -> Self {
-        let len = blocks * heads.key * heads.dim * BLOCK;
-        Self {
-            keys: Memory::with_capacity(len),
-            values: Memory::with_capacity(len),
-            heads: heads.key,
-            dim: heads.dim,
-        }
-    }
-
-    /// Where key head `j` of a block starts, in keys and in values.
+impl LayerMemory {
+    /// Start of key head `j` of a block, in keys and in values.
     #[inline(always)]
     fn base(&self, block: u32, j: usize) -> usize {
         (block as usize * self.heads + j) * self.dim * BLOCK
@@ -52,43 +47,70 @@ impl CacheLayer {
     fn block(&self) -> usize {
         self.dim * BLOCK
     }
+}
 
-    /// Writes all key heads of consecutive tokens `[N, (H + 2 KV)·D]`, the first at `position` of the text.
+impl CacheLayer {
+    /// Room for `blocks` blocks; the system provides memory when a block is first written.
+    pub(super) fn new(heads: Heads, blocks: usize) -> Self {
+        let len = blocks * heads.key * heads.dim * BLOCK;
+        Self {
+            memory: Arc::new(LayerMemory {
+                keys: Memory::with_capacity(len),
+                values: Memory::with_capacity(len),
+                heads: heads.key,
+                dim: heads.dim,
+            }),
+        }
+    }
+
+    /// Another handle to the same memory.
     ///
     /// # Safety
-    /// No other thread may use the blocks of these positions meanwhile.
+    /// As long as several handles exist, no thread may write a block through one of them while another thread uses that
+    /// block through another.
     #[allow(unsafe_code)]
-    pub(super) unsafe fn store(&self, heads: Heads, qkv: &[f32], position: usize, table: &[u32]) {
+    pub(crate) unsafe fn share(&self) -> Self {
+        Self {
+            memory: Arc::clone(&self.memory),
+        }
+    }
+
+    /// Writes all key heads of consecutive tokens `[N, (H + 2 KV)·D]`, the first at `position` of the text.
+    #[allow(unsafe_code)]
+    pub(super) fn store(&mut self, heads: Heads, qkv: &[f32], position: usize, table: &[u32]) {
+        let layer = &*self.memory;
         for (token, position) in qkv.chunks_exact(heads.width()).zip(position..) {
             let (block, at) = (table[position / BLOCK], position % BLOCK);
-            for j in 0..self.heads {
-                let base = self.base(block, j);
-                // Safety: within one block, which is this caller's.
-                let keys = unsafe { self.keys.write(base..base + self.block()) };
-                let key = &token[heads.key_offset(j)..][..self.dim];
+            for j in 0..layer.heads {
+                let base = layer.base(block, j);
+                // Safety: this handle is held exclusively, and the caller of `share` keeps other handles off the block.
+                let keys = unsafe { layer.keys.write(base..base + layer.block()) };
+                let key = &token[heads.key_offset(j)..][..layer.dim];
                 for (&value, row) in key.iter().zip(keys.chunks_exact_mut(BLOCK)) {
                     row[at] = value;
                 }
-                let start = base + at * self.dim;
+                let start = base + at * layer.dim;
                 // Safety: the same.
-                let values = unsafe { self.values.write(start..start + self.dim) };
-                values.copy_from_slice(&token[heads.value_offset(j)..][..self.dim]);
+                let values = unsafe { layer.values.write(start..start + layer.dim) };
+                values.copy_from_slice(&token[heads.value_offset(j)..][..layer.dim]);
             }
         }
     }
 
+    /// Key head `j` of the text whose blocks are `table`.
     pub(super) fn head<'a>(&'a self, j: usize, table: &'a [u32]) -> CachedHead<'a> {
+        debug_assert!(j < self.memory.heads, "the layer has this key head");
         CachedHead {
-            layer: self,
+            layer: &self.memory,
             j,
             table,
         }
     }
 
-    /// Makes all blocks up to this one usable, between two steps. The lowest free block is handed out first, so what is
-    /// reached for the first time lies behind what was reached before.
-    pub(crate) fn reach(layer: &mut Arc<Self>, block: u32) {
-        let layer = Self::alone(layer);
+    /// Makes all blocks up to this one usable, between two steps. The lowest free block is handed out first, so new memory
+    /// lies behind the memory in use.
+    pub(crate) fn reach(&mut self, block: u32) {
+        let layer = self.alone();
         let end = layer.base(block + 1, 0);
         layer.keys.reach(end);
         layer.values.reach(end);
@@ -96,25 +118,25 @@ impl CacheLayer {
 
     /// Copies one block to another, between two steps.
     #[allow(unsafe_code)]
-    pub(crate) fn copy_block(layer: &mut Arc<Self>, from: u32, to: u32) {
-        Self::reach(layer, from.max(to));
+    pub(crate) fn copy_block(&mut self, from: u32, to: u32) {
+        self.reach(from.max(to));
         if from == to {
             return;
         }
-        let layer = Self::alone(layer);
+        let layer = self.alone();
         let (from, to) = (layer.base(from, 0), layer.base(to, 0));
         let len = layer.heads * layer.block();
         for memory in [&layer.keys, &layer.values] {
-            // Safety: two blocks of memory that nobody else has a handle to.
+            // Safety: two different blocks of memory with a single handle, which is held exclusively.
             let (from, to) = unsafe { (memory.read(from..from + len), memory.write(to..to + len)) };
             to.copy_from_slice(from);
         }
     }
 
-    fn alone(layer: &mut Arc<Self>) -> &mut Self {
-        match Arc::get_mut(layer) {
+    fn alone(&mut self) -> &mut LayerMemory {
+        match Arc::get_mut(&mut self.memory) {
             Some(layer) => layer,
-            None => unreachable!("a step's handles end with it"),
+            None => unreachable!("shared handles end with their step"),
         }
     }
 }
@@ -126,7 +148,8 @@ impl<'a> CachedHead<'a> {
     fn block(self, index: usize) -> (&'a [f32], &'a [f32]) {
         let base = self.layer.base(self.table[index], self.j);
         let range = base..base + self.layer.block();
-        // Safety: a block in a table of this thread's, which nobody else writes; its own writes lie before.
+        // Safety: the handle is borrowed for `'a`, so nothing writes through it, and the caller of `share` keeps other
+        // handles from writing the block.
         unsafe {
             (
                 self.layer.keys.read(range.clone()),
@@ -135,7 +158,7 @@ impl<'a> CachedHead<'a> {
         }
     }
 
-    /// `scores = q Kᵀ` at consecutive positions from `start`; those beyond the text's end are of no meaning.
+    /// `scores = q Kᵀ` at consecutive positions from `start`; those beyond the text's end are undefined.
     #[inline(always)]
     pub(super) fn scores(self, scores: &mut [f32], start: usize, query: &[f32]) {
         let (mut rest, mut position) = (scores, start);
@@ -165,7 +188,7 @@ impl<'a> CachedHead<'a> {
     }
 }
 
-/// `outⱼ += Σₚ aₚ bₚⱼ`, one after another, so that several calls add up as one would.
+/// `outⱼ += Σₚ aₚ bₚⱼ`, in order, so that several calls give the bits of one.
 #[inline(always)]
 fn add_row_product(out: &mut [f32], a: &[f32], b: &[f32], stride: usize) {
     let mut column = 0;

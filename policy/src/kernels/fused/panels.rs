@@ -376,9 +376,9 @@ fn quantised_narrow(tile: &Tile<'_, '_, Quantised<NARROW>>) {
 /// One variable per row and not an array of them: of an array the compiler makes vectors across rows, which scatters, or
 /// keeps the sums in memory.
 macro_rules! few_rows {
-    ($name:ident, $lane:ty, $columns:ident: $($x:ident $sums:ident $offset:literal),+) => {
+    ($width:ident $name:ident, $lane:ty, $columns:ident: $($x:ident $sums:ident $offset:literal),+) => {
         vectorised! {
-        fn $name(tile: &Tile<'_, '_, $lane>, row: usize) {
+        $width fn $name(tile: &Tile<'_, '_, $lane>, row: usize) {
             const COLUMNS: usize = $columns;
             let inputs = tile.panel.len();
             $(
@@ -400,40 +400,40 @@ macro_rules! few_rows {
     };
 }
 
-few_rows!(full_wide_1, Full<WIDE>, WIDE: x0 s0 0);
-few_rows!(full_wide_2, Full<WIDE>, WIDE: x0 s0 0, x1 s1 1);
-few_rows!(full_wide_4, Full<WIDE>, WIDE: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows!(wide full_wide_1, Full<WIDE>, WIDE: x0 s0 0);
+few_rows!(wide full_wide_2, Full<WIDE>, WIDE: x0 s0 0, x1 s1 1);
+few_rows!(wide full_wide_4, Full<WIDE>, WIDE: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
 few_rows!(
-    full_wide_8, Full<WIDE>, WIDE:
+    wide full_wide_8, Full<WIDE>, WIDE:
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5, x6 s6 6, x7 s7 7
 );
-few_rows!(full_narrow_1, Full<NARROW>, NARROW: x0 s0 0);
-few_rows!(full_narrow_2, Full<NARROW>, NARROW: x0 s0 0, x1 s1 1);
-few_rows!(full_narrow_4, Full<NARROW>, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows!(narrow full_narrow_1, Full<NARROW>, NARROW: x0 s0 0);
+few_rows!(narrow full_narrow_2, Full<NARROW>, NARROW: x0 s0 0, x1 s1 1);
+few_rows!(narrow full_narrow_4, Full<NARROW>, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
 few_rows!(
-    full_narrow_6, Full<NARROW>, NARROW:
+    narrow full_narrow_6, Full<NARROW>, NARROW:
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5
 );
-few_rows!(half_wide_1, Half<{ WIDE / 2 }>, WIDE: x0 s0 0);
-few_rows!(half_wide_2, Half<{ WIDE / 2 }>, WIDE: x0 s0 0, x1 s1 1);
-few_rows!(half_wide_4, Half<{ WIDE / 2 }>, WIDE: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows!(wide half_wide_1, Half<{ WIDE / 2 }>, WIDE: x0 s0 0);
+few_rows!(wide half_wide_2, Half<{ WIDE / 2 }>, WIDE: x0 s0 0, x1 s1 1);
+few_rows!(wide half_wide_4, Half<{ WIDE / 2 }>, WIDE: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
 few_rows!(
-    half_wide_8, Half<{ WIDE / 2 }>, WIDE:
+    wide half_wide_8, Half<{ WIDE / 2 }>, WIDE:
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5, x6 s6 6, x7 s7 7
 );
-few_rows!(half_narrow_1, Half<{ NARROW / 2 }>, NARROW: x0 s0 0);
-few_rows!(half_narrow_2, Half<{ NARROW / 2 }>, NARROW: x0 s0 0, x1 s1 1);
-few_rows!(half_narrow_4, Half<{ NARROW / 2 }>, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows!(narrow half_narrow_1, Half<{ NARROW / 2 }>, NARROW: x0 s0 0);
+few_rows!(narrow half_narrow_2, Half<{ NARROW / 2 }>, NARROW: x0 s0 0, x1 s1 1);
+few_rows!(narrow half_narrow_4, Half<{ NARROW / 2 }>, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
 few_rows!(
-    half_narrow_6, Half<{ NARROW / 2 }>, NARROW:
+    narrow half_narrow_6, Half<{ NARROW / 2 }>, NARROW:
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5
 );
 
 /// The same with panels whose lanes hold several inputs: each weight is widened as a whole panel is, to the same bits.
 macro_rules! few_rows_quantised {
-    ($name:ident, $columns:ident: $($x:ident $sums:ident $offset:literal),+) => {
+    ($width:ident $name:ident, $columns:ident: $($x:ident $sums:ident $offset:literal),+) => {
         vectorised! {
-        fn $name(tile: &Tile<'_, '_, Quantised<$columns>>, row: usize) {
+        $width fn $name(tile: &Tile<'_, '_, Quantised<$columns>>, row: usize) {
             const COLUMNS: usize = $columns;
             let inputs = tile.product.inputs;
             $(let mut $sums = [0.0f32; COLUMNS];)+
@@ -456,18 +456,18 @@ macro_rules! few_rows_quantised {
     };
 }
 
-few_rows_quantised!(quantised_wide_1, WIDE: x0 s0 0);
-few_rows_quantised!(quantised_wide_2, WIDE: x0 s0 0, x1 s1 1);
-few_rows_quantised!(quantised_wide_4, WIDE: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows_quantised!(wide quantised_wide_1, WIDE: x0 s0 0);
+few_rows_quantised!(wide quantised_wide_2, WIDE: x0 s0 0, x1 s1 1);
+few_rows_quantised!(wide quantised_wide_4, WIDE: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
 few_rows_quantised!(
-    quantised_wide_8, WIDE:
+    wide quantised_wide_8, WIDE:
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5, x6 s6 6, x7 s7 7
 );
-few_rows_quantised!(quantised_narrow_1, NARROW: x0 s0 0);
-few_rows_quantised!(quantised_narrow_2, NARROW: x0 s0 0, x1 s1 1);
-few_rows_quantised!(quantised_narrow_4, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
+few_rows_quantised!(narrow quantised_narrow_1, NARROW: x0 s0 0);
+few_rows_quantised!(narrow quantised_narrow_2, NARROW: x0 s0 0, x1 s1 1);
+few_rows_quantised!(narrow quantised_narrow_4, NARROW: x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3);
 few_rows_quantised!(
-    quantised_narrow_6, NARROW:
+    narrow quantised_narrow_6, NARROW:
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5
 );
 

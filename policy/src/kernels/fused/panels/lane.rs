@@ -214,9 +214,9 @@ fn room<const C: usize>(widened: &mut Vec<Full<C>>, lanes: usize) -> &mut [Full<
 /// Defines what widens a whole panel: loops and no iterators with a body of their own, which the compiler might not make
 /// part of the function that has the wide vectors.
 macro_rules! widen {
-    ($name:ident, $columns:ident) => {
+    ($width:ident $name:ident, $columns:ident) => {
         vectorised! {
-        pub(super) fn $name(panel: &[Quantised<$columns>], widened: &mut Vec<Full<$columns>>) {
+        $width pub(super) fn $name(panel: &[Quantised<$columns>], widened: &mut Vec<Full<$columns>>) {
             let widened = room(widened, panel.len() * TOGETHER);
             for (to, lane) in widened.chunks_exact_mut(TOGETHER).zip(panel) {
                 for (to, steps) in to.iter_mut().zip(&lane.steps) {
@@ -228,8 +228,8 @@ macro_rules! widen {
     };
 }
 
-widen!(widen_wide, WIDE);
-widen!(widen_narrow, NARROW);
+widen!(wide widen_wide, WIDE);
+widen!(narrow widen_narrow, NARROW);
 
 impl<const C: usize> Quantised<C> {
     #[inline(always)]

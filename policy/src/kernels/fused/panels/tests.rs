@@ -128,13 +128,15 @@ fn both_widths_of_panels_agree() {
     }];
     let stored = Rows::new(&parts, inputs);
     let one = Threads::one();
-    let forms = [
-        Lanes::FullWide(pack(&stored, &one)),
+    let mut forms = vec![
         Lanes::FullNarrow(pack(&stored, &one)),
-        Lanes::HalfWide(pack(&stored, &one)),
         Lanes::HalfNarrow(pack(&stored, &one)),
     ];
-    let products = forms.map(|lanes| {
+    if width() == Width::Avx512 {
+        forms.push(Lanes::FullWide(pack(&stored, &one)));
+        forms.push(Lanes::HalfWide(pack(&stored, &one)));
+    }
+    let products = forms.into_iter().map(|lanes| {
         let panels = Panels {
             lanes,
             inputs,
@@ -147,6 +149,7 @@ fn both_widths_of_panels_agree() {
         panels.multiply(few, &x[6 * inputs..], Onto::Nothing, &one);
         out
     });
+    let products: Vec<Vec<f32>> = products.collect();
     assert!(products.iter().all(|product| *product == products[0]));
 }
 
