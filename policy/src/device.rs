@@ -1,4 +1,4 @@
-//! The one place where a device is asked for.
+//! Opens the device that a configuration names, and tells its free memory.
 
 use candle_core::Device;
 
@@ -14,9 +14,9 @@ pub enum DeviceError {
     /// The driver refused.
     #[error("device `{device}` cannot be opened: {reason}; check the driver, or use `cpu`")]
     Unavailable {
-        /// What was asked for.
+        /// Name in the configuration.
         device: String,
-        /// What the driver said.
+        /// Message of the driver.
         reason: String,
     },
 }
@@ -24,7 +24,7 @@ pub enum DeviceError {
 /// Opens the device that a configuration names: `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
-/// When the name is unknown, the backend is not built in, or the device does not open.
+/// If the name is unknown, the backend is not built in, or the device does not open.
 pub fn device(name: &str) -> Result<Device, DeviceError> {
     if name == "cpu" {
         return Ok(Device::Cpu);
@@ -48,10 +48,10 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     })
 }
 
-/// What is taken as free where the system does not tell.
+/// Assumed free memory if the system does not tell.
 const UNKNOWN_FREE_BYTES: u64 = 2 << 30;
 
-/// Memory of a device that nobody uses, in bytes.
+/// Free memory of a device, in bytes.
 pub(crate) fn free_bytes(device: &Device) -> u64 {
     let known = match device {
         Device::Cpu => available_memory(),
@@ -67,7 +67,7 @@ pub(crate) fn free_bytes(device: &Device) -> u64 {
     known.unwrap_or(UNKNOWN_FREE_BYTES)
 }
 
-/// What the system could lend, and no more than what is left of this process's own allowance.
+/// Available memory of the system, limited by the rest of this process's cgroup.
 fn available_memory() -> Option<u64> {
     let system = kib_of(
         &std::fs::read_to_string("/proc/meminfo").ok()?,
@@ -77,11 +77,11 @@ fn available_memory() -> Option<u64> {
         let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
         text.trim().parse::<u64>().ok()
     };
-    let allowed = match (number("memory.max"), number("memory.current")) {
+    let cgroup = match (number("memory.max"), number("memory.current")) {
         (Some(most), Some(used)) => most.saturating_sub(used),
-        _ => u64::MAX, // no allowance, or a system that has none
+        _ => u64::MAX, // no limit, or no cgroups
     };
-    Some(system.min(allowed))
+    Some(system.min(cgroup))
 }
 
 fn kib_of(meminfo: &str, key: &str) -> Option<u64> {

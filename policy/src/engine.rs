@@ -1,9 +1,9 @@
-//! Generation: an engine that lives as long as its worker. Groups of requests are submitted at any time, rows of
-//! different lengths, prompts and versions decode together, and a finished row's slot is taken by the next request.
+//! Generation by continuous batching: callers submit groups of requests at any time, rows of different lengths, prompts and
+//! versions decode together, and the next request takes the slot of a finished row.
 //!
-//! [`scheduler`] decides (pure), [`executor`] computes, this file draws tokens and keeps the answers. Knows nothing of
-//! rewards or leases. Invariant: a completion depends on its own request and the versions that it ran under only, up to
-//! the rounding of the products it shares with other rows; keys and values belong to one version.
+//! [`scheduler`] decides (pure), [`executor`] computes, this file draws tokens and collects completions. Knows nothing of
+//! rewards or leases. Invariant: a completion depends only on its own request and the versions it ran under, up to the
+//! rounding of products it shares with other rows; keys and values belong to one version.
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -34,29 +34,29 @@ mod plan;
 mod scheduler;
 mod stops;
 
-/// Share of the free memory that keys and values may take where the configuration names no budget.
+/// Without a configured budget, keys and values take the free memory divided by this.
 const FREE_SHARE: u64 = 2;
 
-/// How generation shares the machine.
+/// Limits of generation on this machine.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EngineConfig {
-    /// Rows that decode together. More use the processor better and take more memory for keys and values.
+    /// Rows that decode together. More rows use the processor better and take more memory for keys and values.
     pub slots: NonZeroUsize,
-    /// Memory for keys and values in bytes; half of what the device has free when none is named. Rows give way when it
-    /// runs out.
+    /// Memory for keys and values, in bytes; by default half of the device's free memory. Rows are preempted when it runs
+    /// out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<NonZeroU64>,
-    /// Tokens of prompts that are read in one step beside the rows that decode: more read long prompts faster, fewer
-    /// hold the others up less.
+    /// Tokens of prompts read in one step beside the rows that decode. More tokens read long prompts faster; fewer delay the
+    /// decoding rows less.
     pub chunk_tokens: NonZeroUsize,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
         // Products of fewer rows are bound by reading the weights.
-        const SLOTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(63);
-        const CHUNK: NonZeroUsize = NonZeroUsize::MIN.saturating_add(511);
+        const SLOTS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+        const CHUNK: NonZeroUsize = NonZeroUsize::new(512).unwrap();
         Self {
             slots: SLOTS,
             kv_bytes: None,
@@ -65,36 +65,34 @@ impl Default for EngineConfig {
     }
 }
 
-/// What becomes of an answer that is not finished when new weights come.
+/// Weights under which an unfinished answer continues after a swap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightsRule {
-    /// It ends under the weights that it was submitted under.
+    /// The answer finishes under the weights it was submitted under.
     #[default]
     Drain,
-    /// It goes on under the new ones from its next token: what it holds is read again under them.
+    /// The answer continues under the new weights from its next token; its text is read again under them.
     InFlight,
 }
 
-/// One answer to generate.
+/// A request for one completion.
 #[derive(Debug, Clone)]
 pub struct GenerationRequest {
-    /// At least one token. Requests that share a prompt have it read once.
+    /// At least one token. Requests that share a prompt read it once.
     pub prompt: Arc<[u32]>,
-    /// Most tokens of the answer, a stop token included.
+    /// Most tokens of the completion, stop token included.
     pub max_tokens: usize,
-    /// Tokens that end the answer.
+    /// Tokens that end the completion.
     pub stop_ids: Arc<[u32]>,
-    /// Texts that end the answer.
+    /// Texts that end the completion.
     pub stop_strings: Option<StopStrings>,
-    /// How tokens are chosen.
     pub sampling: Sampling,
-    /// What happens when new weights come.
     pub weights: WeightsRule,
 }
 
 impl GenerationRequest {
-    /// A request that ends at stop tokens only and under the weights that it began with.
+    /// A request without stop strings that finishes under the weights it was submitted under.
     pub fn new(
         prompt: Arc<[u32]>,
         max_tokens: usize,
@@ -112,57 +110,56 @@ impl GenerationRequest {
     }
 }
 
-/// Consecutive tokens of an answer that one version drew.
+/// Consecutive tokens of a completion drawn under one version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// The version, as its weights were named to the engine.
+    /// Version that the caller gave the weights.
     pub version: u64,
-    /// How many tokens.
+    /// Number of tokens.
     pub tokens: usize,
 }
 
-/// One answer.
+/// A generated answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
     /// Tokens in order, the stop token included.
     pub tokens: Vec<u32>,
     /// Log-probability of each under the sampling temperature, in nats.
     pub logprobs: Vec<f32>,
-    /// Which versions drew them, in order; together as many as there are tokens.
+    /// Versions that drew the tokens, in order; their lengths add up to the number of tokens.
     pub spans: Vec<Span>,
-    /// Why it ended.
     pub finish: Finish,
 }
 
-/// Why an answer ended.
+/// Why a completion ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// With this stop token.
+    /// At this stop token.
     Stop(u32),
-    /// With the token that completed the stop string of this index.
+    /// At the token that completed the stop string of this index.
     StopString(usize),
-    /// At the largest number of tokens.
+    /// At `max_tokens`.
     Length,
 }
 
-/// Names what was submitted together.
+/// Id of the requests of one [`Engine::submit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupId(u64);
 
-/// A group that is complete.
+/// A completed group.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answered {
-    /// As submitted.
+    /// Id returned by [`Engine::submit`].
     pub group: GroupId,
     /// In the order of its requests.
     pub completions: Vec<Completion>,
 }
 
-/// Generates an answer to every request, in the order of the requests.
+/// Generates a completion for every request, in the order of the requests.
 ///
 /// # Errors
-/// When a request cannot be answered (empty prompt, unknown token, too long, bad temperature, more keys and values than
-/// there is memory for), before any is; or when the policy's logits are not finite.
+/// If a request cannot be answered (empty prompt, unknown token, too long, bad temperature, too little memory for its keys
+/// and values), before generation starts; or if the policy's logits are not finite.
 pub fn generate(
     policy: &Policy,
     config: &EngineConfig,
@@ -170,7 +167,7 @@ pub fn generate(
 ) -> Result<Vec<Completion>, PolicyError> {
     let slots = config.slots.get().min(requests.len()).max(1);
     let longest = requests.iter().map(positions).max().unwrap_or(0);
-    // No more than these rows can use: their own blocks, their prompts' and one to copy to.
+    // As many as these rows can use: their own blocks, those of their prompts, and one each to copy to.
     let wanted = (longest.div_ceil(BLOCK) + 1).saturating_mul(2 * slots);
     let mut engine = Engine::with_blocks_max(policy.clone(), 0, config, wanted)?;
     if requests.is_empty() {
@@ -185,7 +182,7 @@ pub fn generate(
     Ok(completions.collect())
 }
 
-/// Positions that a request takes at most; its last token is never fed.
+/// Most positions that a request takes; its last token is never fed.
 fn positions(request: &GenerationRequest) -> usize {
     let answer = request.max_tokens.saturating_sub(1);
     request.prompt.len().saturating_add(answer)
@@ -197,30 +194,30 @@ fn block_bytes(config: &Config) -> u64 {
     (position * BLOCK) as u64
 }
 
-/// Weights in use.
+/// Weights that requests run under.
 #[derive(Debug)]
 struct Live {
     policy: Policy,
     version: u64,
 }
 
-/// A request on its way.
+/// An unfinished request.
 struct Underway {
     group: GroupId,
-    /// Its place in the group.
+    /// Index in the group.
     place: usize,
     request: GenerationRequest,
     watch: StopWatch,
     completion: Completion,
 }
 
-/// A group on its way.
+/// An unfinished group.
 struct Gathering {
     completions: Vec<Option<Completion>>,
     missing: usize,
 }
 
-/// A long-lived generator. It lives on one thread; [`Policy`]s come in and completions go out.
+/// A long-lived generator on one thread.
 pub struct Engine {
     scheduler: Scheduler,
     executor: Box<dyn Executor>,
@@ -230,16 +227,16 @@ pub struct Engine {
     submitted: Sequence,
     groups_made: u64,
     finished: Vec<Answered>,
-    /// Tokens are drawn on them.
+    /// Threads that draw tokens.
     threads: Threads,
     budget_bytes: u64,
 }
 
 impl Engine {
-    /// An engine whose first weights are `policy`, named `version` in the spans of its answers.
+    /// An engine that starts with the weights of `policy`; spans name them `version`.
     ///
     /// # Errors
-    /// When the budget holds no block of keys and values, or the device refuses.
+    /// If the budget is smaller than one block of keys and values, or the device fails.
     pub fn new(policy: Policy, version: u64, config: &EngineConfig) -> Result<Self, PolicyError> {
         let longest = policy.config().max_position_embeddings.div_ceil(BLOCK) + 1;
         let useful = longest.saturating_mul(config.slots.get().saturating_mul(2));
@@ -291,49 +288,49 @@ impl Engine {
         })
     }
 
-    /// The version that requests submitted now run under.
+    /// Version under which newly submitted requests run.
     pub fn version(&self) -> u64 {
         self.live
             .last_key_value()
             .map_or(0, |(_, live)| live.version)
     }
 
-    /// Whether nothing is left to generate.
+    /// Whether no request is unfinished and no group waits to be returned.
     pub fn is_idle(&self) -> bool {
         self.groups.is_empty() && self.finished.is_empty()
     }
 
-    /// Requests that have no slot yet.
+    /// Requests without a slot.
     pub fn queued(&self) -> usize {
         self.scheduler.queued()
     }
 
-    /// Requests that have a slot.
+    /// Requests with a slot.
     pub fn running(&self) -> usize {
         self.scheduler.running()
     }
 
-    /// Texts of so many positions that the memory holds at once, prompts apart.
+    /// Rows of `positions` positions that fit into the memory at the same time, without shared prompts.
     pub fn rows_in_memory(&self, positions: usize) -> u32 {
         let blocks = self.scheduler.blocks() / positions.div_ceil(BLOCK).max(1);
         u32::try_from(blocks).unwrap_or(u32::MAX)
     }
 
-    /// Most bytes that keys and values take.
+    /// Bytes reserved for keys and values.
     pub fn kv_bytes(&self) -> u64 {
         self.budget_bytes
     }
 
-    /// What was done so far.
+    /// Counters since the engine started.
     pub fn stats(&self) -> ScheduleStats {
         self.scheduler.stats()
     }
 
-    /// Takes a group of requests on; all of them or none.
+    /// Submits a group of requests; all of them or none.
     ///
     /// # Errors
-    /// When a request can never be answered: empty prompt, unknown token, too long, bad temperature, or more keys and
-    /// values than the budget holds.
+    /// If a request can never be answered: empty prompt, unknown token, too long, bad temperature, or more keys and values
+    /// than the budget holds.
     pub fn submit(&mut self, requests: Vec<GenerationRequest>) -> Result<GroupId, PolicyError> {
         for (row, request) in requests.iter().enumerate() {
             self.check(row, request)?;
@@ -370,7 +367,7 @@ impl Engine {
             self.underway.insert(self.submitted, underway);
         }
         if count == 0 {
-            self.hand_out(group);
+            self.return_group(group);
         }
         Ok(group)
     }
@@ -398,10 +395,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes new weights on: for every request submitted from now on, and for those underway whose rule says so.
+    /// Swaps in new weights for every request submitted from now on and for running [`WeightsRule::InFlight`] requests.
     ///
     /// # Errors
-    /// When the weights are of another shape or kernel set than those in use.
+    /// If the weights have another shape or kernel set than those in use.
     pub fn swap(&mut self, policy: Policy, version: u64) -> Result<(), PolicyError> {
         let Some((&newest, live)) = self.live.last_key_value() else {
             return Ok(());
@@ -422,7 +419,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Lets weights go that nobody runs under, all but the newest.
+    /// Drops weights that no request uses, except the newest.
     fn forget_unused(&mut self) {
         let Some((&newest, _)) = self.live.last_key_value() else {
             return;
@@ -439,10 +436,10 @@ impl Engine {
         });
     }
 
-    /// One forward pass and one token for every row that has read its text. Returns the groups that it completed.
+    /// Runs one forward pass and draws one token for every row that has read its text. Returns the groups it completed.
     ///
     /// # Errors
-    /// When the device fails or logits are not finite; the engine must not be used after that.
+    /// If the device fails or logits are not finite; the engine must not be used after that.
     pub fn step(&mut self) -> Result<Vec<Answered>, PolicyError> {
         let plan = self.scheduler.plan();
         let Self {
@@ -453,7 +450,7 @@ impl Engine {
             ..
         } = self;
         let outcomes = executor.run(&plan, &|feeds, logits| {
-            let weights_id = feeds.first().map_or(0, |feed| feed.weights_id); // of all that are computed together
+            let weights_id = feeds.first().map_or(0, |feed| feed.weights_id); // the same for all feeds of a batch
             let version = live.get(&weights_id).map_or(0, |live| live.version);
             let draws: Vec<Draw> = draws_of(feeds, underway).collect();
             let vocab = logits.len() / feeds.len().max(1);
@@ -499,12 +496,12 @@ impl Engine {
             gathering.completions[place] = Some(completion);
             gathering.missing -= 1;
             if gathering.missing == 0 {
-                self.hand_out(group);
+                self.return_group(group);
             }
         }
     }
 
-    fn hand_out(&mut self, group: GroupId) {
+    fn return_group(&mut self, group: GroupId) {
         if let Some(gathering) = self.groups.remove(&group) {
             let completions = gathering.completions.into_iter().flatten().collect();
             self.finished.push(Answered { group, completions });
@@ -512,7 +509,7 @@ impl Engine {
     }
 }
 
-/// What the requests of some feeds draw, each feed from the row of logits of its place.
+/// The draws that some feeds ask for, each from the row of logits at the feed's index.
 fn draws_of<'a>(
     feeds: &'a [&Feed],
     underway: &'a BTreeMap<Sequence, Underway>,
@@ -523,7 +520,7 @@ fn draws_of<'a>(
 }
 
 impl Underway {
-    /// The next token, to be drawn from a row of the logits.
+    /// The draw of the next token from a row of the logits.
     fn draw(&self, row: usize, sequence: Sequence) -> Draw {
         let place = self.completion.tokens.len() as u64;
         let (temperature, uniform) = match self.request.sampling {
@@ -542,7 +539,7 @@ impl Underway {
         }
     }
 
-    /// Appends a token; true when the answer is complete with it.
+    /// Appends a token. True if it completes the answer.
     fn take(&mut self, Drawn { token, logprob }: Drawn, version: u64) -> bool {
         let (request, completion) = (&self.request, &mut self.completion);
         completion.tokens.push(token);
@@ -567,7 +564,7 @@ impl Underway {
 }
 
 impl Completion {
-    /// An answer of no tokens, as it stands before the first.
+    /// A completion before its first token.
     fn empty() -> Self {
         Self {
             tokens: Vec::new(),

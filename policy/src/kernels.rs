@@ -1,8 +1,8 @@
-//! What a decoder is made of: the operations, each with its derivative, that a kernel set must provide.
+//! The operations of a decoder, each with its derivative, that a kernel set provides.
 //!
-//! An operation takes packed, ragged rows: arrays are `[N, width]`, N being the tokens of all rows one after another, so
-//! that no padding is computed. Operations know no model, layer order or sampling. Invariant: every kernel set computes
-//! the same function and the same derivative, up to rounding.
+//! Operations take packed, ragged rows: arrays are `[N, width]` for the N tokens of all rows in order, without padding. They
+//! know no model, layer order or sampling. Invariant: every kernel set computes the same function and the same derivative, up
+//! to rounding.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -20,47 +20,47 @@ pub(crate) mod matmul;
 pub(crate) mod simd;
 pub(crate) mod threads;
 
-/// Which implementation of the operations runs.
+/// Implementation of the operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KernelSet {
-    /// Own kernels over slices of f32, CPU only: several times faster there.
+    /// Own kernels over slices of f32, for the CPU: several times faster there than `candle`.
     #[default]
     Fused,
     /// Composite operations of candle, on any device.
     Candle,
-    /// The fused kernels over matrices rounded to eight bits: for machines that read memory slowly or have little of it.
-    /// They generate and score, in a numeric class of their own, and do not train.
+    /// The fused kernels over matrices rounded to eight bits, for machines with slow or little memory. They generate and
+    /// score, in a numeric class of their own, and do not train.
     Int8,
 }
 
-/// One row of a batch: consecutive tokens of one text.
+/// A row of a batch: consecutive tokens of one text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Row {
-    /// First token in the packed batch.
+    /// Index of its first token in the packed batch.
     pub(crate) start: usize,
-    /// Tokens of this row in the batch.
+    /// Tokens of the row in the batch.
     pub(crate) len: usize,
-    /// Position of its first token in its text: how many earlier tokens the cache holds, or the packed batch.
+    /// Position of its first token in its text. The earlier tokens lie in the cache or in the packed batch.
     pub(crate) position: usize,
-    /// Where in the packed batch those earlier tokens start; of no meaning with a cache.
+    /// Index of the earlier tokens in the packed batch; unused with a cache.
     pub(crate) earlier: usize,
-    /// Its place among the tables of the cache; of no meaning without a cache.
+    /// Index of its table in the cache; unused without a cache.
     pub(crate) slot: usize,
 }
 
 impl Row {
-    /// Its earlier tokens in the packed batch, without a cache.
+    /// Earlier tokens of its text in the packed batch, without a cache.
     pub(crate) fn earlier(&self) -> Range<usize> {
         self.earlier..self.earlier + self.position
     }
 
-    /// Its own tokens in the packed batch.
+    /// Tokens of the row in the packed batch.
     pub(crate) fn own(&self) -> Range<usize> {
         self.start..self.start + self.len
     }
 
-    /// Where a position of its text lies in the packed batch, without a cache.
+    /// Index in the packed batch of a position of its text, without a cache.
     pub(crate) fn place(&self, position: usize) -> usize {
         match position.checked_sub(self.position) {
             Some(own) => self.start + own,
@@ -69,11 +69,11 @@ impl Row {
     }
 }
 
-/// Positions of one block of a cache: enough that a vector's worth of keys lies side by side, few enough that the last
-/// block of a text, half empty on average, wastes little.
+/// Positions of a block of a cache: enough to fill a vector with neighbouring keys, few enough that the last block of a text,
+/// half empty on average, wastes little.
 pub(crate) const BLOCK: usize = 32;
 
-/// Keys and values of earlier positions, in blocks, and where the rows of the next pass find theirs.
+/// Keys and values of earlier positions, in blocks, and the tables of the rows of the next pass.
 #[derive(Debug)]
 pub(crate) struct Paged<L> {
     pub(crate) layers: Vec<L>,
@@ -81,18 +81,18 @@ pub(crate) struct Paged<L> {
     pub(crate) tables: Vec<Vec<u32>>,
 }
 
-/// Packed tokens and where each row lies in them.
+/// Packed tokens and their rows.
 #[derive(Debug, Clone)]
 pub(crate) struct Batch {
     pub(crate) tokens: Vec<u32>,
     pub(crate) rows: Rc<[Row]>,
 }
 
-/// A text without a cache, and how many of its first tokens it may share with its neighbours.
+/// A text without a cache, and the number of first tokens that it may share with its neighbours.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Text<'a> {
     pub(crate) tokens: &'a [u32],
-    /// Below the number of tokens: no result is asked for at a shared position.
+    /// Below the number of tokens, since shared positions give no results.
     pub(crate) shareable: usize,
 }
 
@@ -106,22 +106,22 @@ impl<'a> Text<'a> {
         }
     }
 
-    /// The tokens that it may share.
+    /// The shareable tokens.
     fn prefix(self) -> &'a [u32] {
         &self.tokens[..self.shareable]
     }
 
-    /// Whether the two share their prefixes.
+    /// Whether both have the same shareable tokens.
     pub(crate) fn shares_with(self, other: Self) -> bool {
         self.shareable > 0 && self.prefix() == other.prefix()
     }
 }
 
 impl Batch {
-    /// Packs texts; what neighbours share is packed once, before them. The rollouts of a group share their prompt, which is
-    /// often longer than the answers.
+    /// Packs texts. The shared prefix of neighbours is packed once, before them: the rollouts of a group share their prompt,
+    /// which is often longer than the answers.
     ///
-    /// Returns the batch and the row that ends each text.
+    /// Returns the batch and the last row of each text.
     pub(crate) fn packed<'a>(texts: impl IntoIterator<Item = Text<'a>>) -> (Self, Vec<Row>) {
         let texts: Vec<Text<'a>> = texts.into_iter().collect();
         let (mut tokens, mut rows) = (Vec::new(), Vec::<Row>::new());
@@ -152,16 +152,16 @@ impl Batch {
     }
 }
 
-/// What the head says of chosen tokens.
+/// Log-probabilities of chosen tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Selected {
     /// Log-probability of each target, in nats.
     pub(crate) logprobs: Vec<f32>,
-    /// Entropy of each distribution, in nats; it carries no gradient.
+    /// Entropy of each distribution, in nats; without a gradient.
     pub(crate) entropies: Vec<f32>,
 }
 
-/// The operations of a decoder. An implementation records what the derivative needs if it was made for training.
+/// The operations of a decoder. Kernels made for training record the inputs of the derivative.
 ///
 /// N is the number of packed tokens, H and KV the query and key heads, D the width of a head, V the vocabulary.
 pub(crate) trait Kernels {
@@ -181,13 +181,13 @@ pub(crate) trait Kernels {
         to: u32,
     ) -> Result<(), PolicyError>;
 
-    /// Rows `tokens` of `table` `[V, width]`, multiplied with the family's scale if it has one: `[N, width]`.
+    /// Rows `tokens` of `table` `[V, width]`, times the family's scale if it has one: `[N, width]`.
     fn embed(&mut self, table: &Block, tokens: &[u32]) -> Result<Self::Array, PolicyError>;
 
     /// `y = x / √(mean(x²) + eps) · (offset + w)`, `x` `[N, width]`, `w` `[width]`, `offset` the family's 0 or 1.
     fn norm(&mut self, x: &Self::Array, weight: &Block) -> Result<Self::Array, PolicyError>;
 
-    /// `residual + norm(x)`, `residual` `[N, width]`, which is used up.
+    /// `residual + norm(x)`, `residual` `[N, width]`, which is consumed.
     fn norm_onto(
         &mut self,
         residual: Self::Array,
@@ -195,7 +195,7 @@ pub(crate) trait Kernels {
         weight: &Block,
     ) -> Result<Self::Array, PolicyError>;
 
-    /// The norm of every head of q and of k by itself; v stays. `qkv` `[N, (H + 2 KV)·D]`, used up.
+    /// The norm of every head of q and of k by itself; v is unchanged. `qkv` `[N, (H + 2 KV)·D]`, consumed.
     fn head_norms(
         &mut self,
         qkv: Self::Array,
@@ -205,7 +205,7 @@ pub(crate) trait Kernels {
     /// `y = x Wᵀ + b`, `x` `[N, in]`: `[N, out]`.
     fn linear(&mut self, x: &Self::Array, linear: &Linear) -> Result<Self::Array, PolicyError>;
 
-    /// `residual + x Wᵀ`, `residual` `[N, out]`, which is used up.
+    /// `residual + x Wᵀ`, `residual` `[N, out]`, which is consumed.
     fn linear_onto(
         &mut self,
         residual: Self::Array,
@@ -213,11 +213,11 @@ pub(crate) trait Kernels {
         linear: &Linear,
     ) -> Result<Self::Array, PolicyError>;
 
-    /// Rotary embedding of q and k, then causal grouped attention of every row over its own positions and, with a
-    /// cache, over those before them; new keys and values are added to the cache.
+    /// Rotary embedding of q and k, then causal grouped attention of every row over its text up to each position. With a
+    /// cache, new keys and values are written to it.
     ///
-    /// * `qkv` — `[N, (H + 2 KV)·D]`, q first, used up
-    /// * `attention` — which rotary embedding, how far a query sees, and what is made of the scores before the softmax
+    /// * `qkv` — `[N, (H + 2 KV)·D]`, q first, consumed
+    /// * `attention` — rotary embedding, window and scaling of the scores
     ///
     /// Returns `[N, H·D]`.
     fn attention(
@@ -238,7 +238,8 @@ pub(crate) trait Kernels {
         positions: &Rc<[usize]>,
     ) -> Result<Self::Array, PolicyError>;
 
-    /// Logits, soft-capped where the configuration says so, of the rows `first..first + count` of `hidden`, into `out` `[count, V]` f32 on the host.
+    /// Logits of the rows `rows` of `hidden`, soft-capped if the configuration has a cap, into `out` `[rows, V]` f32 on the
+    /// host.
     fn logits(
         &mut self,
         hidden: &Self::Array,
@@ -247,8 +248,8 @@ pub(crate) trait Kernels {
         out: &mut Vec<f32>,
     ) -> Result<(), PolicyError>;
 
-    /// Log-probability of `targets` `[M]` under `softmax(cap(hidden headᵀ) / temperature)`. The last operation of a training
-    /// pass: [`Kernels::backward`] starts from it.
+    /// Log-probabilities of `targets` `[M]` under `softmax(cap(hidden headᵀ) / temperature)`. The last operation of a training
+    /// pass; [`Kernels::backward`] starts from it.
     fn selected(
         &mut self,
         hidden: &Self::Array,
@@ -257,6 +258,6 @@ pub(crate) trait Kernels {
         temperature: f32,
     ) -> Result<Selected, PolicyError>;
 
-    /// Derivative of `Σ coefficients · logprobs` by every parameter; the recorded pass is used up.
+    /// Derivative of `Σ coefficients · logprobs` by every parameter; the recorded pass is consumed.
     fn backward(&mut self, coefficients: &[f32]) -> Result<Gradients, PolicyError>;
 }

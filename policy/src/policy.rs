@@ -1,6 +1,6 @@
 //! A policy at one version: its shape and its weights, prepared for one kernel set and device, cheap to share.
 //!
-//! Invariant: what a [`Policy`] computes with are exactly the values of the image it was made from.
+//! Invariant: a [`Policy`] computes with exactly the values of the image it was made from.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,21 +29,21 @@ struct Shared {
     layout: Arc<Layout>,
     weights: Prepared,
     kernels: KernelSet,
-    /// What inference computes on.
+    /// Threads of inference.
     threads: Threads,
     device: Device,
 }
 
-/// What a token costs at least, whatever its position.
+/// Least cost of a token at any position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenCost {
-    /// Bytes of weights that are read, once for all rows that decode together.
+    /// Bytes of weights read, once for all rows that decode together.
     pub weight_bytes: usize,
-    /// Multiplications with additions.
+    /// Products with the weights.
     pub multiply_adds: usize,
 }
 
-/// Weights as a kernel set wants them.
+/// Weights in the form of a kernel set.
 #[derive(Debug)]
 pub(crate) enum Prepared {
     Fused(Arc<FusedWeights>),
@@ -51,11 +51,11 @@ pub(crate) enum Prepared {
 }
 
 impl Policy {
-    /// Prepares the weights of a Hugging Face folder for inference alone, on these threads, which read them together. The
-    /// files are mapped: every byte is copied once, into the form in which it is used, and what was read is given back.
+    /// Prepares the weights of a Hugging Face folder for inference alone; these threads read them together. The files are
+    /// mapped: every byte is copied once, into its final form, and pages that were read are returned to the system.
     ///
     /// # Errors
-    /// When a file is missing, damaged or describes what does not run here.
+    /// If a file is missing or damaged, or describes a model that does not run here.
     pub fn load(
         folder: &Path,
         kernels: KernelSet,
@@ -66,7 +66,7 @@ impl Policy {
         Self::load_as(&config, folder, kernels, device, threads)
     }
 
-    /// The same with a configuration that was read already.
+    /// [`Policy::load`] with a configuration that was read before.
     pub(crate) fn load_as(
         config: &Config,
         folder: &Path,
@@ -85,10 +85,10 @@ impl Policy {
         )
     }
 
-    /// Prepares the bytes of a safetensors file for inference alone, on these threads; nothing of `weights` is held on to.
+    /// Prepares the bytes of a safetensors file for inference alone, on these threads. Keeps no reference to `weights`.
     ///
     /// # Errors
-    /// When they are not the weights of the configuration, or the device refuses.
+    /// If they are not the weights of the configuration, or the device fails.
     pub fn for_inference(
         config: &Config,
         weights: &[u8],
@@ -99,7 +99,7 @@ impl Policy {
         Self::inferring(config, &[weights], (kernels, device), threads, &|| {})
     }
 
-    /// * `after_each` — called whenever bytes of `files` are not needed any more, for the time being
+    /// * `after_each` — called when the bytes of `files` read so far are not needed for now
     fn inferring(
         config: &Config,
         files: &[&[u8]],
@@ -144,7 +144,7 @@ impl Policy {
     /// Prepares published weights for training and inference.
     ///
     /// # Errors
-    /// When the image does not belong to the configuration, or the device refuses.
+    /// If the image does not belong to the configuration, or the device fails.
     pub fn from_image(
         config: &Config,
         image: &Image,
@@ -184,8 +184,8 @@ impl Policy {
         })
     }
 
-    /// The same policy, its inference on these threads; a new policy has one. The results are the same bits whatever their
-    /// number. A training pass has threads of its own, and the `candle` kernels those of candle.
+    /// The same policy with inference on these threads; a new policy has one. Their number changes no bit of the results. A
+    /// training pass starts threads of its own, and the `candle` kernels use those of candle.
     #[must_use]
     pub fn with_threads(&self, threads: &Threads) -> Self {
         let weights = match &self.shared.weights {
@@ -214,22 +214,20 @@ impl Policy {
         &self.shared.layout
     }
 
-    /// Which operations it runs.
     pub fn kernels(&self) -> KernelSet {
         self.shared.kernels
     }
 
-    /// Where it computes.
     pub(crate) fn device(&self) -> &Device {
         &self.shared.device
     }
 
-    /// The threads of its inference.
+    /// Threads of inference.
     pub(crate) fn threads(&self) -> &Threads {
         &self.shared.threads
     }
 
-    /// What a token costs.
+    /// Least cost of a token.
     pub fn token_cost(&self) -> TokenCost {
         let matrices = self.layout().multiplied();
         let multiply_adds: usize = matrices.map(|block| block.rows * block.columns).sum();
@@ -246,7 +244,7 @@ impl Policy {
         &self.shared.weights
     }
 
-    /// Refuses a row whose tokens or length the decoder has no rows for.
+    /// Refuses a row with an unknown token or too many positions.
     pub(crate) fn check_row(
         &self,
         row: usize,
@@ -273,9 +271,9 @@ impl Policy {
     }
 }
 
-/// Refuses a temperature that no distribution can be taken at.
+/// Refuses a temperature outside 0.01 to 100.
 pub(crate) fn check_temperature(temperature: f32) -> Result<(), PolicyError> {
-    // The bounds keep logits divided by it within the range of f32 and the distribution apart from greedy.
+    // The bounds keep divided logits within f32 and the distribution distinct from greedy decoding.
     if (0.01..=100.0).contains(&temperature) {
         Ok(())
     } else {

@@ -1,7 +1,7 @@
-//! What this machine can do at best, measured: how fast it reads memory and how fast it multiplies matrices.
+//! The roofline of this machine, measured: its memory bandwidth and its arithmetic throughput.
 //!
-//! A decoder's speed means little without it: one row decodes as fast as the weights can be read, many rows as fast as they
-//! can be multiplied. Knows no model.
+//! They bound a decoder's speed: a single row decodes as fast as the weights are read, many rows as fast as they are
+//! multiplied. Knows no model.
 
 use std::hint::black_box;
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +11,7 @@ use crate::kernels::matmul::{Matrix, Onto, multiply};
 use crate::kernels::simd::vectorised;
 use crate::kernels::threads::Threads;
 
-/// Measurements of each kind; the best one counts, since whatever disturbs makes a machine slower and never faster.
+/// Measurements of each kind. The best one counts, since a disturbance makes a machine slower and never faster.
 const REPEATS: usize = 5;
 
 /// Elements that a thread reads before it takes the next part, 1 MiB.
@@ -23,17 +23,17 @@ const SIDE: usize = 384;
 /// Products for each thread.
 const PRODUCTS: usize = 8;
 
-/// What a machine can do.
+/// Upper bounds of a machine's speed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Roofline {
-    /// Bytes that all threads together read from memory in a second, doing nothing else.
+    /// Bytes that all threads together read from memory in a second.
     pub read_bytes_per_second: f64,
-    /// Multiplications with additions that they do in a second, in products of f32 matrices that lie in cache.
+    /// Multiply-adds of all threads in a second, in products of f32 matrices that fit into cache.
     pub multiply_adds_per_second: f64,
 }
 
 impl Roofline {
-    /// Reads `bytes` of memory several times, which should be far more than any cache holds, and multiplies.
+    /// Measures both. `bytes` of memory are read several times; they should exceed every cache by far.
     pub fn measure(threads: &Threads, bytes: usize) -> Self {
         Self {
             read_bytes_per_second: read(threads, bytes),
@@ -55,7 +55,7 @@ fn read(threads: &Threads, bytes: usize) -> f64 {
 }
 
 vectorised! {
-/// Four registers of sums, so that no addition waits for the one before.
+/// Sums in four registers, so that no addition waits for the one before.
 fn sum(values: &[u64]) -> u64 {
     let mut sums = [0u64; 32];
     for values in values.as_chunks::<32>().0 {

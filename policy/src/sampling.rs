@@ -1,24 +1,24 @@
-//! Prescribed sampling: which token a policy must emit, given a seed that the worker did not choose.
+//! Prescribed sampling: a seed that the worker did not choose decides every token.
 //!
 //! Token t of rollout g is the first whose cumulative probability exceeds u(g, t), over ids in order, after dividing by the
 //! temperature and nothing else. Knows no model: logits in, tokens and probabilities out. Invariant: worker and critic
-//! run this same code, so that honest answers differ by no more than their logits do.
+//! run this same code, so honest answers differ no more than their logits.
 
 use crate::kernels::simd::{LANES, exp_f64, largest, vectorised};
 
 /// Tokens per block of the cumulative sum, which is scanned in two levels so that large vocabularies stay cheap.
 const BLOCK: usize = 64;
 
-/// How tokens are chosen.
+/// Rule by which tokens are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Sampling {
     /// The likeliest token, the lowest id among equals; log-probabilities are recorded at temperature 1.
     Greedy,
-    /// The token that the seed prescribes.
+    /// The token prescribed by the seed.
     Prescribed {
         /// Seed of the lease.
         seed: [u8; 32],
-        /// Place of the rollout in its group, g.
+        /// Index of the rollout in its group, g.
         rollout: u32,
         /// Divides the logits.
         temperature: f32,
@@ -37,7 +37,7 @@ pub fn uniform(seed: &[u8; 32], rollout: u32, position: u64) -> f64 {
     (u64::from_le_bytes(first) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// The distribution over the next token, in f64; made once and loaded again for every position.
+/// The distribution over the next token, in f64; allocated once and loaded for every position.
 #[derive(Debug, Clone, Default)]
 pub struct Distribution {
     /// `(logit − max) / T`
@@ -50,8 +50,8 @@ pub struct Distribution {
 }
 
 impl Distribution {
-    /// Takes `softmax(logits / temperature)`; `logits` `[V]`. False when they are not finite enough to be one (NaN,
-    /// +∞, or nothing but −∞); the distribution must not be used then.
+    /// Loads `softmax(logits / temperature)`; `logits` `[V]`. False if the logits give none (NaN, +∞, or nothing but −∞); the
+    /// distribution must not be used then.
     #[must_use]
     pub fn load(&mut self, logits: &[f32], temperature: f32) -> bool {
         self.exponents.resize(logits.len(), 0.0);
@@ -65,11 +65,11 @@ impl Distribution {
             self.before.push(total);
         }
         self.log_total = total.ln();
-        // The largest weight is 1, so a sum below that is NaN or of nothing.
+        // The largest weight is 1, so any sum below it comes from NaN or from no finite logit.
         total >= 1.0 && total.is_finite()
     }
 
-    /// First token whose cumulative probability exceeds `u`; the last that is possible at all if rounding leaves none.
+    /// First token whose cumulative probability exceeds `u`; if rounding leaves none, the last token of positive probability.
     pub fn draw(&self, u: f64) -> u32 {
         let goal = u * self.total();
         let block = self.before[1..].partition_point(|&through| through <= goal);
@@ -82,7 +82,7 @@ impl Distribution {
                 }
             }
         }
-        // Rounding left none: the last possible token of this block, or of all.
+        // Rounding left none: take the last possible token of this block, or of all.
         let end = ((block + 1) * BLOCK).min(self.weights.len());
         let last = self.weights[..end].iter().rposition(|&weight| weight > 0.0);
         last.unwrap_or(0) as u32

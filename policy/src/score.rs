@@ -1,7 +1,7 @@
-//! Teacher-forced scoring: what a policy thinks of finished answers, every position in one forward pass.
+//! Teacher-forced scoring: the probabilities that a policy gives to finished answers, every position in one forward pass.
 //!
-//! This is how a critic tells whether an answer was sampled as its lease prescribed. Knows no seeds and no thresholds:
-//! tokens in, probabilities out.
+//! Critics use it to tell whether an answer was sampled as its lease prescribed. Knows no seeds and no thresholds: tokens
+//! in, probabilities out.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -15,20 +15,20 @@ use crate::kernels::{Batch, Kernels, Text};
 use crate::policy::{Policy, Prepared, check_temperature};
 use crate::sampling::Distribution;
 
-/// Tokens of one forward pass; more rows are scored in several, over the same memory. Enough that reading the weights costs
-/// little, few enough that what is computed of them stays near the processor.
+/// Most tokens of one forward pass; further rows are scored in further passes over the same memory. Enough to spread the cost
+/// of reading the weights, few enough that activations stay in cache.
 const TOKENS_MAX: usize = 1 << 10;
 
-/// Tokens that a thread takes at least where each computes rows of its own.
+/// Fewest tokens of a thread that computes rows of its own.
 const TOKENS_MIN: usize = 64;
 
-/// Elements of logits held at once. Fewer rows together would be bound by reading the head's weights.
+/// Elements of logits held at once. With fewer, reading the head's weights would dominate.
 const LOGITS_MAX: usize = 1 << 22;
 
-/// A finished answer after its prompt.
+/// A prompt and its finished answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScoreRow<'a> {
-    /// Prompt and answer.
+    /// Prompt, then answer.
     pub tokens: &'a [u32],
     /// Index of the first token to score: the length of the prompt, at least 1.
     pub first: usize,
@@ -36,7 +36,7 @@ pub struct ScoreRow<'a> {
     pub temperature: f32,
 }
 
-/// What the policy thinks of one token.
+/// Probabilities that the policy gives to one token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenScore {
     /// Log-probability, in nats.
@@ -54,10 +54,10 @@ impl TokenScore {
     }
 }
 
-/// Scores the tokens of every row from its `first` on.
+/// Scores the tokens of every row, starting at its `first`.
 ///
 /// # Errors
-/// When a row cannot be scored (no prompt, unknown token, too long, bad temperature), or the logits are not finite.
+/// If a row cannot be scored (no prompt, unknown token, too long, bad temperature), or the logits are not finite.
 pub fn score(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<TokenScore>>, PolicyError> {
     for (row, score_row) in rows.iter().enumerate() {
         let ScoreRow {
@@ -84,7 +84,7 @@ pub fn score(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<TokenScor
 /// The scores of some rows.
 type Scores = Vec<Vec<TokenScore>>;
 
-/// One part after another, over the same memory; whoever computes shares every operation among its threads.
+/// Scores one part after another over the same memory; each operation runs on all threads.
 fn score_parts<K: Kernels>(
     mut kernels: K,
     policy: &Policy,
@@ -96,7 +96,7 @@ fn score_parts<K: Kernels>(
     scored.collect()
 }
 
-/// Every part on a thread of its own: to meet after each operation of a small model takes as long as the operation.
+/// Scores every part on a thread of its own: for a small model a barrier after each operation takes as long as the operation.
 fn score_dealt<K: Kernels>(
     kernels: impl Fn() -> K + Sync,
     policy: &Policy,
@@ -117,7 +117,8 @@ fn score_dealt<K: Kernels>(
     scored.into_iter().collect()
 }
 
-/// Consecutive rows of at most so many tokens together, what neighbours share counted once; a longer one by itself.
+/// Cuts rows into consecutive parts of at most `tokens_max` tokens; a shared prefix counts once, and a longer row is a part
+/// by itself.
 fn parts(rows: &[ScoreRow<'_>], tokens_max: usize) -> Vec<Range<usize>> {
     let (mut parts, mut first) = (Vec::new(), 0);
     while first < rows.len() {
@@ -135,7 +136,7 @@ fn parts(rows: &[ScoreRow<'_>], tokens_max: usize) -> Vec<Range<usize>> {
     parts
 }
 
-/// Log-probabilities of the tokens of every row from its `first` on, in nats.
+/// Log-probabilities of the tokens of every row, starting at its `first`, in nats.
 ///
 /// # Errors
 /// As [`score`].
@@ -147,8 +148,8 @@ pub fn logprobs(policy: &Policy, rows: &[ScoreRow<'_>]) -> Result<Vec<Vec<f32>>,
         .collect())
 }
 
-/// What is computed of a row. Its last token predicts nothing that is asked for; but a row of one token needs it, since no
-/// kernel takes none.
+/// The tokens of a row that the decoder reads: all but the last, whose prediction is not needed. A row of one token keeps it,
+/// since kernels take at least one token.
 fn text<'a>(row: &ScoreRow<'a>) -> Text<'a> {
     Text {
         tokens: &row.tokens[..(row.tokens.len() - 1).max(1)],
@@ -196,7 +197,7 @@ fn score_part<K: Kernels>(
     Ok(scores)
 }
 
-/// Scores of the targets (row, token), `logits` `[targets, V]`; none where logits are no distribution.
+/// Scores of the targets (row, token); `logits` `[targets, V]`. None if a row of logits is not a distribution.
 fn token_scores(
     threads: &Threads,
     logits: &[f32],

@@ -1,7 +1,7 @@
-//! Blocks of the memory for keys and values: who holds which, by count of references.
+//! Blocks of the memory for keys and values, counted by reference.
 //!
-//! Knows no rows, prompts or versions. Invariant: a block is free exactly when nobody holds it, and the lowest free
-//! block is handed out first, so that memory that was never needed is never touched.
+//! Knows no rows, prompts or versions. Invariant: a block is free exactly when it has no holder. The lowest free block is
+//! handed out first, so memory that was never needed stays untouched.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -14,7 +14,7 @@ pub(crate) type BlockId = u32;
 pub(crate) struct Blocks {
     /// Holders of each block that was ever handed out.
     holders: Vec<u32>,
-    /// Handed out once and free again.
+    /// Blocks that were handed out and are free again.
     returned: BinaryHeap<Reverse<BlockId>>,
     count: usize,
 }
@@ -34,12 +34,12 @@ impl Blocks {
         self.count
     }
 
-    /// Blocks that nobody holds.
+    /// Blocks without a holder.
     pub(crate) fn free(&self) -> usize {
         self.returned.len() + (self.count - self.holders.len())
     }
 
-    /// A free block, held once from now on.
+    /// Takes a free block; the caller is its only holder.
     pub(crate) fn take(&mut self) -> Option<BlockId> {
         if let Some(Reverse(block)) = self.returned.pop() {
             self.holders[block as usize] = 1;
@@ -53,13 +53,13 @@ impl Blocks {
         Some(block as BlockId)
     }
 
-    /// One more holder of a block that is held.
+    /// Adds a holder to a block that has one.
     pub(crate) fn share(&mut self, block: BlockId) {
         debug_assert!(self.holders[block as usize] > 0, "a free block is shared");
         self.holders[block as usize] += 1;
     }
 
-    /// One holder less.
+    /// Takes a holder away.
     pub(crate) fn release(&mut self, block: BlockId) {
         let holders = &mut self.holders[block as usize];
         debug_assert!(*holders > 0, "a free block is released");
@@ -69,7 +69,7 @@ impl Blocks {
         }
     }
 
-    /// How many hold a block.
+    /// Holders of a block.
     pub(crate) fn holders(&self, block: BlockId) -> u32 {
         self.holders[block as usize]
     }

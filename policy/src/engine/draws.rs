@@ -1,8 +1,8 @@
-//! Tokens drawn from the logits of a step, shared among threads: over a large vocabulary the exponentials of many rows take as
-//! long as a layer does.
+//! Draws tokens from the logits of a step, on several threads: over a large vocabulary the exponentials of many rows take as
+//! long as a layer.
 //!
-//! Pure: logits and chance in, tokens out. Invariant: what is drawn depends on its own row of logits alone, so the number of
-//! threads changes no token.
+//! Pure: logits and uniform numbers in, tokens out. Invariant: a draw depends on its own row of logits alone, so the number
+//! of threads changes no token.
 
 use std::cell::RefCell;
 
@@ -10,22 +10,22 @@ use super::plan::Sequence;
 use crate::kernels::threads::Threads;
 use crate::sampling::Distribution;
 
-/// Logits that are worth handing to another thread: some tens of microseconds.
+/// Fewest logits worth handing to another thread: some tens of microseconds.
 const ELEMENTS: usize = 1 << 14;
 
-/// A token that is to be drawn.
+/// A token to draw.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Draw {
     pub(super) sequence: Sequence,
-    /// Which row of the logits.
+    /// Row of the logits.
     pub(super) row: usize,
     /// Divides the logits.
     pub(super) temperature: f32,
-    /// Below 1; none for the likeliest token.
+    /// In [0, 1); none takes the likeliest token.
     pub(super) uniform: Option<f64>,
 }
 
-/// A token that was drawn.
+/// A drawn token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Drawn {
     pub(super) token: u32,
@@ -34,11 +34,11 @@ pub(super) struct Drawn {
 }
 
 thread_local! {
-    /// Made once and loaded again for every row.
+    /// Allocated once, loaded again for every row.
     static DISTRIBUTION: RefCell<Distribution> = RefCell::default();
 }
 
-/// Draws every token; `logits` `[rows, vocab]`. None where the logits are no distribution.
+/// Draws every token; `logits` `[rows, vocab]`. None if a row of logits is not a distribution.
 pub(super) fn draw(
     threads: &Threads,
     (logits, vocab): (&[f32], usize),

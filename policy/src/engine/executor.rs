@@ -1,7 +1,6 @@
-//! What runs a plan: the kernels of every weights_id in use over one memory of blocks.
+//! Runs a plan: the kernels of all weights in use, over one memory of blocks.
 //!
-//! Knows no requests; what is drawn from logits is decided by who asks. Invariant: one weights_id's rows are computed with that
-//! weights_id's weights alone.
+//! Knows no requests: the caller draws tokens from the logits. Invariant: each row is computed with its own weights alone.
 
 use std::rc::Rc;
 
@@ -16,16 +15,16 @@ use crate::policy::Policy;
 pub(super) mod candle;
 pub(super) mod fused;
 
-/// Elements of logits held at once; a step over more rows asks the head several times.
+/// Elements of logits held at once; a step over more rows runs the head several times.
 const LOGITS_MAX: usize = 1 << 22;
 
-/// What a request drew.
+/// A request's draw.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Outcome {
     pub(super) sequence: Sequence,
-    /// Of the weights that the logits come from.
+    /// Version of the weights that gave the logits.
     pub(super) version: u64,
-    /// Nothing where the logits are no distribution.
+    /// None if the logits are not a distribution.
     pub(super) drawn: Option<Drawn>,
 }
 
@@ -34,23 +33,23 @@ pub(super) type Draws<'a> = dyn Fn(&[&Feed], &[f32]) -> Vec<Outcome> + Sync + 'a
 
 /// Runs plans, whatever the kernels.
 pub(super) trait Executor {
-    /// Takes weights on as an weights_id.
+    /// Adds weights under this id.
     fn adopt(&mut self, weights_id: WeightsId, policy: &Policy);
 
-    /// Lets an weights_id's weights go.
+    /// Drops the weights of this id.
     fn forget(&mut self, weights_id: WeightsId);
 
-    /// One forward pass for every weights_id of the plan; what was drawn from it, in the order of the feeds.
+    /// Runs one forward pass for each of the plan's weights. Returns the draws in the order of the feeds.
     fn run(&mut self, plan: &Plan, draws: &Draws<'_>) -> Result<Vec<Outcome>, PolicyError>;
 }
 
-/// The feeds of each weights_id; none is empty.
+/// The feeds of each of the weights; no slice is empty.
 fn by_weights(plan: &Plan) -> impl Iterator<Item = &[Feed]> {
     plan.feeds
         .chunk_by(|one, other| one.weights_id == other.weights_id)
 }
 
-/// One forward pass over rows of one weights_id, and what is drawn from it.
+/// Runs one forward pass over rows of the same weights, and draws from it.
 fn run_rows<K: Kernels>(
     kernels: &mut K,
     layout: &Layout,
@@ -63,7 +62,7 @@ fn run_rows<K: Kernels>(
     let drawing: Vec<usize> = (0..feeds.len())
         .filter(|index| !feeds[*index].draws.is_empty())
         .collect();
-    // A step that only reads needs no logits, but no kernel takes no rows.
+    // A step that only reads needs no logits, but kernels take at least one row.
     let wanted: Rc<[usize]> = match drawing.is_empty() {
         true => [last(&batch.rows[0])].into(),
         false => drawing
@@ -84,7 +83,7 @@ fn run_rows<K: Kernels>(
     Ok(drawn)
 }
 
-/// Feeds as one batch; their tables take the place of those of the step before.
+/// Packs feeds into one batch. Their tables replace those of the step before.
 fn pack(feeds: &[Feed], tables: &mut Vec<Vec<u32>>) -> Batch {
     let (mut tokens, mut rows) = (Vec::new(), Vec::with_capacity(feeds.len()));
     tables.resize_with(feeds.len().max(tables.len()), Vec::new);

@@ -5,10 +5,10 @@ use super::blocks::BlockId;
 /// A request's place in the order of submission: lower is older.
 pub(crate) type Sequence = u64;
 
-/// Which weights a row runs under: a counter of the engine's, higher is newer.
+/// Names the weights that a row runs under. The engine counts them: higher is newer.
 pub(crate) type WeightsId = u64;
 
-/// Consecutive tokens of one text, to be fed in one step.
+/// Consecutive tokens of one text that one step feeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Feed {
     pub(crate) weights_id: WeightsId,
@@ -17,33 +17,33 @@ pub(crate) struct Feed {
     pub(crate) tokens: Vec<u32>,
     /// Blocks of the text in order.
     pub(crate) table: Vec<BlockId>,
-    /// Requests that draw their next token from the logits after the last token; none while more is to be read.
+    /// Requests that draw their next token from the logits after the last token; empty until the whole text is read.
     pub(crate) draws: Vec<Sequence>,
 }
 
 /// One step.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// Blocks to copy, from and to, one after another and before anything is fed.
+    /// Blocks to copy, (from, to), in order, before any token is fed.
     pub(crate) copies: Vec<(BlockId, BlockId)>,
-    /// By weights_id, then by age.
+    /// Ordered by weights, then by age.
     pub(crate) feeds: Vec<Feed>,
 }
 
-/// What a schedule has done so far.
+/// Counters of a scheduler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ScheduleStats {
     /// Steps planned.
     pub steps: u64,
-    /// Rows that fed, drew from or waited for a text, summed over all steps.
+    /// Rows that held a slot, summed over all steps.
     pub busy_slots: u64,
-    /// Tokens of prompts and of answers that were fed, other than the one that was drawn last.
+    /// Tokens fed to read prompts and to read answers again; tokens drawn in the step before do not count.
     pub read_tokens: u64,
     /// Tokens fed by rows that decode.
     pub decoded_tokens: u64,
-    /// Rows that gave their blocks back before they were done.
+    /// Rows that lost their blocks before they were done.
     pub preemptions: u64,
-    /// Prompts whose keys and values were there already, whole or in part.
+    /// Prompts whose keys and values were cached, whole or in part.
     pub prefix_hits: u64,
     /// Most blocks held at once.
     pub blocks_peak: u64,

@@ -1,10 +1,11 @@
-//! Who feeds which tokens to the next step, where their keys and values lie, and who gives way when memory runs out.
+//! Plans each step: which rows feed which tokens, where their keys and values lie, and which row is preempted when memory
+//! runs out.
 //!
 //! Pure: requests and drawn tokens in, plans out; knows no weights and no logits. A prompt is read once per version, in
-//! pieces, and whoever asks for it shares its blocks; the block that a row writes next is copied first if others hold it
-//! (copy on write, as in PagedAttention, arXiv:2309.06180). When blocks run out, prefixes that nobody waits for go
-//! first and then the youngest row, whose tokens are read again later. Invariants: a row reads keys and values of its
-//! own text under its own weights_id only; the oldest request advances with every plan, so that none starves.
+//! chunks, and all its requests share its blocks. A row that writes into a shared block copies it first (copy on write, as
+//! in PagedAttention, arXiv:2309.06180). When blocks run out, the scheduler drops idle prefixes first and then preempts the
+//! youngest row, whose tokens are read again later. Invariants: a row reads keys and values of its own text under its own
+//! weights only; the oldest request advances with every plan, so no request starves.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,18 +13,18 @@ use std::sync::Arc;
 use super::blocks::{BlockId, Blocks};
 use super::plan::{Feed, Plan, ScheduleStats, Sequence, WeightsId};
 
-/// Prefixes kept for requests to come, beyond those that are being read.
+/// Prefixes kept for future requests, beyond those being read.
 const PREFIXES_MAX: usize = 256;
 
-/// How far down the queue the next users of a prompt are looked for: the requests of a group follow one another.
+/// Queued requests searched for further users of a prompt: the requests of a group are neighbours.
 const LOOK_AHEAD: usize = 8;
 
-/// What bounds a plan.
+/// Bounds of a plan.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
-    /// Rows at once.
+    /// Rows that run at the same time.
     pub(crate) slots: usize,
-    /// Tokens of texts that are read in one plan; rows that decode come on top.
+    /// Tokens of texts read in one plan, not counting the rows that decode.
     pub(crate) chunk_tokens: usize,
     /// Blocks of the memory.
     pub(crate) blocks: usize,
@@ -31,7 +32,7 @@ pub(crate) struct Limits {
     pub(crate) block: usize,
 }
 
-/// A request with what it has drawn so far.
+/// A request and the tokens it has drawn.
 #[derive(Debug)]
 struct Request {
     weights_id: WeightsId,
@@ -47,21 +48,21 @@ struct Row {
     /// Positions whose keys and values lie in `table`.
     position: usize,
     table: Vec<BlockId>,
-    /// The prefix that is being read for it.
+    /// The prefix that the row waits for.
     waits_for: Option<u64>,
 }
 
-/// A prompt, read or being read.
+/// A prompt whose keys and values are cached, or being read.
 #[derive(Debug)]
 struct Prefix {
     weights_id: WeightsId,
     tokens: Arc<[u32]>,
     /// Tokens whose keys and values lie in `table`.
     read: usize,
-    /// Tokens to read: all, until a row has taken the last block over.
+    /// Tokens to read: all of them, until a row takes the last block over.
     len: usize,
     table: Vec<BlockId>,
-    /// The plan in which it was last of use.
+    /// The step that last used it.
     used: u64,
 }
 
@@ -71,14 +72,14 @@ impl Prefix {
     }
 }
 
-/// Who feeds: a row, or a prefix on behalf of those who wait for it.
+/// A source of tokens: a row, or a prefix that rows wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Feeder {
     Row(Sequence),
     Prefix(u64),
 }
 
-/// All requests, and the memory that they share.
+/// All requests and the memory they share.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     limits: Limits,
@@ -103,12 +104,12 @@ impl Scheduler {
         }
     }
 
-    /// Whether a text of so many positions fits once everything else has given way.
+    /// Whether a text of `positions` positions fits into an empty memory.
     pub(crate) fn fits(&self, positions: usize) -> bool {
         positions.div_ceil(self.limits.block) <= self.blocks.count()
     }
 
-    /// Takes a request on. Its text must fit, and its sequence must be new.
+    /// Queues a request. Its text must fit, and its sequence must be new.
     pub(crate) fn submit(&mut self, sequence: Sequence, weights_id: WeightsId, prompt: Arc<[u32]>) {
         let text = prompt.to_vec();
         let request = Request {
@@ -119,7 +120,7 @@ impl Scheduler {
         self.queue.insert(sequence, request);
     }
 
-    /// Appends the token that a request drew, wherever the request is.
+    /// Appends the token that a request drew, queued or running.
     pub(crate) fn drew(&mut self, sequence: Sequence, token: u32) {
         let row = self.rows.get_mut(&sequence).map(|row| &mut row.request);
         if let Some(request) = row.or_else(|| self.queue.get_mut(&sequence)) {
@@ -127,7 +128,7 @@ impl Scheduler {
         }
     }
 
-    /// Ends a request, wherever it is.
+    /// Ends a request, queued or running.
     pub(crate) fn end(&mut self, sequence: Sequence) {
         self.queue.remove(&sequence);
         if let Some(row) = self.rows.remove(&sequence) {
@@ -135,7 +136,7 @@ impl Scheduler {
         }
     }
 
-    /// Moves a request to another weights_id: what was read for it under the old one is read again.
+    /// Moves a request to other weights; its text is read again under them.
     pub(crate) fn change_weights(&mut self, sequence: Sequence, weights_id: WeightsId) {
         if self.rows.contains_key(&sequence) {
             self.put_back(sequence);
@@ -146,7 +147,7 @@ impl Scheduler {
         self.drop_unwanted_reading();
     }
 
-    /// Drops the prefixes of an weights_id that no request runs under any more.
+    /// Drops the prefixes of weights that no request uses any more.
     pub(crate) fn forget_weights(&mut self, weights_id: WeightsId) {
         let of_weights =
             |(id, prefix): (&u64, &Prefix)| (prefix.weights_id == weights_id).then_some(*id);
@@ -156,7 +157,7 @@ impl Scheduler {
         }
     }
 
-    /// Whether a request runs or waits under this weights_id.
+    /// Whether a running or queued request uses these weights.
     pub(crate) fn uses_weights(&self, weights_id: WeightsId) -> bool {
         let rows = self.rows.values().map(|row| &row.request);
         rows.chain(self.queue.values())
@@ -182,7 +183,7 @@ impl Scheduler {
         self.stats
     }
 
-    /// Plans the next step and books it as done: whoever gets a plan runs it before the next.
+    /// Plans the next step and books it as done; the caller runs it before it asks for the next.
     pub(crate) fn plan(&mut self) -> Plan {
         self.drop_unwanted_reading();
         self.admit();
@@ -192,7 +193,7 @@ impl Scheduler {
         for (at, &(_, feeder)) in feeders.iter().enumerate() {
             self.plan_feeder(feeder, &feeders[at + 1..], &mut chunk_left, &mut plan);
         }
-        plan.feeds.sort_by_key(|feed| feed.weights_id); // stable: by age within an weights_id
+        plan.feeds.sort_by_key(|feed| feed.weights_id); // stable: by age under the same weights
         self.trim_prefixes();
         self.stats.steps += u64::from(!plan.feeds.is_empty());
         self.stats.busy_slots += self.rows.len() as u64;
@@ -218,7 +219,7 @@ impl Scheduler {
         counted && held.len() + self.blocks.free() == self.blocks.count()
     }
 
-    /// Gives free slots to the oldest requests for which there is memory now.
+    /// Gives free slots to the oldest requests whose blocks are free.
     fn admit(&mut self) {
         while self.rows.len() < self.limits.slots
             && let Some((&sequence, request)) = self.queue.first_key_value()
@@ -234,7 +235,7 @@ impl Scheduler {
         }
     }
 
-    /// Blocks that a request takes soon: those of its text that it does not share, and one to go on with.
+    /// Blocks that a request takes soon: the unshared ones of its text, and one to continue in.
     fn blocks_wanted(&self, request: &Request) -> usize {
         let all = request.text.len() / self.limits.block + 1;
         match self.prefix_of(request.weights_id, &request.prompt) {
@@ -243,7 +244,7 @@ impl Scheduler {
         }
     }
 
-    /// Blocks that come free when the prefixes that nobody waits for are dropped.
+    /// Blocks that dropping all idle prefixes would free.
     fn idle_blocks(&self) -> usize {
         let idle = self.prefixes.values().filter(|prefix| prefix.is_read());
         idle.flat_map(|prefix| &prefix.table)
@@ -251,7 +252,7 @@ impl Scheduler {
             .count()
     }
 
-    /// A slot for a request: on top of its prompt if that was read, else behind whoever reads it.
+    /// Makes a row of a request: on top of its prompt's prefix if that is read, else waiting for it.
     fn place(&mut self, request: Request) -> Row {
         let found = self.prefix_of(request.weights_id, &request.prompt);
         let id = found.unwrap_or_else(|| self.open_prefix(request.weights_id, &request.prompt));
@@ -264,7 +265,7 @@ impl Scheduler {
         if found.is_some() {
             self.stats.prefix_hits += 1;
         }
-        // The last token of a text is fed again, since its logits are wanted.
+        // The last token of a text is fed again, since the row draws from its logits.
         let position_max = row.request.text.len() - 1;
         if let Some(prefix) = self.prefixes.get_mut(&id)
             && prefix.is_read()
@@ -281,7 +282,7 @@ impl Scheduler {
         row
     }
 
-    /// A prefix that is this whole prompt.
+    /// The prefix that equals this prompt.
     fn prefix_of(&self, weights_id: WeightsId, prompt: &Arc<[u32]>) -> Option<u64> {
         let same = |prefix: &Prefix| {
             prefix.weights_id == weights_id
@@ -292,7 +293,7 @@ impl Scheduler {
         found.next_back().map(|(id, _)| *id)
     }
 
-    /// A prefix to be read for a prompt; whole blocks that another prefix has in common with it are shared.
+    /// Opens a prefix for a prompt. It shares the whole blocks that another prefix has in common with it.
     fn open_prefix(&mut self, weights_id: WeightsId, prompt: &Arc<[u32]>) -> u64 {
         let block = self.limits.block;
         let mut best: (usize, &[BlockId]) = (0, &[]);
@@ -303,7 +304,7 @@ impl Scheduler {
         {
             let known = prefix.tokens[..prefix.read].iter().zip(prompt.iter());
             let equal = known.take_while(|(one, other)| one == other).count();
-            // One token at least is left to read, since its logits are wanted.
+            // At least one token is left to read, since rows draw from its logits.
             let blocks = equal.min(prompt.len() - 1) / block;
             if blocks > best.0 {
                 best = (blocks, &prefix.table[..blocks]);
@@ -327,7 +328,7 @@ impl Scheduler {
         self.prefixes_made
     }
 
-    /// Who has something to feed, oldest first. A prefix is as old as the oldest row that waits for it.
+    /// Feeders with tokens to feed, oldest first. A prefix is as old as the oldest row that waits for it.
     fn feeders(&self) -> Vec<(Sequence, Feeder)> {
         let mut feeders = Vec::with_capacity(self.rows.len());
         let mut seen = Vec::new();
@@ -344,7 +345,7 @@ impl Scheduler {
         feeders
     }
 
-    /// * `younger` — who may still give way: nothing of theirs is in the plan yet
+    /// * `younger` — feeders that may still be preempted: the plan holds nothing of theirs yet
     fn plan_feeder(
         &mut self,
         feeder: Feeder,
@@ -353,7 +354,7 @@ impl Scheduler {
         plan: &mut Plan,
     ) {
         let Some((position, pending)) = self.pending(feeder) else {
-            return; // it gave way to an older one
+            return; // an older feeder preempted it
         };
         let take = if pending == 1 {
             1
@@ -373,7 +374,7 @@ impl Scheduler {
         plan.feeds.extend(self.feed(feeder, take));
     }
 
-    /// Where a feeder stands and how many tokens it has not fed.
+    /// A feeder's position and the number of tokens it has not fed.
     fn pending(&self, feeder: Feeder) -> Option<(usize, usize)> {
         match feeder {
             Feeder::Row(sequence) => {
@@ -387,7 +388,7 @@ impl Scheduler {
         }
     }
 
-    /// Whether what a feeder feeds next is a token that was drawn.
+    /// Whether a feeder feeds a drawn token next.
     fn decodes(&self, feeder: Feeder) -> bool {
         match feeder {
             Feeder::Row(sequence) => self
@@ -413,13 +414,13 @@ impl Scheduler {
         }
     }
 
-    /// The block that a text of `position` positions goes on in, if others hold it too.
+    /// The block in which a text of `position` positions continues, if it has other holders.
     fn shared_tail(&self, feeder: Feeder, position: usize) -> Option<BlockId> {
         let block = self.table(feeder).get(position / self.limits.block)?;
         (self.blocks.holders(*block) > 1).then_some(*block)
     }
 
-    /// Frees blocks until a feeder can write up to `end`. False when it feeds nothing in this step.
+    /// Frees blocks until a feeder can write up to `end`. False if it feeds nothing in this step.
     fn make_room(&mut self, feeder: Feeder, younger: &[(Sequence, Feeder)], end: usize) -> bool {
         loop {
             let Some((position, _)) = self.pending(feeder) else {
@@ -439,8 +440,8 @@ impl Scheduler {
         }
     }
 
-    /// Rows that were put on their prompt in this plan cannot give way before the next one: those who are older than
-    /// such a row wait for that. The youngest gives way itself.
+    /// Handles a feeder that finds no room. A row placed on its prompt in this plan cannot be preempted before the next plan,
+    /// so older feeders wait for it. The youngest feeder gives way itself.
     fn wait_or_give_way(&mut self, feeder: Feeder) {
         let of_feeder = |sequence: &Sequence, row: &Row| match feeder {
             Feeder::Row(own) => own == *sequence,
@@ -452,7 +453,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes the last block of a prefix over instead of copying it, when nobody else is about to need it.
+    /// Takes over the last block of a prefix instead of copying it, if no other request is about to need it.
     fn take_over_tail(&mut self, feeder: Feeder, position: usize) {
         let Feeder::Row(sequence) = feeder else {
             return;
@@ -488,7 +489,7 @@ impl Scheduler {
         }
     }
 
-    /// Makes the blocks from `position` to `end` a feeder's own. There is room for them.
+    /// Makes the blocks from `position` to `end` a feeder's own. The caller has made room for them.
     fn own_tail(&mut self, feeder: Feeder, position: usize, end: usize, plan: &mut Plan) {
         let mut table = match self.table_mut(feeder) {
             Some(table) => std::mem::take(table),
@@ -550,7 +551,7 @@ impl Scheduler {
         }
     }
 
-    /// Puts everybody who waited for a prefix on top of it. Returns those who have nothing else to read.
+    /// Places all rows that waited for a prefix on top of it. Returns those with nothing left to read.
     fn attach_waiting(&mut self, id: u64) -> Vec<Sequence> {
         let mut draws = Vec::new();
         let Some(prefix) = self.prefixes.get_mut(&id) else {
@@ -572,7 +573,7 @@ impl Scheduler {
         draws
     }
 
-    /// Drops the prefix that was of no use for longest. False when every prefix is still being read.
+    /// Drops the least recently used prefix. False if every prefix is still being read.
     fn drop_idle_prefix(&mut self) -> bool {
         let idle = self.prefixes.iter().filter(|(_, prefix)| prefix.is_read());
         let oldest = idle
@@ -584,7 +585,7 @@ impl Scheduler {
         oldest.is_some()
     }
 
-    /// Takes the blocks of the youngest. False when there is none that holds any.
+    /// Preempts the youngest feeder that holds blocks. False if none does.
     fn preempt_youngest(&mut self, younger: &[(Sequence, Feeder)]) -> bool {
         let holding = |feeder: &&(Sequence, Feeder)| !self.table(feeder.1).is_empty();
         let youngest = younger.iter().rev().find(holding).copied();
@@ -594,7 +595,7 @@ impl Scheduler {
         youngest.is_some()
     }
 
-    /// Puts a row, or all that wait for a prefix, back into the queue.
+    /// Puts a row, or all rows that wait for a prefix, back into the queue.
     fn give_way(&mut self, feeder: Feeder) {
         self.stats.preemptions += 1;
         match feeder {
@@ -625,7 +626,7 @@ impl Scheduler {
         }
     }
 
-    /// Drops prefixes that are being read for rows that have ended or moved on.
+    /// Drops unfinished prefixes that no row waits for any more.
     fn drop_unwanted_reading(&mut self) {
         let reading = self.prefixes.iter().filter(|(_, prefix)| !prefix.is_read());
         let unwanted: Vec<u64> = reading

@@ -1,7 +1,7 @@
 //! Stop strings: texts that end an answer, found in its bytes across the borders of tokens.
 //!
-//! Worker and critic run this same code. The rule: an answer ends with the first token after which one of the strings
-//! has appeared whole; it is named by the string that was complete first, the lowest index among equals.
+//! Worker and critic run this same code. The rule: an answer ends with the first token that completes one of the strings.
+//! If a token completes several, the one that ends first counts, then the lowest index.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ pub struct StopStrings {
     bytes: Arc<TokenBytes>,
 }
 
-/// Where an answer ends, and why.
+/// The end of an answer by a stop string.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StopAt {
     /// Index of the answer's last token.
@@ -25,7 +25,7 @@ pub struct StopAt {
 }
 
 impl StopStrings {
-    /// Strings to look for; empty ones are never found.
+    /// Strings to look for; an empty string never matches.
     pub fn new(strings: &[String], bytes: Arc<TokenBytes>) -> Self {
         let strings: Arc<[Vec<u8>]> = strings
             .iter()
@@ -38,7 +38,7 @@ impl StopStrings {
         }
     }
 
-    /// Looks through a finished answer.
+    /// The first stop in a finished answer.
     pub fn first(&self, tokens: &[u32]) -> Option<StopAt> {
         let mut watch = StopWatch::default();
         tokens.iter().enumerate().find_map(|(token, id)| {
@@ -48,14 +48,14 @@ impl StopStrings {
     }
 }
 
-/// The end of an answer that grows: as many bytes as an unfinished string may have.
+/// The last bytes of a growing answer, as many as an incomplete string can have.
 #[derive(Debug, Default)]
 pub(crate) struct StopWatch {
     tail: Vec<u8>,
 }
 
 impl StopWatch {
-    /// Appends a token; the index of the string that it completes, if it does.
+    /// Appends a token. Returns the index of the string that it completes, if any.
     pub(crate) fn push(&mut self, stops: &StopStrings, token: u32) -> Option<usize> {
         self.tail.extend_from_slice(stops.bytes.of(token));
         let ends = stops

@@ -1,8 +1,8 @@
 //! The `candle` kernel set: composite, differentiable operations of candle, on any device and in any of its float types.
 //!
-//! Only operations that candle differentiates are used: its own fused norm, softmax and rotary embedding end the graph
-//! without an error, and a model built from them seems to train while all but the embedding stands still. Ragged rows
-//! are padded for attention only, and gathered again.
+//! Uses only operations that candle differentiates. Its fused norm, softmax and rotary embedding end the graph without an
+//! error: a model built from them appears to train, but only its embedding changes. Ragged rows are padded for attention
+//! only.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -27,7 +27,7 @@ pub(crate) struct CandleWeights {
     ropes: Vec<Rotary>,
 }
 
-/// One of the configuration's rotary embeddings.
+/// A rotary embedding.
 #[derive(Debug)]
 struct Rotary {
     /// `[1, D/2]` f32, radians per position.
@@ -38,7 +38,7 @@ struct Rotary {
 
 impl CandleWeights {
     /// * `values` — every parameter, flat, in the order of the table
-    /// * `dtype` — what is computed with: f32, or f64 where finite differences are taken
+    /// * `dtype` — type of all computations: f32, or f64 for finite differences
     pub(crate) fn new(
         config: &Config,
         layout: Arc<Layout>,
@@ -85,7 +85,7 @@ impl CandleWeights {
 /// Keys and values of one layer, each `[blocks·BLOCK, KV·D]`.
 pub(crate) type CacheLayer = (Tensor, Tensor);
 
-/// Where a position of a text lies in a cache.
+/// Row of the cache that holds a position of a text.
 fn cached_at(table: &[u32], position: usize) -> usize {
     table[position / BLOCK] as usize * BLOCK + position % BLOCK
 }
@@ -95,7 +95,7 @@ fn cached_at(table: &[u32], position: usize) -> usize {
 pub(crate) struct Candle {
     weights: Arc<CandleWeights>,
     training: bool,
-    /// Output of the head, where the derivative starts.
+    /// Output of the head, from which the derivative starts.
     pub(crate) logprobs: Option<Tensor>,
 }
 
@@ -119,7 +119,7 @@ impl Candle {
 
     fn block(&self, block: &Block) -> Tensor {
         let tensor = self.weights.blocks[block.index].as_tensor();
-        // Inference detaches, or the cache would hold the graph of every step before.
+        // Inference detaches; otherwise the cache would keep the graphs of all earlier steps.
         if self.training {
             tensor.clone()
         } else {
@@ -135,7 +135,7 @@ impl Candle {
 
     /// Cosines and sines of the position of every token of `rows`, each `[N, 1, D/2]`.
     ///
-    /// Angles are made in f32 whatever is computed with: the roundings of a checkpoint's training belong to it.
+    /// Angles are computed in f32 for every `dtype`, since checkpoints were trained with these roundings.
     fn angles(&self, rows: &[Row], rope: usize) -> Result<(Tensor, Tensor), PolicyError> {
         let rotary = &self.weights.ropes[rope];
         let positions: Vec<f32> = rows
@@ -176,7 +176,7 @@ impl Candle {
     }
 }
 
-/// Indices that pad ragged rows to a rectangle and back; B rows, T the longest, L the longest with its cache.
+/// Indices that pad ragged rows to a rectangle and back: B rows, T tokens of the longest row, L positions of the longest text.
 struct Padding {
     rows: usize,
     queries: usize,
@@ -204,7 +204,7 @@ impl Padding {
             .map(|row| row.position + row.len)
             .max()
             .unwrap_or(0);
-        // Padding points at a row's first token, which exists; what it yields is masked or never gathered.
+        // Padding repeats a row's first token; its results are masked or not gathered.
         let query_index = rows
             .iter()
             .flat_map(|row| (0..queries).map(|i| row.start + if i < row.len { i } else { 0 }));
@@ -476,7 +476,7 @@ impl Kernels for Candle {
         let loss = (logprobs * coefficients.to_dtype(self.weights.dtype)?)?.sum_all()?;
         let store = loss.backward()?;
         for (block, variable) in layout.blocks().iter().zip(&self.weights.blocks) {
-            // A block that the graph does not reach stays unwritten, which the optimizer refuses.
+            // A block that the graph does not reach stays unmarked, and the optimizer refuses it.
             if let Some(gradient) = store.get(variable) {
                 let values: Vec<f32> = gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
                 gradients.block_mut(block).copy_from_slice(&values);
@@ -498,8 +498,8 @@ fn log_softmax(x: &Tensor) -> Result<Tensor, candle_core::Error> {
     shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
 }
 
-/// `x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`, from operations with exact derivatives: candle's own has constants of six
-/// digits in its derivative.
+/// `x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`, from operations with exact derivatives: the derivative of candle's own has
+/// constants of six digits.
 fn gelu_tanh(x: &Tensor) -> Result<Tensor, PolicyError> {
     let inner = ((x.sqr()? * 0.044_715)? + 1.0)?;
     let inner = ((x * inner)? * (2.0 / std::f64::consts::PI).sqrt())?;

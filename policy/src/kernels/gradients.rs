@@ -12,12 +12,12 @@ use crate::layout::{Block, Layout, Parameter};
 pub struct Gradients {
     layout: Arc<Layout>,
     values: Vec<f32>,
-    /// For each parameter, whether a derivative reached it. One that none reached would stand still in silence.
+    /// For each parameter, whether a derivative reached it.
     reached: Vec<bool>,
 }
 
 impl Gradients {
-    /// Nothing reached yet.
+    /// Zeros, with no parameter reached.
     pub fn zeros(layout: &Arc<Layout>) -> Self {
         Self {
             layout: Arc::clone(layout),
@@ -41,7 +41,7 @@ impl Gradients {
         &mut self.values
     }
 
-    /// Each parameter with its derivative, or with none if no derivative reached it.
+    /// Each parameter with its derivative; none if no derivative reached it.
     pub fn iter(&self) -> impl Iterator<Item = (&Parameter, Option<&[f32]>)> {
         let parameters = self.layout.parameters().iter().zip(&self.reached);
         parameters.map(|(parameter, &reached)| {
@@ -51,6 +51,11 @@ impl Gradients {
 
     /// Adds the gradients of another part of the same batch.
     pub fn add(&mut self, other: &Self) {
+        debug_assert_eq!(
+            self.values.len(),
+            other.values.len(),
+            "gradients of one model"
+        );
         for (sum, value) in self.values.iter_mut().zip(&other.values) {
             *sum += value;
         }
@@ -59,7 +64,7 @@ impl Gradients {
         }
     }
 
-    /// The derivatives of a block, to be written or added to; its parameters count as reached.
+    /// The derivatives of a block, for writing. Marks its parameters as reached.
     pub(crate) fn block_mut(&mut self, block: &Block) -> &mut [f32] {
         self.reached[block.parameters.clone()].fill(true);
         &mut self.values[block.range()]

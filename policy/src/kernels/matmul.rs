@@ -1,7 +1,7 @@
-//! Products of f32 matrices on one thread: a safe face for crate `gemm`.
+//! Products of f32 matrices on one thread: a safe interface to crate `gemm`.
 //!
-//! Parallelism is over rows of the batch, outside: on a few cores, forking inside products of these sizes costs more than
-//! it gives, and the result would depend on the number of threads.
+//! Callers parallelise over rows of the batch. On a few cores, threads inside products of these sizes cost more than they
+//! gain, and the result would depend on their number.
 
 use gemm::{Parallelism, gemm};
 

@@ -1,8 +1,8 @@
 //! AdamW (arXiv:1711.05101) on a float32 master copy of the weights.
 //!
-//! The master is the only place where float32 weights live on between steps; what is computed with is the published
-//! image. Invariants: a step changes everything or nothing; a parameter that no finite derivative reached is an error
-//! and never stands still in silence; a state saved, loaded and stepped equals one that was only stepped, bit for bit.
+//! The master alone keeps float32 weights between steps; forward passes use the published image. Invariants: a step changes
+//! everything or nothing; a parameter without a finite derivative is an error; saving and loading the state changes no bit of
+//! later steps.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,28 +22,28 @@ use crate::weights::{Image, Storage, WeightsError};
 
 mod state;
 
-/// Standard deviation of a fresh embedding: tied to the head, it also sets the scale of the first logits.
+/// Standard deviation of a fresh embedding. A tied head makes it the scale of the first logits as well.
 const EMBEDDING_STD: f32 = 0.05;
 
-/// A fresh matrix has this over the root of its inputs as standard deviation: a little below the variance-preserving 1,
+/// Standard deviation of a fresh matrix, times the square root of its inputs: a little below 1, which preserves variance,
 /// since the residual stream adds up.
 const MATRIX_GAIN: f32 = 0.7;
 
-/// Settings of one update.
+/// Settings of an update.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamW {
-    /// Step size. A schedule changes it from update to update.
+    /// Step size; a schedule may change it between updates.
     pub learning_rate: f32,
-    /// Decay of the mean of gradients.
+    /// Decay of the mean of gradients, in [0, 1).
     pub beta1: f32,
-    /// Decay of the mean of their squares.
+    /// Decay of the mean of squared gradients, in [0, 1).
     pub beta2: f32,
-    /// Added to the root of that mean.
+    /// Added to the root of the mean square.
     pub epsilon: f32,
-    /// Decoupled decay of matrices, per unit of learning rate; norms and biases are left alone.
+    /// Decoupled decay of matrices, per unit of learning rate; norms and biases do not decay.
     pub weight_decay: f32,
-    /// Largest norm of all gradients together; longer ones are scaled down to it.
+    /// Largest norm of all gradients together; larger gradients are scaled down to it.
     pub gradient_norm_max: f32,
 }
 
@@ -61,76 +61,60 @@ impl Default for AdamW {
     }
 }
 
-/// Why an update was refused or a state not restored.
+/// Why an update was refused or a state could not be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum OptimizerError {
     /// No derivative reached a parameter.
     #[error(
         "no gradient reached parameter `{parameter}`; the pass that made the gradients must include it"
     )]
-    Missing {
-        /// Its name.
-        parameter: String,
-    },
+    Missing { parameter: String },
     /// A derivative is NaN or infinite.
     #[error(
         "the gradient of parameter `{parameter}` is not finite at element {element}; drop the batch or lower the learning rate"
     )]
     NotFinite {
-        /// Its name.
         parameter: String,
-        /// First bad element.
+        /// Index of the first such element.
         element: usize,
     },
     /// Gradients of another model.
     #[error(
         "gradients of {found} values were given to a master of {expected}; they belong to another config.json"
     )]
-    OtherModel {
-        /// Elements of the master.
-        expected: usize,
-        /// Elements of the gradients.
-        found: usize,
-    },
+    OtherModel { expected: usize, found: usize },
     /// A setting outside its range.
     #[error("optimizer setting {key} = {value} must be {expected}")]
     Setting {
-        /// Name of the field.
         key: &'static str,
-        /// Its value.
         value: f32,
-        /// What would be accepted.
+        /// The accepted range, in words.
         expected: &'static str,
     },
-    /// The state file is damaged or not one.
+    /// The state file is damaged, or is another file.
     #[error("optimizer state {path} is damaged ({reason}); go back to an earlier checkpoint")]
-    Damaged {
-        /// Which file.
-        path: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The configuration is not one that runs.
+    Damaged { path: String, reason: String },
+    /// The configuration cannot run.
     #[error(transparent)]
     Config(#[from] ModelConfigError),
-    /// The weights are not those of the configuration, or not finite.
+    /// The weights do not belong to the configuration, or are not finite.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The disk refused.
+    /// A file could not be read or written.
     #[error(transparent)]
     Disk(#[from] DiskError),
 }
 
-/// What one update did.
+/// Result of an update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Update {
     /// Norm of all gradients together, before clipping.
     pub gradient_norm: f32,
-    /// Updates taken so far, this one included.
+    /// Updates so far, including this one.
     pub updates: u64,
 }
 
-/// Float32 weights and the optimizer's memory of them.
+/// Float32 weights and the moments of their gradients.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Master {
     config: Config,
@@ -144,11 +128,11 @@ pub struct Master {
 }
 
 impl Master {
-    /// Fresh weights, the same for the same seed: embedding N(0, 0.05²), other matrices N(0, 0.49/inputs), biases 0,
-    /// norms such that they multiply with 1.
+    /// Fresh weights, determined by the seed: embedding N(0, 0.05²), other matrices N(0, 0.49/inputs), biases 0, and norms
+    /// that multiply by 1.
     ///
     /// # Errors
-    /// When the configuration is not valid.
+    /// If the configuration is not valid.
     pub fn init(config: &Config, seed: u64) -> Result<Self, OptimizerError> {
         config.validate()?;
         let layout = Arc::new(Layout::new(config));
@@ -166,10 +150,10 @@ impl Master {
         Ok(Self::fresh(config, layout, values))
     }
 
-    /// Published weights, with an empty memory.
+    /// Published weights, with moments of zero.
     ///
     /// # Errors
-    /// When the image does not belong to the configuration.
+    /// If the image does not belong to the configuration.
     pub fn from_image(config: &Config, image: &Image) -> Result<Self, OptimizerError> {
         config.validate()?;
         let layout = Arc::new(Layout::new(config));
@@ -205,24 +189,24 @@ impl Master {
         &self.values
     }
 
-    /// Updates taken so far.
+    /// Updates so far.
     pub fn updates(&self) -> u64 {
         self.updates
     }
 
-    /// The weights as they are published.
+    /// The weights in their published form.
     ///
     /// # Errors
-    /// When a weight is not finite.
+    /// If a weight is not finite.
     pub fn image(&self, storage: Storage) -> Result<Image, WeightsError> {
         Image::from_values(&self.layout, &self.values, storage)
     }
 
-    /// One update. With g clipped to the largest norm and t updates so far:
+    /// Applies one update. With g clipped to the largest norm and t updates so far:
     /// `m = β₁m + (1−β₁)g`, `v = β₂v + (1−β₂)g²`, `w −= lr·(m/(1−β₁ᵗ) / (√(v/(1−β₂ᵗ)) + ε) + decay·w)`.
     ///
     /// # Errors
-    /// When a gradient is missing or not finite, or a setting is out of range; nothing has changed then.
+    /// If a gradient is missing or not finite, or a setting is out of range. Nothing changes then.
     pub fn step(
         &mut self,
         gradients: &Gradients,
@@ -295,18 +279,18 @@ impl Master {
         Ok(sum.sqrt() as f32)
     }
 
-    /// Writes weights, memory and update count to one file, whole or not at all.
+    /// Writes weights, moments and update count to one file, atomically.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// If the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<(), OptimizerError> {
         state::save(self, path)
     }
 
-    /// Reads what [`Master::save`] wrote.
+    /// Reads a file written by [`Master::save`].
     ///
     /// # Errors
-    /// When the file is missing, truncated or damaged.
+    /// If the file is missing, truncated or damaged.
     pub fn load(path: &Path) -> Result<Self, OptimizerError> {
         state::load(path)
     }
@@ -316,7 +300,7 @@ impl AdamW {
     /// Checks that every setting lies in its range.
     ///
     /// # Errors
-    /// Names the first that does not.
+    /// Names the first setting out of range.
     pub fn validate(&self) -> Result<(), OptimizerError> {
         let finite = f32::MIN_POSITIVE..f32::INFINITY;
         let decay = (0.0..1.0, "at least 0 and below 1");
@@ -342,7 +326,7 @@ impl AdamW {
     }
 }
 
-/// How a fresh parameter starts.
+/// Initial value of a parameter.
 enum Initial {
     Constant(f32),
     Normal(f32),
@@ -357,7 +341,7 @@ fn initial(parameter: &Parameter, norm_offset: f32) -> Initial {
     }
 }
 
-/// What one update multiplies with.
+/// Factors of one update.
 #[derive(Clone, Copy)]
 struct Factors {
     settings: AdamW,

@@ -20,19 +20,20 @@ use crate::policy::{Policy, Prepared, check_temperature};
 /// A text to train on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrainRow {
-    /// Prompt and answer, and whatever came between.
+    /// The whole text: prompt, answers and what lies between them.
     pub tokens: Vec<u32>,
-    /// Indices of the tokens that are trained, in rising ranges; none may be 0, which nothing predicts.
+    /// Indices of the trained tokens, in rising ranges. Index 0 is not allowed: no token predicts it.
     pub targets: Vec<Range<usize>>,
 }
 
 impl TrainRow {
-    /// How many tokens are trained.
+    /// Number of trained tokens.
     pub fn target_count(&self) -> usize {
         self.targets.iter().map(Range::len).sum()
     }
 
-    /// What the decoder must read: all before the last target, shareable up to what the first is predicted from.
+    /// The tokens that the decoder reads: all before the last target. Those before the predictor of the first target may be
+    /// shared.
     fn text(&self) -> Text<'_> {
         let mut targets = self.targets.iter().filter(|range| !range.is_empty());
         let first = targets.clone().next().map_or(1, |range| range.start);
@@ -44,31 +45,31 @@ impl TrainRow {
     }
 }
 
-/// What a training pass found.
+/// Result of a training pass.
 #[derive(Debug, Clone)]
 pub struct Pass {
     /// Derivative of the loss by every parameter.
     pub gradients: Gradients,
     /// For each row, the log-probability of each target, in nats.
     pub logprobs: Vec<Vec<f32>>,
-    /// For each row, the entropy of the distribution that each target was taken from, in nats.
+    /// For each row, the entropy of the distribution at each target, in nats.
     pub entropies: Vec<Vec<f32>>,
-    /// Tokens of the texts up to their last targets, of which the decoder reads once what neighbours share.
+    /// Tokens of all texts up to their last targets; shared tokens count for every text.
     pub tokens: usize,
 }
 
-/// Derivative of the loss by each log-probability of one row: (row, its log-probabilities) → as many derivatives.
+/// Derivative of the loss by each log-probability of one row: (row, log-probabilities) -> derivatives, one for each.
 pub type Coefficients<'a> = dyn Fn(usize, &[f32]) -> Vec<f32> + Sync + 'a;
 
-/// Forward over all rows at once, `coefficients` for each row that has targets, backward.
+/// Runs the forward pass over all rows, `coefficients` for each row with targets, and the backward pass.
 ///
-/// Neighbours that begin with the same tokens, as the rollouts of a group do with their prompt, are read as one tree: what
-/// they share is computed once, forward and backward. Such families are dealt to exactly `shards` threads, the longest
-/// first, each to the one with the fewest tokens so far; their gradients are added in the order of the shards.
+/// Neighbours that begin with the same tokens, as the rollouts of a group do, are read as one tree: their prefix is computed
+/// once, forward and backward. These families are dealt to exactly `shards` threads, the longest first, each to the shard
+/// with the fewest tokens so far. The gradients of the shards are added in order.
 ///
 /// # Errors
-/// When a row is not one that the decoder can read, no row has a target, or `coefficients` returns a wrong number of
-/// derivatives or one that is not finite.
+/// If the decoder cannot read a row, no row has a target, or `coefficients` returns a wrong number of derivatives or one that
+/// is not finite.
 pub fn gradients(
     policy: &Policy,
     rows: &[TrainRow],
@@ -111,7 +112,7 @@ pub fn gradients(
             .iter()
             .map(|members| scope.spawn(|| work(members)))
             .collect();
-        // The calling thread works as well, instead of waiting.
+        // The calling thread takes the first shard.
         let mut passes = vec![work(first)];
         for thread in spawned {
             passes.push(
@@ -160,7 +161,7 @@ fn check_train_row(policy: &Policy, row: usize, train: &TrainRow) -> Result<(), 
     Ok(())
 }
 
-/// Rows of each shard, in rising order. Rows without targets are in none.
+/// Rows of each shard, in rising order. Rows without targets are left out.
 fn deal(rows: &[TrainRow], shards: NonZeroUsize) -> Vec<Vec<usize>> {
     let trained: Vec<usize> = (0..rows.len())
         .filter(|&row| rows[row].target_count() > 0)
@@ -184,14 +185,14 @@ fn deal(rows: &[TrainRow], shards: NonZeroUsize) -> Vec<Vec<usize>> {
     dealt.into_iter().map(sorted).collect()
 }
 
-/// Tokens that the decoder reads of rows that share their first ones.
+/// Tokens that the decoder reads for rows with a shared prefix.
 fn tokens_read(rows: &[TrainRow], family: &[usize]) -> usize {
     let texts = family.iter().map(|&row| rows[row].text());
     let shared = texts.clone().next().map_or(0, |text| text.shareable);
     shared + texts.map(|text| text.tokens.len() - shared).sum::<usize>()
 }
 
-/// The share of one thread.
+/// The rows of one thread.
 struct Shard<'a> {
     policy: &'a Policy,
     rows: &'a [TrainRow],
@@ -201,7 +202,7 @@ struct Shard<'a> {
 }
 
 impl Shard<'_> {
-    /// Logprobs and entropies are in the order of the members.
+    /// Returns logprobs and entropies in the order of the members.
     fn pass<K: Kernels>(&self, mut kernels: K) -> Result<Pass, PolicyError> {
         let layout = self.policy.layout();
         let (mut logprobs, mut entropies) = (Vec::new(), Vec::new());

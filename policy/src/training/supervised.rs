@@ -6,7 +6,7 @@ use crate::error::PolicyError;
 use crate::policy::Policy;
 use crate::training::pass::{Pass, TrainRow, gradients};
 
-/// A training pass and its loss.
+/// A supervised training pass and its loss.
 #[derive(Debug, Clone)]
 pub struct Supervised {
     /// Mean negative log-probability of the targets, in nats.

@@ -11,7 +11,7 @@ use crate::kernels::{Kernels, Paged};
 use crate::layout::Layout;
 use crate::policy::{Policy, Prepared};
 
-/// Candle's operations over all rows of an weights_id at once.
+/// The `candle` kernels of all weights, over one cache.
 pub(in crate::engine) struct CandleExecutor {
     cache: Paged<CacheLayer>,
     kernels: BTreeMap<WeightsId, Candle>,
@@ -54,7 +54,7 @@ impl Executor for CandleExecutor {
         let mut drawn = Vec::new();
         for feeds in by_weights(plan) {
             let Some(kernels) = self.kernels.get_mut(&feeds[0].weights_id) else {
-                continue; // no weights_id is planned before its weights are adopted
+                continue; // a plan names adopted weights only
             };
             let memory = (&mut self.cache, &mut self.logits);
             drawn.extend(run_rows(kernels, &self.layout, memory, feeds, draws)?);

@@ -1,9 +1,9 @@
-//! Plans on the fused kernels: rows of a small model are dealt to the threads, each computing its own from the embedding to
-//! the tokens drawn; of a large model all threads share every product.
+//! Plans on the `fused` kernels. Rows of a small model are dealt to the threads: each thread computes its rows from the
+//! embedding to the drawn tokens. For a large model all threads share every product.
 //!
-//! A step of a small model is some tens of operations of a few microseconds each, and to meet after each of them costs the
-//! threads as much again; its weights lie in every processor's own cache. A large model's weights are read once for all.
-//! Invariant: rows that are dealt to different threads use no block that one of them writes.
+//! A step of a small model is some tens of operations of a few microseconds each; a barrier after each would cost as much
+//! again, and its weights fit into every core's cache. A large model's weights are read once for all rows. Invariant: rows
+//! dealt to different threads use no block that one of them writes.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -19,13 +19,13 @@ use crate::kernels::{BLOCK, Kernels, Paged};
 use crate::layout::Layout;
 use crate::policy::{Policy, Prepared};
 
-/// Tokens of a part, at least, where every thread has one; fewer would not be worth reading the weights for.
+/// Fewest tokens of a part; fewer do not pay for reading the weights.
 const TOKENS_MIN: usize = 2;
 
-/// Tokens of a part that are enough: a thread that is done before the others takes another part.
+/// Tokens above which a part is cut again, so that a thread that finishes early takes another part.
 const TOKENS_ENOUGH: usize = 32;
 
-/// The fused kernels of every weights_id.
+/// The `fused` kernels of all weights, over one cache.
 pub(in crate::engine) struct FusedExecutor {
     layers: Vec<CacheLayer>,
     weights: BTreeMap<WeightsId, Arc<FusedWeights>>,
@@ -34,16 +34,16 @@ pub(in crate::engine) struct FusedExecutor {
     writers: Writers,
 }
 
-/// What a thread keeps from one step to the next.
+/// Buffers that a thread keeps between steps.
 #[derive(Default)]
-struct Bench {
+struct Scratch {
     pool: Pool,
     tables: Vec<Vec<u32>>,
     logits: Vec<f32>,
 }
 
 thread_local! {
-    static BENCH: RefCell<Bench> = RefCell::default();
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 impl FusedExecutor {
@@ -72,17 +72,17 @@ impl FusedExecutor {
         feeds: &[Feed],
         draws: &Draws<'_>,
     ) -> Result<Vec<Outcome>, PolicyError> {
-        BENCH.with_borrow_mut(|bench| {
+        SCRATCH.with_borrow_mut(|scratch| {
             // Safety: the caller keeps the blocks of different threads apart; the handles end with this call.
             let layers = self.layers.iter().map(|layer| unsafe { layer.share() });
             let mut cache = Paged {
                 layers: layers.collect(),
-                tables: std::mem::take(&mut bench.tables),
+                tables: std::mem::take(&mut scratch.tables),
             };
-            let mut kernels = Fused::inference_with(weights, &bench.pool);
-            let memory = (&mut cache, &mut bench.logits);
+            let mut kernels = Fused::inference_with(weights, &scratch.pool);
+            let memory = (&mut cache, &mut scratch.logits);
             let drawn = run_rows(&mut kernels, &self.layout, memory, feeds, draws);
-            bench.tables = cache.tables;
+            scratch.tables = cache.tables;
             drawn
         })
     }
@@ -113,7 +113,7 @@ impl Executor for FusedExecutor {
         let mut drawn = Vec::new();
         for feeds in by_weights(plan) {
             let Some(weights) = self.weights.get(&feeds[0].weights_id) else {
-                continue; // no weights_id is planned before its weights are adopted
+                continue; // a plan names adopted weights only
             };
             let parts = match weights.is_cached() {
                 true => self.writers.deal(feeds, self.threads.count().get()),
@@ -135,16 +135,16 @@ impl Executor for FusedExecutor {
     }
 }
 
-/// Which part of a step writes each block.
+/// The part of a step that writes each block.
 #[derive(Debug, Default)]
 struct Writers {
-    /// 0 where nobody does, else the part's index and one.
+    /// For each block, the number of the part that writes it, counted from 1; 0 if no part does.
     parts: Vec<u32>,
 }
 
 impl Writers {
-    /// Cuts feeds into consecutive parts of about as many tokens for so many threads; into one where a part would use a block
-    /// that another writes.
+    /// Cuts feeds into consecutive parts of about equal tokens for `threads` threads. Returns a single part if a part would
+    /// use a block that another part writes.
     fn deal(&mut self, feeds: &[Feed], threads: usize) -> Vec<Range<usize>> {
         let parts = cut(feeds, threads);
         if parts.len() > 1 && !self.apart(feeds, &parts) {
@@ -153,7 +153,7 @@ impl Writers {
         parts
     }
 
-    /// Whether no part uses a block that another writes.
+    /// Whether no part uses a block that another part writes.
     fn apart(&mut self, feeds: &[Feed], parts: &[Range<usize>]) -> bool {
         let each = || {
             (1..)
@@ -184,12 +184,12 @@ impl Writers {
     }
 }
 
-/// The blocks that a feed's tokens lie in.
+/// The blocks that a feed's tokens are written to.
 fn written(feed: &Feed) -> &[u32] {
     &feed.table[feed.position / BLOCK..=(feed.position + feed.tokens.len() - 1) / BLOCK]
 }
 
-/// Consecutive feeds of about as many tokens, for so many threads.
+/// Cuts feeds into consecutive parts of about equal tokens.
 fn cut(feeds: &[Feed], threads: usize) -> Vec<Range<usize>> {
     let all: usize = feeds.iter().map(|feed| feed.tokens.len()).sum();
     let enough = all / TOKENS_ENOUGH / threads * threads;
@@ -200,7 +200,7 @@ fn cut(feeds: &[Feed], threads: usize) -> Vec<Range<usize>> {
     let (mut parts, mut start, mut tokens) = (Vec::with_capacity(count), 0, 0);
     for (index, feed) in feeds.iter().enumerate() {
         tokens += feed.tokens.len();
-        // The tokens of as many parts as there are by now and of this one.
+        // The parts so far and this one hold their share of the tokens.
         if tokens * count >= all * (parts.len() + 1) {
             parts.push(start..index + 1);
             start = index + 1;
@@ -245,21 +245,21 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_dealt_apart_only_where_none_uses_what_another_part_writes() {
+    fn rows_are_dealt_to_several_parts_only_if_no_part_uses_a_block_that_another_writes() {
         let mut writers = Writers::default();
         let block = BLOCK;
         let sharing = |own: u32| feed(block + 1, 2, &[7, own]);
-        // All read block 7, and each writes its own.
+        // All rows read block 7, and each writes a block of its own.
         let fine = [sharing(1), sharing(2), sharing(3), sharing(4)];
         assert_eq!(writers.deal(&fine, 2).len(), 2);
-        // One still writes what the others read.
+        // The first row still writes the block that the others read.
         let reads = [feed(block - 2, 2, &[7]), sharing(2), sharing(3), sharing(4)];
         let whole: Vec<Range<usize>> = std::iter::once(0..4).collect();
         assert_eq!(writers.deal(&reads, 2), whole);
-        // Two write the same.
+        // Two rows write the same block.
         let writes = [sharing(1), sharing(2), sharing(3), sharing(1)];
         assert_eq!(writers.deal(&writes, 2), whole);
-        assert_eq!(writers.deal(&fine, 2).len(), 2, "nothing is remembered");
+        assert_eq!(writers.deal(&fine, 2).len(), 2, "each deal starts afresh");
     }
 
     #[test]
