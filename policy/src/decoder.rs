@@ -30,20 +30,18 @@ pub(crate) fn hidden<K: Kernels>(
     kernels.norm(&x, &layout.norm)
 }
 
-/// Some of the layers, and what runs through them.
+/// A range of layers and the batch that runs through them.
 pub(crate) struct Span<'a> {
-    /// Which layers.
     pub(crate) layers: Range<usize>,
     pub(crate) batch: &'a Batch,
-    /// Positions at which the last layer's result is asked for, rising.
+    /// Positions of the last layer's result, rising.
     pub(crate) wanted: &'a Rc<[usize]>,
 }
 
 /// The residual stream `x` `[N, hidden]` after a range of layers: `[N, hidden]`, or `[M, hidden]` after the last layer.
 ///
-/// One range after another gives what all at once give, so that a model can be split over machines. Everything after
-/// the last layer's attention is computed at the wanted positions only: a prompt's positions need no more than keys and
-/// values there.
+/// Consecutive ranges give the same result as one range over all layers, so a model can be split over machines. After the
+/// last layer's attention only the wanted positions are computed: the others need keys and values alone.
 pub(crate) fn layers<K: Kernels>(
     kernels: &mut K,
     layout: &Layout,
@@ -89,7 +87,7 @@ pub(crate) fn layers<K: Kernels>(
     Ok(x)
 }
 
-/// Adds a branch to the residual stream, through its last product and, where the family has one, a norm.
+/// Adds a branch to the residual stream, through its last product and the family's norm, if any.
 fn join<K: Kernels>(
     kernels: &mut K,
     residual: K::Array,

@@ -1,8 +1,8 @@
 //! The `fused` kernel set: own loops and own derivatives over slices of f32, CPU.
 //!
-//! A pass made for training keeps a tape of what each derivative needs; one made for inference keeps nothing, and arrays
-//! return to a pool as soon as they are used. Derivatives flow into one flat vector in the order of the parameter
-//! table. Invariant: the same calls give the same bits on one machine, whatever else runs beside them.
+//! A training pass records the inputs of each derivative on a tape; an inference pass records nothing, and its arrays return
+//! to a pool after their last use. Derivatives go into one flat vector in the order of the parameter table. Invariant: the
+//! same calls give the same bits on one machine, on any number of threads.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -37,12 +37,13 @@ mod panels;
 mod rotary;
 mod tape;
 
-/// Elements of a norm, and of an activation with its exponential, that are worth handing to another thread: some
-/// microseconds.
+/// Fewest elements of a norm worth handing to another thread: some microseconds.
 const ELEMENTS: usize = 1 << 14;
+
+/// The same for an activation with its exponential.
 const EXPONENTIALS: usize = 1 << 12;
 
-/// Rows of `width` that have so many elements.
+/// Rows of `width` that hold `elements` elements, at least one.
 fn rows_of(width: usize, elements: usize) -> usize {
     (elements / width.max(1)).max(1)
 }
@@ -57,7 +58,7 @@ pub(crate) struct Fused {
 }
 
 impl Fused {
-    /// Keeps nothing for a derivative.
+    /// A pass without a derivative.
     pub(crate) fn inference(weights: &Arc<FusedWeights>) -> Self {
         Self {
             weights: Arc::clone(weights),
@@ -67,7 +68,7 @@ impl Fused {
         }
     }
 
-    /// The same with arrays of a pool that outlives the pass.
+    /// A pass without a derivative, whose arrays come from a pool that outlives it.
     pub(crate) fn inference_with(weights: &Arc<FusedWeights>, pool: &Pool) -> Self {
         Self {
             pool: Rc::clone(pool),
@@ -75,7 +76,7 @@ impl Fused {
         }
     }
 
-    /// Keeps what [`Kernels::backward`] needs.
+    /// A pass that [`Kernels::backward`] can follow.
     pub(crate) fn training(weights: &Arc<FusedWeights>) -> Self {
         Self {
             tape: Some(Tape::default()),
@@ -92,12 +93,12 @@ impl Fused {
         }
     }
 
-    /// The buffer itself if nobody else holds it, else a copy.
+    /// The buffer itself if it has no other holder, else a copy.
     fn owned(&self, data: Rc<Buffer>) -> Buffer {
         Rc::try_unwrap(data).unwrap_or_else(|shared| Buffer::copied(&self.pool, &shared))
     }
 
-    /// Inference shares its work; training has dealt its batch to threads already.
+    /// Inference shares its work among threads; a training batch is dealt to threads before.
     fn threads(&self) -> &Threads {
         match self.tape {
             None => &self.weights.threads,
@@ -115,8 +116,8 @@ impl Fused {
         });
     }
 
-    /// `out = x Wᵀ` or `out += x Wᵀ`. Training takes W as it lies in the flat vector, since its derivative needs it so too,
-    /// and one thread, since its batch is dealt to several already.
+    /// `out = x Wᵀ` or `out += x Wᵀ`. Training reads W from the flat vector, as its derivative does, on one thread, since its
+    /// batch is dealt to several before.
     fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
         if self.tape.is_none() {
             return self.weights.product(out, x, block, onto);
@@ -205,7 +206,7 @@ impl Kernels for Fused {
     }
 
     fn head_norms(&mut self, qkv: Array, norms: &HeadNorms) -> Result<Array, PolicyError> {
-        // What went in is wanted for the derivative only; otherwise the buffer serves again.
+        // Only the derivative needs the input; without it the buffer is reused.
         let kept = self.tape.is_some().then(|| qkv.clone());
         let width = qkv.width;
         let mut y = self.owned(qkv.data);

@@ -1,8 +1,8 @@
-//! Threads that share one loop at a time: whoever is free takes the next part of it.
+//! A thread pool that runs one parallel loop at a time: each free thread takes the next part of it.
 //!
-//! Made for loops of some ten microseconds, thousands of them a second, which is what one token of a small model is: between
-//! two of them a member waits at the ready and sleeps only when nothing has come for a while. Knows nothing of what a part
-//! does. Invariant: every part of a loop runs exactly once, and none is touched after the loop has returned.
+//! Made for loops of some ten microseconds, thousands of them a second: a token of a small model is some tens of them. Between
+//! two loops a worker spins, and sleeps only after a pause. Invariant: every part of a loop runs exactly once, and no part
+//! runs after the loop has returned.
 
 use std::any::Any;
 use std::marker::PhantomData;
@@ -14,57 +14,57 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Parts of one loop, at most: what the bits of a [`Claims`] hold. Longer loops have larger parts.
+/// Most parts of a loop: the `parts` field of [`Claims`] has 16 bits. Longer loops have larger parts.
 const PARTS_MAX: usize = u16::MAX as usize;
 
-/// Looks at the board before a member lets others have its processor and looks again.
-const LOOKS: usize = 64;
+/// Checks between two yields of the processor while a thread spins.
+const SPINS: usize = 64;
 
-/// How long a member waits at the ready. Between two products of a forward pass lie a few microseconds, between two
-/// tokens up to a few hundred; to wake a sleeper costs about fifty.
-const READY: Duration = Duration::from_micros(300);
+/// Time that a worker spins before it sleeps. Between two products of a forward pass lie a few microseconds, between two
+/// tokens up to a few hundred; waking a thread costs about fifty.
+const SPIN_TIME: Duration = Duration::from_micros(300);
 
-/// Members of a team, at most: a bound against a slip of the configuration.
+/// Most threads of a pool, against a mistake in the configuration.
 const THREADS_MAX: usize = 1024;
 
-/// Threads that work together. Cheap to clone; the threads end with the last clone.
+/// A thread pool. Cheap to clone; its threads end with the last clone.
 #[derive(Debug, Clone)]
 pub struct Threads {
-    team: Arc<Team>,
+    pool: Arc<Pool>,
 }
 
 #[derive(Debug)]
-struct Team {
-    board: Arc<Board>,
-    members: Vec<JoinHandle<()>>,
-    /// Held by the thread whose loop the members work on.
+struct Pool {
+    shared: Arc<SharedLoop>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held by the thread whose loop the workers run.
     turn: Mutex<()>,
 }
 
-/// What the members look at.
+/// The newest loop, as the workers see it.
 #[derive(Debug, Default)]
-struct Board {
+struct SharedLoop {
     /// [`Claims`] of the newest loop.
     claims: AtomicU64,
-    /// Its body, valid as long as one of its parts is unfinished.
+    /// Body of that loop; valid until all its parts are finished.
     body: AtomicPtr<Body<'static>>,
-    /// Parts finished.
+    /// Finished parts.
     done: AtomicUsize,
-    /// Why the first of the failed parts failed.
+    /// Panic of the first part that failed.
     failure: Mutex<Option<Box<dyn Any + Send>>>,
     ended: AtomicBool,
     asleep: AtomicUsize,
-    bed: Mutex<()>,
-    alarm: Condvar,
+    sleep_lock: Mutex<()>,
+    wake: Condvar,
 }
 
-/// A loop's body in a place of its own, so that one pointer leads to it.
+/// A loop's body behind a thin pointer.
 struct Body<'a> {
     run: &'a (dyn Fn(usize) + Sync),
 }
 
-/// Which loop it is, how many parts it has, and how many of them are taken; in one word, so that a part is taken only of
-/// the loop that was meant.
+/// Number of a loop, its parts and the parts taken. They share one word, so that a thread cannot take a part of another loop
+/// than the one it saw.
 #[derive(Clone, Copy)]
 struct Claims {
     number: u32,
@@ -87,22 +87,22 @@ impl Claims {
 }
 
 impl Threads {
-    /// So many threads, the caller's own being one of them.
+    /// A pool of `count` threads, including the caller's.
     pub fn new(count: NonZeroUsize) -> Self {
-        let board = Arc::new(Board::default());
-        let members = (1..count.get().min(THREADS_MAX)).map_while(|_| {
-            let board = Arc::clone(&board);
-            // Where the system gives no more threads, those that there are do the work.
+        let shared = Arc::new(SharedLoop::default());
+        let workers = (1..count.get().min(THREADS_MAX)).map_while(|_| {
+            let shared = Arc::clone(&shared);
+            // If the system starts no more threads, the pool works with fewer.
             let thread = std::thread::Builder::new().name("muster-kernel".to_owned());
-            thread.spawn(move || board.work()).ok()
+            thread.spawn(move || shared.work()).ok()
         });
-        let team = Team {
-            members: members.collect(),
-            board,
+        let pool = Pool {
+            workers: workers.collect(),
+            shared,
             turn: Mutex::new(()),
         };
         Self {
-            team: Arc::new(team),
+            pool: Arc::new(pool),
         }
     }
 
@@ -116,21 +116,21 @@ impl Threads {
         Self::new(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN))
     }
 
-    /// How many there are, the caller's own included.
+    /// Number of threads, including the caller's.
     pub fn count(&self) -> NonZeroUsize {
-        NonZeroUsize::MIN.saturating_add(self.team.members.len())
+        NonZeroUsize::MIN.saturating_add(self.pool.workers.len())
     }
 
-    /// Calls `body` with consecutive ranges of `grain` items that cover `0..items`, on all threads; returns when all have
-    /// returned. A second caller at the same time does its loop alone. `body` must not depend on who runs which range.
+    /// Calls `body` with consecutive ranges of `grain` items that cover `0..items`, on all threads. Returns when all calls have
+    /// returned. A second caller at the same time runs its loop alone.
     pub(crate) fn share(&self, items: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) {
         let grain = grain.max(items.div_ceil(PARTS_MAX)).max(1);
         let parts = items.div_ceil(grain);
         let run = |part: usize| body(part * grain..((part + 1) * grain).min(items));
-        let turn = if parts > 1 && !self.team.members.is_empty() {
-            match self.team.turn.try_lock() {
+        let turn = if parts > 1 && !self.pool.workers.is_empty() {
+            match self.pool.turn.try_lock() {
                 Ok(turn) => Some(turn),
-                // A loop failed; there is nothing that it could have left half done.
+                // A loop panicked; the lock guards no data.
                 Err(TryLockError::Poisoned(failed)) => Some(failed.into_inner()),
                 Err(TryLockError::WouldBlock) => None,
             }
@@ -138,13 +138,12 @@ impl Threads {
             None
         };
         match turn {
-            Some(_turn) => self.team.board.lead(parts as u16, &run),
+            Some(_turn) => self.pool.shared.lead(parts as u16, &run),
             None => (0..parts).for_each(run),
         }
     }
 
-    /// Calls `body` with consecutive rows of `values` `[rows, width]`, `grain` of them at a time, and the number of the
-    /// first; on all threads.
+    /// Calls `body` on all threads with `grain` consecutive rows of `values` `[rows, width]` and the index of the first.
     pub(crate) fn share_rows<T: Send>(
         &self,
         values: &mut [T],
@@ -162,7 +161,7 @@ impl Threads {
         );
     }
 
-    /// The same with the same rows of two matrices.
+    /// [`Threads::share_rows`] over the same rows of two matrices.
     #[allow(unsafe_code)]
     pub(crate) fn share_rows_of_two<T: Send, U: Send>(
         &self,
@@ -186,8 +185,8 @@ impl Threads {
     }
 }
 
-impl Board {
-    /// Puts a loop on the board, takes part in it and waits for its end.
+impl SharedLoop {
+    /// Publishes a loop, takes part in it and waits for its end.
     fn lead(&self, parts: u16, run: &(dyn Fn(usize) + Sync)) {
         let body = Body { run };
         self.done.store(0, Ordering::Relaxed);
@@ -203,14 +202,17 @@ impl Board {
         };
         self.claims.store(claims.word(), Ordering::SeqCst);
         if self.asleep.load(Ordering::SeqCst) > 0 {
-            let bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
-            self.alarm.notify_all();
-            drop(bed);
+            let sleepers = self
+                .sleep_lock
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            self.wake.notify_all();
+            drop(sleepers);
         }
         while self.take_part() {}
-        let mut looks = 0;
+        let mut spins = 0;
         while self.done.load(Ordering::Acquire) < usize::from(parts) {
-            look_again(&mut looks);
+            spin(&mut spins);
         }
         let failure = self
             .failure
@@ -222,7 +224,7 @@ impl Board {
         }
     }
 
-    /// Takes the next part of the loop on the board and runs it; false when none is left.
+    /// Takes the next part of the loop and runs it. False if none is left.
     #[allow(unsafe_code)]
     fn take_part(&self) -> bool {
         let mut word = self.claims.load(Ordering::Acquire);
@@ -264,13 +266,13 @@ impl Board {
         claims.taken < claims.parts || self.ended.load(Ordering::SeqCst)
     }
 
-    /// What a member does all day.
+    /// Main loop of a worker.
     fn work(&self) {
         while !self.ended.load(Ordering::Acquire) {
             while self.take_part() {}
-            let (start, mut looks) = (Instant::now(), 0);
-            while !self.has_work() && (looks % LOOKS != 0 || start.elapsed() < READY) {
-                look_again(&mut looks);
+            let (start, mut spins) = (Instant::now(), 0);
+            while !self.has_work() && (spins % SPINS != 0 || start.elapsed() < SPIN_TIME) {
+                spin(&mut spins);
             }
             if !self.has_work() {
                 self.sleep();
@@ -279,45 +281,51 @@ impl Board {
     }
 
     fn sleep(&self) {
-        let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
-        // Counted before the last look: a leader looks at the count after it has put its loop on the board, so one of the
-        // two sees the other.
+        let mut sleepers = self
+            .sleep_lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Counted before the last check: a leader reads the count after it has published its loop, so one of them sees the
+        // other.
         self.asleep.fetch_add(1, Ordering::SeqCst);
         while !self.has_work() {
-            bed = self.alarm.wait(bed).unwrap_or_else(PoisonError::into_inner);
+            sleepers = self
+                .wake
+                .wait(sleepers)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         self.asleep.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-/// Waits a moment; now and then others get the processor, which they may need to finish what is waited for.
-fn look_again(looks: &mut usize) {
-    *looks += 1;
-    if looks.is_multiple_of(LOOKS) {
+/// Spins once. Every [`SPINS`] calls it yields, since the thread it waits for may need the processor.
+fn spin(spins: &mut usize) {
+    *spins += 1;
+    if spins.is_multiple_of(SPINS) {
         std::thread::yield_now();
     } else {
         std::hint::spin_loop();
     }
 }
 
-impl Drop for Team {
+impl Drop for Pool {
     fn drop(&mut self) {
-        self.board.ended.store(true, Ordering::SeqCst);
-        let bed = self
-            .board
-            .bed
+        self.shared.ended.store(true, Ordering::SeqCst);
+        let sleepers = self
+            .shared
+            .sleep_lock
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        self.board.alarm.notify_all();
-        drop(bed);
-        for member in self.members.drain(..) {
-            // A member catches whatever a part throws, so that there is nothing left to hear from it.
-            drop(member.join());
+        self.shared.wake.notify_all();
+        drop(sleepers);
+        for worker in self.workers.drain(..) {
+            // A worker catches the panics of its parts, so join returns nothing of interest.
+            drop(worker.join());
         }
     }
 }
 
-/// A slice whose elements several threads write, each its own.
+/// A slice that several threads write, each its own elements.
 #[derive(Debug)]
 pub(crate) struct Split<'a, T> {
     start: *mut T,
@@ -325,7 +333,7 @@ pub(crate) struct Split<'a, T> {
     borrowed: PhantomData<&'a mut [T]>,
 }
 
-// Safety: it hands out elements by `unsafe` calls only, whose callers promise that no element is handed out twice.
+// Safety: elements are handed out by `unsafe` calls alone, whose callers promise not to hand one out twice.
 #[allow(unsafe_code)]
 unsafe impl<T: Send> Sync for Split<'_, T> {}
 
@@ -341,7 +349,7 @@ impl<'a, T> Split<'a, T> {
     /// The elements of `range`.
     ///
     /// # Safety
-    /// No element of `range` may be in use by anybody else as long as the result is.
+    /// No other reference to an element of `range` may exist while the result does.
     #[allow(unsafe_code, clippy::mut_from_ref)]
     pub(crate) unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
         assert!(
@@ -383,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_longer_than_the_board_can_count_has_larger_parts() {
+    fn a_loop_of_more_parts_than_the_claims_hold_has_larger_parts() {
         let visited = AtomicUsize::new(0);
         threads(2).share(200_000, 1, |range| {
             visited.fetch_add(range.len(), Ordering::Relaxed);
@@ -392,15 +400,15 @@ mod tests {
     }
 
     #[test]
-    fn members_that_fell_asleep_wake_for_the_next_loop() {
+    fn workers_that_sleep_wake_for_the_next_loop() {
         let threads = threads(3);
         for _ in 0..3 {
             let mut asleep = 0;
             while asleep < 2 {
                 std::thread::yield_now();
-                asleep = threads.team.board.asleep.load(Ordering::SeqCst);
+                asleep = threads.pool.shared.asleep.load(Ordering::SeqCst);
             }
-            // Ends only if two threads are in it at once.
+            // Ends only if three threads run it at once.
             let barrier = std::sync::Barrier::new(3);
             threads.share(3, 1, |_| {
                 barrier.wait();

@@ -1,9 +1,9 @@
 //! Rotary embedding and causal grouped attention over ragged rows, with and without a cache, and the derivative.
 //!
 //! Scores exist for one query at a time. The derivative computes them again from the logarithm of their sum
-//! (FlashAttention, arXiv:2205.14135), so memory grows with the tokens and not with their square. Keys are read
-//! transposed, `[D, positions]`, so that a query's scores are a sum of rows. A row whose earlier tokens are shared with
-//! others is laid beside a copy of them, so that its sums run as they do over a text that lies in one piece.
+//! (FlashAttention, arXiv:2205.14135), so memory grows with the tokens and not with their square. Keys are transposed,
+//! `[D, positions]`, so that a query's scores are a sum of rows. A row with shared earlier tokens is joined with a copy of
+//! them, so that its sums have the same order as those of a contiguous text.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -19,13 +19,13 @@ use crate::kernels::simd::{
 use crate::kernels::threads::Threads;
 use crate::layout::Attention;
 
-/// Positions are padded to a multiple of this where keys lie transposed, so that no scores are computed one by one.
+/// Transposed keys are padded to a multiple of this many positions, so that scores are computed in whole vectors.
 const PADDING: usize = LANES;
 
-/// Work that is worth handing to another thread, in multiply-adds: some microseconds, since these products are short.
+/// Fewest multiply-adds worth handing to another thread: some microseconds, since these products are short.
 const PART: usize = 1 << 16;
 
-/// Whether angles are added or taken off again.
+/// Direction of a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
     Forward,
@@ -73,7 +73,7 @@ enum Keys<'a> {
 }
 
 impl Keys<'_> {
-    /// `scores = q Kᵀ` at consecutive positions from `start`; those of padding are of no meaning.
+    /// `scores = q Kᵀ` at consecutive positions from `start`; those of padding are undefined.
     #[inline(always)]
     fn scores(self, scores: &mut [f32], start: usize, query: &[f32]) {
         match self {
@@ -127,7 +127,7 @@ pub(crate) fn forward(
     });
 }
 
-/// Keys and values that queries look at.
+/// Keys and values that queries attend to.
 enum Earlier<'a> {
     Cached(&'a CacheLayer, &'a [Vec<u32>]),
     Packed(Packed),
@@ -137,16 +137,16 @@ enum Earlier<'a> {
 struct Packed {
     /// Keys of every row and head transposed, `[KV, D, stride]`.
     keys: Vec<f32>,
-    /// Texts of rows whose earlier tokens lie elsewhere, in one piece.
+    /// Contiguous texts of rows whose earlier tokens lie elsewhere.
     joined: Vec<f32>,
     places: Vec<Place>,
 }
 
-/// Where one row's keys and values lie.
+/// Location of one row's keys and values.
 struct Place {
     keys: usize,
     stride: usize,
-    /// In the joined texts, if not in the batch itself.
+    /// Start in the joined texts; none if the row lies in the batch.
     joined: Option<usize>,
 }
 
@@ -179,7 +179,7 @@ impl Earlier<'_> {
         Self::Packed(packed)
     }
 
-    /// Head `j` of the row of index `index`, whose own tokens are `tokens`.
+    /// Key head `j` of row number `index`, whose own tokens are `tokens`.
     fn keys<'b>(
         &'b self,
         heads: Heads,
@@ -208,7 +208,7 @@ impl Earlier<'_> {
 }
 
 thread_local! {
-    /// Scores of one query, kept for the next.
+    /// Buffer for the scores of one query.
     static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -234,7 +234,7 @@ fn attend_tokens(
         let out = &mut out[(start - first) * out_width..(end - first) * out_width];
         let log_sums = &mut log_sums[(start - first) * heads.query..(end - first) * heads.query];
         let position = row.position + start - row.start;
-        // Of one token, all heads together: they do not wait for one another. Of several, head by head, whose keys stay near.
+        // One token: all heads together, since they are independent. Several: head by head, so that its keys stay in cache.
         let together = if end - start == 1 { heads.query } else { 1 };
         SCORES.with_borrow_mut(|scores| {
             let padded = (position + end - start).next_multiple_of(PADDING);
@@ -260,17 +260,17 @@ fn attend_tokens(
     }
 }
 
-/// Where the keys and values of a row are found.
+/// Source of the keys and values of a row.
 #[derive(Clone, Copy)]
 struct Source<'a> {
     earlier: &'a Earlier<'a>,
     row: (usize, &'a Row),
-    /// Of the row, in this batch.
+    /// Tokens of the row in this batch.
     tokens: &'a [f32],
 }
 
 impl<'a> Source<'a> {
-    /// Those of query head `h`.
+    /// Keys and values for query head `h`.
     #[inline(always)]
     fn keys(self, heads: Heads, h: usize) -> Keys<'a> {
         let j = h / heads.group();
@@ -349,7 +349,7 @@ fn attend(
 }
 }
 
-/// Positions that one query sees, `first..end`, and where the vectors that hold them start.
+/// Positions `first..end` that one query sees, and the start of the vectors that hold them.
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     start: usize,
@@ -368,15 +368,15 @@ impl Seen {
         }
     }
 
-    /// Whole vectors around what is seen.
+    /// Whole vectors around the seen positions.
     #[inline(always)]
     fn padded(self) -> Range<usize> {
         self.start..self.end.next_multiple_of(PADDING)
     }
 }
 
-/// Scores without a cap stay, and are scaled where they are used; those with one become `cap·tanh(s·scale/cap)`. Returns
-/// what is left to multiply with.
+/// With a cap, scores become `cap·tanh(s·scale/cap)`; without one they stay unscaled. Returns the factor that is left to
+/// apply.
 #[inline(always)]
 fn bend(scores: &mut [f32], attention: &Attention) -> f32 {
     let scale = attention.scale as f32;
@@ -390,7 +390,7 @@ fn bend(scores: &mut [f32], attention: &Attention) -> f32 {
     1.0
 }
 
-/// What [`forward`] left behind.
+/// Inputs and results of [`forward`], for the derivative.
 #[derive(Clone, Copy)]
 pub(crate) struct Attended<'a> {
     /// Rotated, `[N, (H + 2 KV)·D]`.
@@ -401,8 +401,8 @@ pub(crate) struct Attended<'a> {
     pub(crate) log_sums: &'a [f32],
 }
 
-/// Derivative by the rotated q, k and v, into `dqkv` `[N, (H + 2 KV)·D]` which must hold zeros; `dout` `[N, H·D]`. What
-/// several rows saw of shared tokens adds up there.
+/// Derivative by the rotated q, k and v, into `dqkv` `[N, (H + 2 KV)·D]`, which must hold zeros; `dout` `[N, H·D]`. The
+/// derivatives of several rows by shared tokens add up.
 pub(crate) fn backward(
     dqkv: &mut [f32],
     dout: &[f32],

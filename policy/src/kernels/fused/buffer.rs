@@ -1,11 +1,11 @@
-//! Vectors that return to a pool when the last user lets go, so that a decode step or a layer's derivative allocates
-//! nothing after the first.
+//! Vectors that return to a pool when they are dropped, so that decode steps and derivatives of layers allocate nothing after
+//! the first.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// How many times longer than it has to be a vector is lent. If short arrays took long vectors, the next long array would
-/// need a new one, until all of them are long.
+/// Most elements of a lent vector, as a multiple of the request. If short arrays took long vectors, long arrays would allocate
+/// new ones until all vectors are long.
 const WASTE_MAX: usize = 4;
 
 /// Vectors waiting for their next use.
@@ -14,17 +14,17 @@ pub(crate) type Pool = Rc<RefCell<Vec<Vec<f32>>>>;
 /// A vector on loan from a pool.
 #[derive(Debug)]
 pub(crate) struct Buffer {
-    /// At least `len`: a vector keeps its length, since to grow again it would be filled.
+    /// At least `len` elements: a vector keeps its length, since growing it again would fill it.
     values: Vec<f32>,
     len: usize,
     pool: Pool,
 }
 
 impl Buffer {
-    /// A vector of `len` elements of unspecified finite or stale value: the caller overwrites all of them.
+    /// A vector of `len` elements of unspecified value; the caller overwrites all of them.
     pub(crate) fn stale(pool: &Pool, len: usize) -> Self {
         let mut waiting = pool.borrow_mut();
-        // A power of two, so that a step of a few tokens more finds what one of a few less left.
+        // A power of two, so that a step with a few more tokens can reuse the vectors of the step before.
         let class = len.next_power_of_two();
         let fitting = class..=class.saturating_mul(WASTE_MAX);
         let best = (0..waiting.len())

@@ -1,16 +1,16 @@
-//! The head: log-probabilities of chosen tokens from hidden states, never keeping more than a chunk of logits.
+//! The head: log-probabilities of chosen tokens from hidden states, with one chunk of logits in memory.
 
 use super::elementwise::soft_cap;
 use crate::kernels::Selected;
 use crate::kernels::matmul::{Matrix, Onto, multiply};
 use crate::kernels::simd::{dot, exp_shifted, largest, vectorised};
 
-/// What is made of logits before the softmax.
+/// Transformation of logits before the softmax.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Shaping {
     /// Logits l become `cap·tanh(l/cap)`.
     pub(crate) cap: Option<f32>,
-    /// Divides them then.
+    /// Divides the capped logits.
     pub(crate) temperature: f32,
 }
 

@@ -1,4 +1,4 @@
-//! How many heads an attention layer has, and where each lies within a token's q, k and v.
+//! Heads of an attention layer and their offsets within a token's q, k and v.
 
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ impl Heads {
         self.query / self.key
     }
 
-    /// Where key head `j` starts within a token; its values start `key·dim` later.
+    /// Offset of key head `j` within a token; its values start `key·dim` later.
     pub(super) fn key_offset(self, j: usize) -> usize {
         (self.query + j) * self.dim
     }
@@ -32,7 +32,7 @@ impl Heads {
         (self.query + self.key + j) * self.dim
     }
 
-    /// The norms on q and k, and the columns of a token that each works on.
+    /// The norms of q and k, each with its columns of a token.
     pub(crate) fn normed(self, norms: &HeadNorms) -> [(&Block, Range<usize>); 2] {
         let (keys, values) = (self.key_offset(0), self.value_offset(0));
         [(&norms.query, 0..keys), (&norms.key, keys..values)]

@@ -1,17 +1,17 @@
-//! Memory that several threads write at once, each its own part of it.
+//! Memory that several threads write at the same time, each its own part.
 //!
-//! Knows nothing of what lies in it. The system lends it as it is first reached: what nobody needed costs nothing.
+//! Knows nothing of its contents. The system provides pages when they are first reached, so unused capacity costs nothing.
 
 use std::cell::UnsafeCell;
 use std::ops::Range;
 
-/// Elements, of which those that were reached are in use.
+/// Elements; those up to the reached length are usable.
 #[derive(Debug)]
 pub(super) struct Memory {
     values: Vec<UnsafeCell<f32>>,
 }
 
-// Safety: elements are used through `unsafe` calls only, whose callers promise that none is written while another uses it.
+// Safety: elements are accessed by `unsafe` calls alone, whose callers promise that no element is written while it is in use.
 #[allow(unsafe_code)]
 unsafe impl Sync for Memory {}
 
@@ -32,7 +32,7 @@ impl Memory {
     /// Elements to read.
     ///
     /// # Safety
-    /// Nobody may write any of them as long as the result is in use.
+    /// No thread may write one of them while the result exists.
     #[inline(always)]
     #[allow(unsafe_code)]
     pub(super) unsafe fn read(&self, range: Range<usize>) -> &[f32] {
@@ -44,7 +44,7 @@ impl Memory {
     /// Elements to write.
     ///
     /// # Safety
-    /// Nobody else may use any of them as long as the result is in use.
+    /// No other reference to one of them may exist while the result does.
     #[inline(always)]
     #[allow(unsafe_code, clippy::mut_from_ref)]
     pub(super) unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {

@@ -1,8 +1,8 @@
-//! A model as the fused kernels take it: weights as they were published, and as each use of them wants them, made when it
-//! first asks.
+//! A model for the fused kernels: the published weights, and the forms that inference and training compute with, each made
+//! at its first use.
 //!
-//! Invariant: inference makes panels only and training a flat f32 vector only, so that neither pays for the other's memory;
-//! and what is made for inference alone holds every weight once.
+//! Invariant: inference makes panels only and training a flat f32 vector only, so neither pays for the other's memory. A
+//! model made for inference alone holds every weight once.
 
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
@@ -17,8 +17,8 @@ use crate::kernels::threads::Threads;
 use crate::layout::{Block, Layout};
 use crate::weights::{Format, Image, StoredTensor};
 
-/// Bytes of a whole model in f32 up to which weights stored in bf16 are widened for inference: in the cache of a processor
-/// they cost nothing to read, and only the widening counts.
+/// Models up to this many bytes in f32 widen their bf16 weights for inference: reading from cache is cheap, so widening would
+/// dominate.
 const CACHED_BYTES_MAX: usize = 16 << 20;
 
 /// A model's weights and the threads that inference shares its products among.
@@ -28,34 +28,34 @@ pub(crate) struct FusedWeights {
     pub(super) threads: Threads,
 }
 
-/// Everything that does not change from pass to pass.
+/// The parts that passes share.
 #[derive(Debug)]
 pub(crate) struct Model {
     pub(super) layout: Arc<Layout>,
-    /// Every parameter as it was published, of which panels and values are made; none for inference alone, whose panels
-    /// are made at once.
+    /// The published parameters, from which panels and values are made; none for inference alone, whose panels are made at
+    /// once.
     image: Option<Image>,
-    /// The embedding as it was published, where there is no image to read it from and no panels of it either.
+    /// The published embedding, if neither the image nor panels hold it.
     embedding: Vec<u8>,
-    /// How each parameter was published, in the order of the table.
+    /// Published format of each parameter, in the order of the table.
     formats: Vec<Format>,
     int8: bool,
-    /// For training, whose batch is dealt to several threads already.
+    /// A single thread, for training, whose batch is dealt to several threads before.
     pub(super) alone: Threads,
     /// Norms and biases in f32, one for each block, empty for matrices.
     vectors: Vec<Vec<f32>>,
-    /// Every parameter in f32, in the order of the table; made for the first training pass, and never by inference.
+    /// Every parameter in f32, in the order of the table; made by the first training pass.
     values: OnceLock<Vec<f32>>,
-    /// One for each matrix that is multiplied with, made when inference first asks, and never by training.
+    /// One for each matrix that is multiplied, made at its first use by inference.
     panels: Vec<OnceLock<Panels>>,
     pub(super) heads: Heads,
-    /// One for each of the configuration's rotary embeddings.
+    /// The rotary embeddings of the configuration, in its order.
     pub(super) ropes: Vec<Rotary>,
     pub(super) family: &'static Family,
     pub(super) norms: NormConstants,
-    /// Multiplies embeddings, in families that do.
+    /// Factor of embeddings, in families that have one.
     pub(super) embedding_scale: Option<f32>,
-    /// Bends logits l to `cap·tanh(l/cap)`.
+    /// Cap of logits l: `cap·tanh(l/cap)`.
     pub(super) logit_cap: Option<f32>,
 }
 
@@ -70,10 +70,10 @@ impl FusedWeights {
         }
     }
 
-    /// For inference alone: every weight is kept once, as products want it.
+    /// For inference alone: every weight is kept once, in panels.
     ///
-    /// * `tensors` — as many as there are parameters, each of its size
-    /// * `after_each` — called after each matrix, whose bytes are not looked at again
+    /// * `tensors` — one for each parameter, of its size
+    /// * `after_each` — called after each matrix, whose bytes are not read again
     pub(crate) fn for_inference(
         config: &Config,
         layout: Arc<Layout>,
@@ -107,7 +107,7 @@ impl FusedWeights {
         }
     }
 
-    /// Whether values can be had for a derivative.
+    /// Whether a training pass can run on these weights.
     pub(crate) fn trains(&self) -> bool {
         self.image.is_some() && !self.int8
     }
@@ -119,13 +119,13 @@ impl FusedWeights {
         })
     }
 
-    /// `out = x Wᵀ` or `out += x Wᵀ`, `x` `[N, in]`, as inference computes it.
+    /// `out = x Wᵀ` or `out += x Wᵀ`, `x` `[N, in]`, by panels.
     pub(super) fn product(&self, out: &mut [f32], x: &[f32], block: &Block, onto: Onto) {
         self.panels(block).multiply(out, x, onto, &self.threads);
     }
 
-    /// Rows `tokens` of the embedding into `y` `[N, width]`: of the panels where it is the head as well, unless it lies in
-    /// an image as it is.
+    /// Rows `tokens` of the embedding into `y` `[N, width]`. They come from the panels if the head is tied and no unrounded
+    /// image holds it.
     pub(super) fn embed(&self, y: &mut [f32], tokens: &[u32]) {
         let (table, head) = (&self.layout.embedding, &self.layout.head);
         let rows = y.chunks_exact_mut(table.columns).zip(tokens);
@@ -194,18 +194,18 @@ impl Model {
         }
     }
 
-    /// Every parameter in f32; there are none without an image, which no pass for training is made without.
+    /// Every parameter in f32; empty without an image, which every training pass has.
     fn values(&self) -> &[f32] {
         let values = || self.image.as_ref().map(Image::values);
         self.values.get_or_init(|| values().unwrap_or_default())
     }
 
-    /// A block of several rows as the matrix it is, `[out, in]`.
+    /// A block of several rows as a matrix `[out, in]`.
     pub(super) fn matrix(&self, block: &Block) -> Matrix<'_> {
         Matrix::new(self.block(block), block.rows, block.columns)
     }
 
-    /// How inference keeps a matrix: as it was published, or widened where that is faster, or rounded where that was asked.
+    /// Form in which inference keeps a matrix: as published, widened if that is faster, or rounded for `int8`.
     fn kept(&self, block: &Block) -> Kept {
         let formats = &self.formats[block.parameters.clone()];
         let narrow = formats.iter().all(|format| *format == Format::Bf16);
@@ -218,19 +218,19 @@ impl Model {
         }
     }
 
-    /// Whether all weights lie in a processor's cache.
+    /// Whether all weights fit into a processor's cache.
     pub(crate) fn is_cached(&self) -> bool {
         self.layout.len() * size_of::<f32>() <= CACHED_BYTES_MAX
     }
 
-    /// Bytes of all matrices that inference reads for a token, beside the row of the embedding.
+    /// Bytes of all matrices that inference reads for a token, without the row of the embedding.
     pub(crate) fn bytes_read(&self) -> usize {
         let blocks = self.layout.multiplied();
         let bytes = blocks.map(|block| self.kept(block).bytes(block.rows, block.columns));
         bytes.sum()
     }
 
-    /// The parameters of a block as they were published, if there is an image.
+    /// The published parameters of a block; empty without an image.
     fn stored(&self, block: &Block) -> Vec<StoredTensor<'_>> {
         let Some(image) = &self.image else {
             return Vec::new();
@@ -244,7 +244,7 @@ impl Model {
     }
 }
 
-/// A block of one row in f32, nothing of a matrix.
+/// A block of one row in f32; empty for a matrix.
 fn vector(block: &Block, layout: &Layout, tensors: &[StoredTensor<'_>]) -> Vec<f32> {
     if block.rows > 1 {
         return Vec::new();

@@ -1,9 +1,9 @@
-//! Weights laid out for `x Wᵀ`, as they are stored or widened, and the product itself.
+//! Weights laid out for `x Wᵀ`, and the product itself.
 //!
-//! `Wᵀ` lies in panels of a few columns, each `[inputs, columns]`, so that a panel is read from memory once, in order, and
-//! needs no copy of its own for every product, which for a handful of rows costs more than the product. Weights stored in
-//! bf16 stay so and are widened in registers: decoding is bound by reading them. Invariant: each element is one sum in the
-//! order of the inputs, so the result depends neither on the other rows nor on the number of threads.
+//! `Wᵀ` lies in panels of a few columns, each `[inputs, columns]`. A panel is read from memory once, in order, and no product
+//! copies it; for a few rows a copy would cost more than the product. Weights stored in bf16 stay so and are widened in
+//! registers, since decoding is bound by reading them. Invariant: each element is one sum in the order of the inputs, so the
+//! result depends neither on the other rows nor on the number of threads.
 
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::cell::RefCell;
@@ -20,19 +20,19 @@ use crate::weights::StoredTensor;
 
 mod lane;
 
-/// Work that is worth handing to another thread, in multiply-adds: some microseconds.
+/// Fewest multiply-adds worth handing to another thread: some microseconds.
 const PART: usize = 1 << 18;
 
-/// What reading a weight costs beside multiplying it, in multiply-adds.
+/// Cost of reading a weight, in multiply-adds.
 const READING: usize = 8;
 
-/// Above so many rows a panel that is stored narrow is widened once for all of them.
+/// Above this many rows a bf16 or 8-bit panel is widened once for all of them.
 const ROWS_WIDENING: usize = 16;
 
-/// Elements of `x` that one panel after another is multiplied with, 512 KiB: they stay in the second level of cache.
+/// Elements of `x` multiplied with one panel after another, 512 KiB: they stay in the second level of cache.
 const BLOCK: usize = 1 << 17;
 
-/// A matrix `[outputs, inputs]` in panels; the last one is filled up with zeros.
+/// A matrix `[outputs, inputs]` in panels; the last one is padded with zeros.
 #[derive(Debug)]
 pub(crate) struct Panels {
     lanes: Lanes,
@@ -40,7 +40,7 @@ pub(crate) struct Panels {
     outputs: usize,
 }
 
-/// Panels one after another, each of as many lanes as there are inputs.
+/// Panels in order, each with one lane for every input or group of inputs.
 #[derive(Debug)]
 enum Lanes {
     FullWide(Vec<Full<WIDE>>),
@@ -77,7 +77,7 @@ impl Panels {
         }
     }
 
-    /// Row `index` of the matrix, `[inputs]`, widened: slower than a row that lies in order, and no copy of it.
+    /// Row `index` of the matrix, `[inputs]`, widened: slower than a contiguous row, but without a second copy.
     pub(crate) fn copy_row(&self, index: usize, out: &mut [f32]) {
         match &self.lanes {
             Lanes::FullWide(lanes) => copy_row(lanes, index, out),
@@ -113,7 +113,7 @@ impl Panels {
     }
 }
 
-/// Where every row of several parts starts.
+/// Start of every row of several parts.
 struct Rows<'a> {
     parts: &'a [StoredTensor<'a>],
     inputs: usize,
@@ -135,19 +135,19 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Lanes of zeros, which the system clears when they are first written: by the threads that fill them, all at once.
+/// Lanes of zeros. The system clears the pages when they are first written, so the threads that fill them share that work.
 #[allow(unsafe_code)]
 fn zeroed<L: Lane>(count: usize) -> Vec<L> {
     let layout = match Layout::array::<L>(count) {
         Ok(layout) if layout.size() > 0 => layout,
-        _ => return Vec::new(), // more than there are addresses cannot have been stored
+        _ => return Vec::new(), // no file holds more than there are addresses
     };
     // Safety: of a size above zero.
     let start = unsafe { alloc_zeroed(layout) };
     if start.is_null() {
         handle_alloc_error(layout);
     }
-    // Safety: allocated just now as an array of so many lanes; a lane is numbers only, for which bytes of zero are zero.
+    // Safety: allocated just now as an array of `count` lanes, and zero bytes are a valid lane: it holds numbers only.
     unsafe { Vec::from_raw_parts(start.cast(), count, count) }
 }
 
@@ -181,10 +181,10 @@ fn pack<L: Lane>(rows: &Rows<'_>, threads: &Threads) -> Vec<L> {
     lanes
 }
 
-/// A product under way.
+/// A running product.
 struct Product<'a> {
     out: Split<'a, f32>,
-    /// Of a row of `out`.
+    /// Elements of a row of `out`.
     width: usize,
     x: &'a [f32],
     rows: usize,
@@ -203,7 +203,7 @@ struct Tile<'a, 'b, L> {
 }
 
 impl Product<'_> {
-    /// Multiplies all panels, `tile` doing one with some rows.
+    /// Multiplies all panels; `tile` multiplies one panel with some rows.
     fn run<L: Lane>(&self, lanes: &[L], threads: &Threads, tile: fn(&Tile<'_, '_, L>)) {
         let depth = self.inputs.div_ceil(L::INPUTS);
         let panels = lanes.len() / depth;
@@ -252,7 +252,7 @@ impl<L> Tile<'_, '_, L> {
         }
     }
 
-    /// The same tile with its panel in another form.
+    /// The tile with another form of its panel.
     fn with_panel<'a, M>(&'a self, panel: &'a [M]) -> Tile<'a, 'a, M> {
         Tile {
             product: self.product,
@@ -263,7 +263,7 @@ impl<L> Tile<'_, '_, L> {
     }
 }
 
-/// (first row, height) of the pieces of `rows`, each as high as the first of `heights`, falling to 1, that fits.
+/// Cuts `rows` into pieces (first row, height), each with the first of the falling `heights` that fits.
 fn pieces(rows: Range<usize>, heights: &'static [usize]) -> impl Iterator<Item = (usize, usize)> {
     let mut first = rows.start;
     std::iter::from_fn(move || {
@@ -275,7 +275,7 @@ fn pieces(rows: Range<usize>, heights: &'static [usize]) -> impl Iterator<Item =
 }
 
 thread_local! {
-    /// A widened panel, kept for the next one.
+    /// Buffers for a widened panel.
     static WIDENED: RefCell<(Vec<Full<WIDE>>, Vec<Full<NARROW>>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
@@ -371,10 +371,10 @@ fn quantised_narrow(tile: &Tile<'_, '_, Quantised<NARROW>>) {
     }
 }
 
-/// Defines the product of a few rows, one name triple each, with a panel.
+/// Defines the product of a panel with a few rows, given as one name triple each.
 ///
-/// One variable per row and not an array of them: of an array the compiler makes vectors across rows, which scatters, or
-/// keeps the sums in memory.
+/// Each row has variables of its own: with an array the compiler builds vectors across rows, which scatters, or keeps the
+/// sums in memory.
 macro_rules! few_rows {
     ($width:ident $name:ident, $lane:ty, $columns:ident: $($x:ident $sums:ident $offset:literal),+) => {
         vectorised! {
@@ -429,7 +429,7 @@ few_rows!(
     x0 s0 0, x1 s1 1, x2 s2 2, x3 s3 3, x4 s4 4, x5 s5 5
 );
 
-/// The same with panels whose lanes hold several inputs: each weight is widened as a whole panel is, to the same bits.
+/// The same for lanes of several inputs. A weight is widened to the same bits as in a whole panel.
 macro_rules! few_rows_quantised {
     ($width:ident $name:ident, $columns:ident: $($x:ident $sums:ident $offset:literal),+) => {
         vectorised! {

@@ -1,13 +1,13 @@
-//! Cosines and sines of rotary angles, made when a position is first used: a model may allow a hundred thousand positions
-//! of which a run uses a few hundred.
+//! Cosines and sines of rotary angles, computed when a position is first used: a model may allow a hundred thousand
+//! positions, of which a run uses a few hundred.
 //!
-//! Invariant: the angles of a position are the same whichever texts came before.
+//! Invariant: the angles of a position do not depend on earlier uses.
 
 use std::sync::OnceLock;
 
 use crate::config::Rope;
 
-/// Positions whose angles are made together: for heads of 128 they fill a quarter of a MiB.
+/// Positions whose angles are computed together: a quarter of a MiB for heads of 128.
 const CHUNK: usize = 256;
 
 /// Cosines and sines of one position, each `[D/2]`.
@@ -40,8 +40,7 @@ impl Rotary {
         }
     }
 
-    /// Angles `position · frequency` in f32, as Hugging Face computes them: later positions of a checkpoint were trained
-    /// with exactly these roundings.
+    /// Angles `position · frequency` in f32, as Hugging Face computes them: checkpoints were trained with these roundings.
     pub(crate) fn angles(&self, position: usize) -> Angles<'_> {
         let chunk = self.chunks[position / CHUNK].get_or_init(|| self.chunk(position / CHUNK));
         let half = self.frequencies.len();

@@ -1,7 +1,6 @@
-//! What a training pass of the fused kernels keeps, and the derivatives in reverse.
+//! The tape of a training pass of the fused kernels, and its derivatives in reverse.
 //!
-//! Every record is dropped as soon as its derivative is taken, so its buffers serve the next one while they are still in
-//! the processor's cache.
+//! Each record is dropped after its derivative is taken, so the next one reuses its buffers while they are in cache.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -18,7 +17,7 @@ use crate::kernels::gradients::Gradients;
 use crate::kernels::matmul::{Matrix, Onto, multiply};
 use crate::layout::{Attention, Block, HeadNorms, Linear};
 
-/// One operation and what its derivative needs. Numbers name arrays.
+/// An operation and the inputs of its derivative. Numbers are ids of arrays.
 #[derive(Debug)]
 pub(crate) enum Record {
     Embed {
@@ -101,7 +100,7 @@ impl Tape {
     }
 }
 
-/// Derivatives on their way back: one buffer per array that has received any.
+/// State of the reverse pass: one buffer for each array that has received a derivative.
 struct Reverse<'a> {
     weights: &'a FusedWeights,
     pool: &'a Pool,

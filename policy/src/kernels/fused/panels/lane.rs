@@ -1,6 +1,6 @@
-//! Weights as panels keep them: whole, halved to bf16, or rounded to eight bits.
+//! Forms of weights in panels: f32, bf16, or rounded to eight bits.
 //!
-//! Knows no products. Invariant: what is widened is what was kept, always the same bits.
+//! Knows no products. Invariant: a weight is always widened to the same bits.
 
 use std::ops::Range;
 
@@ -16,11 +16,9 @@ pub(super) const WIDE: usize = 32;
 /// sixteen.
 pub(super) const NARROW: usize = 16;
 
-/// Inputs transposed together when panels are made, so that what is written stays in the first level of cache, and inputs
-/// that share a scale.
+/// Inputs that are transposed together, so that writes stay in the first level of cache, and that share a scale.
 pub(super) const TOGETHER: usize = 64;
 
-/// Rows of a matrix as they were published.
 impl<'a> StoredTensor<'a> {
     pub(super) fn bytes_per_row(&self, inputs: usize) -> usize {
         inputs * self.format.width()
@@ -58,18 +56,18 @@ impl<'a> StoredTensor<'a> {
     }
 }
 
-/// How inference keeps weights.
+/// Form in which inference keeps weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kept {
     F32,
-    /// Only for weights that were stored so, so that nothing is rounded.
+    /// For weights stored in bf16, so that none is rounded.
     Bf16,
-    /// Rounded to 255 steps of a scale that neighbouring inputs share: see [`Quantised`].
+    /// 255 steps of a scale that neighbouring inputs share: see [`Quantised`].
     Int8,
 }
 
 impl Kept {
-    /// Bytes of a matrix `[outputs, inputs]`, the filling of its last panel not counted.
+    /// Bytes of a matrix `[outputs, inputs]`, without the padding of its last panel.
     pub(crate) fn bytes(self, outputs: usize, inputs: usize) -> usize {
         match self {
             Self::F32 => outputs * inputs * size_of::<f32>(),
@@ -79,7 +77,7 @@ impl Kept {
     }
 }
 
-/// The weights of one or several inputs for every column of a panel: numbers, and zeros where all of its bytes are.
+/// Weights of one or several inputs for every column of a panel. It holds numbers only, and zero bytes are zeros.
 pub(super) trait Lane: Copy + Send + Sync {
     const COLUMNS: usize;
     /// [`TOGETHER`] is a multiple of it.
@@ -92,7 +90,7 @@ pub(super) trait Lane: Copy + Send + Sync {
     fn copy_column(panel: &[Self], column: usize, out: &mut [f32]);
 }
 
-/// As they are computed with. Aligned, since a load across two lines of the cache takes twice as long.
+/// f32. Aligned, since a load across two cache lines takes twice as long.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
 pub(super) struct Full<const C: usize>(pub(super) [f32; C]);
@@ -132,7 +130,7 @@ impl<const H: usize> Lane for Half<H> {
 
     fn fill(lanes: &mut [Self], column: usize, weights: impl Iterator<Item = f32>) {
         for (Self(words), weight) in lanes.iter_mut().zip(weights) {
-            // Nothing is rounded: a weight that was stored in bf16 has zeros below.
+            // Exact: a weight stored in bf16 has zeros in its lower half.
             if column < H {
                 words[column] = words[column] & 0xFFFF_0000 | weight.to_bits() >> 16;
             } else {
@@ -189,7 +187,7 @@ impl<const C: usize> Lane for Quantised<C> {
         let scale = largest / 127.0;
         lane.scales[column] = scale;
         for (steps, value) in lane.steps.iter_mut().zip(values) {
-            // Saturates where a scale below the normal numbers has lost its precision.
+            // Saturates if the scale is subnormal and has lost its precision.
             steps[column] = (value / scale).round() as i8;
         }
     }
@@ -203,7 +201,7 @@ impl<const C: usize> Lane for Quantised<C> {
     }
 }
 
-/// Room for so many lanes, of unspecified value.
+/// The first `lanes` lanes, of unspecified value.
 fn room<const C: usize>(widened: &mut Vec<Full<C>>, lanes: usize) -> &mut [Full<C>] {
     if widened.len() < lanes {
         widened.resize(lanes, Full([0.0; C]));
@@ -211,8 +209,8 @@ fn room<const C: usize>(widened: &mut Vec<Full<C>>, lanes: usize) -> &mut [Full<
     &mut widened[..lanes]
 }
 
-/// Defines what widens a whole panel: loops and no iterators with a body of their own, which the compiler might not make
-/// part of the function that has the wide vectors.
+/// Defines the widening of a whole panel, with plain loops: the compiler might not inline closures into the function that has
+/// the wide vectors.
 macro_rules! widen {
     ($width:ident $name:ident, $columns:ident) => {
         vectorised! {
