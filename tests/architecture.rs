@@ -159,6 +159,7 @@ const DECIDING: &[&str] = &[
     "policy/src/engine/blocks.rs",
     "policy/src/engine/plan.rs",
     "policy/src/engine/scheduler.rs",
+    "policy/src/engine/scheduler/memory.rs",
     "policy/src/engine/stops.rs",
     "policy/src/sampling.rs",
     "rewards/src/critic/findings.rs",

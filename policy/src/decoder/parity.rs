@@ -1,4 +1,4 @@
-//! Every family against Hugging Face transformers, by numbers that `tests/reference/families.py` wrote.
+//! Compares every family with Hugging Face transformers, by numbers from `tests/reference/families.py`.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ use crate::policy::{Policy, Prepared};
 use crate::testing::BOTH;
 use crate::weights::{Image, Storage};
 
-/// One configuration and what transformers computes with it.
+/// A configuration and the logits of transformers.
 struct Case {
     family: &'static str,
     name: String,
@@ -108,7 +108,7 @@ fn logits(case: &Case, kernels: KernelSet) -> Vec<f32> {
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    // A maximum that NaN does not pass by.
+    // A maximum that keeps NaN.
     differences.fold(
         0.0,
         |max, difference| if difference <= max { max } else { difference },
@@ -131,7 +131,7 @@ fn every_family_computes_the_logits_of_transformers_on_both_kernel_sets() {
     }
 }
 
-/// What each of these changes is small; the numbers on record tell it all the same.
+/// Each key changes the logits little, yet the recorded numbers show it.
 #[test]
 fn a_configuration_that_differs_in_one_key_computes_other_logits() {
     type Change = fn(&mut Config);

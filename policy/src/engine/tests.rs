@@ -253,7 +253,7 @@ fn an_edited_token_and_a_wrong_temperature_stand_out() {
     assert!(disagreement(&policy, &honest, &warm).1 > 0.01);
 }
 
-/// A budget for so many blocks of the tiny model.
+/// A budget of `blocks` blocks of the tiny model.
 fn budget(config: &Config, slots: usize, blocks: u64) -> EngineConfig {
     EngineConfig {
         slots: NonZeroUsize::new(slots).unwrap(),
@@ -296,7 +296,7 @@ fn answers_are_the_same_whatever_the_budget_and_the_chunk() {
 }
 
 #[test]
-fn rows_give_way_in_mid_answer_and_the_answer_is_still_the_prescribed_one() {
+fn rows_preempted_in_mid_answer_still_give_the_prescribed_answer() {
     let config = tiny();
     let policy = policy(&config, 2, KernelSet::Fused);
     let prompts = texts(&config, 5, &[20, 24, 28, 25]);
@@ -318,7 +318,7 @@ fn rows_give_way_in_mid_answer_and_the_answer_is_still_the_prescribed_one() {
 }
 
 #[test]
-fn a_request_that_can_never_fit_is_refused_with_what_it_needs_and_what_there_is() {
+fn a_request_that_can_never_fit_is_refused_with_its_need_and_the_budget() {
     let config = tiny();
     let policy = policy(&config, 2, KernelSet::Fused);
     let mut engine = Engine::new(policy.clone(), 0, &budget(&config, 4, 1)).unwrap();
@@ -341,7 +341,7 @@ fn a_request_that_can_never_fit_is_refused_with_what_it_needs_and_what_there_is(
 }
 
 #[test]
-fn groups_come_out_as_they_finish_and_requests_come_in_at_any_time() {
+fn groups_are_returned_as_they_finish_and_requests_are_taken_at_any_time() {
     let config = tiny();
     let policy = policy(&config, 2, KernelSet::Fused);
     let all = requests(&config, 1.0);
@@ -444,7 +444,7 @@ fn drained_answers_end_under_their_own_weights_while_new_ones_begin_under_the_ne
 }
 
 #[test]
-fn weights_that_change_in_mid_answer_leave_spans_that_each_version_confirms() {
+fn weights_that_change_in_mid_answer_leave_spans_that_agree_with_each_version() {
     let config = tiny();
     for kernels in BOTH {
         let [old, new] = [2, 3].map(|seed| policy(&config, seed, kernels));
@@ -473,7 +473,7 @@ fn weights_that_change_in_mid_answer_leave_spans_that_each_version_confirms() {
 }
 
 #[test]
-fn an_answer_that_goes_on_over_stale_keys_and_values_stands_out() {
+fn an_answer_that_continues_over_stale_keys_and_values_stands_out() {
     let config = tiny();
     let [old, new] = [2, 3].map(|seed| policy(&config, seed, KernelSet::Fused));
     let policies = BTreeMap::from([(7, old.clone()), (8, new.clone())]);
@@ -483,7 +483,7 @@ fn an_answer_that_goes_on_over_stale_keys_and_values_stands_out() {
     for _ in 0..3 {
         engine.step().unwrap();
     }
-    // The dishonest swap: new weights under the old weights_id, so that nothing is read again.
+    // The dishonest swap: new weights under the old id, so that no text is read again.
     engine.executor.adopt(0, &new);
     engine.live.insert(
         0,

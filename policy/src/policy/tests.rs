@@ -122,7 +122,7 @@ fn a_token_costs_every_matrix_once_and_fewer_bytes_in_eight_bits() {
 }
 
 #[test]
-fn what_is_prepared_for_inference_alone_answers_with_the_same_bits() {
+fn a_policy_prepared_for_inference_alone_answers_with_the_same_bits() {
     for config in families() {
         for (storage, kernels) in [
             (Storage::F32, KernelSet::Fused),
@@ -145,7 +145,7 @@ fn what_is_prepared_for_inference_alone_answers_with_the_same_bits() {
 }
 
 #[test]
-fn what_is_prepared_for_inference_alone_does_not_train_and_takes_no_other_weights() {
+fn a_policy_prepared_for_inference_alone_does_not_train_and_refuses_other_weights() {
     let (config, cpu) = (tiny(), Device::Cpu);
     let bytes = image(&config, 1).bytes().to_vec();
     let prepared = |bytes: &[u8]| {

@@ -1,4 +1,4 @@
-//! Logits of another implementation of each family, candle-transformers', on the same weights.
+//! Logits of an independent implementation of each family, candle-transformers, on the same weights.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use candle_transformers::models::{gemma3, llama, qwen2, qwen3};
 use crate::config::{Architecture, Config, RopeScaling};
 use crate::testing::image;
 
-/// Logits `[T, V]` of the policy that `testing::image` makes of the seed.
+/// Logits `[T, V]` of the policy that `testing::image` makes from the seed.
 pub(super) fn logits(config: &Config, seed: u64, tokens: &[u32]) -> Vec<Vec<f32>> {
     let weights = tensors(config, seed);
     let builder = || VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu);

@@ -4,8 +4,8 @@ use super::*;
 
 const BLOCK: usize = 4;
 
-/// A memory that remembers what was written where, in the place of keys and values: each cell is a digest of its weights_id
-/// and of the text up to its position. Reading anything but one's own text is a failure.
+/// A memory that records writes in the place of keys and values: each cell is a digest of its weights
+/// and of the text up to its position. A feed may read only its own text.
 struct Memory {
     cells: Vec<Option<u64>>,
 }
@@ -65,7 +65,7 @@ struct Job {
     in_flight: bool,
 }
 
-/// What each job has drawn, and under which weights_id it runs.
+/// Tokens that each job has drawn, and the weights it runs under.
 struct Simulation {
     scheduler: Scheduler,
     memory: Memory,
@@ -83,7 +83,7 @@ impl Simulation {
         }
     }
 
-    /// Runs one plan: checks every feed, and lets every draw be a function of text and sequence alone.
+    /// Runs one plan and checks every feed. Draws depend on text and sequence alone.
     fn step(&mut self, jobs: &[Job]) {
         let plan = self.scheduler.plan();
         for (from, to) in plan.copies {
@@ -104,7 +104,7 @@ impl Simulation {
                     && self.starts_alike(feed, *weights_id, text)
             });
             let text = owner
-                .expect("every feed is of a text that is underway")
+                .expect("every feed belongs to an unfinished text")
                 .1
                 .1
                 .clone();
@@ -129,7 +129,7 @@ impl Simulation {
                 self.scheduler.drew(sequence, token);
             }
         }
-        self.check_holders();
+        assert!(self.scheduler.blocks_are_counted());
     }
 
     /// Whether the cells before a feed are those of this text.
@@ -139,22 +139,6 @@ impl Simulation {
             let block = feed.table[position / BLOCK] as usize;
             self.memory.cells[block * BLOCK + position % BLOCK] == Some(expected[position])
         })
-    }
-
-    /// Every block is held as often as tables name it, and all others are free.
-    fn check_holders(&self) {
-        let scheduler = &self.scheduler;
-        let mut holders = BTreeMap::new();
-        let rows = scheduler.rows.values().flat_map(|row| &row.table);
-        let prefixes = scheduler.prefixes.values().flat_map(|p| &p.table);
-        for block in rows.chain(prefixes) {
-            *holders.entry(*block).or_insert(0) += 1;
-        }
-        for (block, count) in &holders {
-            assert_eq!(scheduler.blocks.holders(*block), *count);
-        }
-        let held = scheduler.blocks.count() - scheduler.blocks.free();
-        assert_eq!(held, holders.len(), "a block is lost");
     }
 }
 
@@ -188,7 +172,7 @@ fn run(jobs: &[Job], limits: Limits, swap_every: usize) -> (Simulation, usize) {
         }
         simulation.step(jobs);
         steps += 1;
-        // The oldest advances with every step: no more are needed than there are tokens, read again at every swap.
+        // The oldest request advances with every step, so the steps are bounded by the tokens, read again at every swap.
         assert!(steps < 200 + work * 6, "a row starves");
     }
     (simulation, steps)
@@ -266,7 +250,7 @@ fn a_groups_prompt_is_read_once() {
 }
 
 #[test]
-fn the_youngest_gives_way_when_blocks_run_out_and_everybody_ends() {
+fn the_youngest_row_is_preempted_when_blocks_run_out_and_every_row_ends() {
     let jobs = group(8, 24, 4);
     let (simulation, _) = run(&jobs, limits(4, 16), usize::MAX);
     let stats = simulation.scheduler.stats();
@@ -306,7 +290,7 @@ fn a_long_prompt_is_read_in_pieces_while_others_decode() {
 }
 
 #[test]
-fn whole_blocks_that_two_prompts_have_in_common_are_shared() {
+fn whole_blocks_common_to_two_prompts_are_shared() {
     let mut jobs = group(40, 2, 1);
     let mut other: Vec<u32> = (0..30).collect();
     other.extend([900, 901]);

@@ -5,14 +5,14 @@ use crate::layout::Layout;
 use crate::training::optimizer::Master;
 use crate::weights::{Image, Storage};
 
-/// Answers over stale keys and values, for critics of other crates to refuse: inputs and what this engine makes of them.
+/// Answers over stale keys and values that the critics of other crates must refuse: inputs and recorded outputs.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct StaleCase {
     about: String,
     config: serde_json::Value,
-    /// Of the old and of the new weights.
+    /// Seeds of the old and the new weights.
     weights_seeds: [u64; 2],
-    /// What fresh weights are multiplied with, so that versions differ.
+    /// Factor of fresh weights, so that versions differ.
     scale: f32,
     prompt: Vec<u32>,
     /// Every byte of the lease's seed.
@@ -92,7 +92,7 @@ impl StaleCase {
 }
 
 #[test]
-fn the_stale_answers_that_critics_are_tested_with_are_what_a_dishonest_engine_makes() {
+fn the_recorded_stale_answers_are_those_of_a_dishonest_engine() {
     let case = StaleCase::read();
     for (recorded, found) in case.rollouts.iter().zip(&case.generated()) {
         assert_eq!(

@@ -162,7 +162,7 @@ fn settings_out_of_range_are_refused_by_name() {
 }
 
 #[test]
-fn a_state_that_was_saved_goes_on_bit_for_bit() {
+fn a_saved_state_continues_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("optimizer.safetensors");
     let settings = AdamW {
