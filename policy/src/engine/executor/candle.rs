@@ -12,7 +12,7 @@ use crate::layout::Layout;
 use crate::policy::{Policy, Prepared};
 
 /// The `candle` kernels of all weights, over one cache.
-pub(in crate::engine) struct CandleExecutor {
+pub(crate) struct CandleExecutor {
     cache: Paged<CacheLayer>,
     kernels: BTreeMap<WeightsId, Candle>,
     layout: Arc<Layout>,
@@ -20,7 +20,7 @@ pub(in crate::engine) struct CandleExecutor {
 }
 
 impl CandleExecutor {
-    pub(in crate::engine) fn new(
+    pub(crate) fn new(
         policy: &Policy,
         weights: &Arc<CandleWeights>,
         blocks: usize,

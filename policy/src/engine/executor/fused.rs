@@ -26,7 +26,7 @@ const TOKENS_MIN: usize = 2;
 const TOKENS_ENOUGH: usize = 32;
 
 /// The `fused` kernels of all weights, over one cache.
-pub(in crate::engine) struct FusedExecutor {
+pub(crate) struct FusedExecutor {
     layers: Vec<CacheLayer>,
     weights: BTreeMap<WeightsId, Arc<FusedWeights>>,
     layout: Arc<Layout>,
@@ -47,7 +47,7 @@ thread_local! {
 }
 
 impl FusedExecutor {
-    pub(in crate::engine) fn new(
+    pub(crate) fn new(
         policy: &Policy,
         weights: &Arc<FusedWeights>,
         blocks: usize,
