@@ -19,6 +19,7 @@ mod status;
 mod trainer;
 mod warmup;
 
+use std::io::IsTerminal as _;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
@@ -171,10 +172,16 @@ pub fn run(cli: Cli) -> Result<()> {
     }
 }
 
-/// Logs on stderr, `MUSTER_LOG` chooses what; `info` of our own crates by default.
+/// Logs on stderr. `MUSTER_LOG` chooses what; the default is `info` of our own crates and, if stderr is a file, the life of each
+/// group.
 fn log_to_stderr() {
-    let filter =
-        EnvFilter::try_from_env("MUSTER_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
+    let filter = EnvFilter::try_from_env("MUSTER_LOG").unwrap_or_else(|_| {
+        let mut filter = LOG_FILTER.to_owned();
+        if !std::io::stderr().is_terminal() {
+            filter += &format!(",{}=debug", muster_protocol::life::TARGET);
+        }
+        EnvFilter::new(filter)
+    });
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -296,10 +296,7 @@ impl Trainer {
     }
 
     async fn append_fate(&self, record: FateRecord) -> Result<(), TrainerError> {
-        let key = match (record.fate, record.group) {
-            (Fate::Duplicate, Some(group)) => format!("d-{}-{}", record.ticket, group.short()),
-            _ => format!("f-{}", record.ticket),
-        };
+        let key = record.key();
         let signed = self.client.sign(record)?;
         loop {
             let bytes = signed.bytes.clone();

@@ -17,6 +17,7 @@ pub mod dispatch_client;
 pub mod envelope;
 pub mod id;
 pub mod identity;
+pub mod life;
 pub mod limits;
 pub mod message;
 pub mod nats_server;

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::envelope::{Invalid, Kind, Statement};
-use crate::id::{Generation, PolicyVersion};
+use crate::id::{Generation, PeerId, PolicyVersion, TicketId};
 use crate::limits::STATEMENT_BYTES_MAX;
 use crate::subject::Role;
 
@@ -31,6 +31,30 @@ pub enum ControlEvent {
         /// The last version.
         step: PolicyVersion,
     },
+    /// Dispatch counted a fault of a member. The newest variant: variants are numbered on the wire.
+    Fault(MemberFault),
+}
+
+/// What a worker or critic did wrong. Written by dispatch, so that its next start still knows whom to refuse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberFault {
+    /// The worker or critic.
+    pub member: PeerId,
+    /// The ticket of its group or verdict. A member's faults about one ticket count once.
+    pub ticket: TicketId,
+    /// What was wrong.
+    pub kind: FaultKind,
+}
+
+/// The kinds of faults that lead to quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FaultKind {
+    /// Admission or the critics rejected the worker's group.
+    RejectedGroup,
+    /// The other critics contradicted the critic's verdict.
+    Dissent,
+    /// The critic's verdict named another lease or had a wrong number of rewards.
+    MisfitVerdict,
 }
 
 impl Statement for ControlEvent {
@@ -83,6 +107,7 @@ impl ControlState {
             ControlEvent::Resumed if self.phase == Phase::Paused => self.phase = Phase::Running,
             ControlEvent::Paused | ControlEvent::Resumed => {}
             ControlEvent::Finished { .. } => self.phase = Phase::Finished,
+            ControlEvent::Fault(_) => {}
         }
     }
 }

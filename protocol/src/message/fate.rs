@@ -84,11 +84,60 @@ pub struct FateRecord {
     pub step: Option<PolicyVersion>,
 }
 
+impl FateRecord {
+    /// A fate without a group.
+    pub fn new(ticket: TicketId, fate: Fate, reason: String) -> Self {
+        Self {
+            ticket,
+            group: None,
+            lease: None,
+            worker: None,
+            policy_version: None,
+            fate,
+            reason,
+            audited: false,
+            step: None,
+        }
+    }
+
+    /// The record's key in the fates log. A ticket has one key, so that it gets one fate; each duplicate group has its own.
+    pub fn key(&self) -> String {
+        match self.fate {
+            Fate::Duplicate => {
+                let group = self.group.map_or_else(|| "none".to_owned(), |g| g.short());
+                format!("d-{}-{group}", self.ticket)
+            }
+            _ => format!("f-{}", self.ticket),
+        }
+    }
+}
+
 impl Statement for FateRecord {
     const KIND: Kind = Kind::Fate;
     const BYTES_MAX: usize = STATEMENT_BYTES_MAX;
 
     fn validate(&self) -> Result<(), Invalid> {
         short_text("reason", &self.reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_has_one_key_and_each_duplicate_group_its_own() {
+        let record = |fate, group| FateRecord {
+            group,
+            ..FateRecord::new(TicketId(7), fate, String::new())
+        };
+        let [one, two] = [1, 2].map(|n| Some(GroupHash([n; 32])));
+        assert_eq!(record(Fate::Trained, one).key(), "f-7");
+        assert_eq!(record(Fate::Rejected, two).key(), "f-7");
+        assert_eq!(record(Fate::Duplicate, None).key(), "d-7-none");
+        assert_ne!(
+            record(Fate::Duplicate, one).key(),
+            record(Fate::Duplicate, two).key()
+        );
     }
 }

@@ -11,7 +11,9 @@ use muster_protocol::id::{
 };
 use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::batch::{Batch, BatchEntry};
-use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
+use muster_protocol::message::control::{
+    ControlEvent, ControlState, FaultKind, MemberFault, Phase,
+};
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
 use muster_protocol::message::descriptor::{Descriptor, Thresholds};
 use muster_protocol::message::fate::{Fate, FateRecord};
@@ -180,6 +182,13 @@ pub fn answers() -> Vec<(&'static str, Reply)> {
 
 pub fn control_events() -> Vec<(&'static str, ControlEvent)> {
     let started = |role| ControlEvent::Started { role };
+    let fault = |kind| {
+        ControlEvent::Fault(MemberFault {
+            member: PeerId([9; 32]),
+            ticket: TicketId(7),
+            kind,
+        })
+    };
     vec![
         (
             "opened",
@@ -201,6 +210,9 @@ pub fn control_events() -> Vec<(&'static str, ControlEvent)> {
                 step: PolicyVersion(200),
             },
         ),
+        ("fault_dissent", fault(FaultKind::Dissent)),
+        ("fault_misfit_verdict", fault(FaultKind::MisfitVerdict)),
+        ("fault_rejected_group", fault(FaultKind::RejectedGroup)),
     ]
 }
 

@@ -27,7 +27,7 @@ use muster_protocol::id::RunId;
 use muster_protocol::identity::{Identity, MachineSeed};
 use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::batch::Batch;
-use muster_protocol::message::control::ControlEvent;
+use muster_protocol::message::control::{ControlEvent, FaultKind};
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
 use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::message::fate::{Fate, FateRecord};
@@ -262,6 +262,11 @@ fn every_variant_of_what_is_said_is_among_the_golden_messages() {
         _ => None,
     });
     assert_all_variants::<Role>(&roles.collect::<Vec<_>>());
+    let faults = events.iter().filter_map(|event| match event {
+        ControlEvent::Fault(fault) => Some(fault.kind),
+        _ => None,
+    });
+    assert_all_variants::<FaultKind>(&faults.collect::<Vec<_>>());
     let verdicts: Vec<Verdict> = cases::verdicts().into_iter().map(|(_, v)| v).collect();
     let decisions = verdicts.iter().map(|verdict| verdict.decision);
     assert_all_variants::<Decision>(&decisions.collect::<Vec<_>>());
