@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use muster_dispatch::audit::AuditConfig;
-use muster_dispatch::judging::CritiqueConfig;
-use muster_dispatch::workers::ConductConfig;
+use muster_dispatch::conduct::ConductConfig;
+use muster_dispatch::reviews::CritiqueConfig;
 use muster_learner::advantage::AdvantageConfig;
 use muster_learner::policy_stepper::TrainConfig;
 use muster_learner::trainer::objects::BroadcastConfig;

@@ -8,7 +8,7 @@ use muster_protocol::message::ticket::SamplingRules;
 
 /// Why a group does not answer its lease.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Mismatch {
+pub(crate) enum Mismatch {
     /// Somebody else's lease.
     #[error("the group is signed by {author}, its lease is {lessee}'s")]
     NotTheLessee {
@@ -45,7 +45,7 @@ pub enum Mismatch {
 ///
 /// # Errors
 /// The first difference found.
-pub fn check(
+pub(crate) fn check(
     group: &Group,
     author: &PeerId,
     lease: &Lease,
@@ -171,7 +171,7 @@ fn check_ending(tokens: &[u32], finish: FinishReason, rules: &SamplingRules) -> 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use muster_protocol::id::{
         DescriptorHash, LeaseId, PolicyVersion, StateRoot, TicketId, UnixMillis,
@@ -184,6 +184,11 @@ mod tests {
     const STOP: u32 = 9;
 
     fn lease() -> Lease {
+        lease_of(TicketId(7), WORKER, 1)
+    }
+
+    /// A lease of version 3 for a group of `count` rollouts, with the prompt `[4, 5]`.
+    pub(crate) fn lease_of(ticket: TicketId, worker: PeerId, count: u32) -> Lease {
         let sampling = SamplingRules {
             temperature: 1.0,
             tokens_max: 3,
@@ -191,11 +196,11 @@ mod tests {
             stop_strings: Vec::new(),
         };
         let ticket = Ticket {
-            id: TicketId(7),
+            id: ticket,
             descriptor: DescriptorHash([0; 32]),
             item: 0,
             prompt: vec![4, 5],
-            group_size: 1,
+            group_size: count,
             sampling,
             oldest_version: PolicyVersion(0),
             deadline: UnixMillis(0),
@@ -203,14 +208,14 @@ mod tests {
         Lease {
             id: LeaseId([2; 16]),
             ticket,
-            worker: WORKER,
+            worker,
             version: VersionRef {
                 version: PolicyVersion(3),
                 root: StateRoot([3; 32]),
             },
             weights: WeightsRule::Drain,
             class: NumericClass::F32Cpu,
-            rollouts: RolloutRange { first: 0, count: 1 },
+            rollouts: RolloutRange { first: 0, count },
             epoch: 0,
             submission: 0,
             nonce: [0; 32],

@@ -1,13 +1,14 @@
-//! What dispatch remembers of each worker and critic: counters, not judgements of character. A worker that drops leases
-//! or fails audits is paused; one that keeps failing is quarantined for the run.
+//! What dispatch remembers of each worker and critic. A worker that drops leases is paused. A worker whose groups keep being
+//! rejected, and a critic whose verdicts keep being wrong, is quarantined for the rest of the run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use muster_protocol::id::{LeaseId, PeerId, UnixMillis};
+use muster_protocol::id::{LeaseId, PeerId, TicketId, UnixMillis};
+use muster_protocol::message::control::{FaultKind, MemberFault};
 
-use crate::audit::AuditRecord;
+use crate::audit::{AuditConfig, AuditRecord};
 
 /// When a worker or critic is paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,9 +20,10 @@ pub struct ConductConfig {
     pub dropped_max: u32,
     /// First pause in milliseconds; each further one is twice as long.
     pub pause_ms: u64,
-    /// Failed audits after which a worker gets no more leases in this run.
+    /// Rejected groups after which a worker gets no more leases in this run.
     pub failures_max: u32,
-    /// Verdicts against the others' after which a critic gets no more groups in this run.
+    /// Verdicts that the others contradict, or that do not fit their group, after which a critic gets no more groups in
+    /// this run.
     pub dissents_max: u32,
 }
 
@@ -43,41 +45,36 @@ const PAUSE_MS_MAX: u64 = 600_000;
 
 /// A worker's record.
 #[derive(Debug, Clone, Default)]
-pub struct WorkerRecord {
+pub(crate) struct WorkerRecord {
     /// Leases given so far: the submission number of the next one.
-    pub leases_given: u64,
+    pub(crate) leases_given: u64,
     /// Leases held now.
-    pub held: Vec<LeaseId>,
+    pub(crate) held: Vec<LeaseId>,
     /// Leases dropped in a row.
-    pub dropped: u32,
+    pub(crate) dropped: u32,
     /// Pauses given so far.
-    pub pauses: u32,
+    pub(crate) pauses: u32,
     /// No lease before this moment.
-    pub paused_until: UnixMillis,
-    /// What audits found.
-    pub audits: AuditRecord,
+    pub(crate) paused_until: UnixMillis,
+    pub(crate) audits: AuditRecord,
 }
 
-/// A critic's record.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct CriticRecord {
-    /// Verdicts given.
-    pub verdicts: u64,
-    /// Verdicts that the others contradicted.
-    pub dissents: u32,
-}
-
-/// Everybody's records.
+/// The records of all members. Faults are durable: dispatch appends each to the control log and restores them from there.
+/// Pauses and passed audits live as long as the process.
 #[derive(Debug, Default)]
-pub struct Conduct {
+pub(crate) struct Conduct {
     config: ConductConfig,
     workers: BTreeMap<PeerId, WorkerRecord>,
-    critics: BTreeMap<PeerId, CriticRecord>,
+    /// Faults counted so far, at most one for each member and ticket. A member that reached its limit gets no more tickets, so
+    /// the set is bounded by members times the limits, and what they held then.
+    faults: BTreeSet<(PeerId, TicketId)>,
+    /// Faults of each critic.
+    critic_faults: BTreeMap<PeerId, u32>,
 }
 
 /// Why a worker gets no lease now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pause {
+pub(crate) enum Pause {
     /// It holds as many as it may.
     Busy,
     /// Until this moment.
@@ -88,7 +85,7 @@ pub enum Pause {
 
 impl Conduct {
     /// Empty records.
-    pub fn new(config: ConductConfig) -> Self {
+    pub(crate) fn new(config: ConductConfig) -> Self {
         Self {
             config,
             ..Self::default()
@@ -96,12 +93,12 @@ impl Conduct {
     }
 
     /// The worker's record.
-    pub fn worker(&mut self, worker: PeerId) -> &mut WorkerRecord {
+    pub(crate) fn worker(&mut self, worker: PeerId) -> &mut WorkerRecord {
         self.workers.entry(worker).or_default()
     }
 
     /// What audits found about a worker so far.
-    pub fn audit_record(&self, worker: &PeerId) -> AuditRecord {
+    pub(crate) fn audit_record(&self, worker: &PeerId) -> AuditRecord {
         self.workers
             .get(worker)
             .map(|record| record.audits)
@@ -109,7 +106,7 @@ impl Conduct {
     }
 
     /// What keeps the worker from a lease, if anything.
-    pub fn pause(&self, worker: &PeerId, now: UnixMillis) -> Option<Pause> {
+    pub(crate) fn pause(&self, worker: &PeerId, now: UnixMillis) -> Option<Pause> {
         let record = self.workers.get(worker)?;
         if record.audits.failed >= self.config.failures_max {
             return Some(Pause::Quarantined);
@@ -121,7 +118,7 @@ impl Conduct {
     }
 
     /// A lease was given; returns its submission number.
-    pub fn lease_given(&mut self, worker: PeerId, lease: LeaseId) -> u64 {
+    pub(crate) fn lease_given(&mut self, worker: PeerId, lease: LeaseId) -> u64 {
         let record = self.worker(worker);
         record.held.push(lease);
         let number = record.leases_given;
@@ -130,15 +127,20 @@ impl Conduct {
     }
 
     /// A lease was answered.
-    pub fn lease_answered(&mut self, worker: PeerId, lease: LeaseId) {
+    pub(crate) fn lease_answered(&mut self, worker: PeerId, lease: LeaseId) {
         let record = self.worker(worker);
         record.held.retain(|held| *held != lease);
         record.dropped = 0;
     }
 
+    /// A lease ended through no fault of its worker.
+    pub(crate) fn lease_released(&mut self, worker: PeerId, lease: LeaseId) {
+        self.worker(worker).held.retain(|held| *held != lease);
+    }
+
     /// A lease ended without an answer: dropping bad draws is the one freedom that prescribed sampling leaves, so it is
     /// counted.
-    pub fn lease_dropped(&mut self, worker: PeerId, lease: LeaseId, now: UnixMillis) {
+    pub(crate) fn lease_dropped(&mut self, worker: PeerId, lease: LeaseId, now: UnixMillis) {
         let ConductConfig {
             dropped_max,
             pause_ms,
@@ -155,26 +157,45 @@ impl Conduct {
         }
     }
 
-    /// Whether the critic still gets groups.
-    pub fn is_trusted(&self, critic: &PeerId) -> bool {
-        self.critics
-            .get(critic)
-            .is_none_or(|record| record.dissents < self.config.dissents_max)
+    /// Counts a fault; returns whether it is the member's first for this ticket. Repeating a fault changes nothing, so that
+    /// the control log can be replayed over decisions that were made again.
+    pub(crate) fn count(&mut self, fault: &MemberFault, audit: &AuditConfig) -> bool {
+        if !self.faults.insert((fault.member, fault.ticket)) {
+            return false;
+        }
+        match fault.kind {
+            FaultKind::RejectedGroup => self.worker(fault.member).audits.record(false, audit),
+            FaultKind::Dissent | FaultKind::MisfitVerdict => {
+                *self.critic_faults.entry(fault.member).or_default() += 1;
+            }
+        }
+        true
     }
 
-    /// A verdict was settled by the others, with or against this critic.
-    pub fn verdict_settled(&mut self, critic: PeerId, agreed: bool) {
-        let record = self.critics.entry(critic).or_default();
-        record.verdicts += 1;
-        if !agreed {
-            record.dissents += 1;
-        }
+    /// Whether the critic still gets groups.
+    pub(crate) fn is_trusted(&self, critic: &PeerId) -> bool {
+        self.critic_faults
+            .get(critic)
+            .is_none_or(|faults| *faults < self.config.dissents_max)
+    }
+
+    /// Leases that workers hold now.
+    pub(crate) fn leases_held(&self) -> usize {
+        self.workers.values().map(|record| record.held.len()).sum()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn fault(ticket: u64, kind: FaultKind) -> MemberFault {
+        MemberFault {
+            member: WORKER,
+            ticket: TicketId(ticket),
+            kind,
+        }
+    }
 
     const WORKER: PeerId = PeerId([1; 32]);
 
@@ -203,14 +224,16 @@ mod tests {
     }
 
     #[test]
-    fn failed_audits_end_in_quarantine() {
+    fn rejected_groups_end_in_quarantine_and_each_counts_once() {
         let mut conduct = Conduct::new(ConductConfig::default());
-        for _ in 0..3 {
-            conduct
-                .worker(WORKER)
-                .audits
-                .record(false, &Default::default());
+        for ticket in [1, 1, 2, 2, 1] {
+            conduct.count(
+                &fault(ticket, FaultKind::RejectedGroup),
+                &Default::default(),
+            );
         }
+        assert_eq!(conduct.pause(&WORKER, UnixMillis(0)), None);
+        assert!(conduct.count(&fault(3, FaultKind::RejectedGroup), &Default::default()));
         assert_eq!(
             conduct.pause(&WORKER, UnixMillis(0)),
             Some(Pause::Quarantined)
@@ -218,11 +241,16 @@ mod tests {
     }
 
     #[test]
-    fn a_critic_that_keeps_dissenting_gets_no_more_groups() {
+    fn a_critic_whose_verdicts_keep_being_wrong_gets_no_more_groups() {
         let mut conduct = Conduct::new(ConductConfig::default());
-        for _ in 0..3 {
+        let kinds = [
+            FaultKind::Dissent,
+            FaultKind::MisfitVerdict,
+            FaultKind::Dissent,
+        ];
+        for (ticket, kind) in (1..).zip(kinds) {
             assert!(conduct.is_trusted(&WORKER));
-            conduct.verdict_settled(WORKER, false);
+            conduct.count(&fault(ticket, kind), &Default::default());
         }
         assert!(!conduct.is_trusted(&WORKER));
     }

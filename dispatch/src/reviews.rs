@@ -1,25 +1,26 @@
-//! Groups with the critics: who judges what, and what their verdicts come to.
+//! Groups in review: which critic has which group, and what the verdicts amount to.
 //!
-//! A group needs `verdicts` agreeing verdicts of different critics, none of them its author. Verdicts that disagree call
-//! for one more critic, up to a bound. A group that was drawn for an audit goes only to critics who hold its version.
+//! A group needs `verdicts` agreeing verdicts of different critics, none of them its author. If verdicts disagree, one more
+//! critic is asked, up to a bound. A group drawn for an audit goes only to critics that hold its versions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use bytes::Bytes;
 use muster_protocol::envelope::Signed;
 use muster_protocol::id::{GroupHash, PeerId, PolicyVersion, TicketId, UnixMillis};
+use muster_protocol::message::lease::Lease;
 use muster_protocol::message::verdict::{Decision, Verdict};
 use muster_protocol::message::version::VersionRef;
 
-/// How groups are judged.
+/// How groups are reviewed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CritiqueConfig {
-    /// Agreeing verdicts that a group needs: 1 where the critics are the lab's, 2 or more where they are not.
+    /// Agreeing verdicts that a group needs: 1 if all critics are the lab's, else 2 or more.
     pub verdicts: u32,
-    /// Most critics asked about one group before it is rejected as undecided.
+    /// Most verdicts about one group before it is rejected as undecided.
     pub critics_max: u32,
     /// How long a critic may take, in milliseconds.
     pub lease_ms: u64,
@@ -35,278 +36,279 @@ impl Default for CritiqueConfig {
     }
 }
 
-/// A group with the critics.
+/// A group in review.
 #[derive(Debug, Clone)]
-pub struct Case {
-    /// The group's name.
-    pub group: GroupHash,
-    /// Who answered.
-    pub author: PeerId,
-    /// Under which weights, oldest first; one unless they changed in flight.
-    pub versions: Vec<VersionRef>,
-    /// The prompt's place in the training split.
-    pub item: u64,
+pub(crate) struct PendingReview {
+    pub(crate) group: GroupHash,
+    /// The versions that drew the group, oldest first; one unless weights changed in flight.
+    pub(crate) versions: Vec<VersionRef>,
     /// Whether a forward pass is to check it.
-    pub audit: bool,
-    /// The signed lease.
-    pub lease: Bytes,
-    /// The signed group.
-    pub body: Bytes,
+    pub(crate) audit: bool,
+    pub(crate) lease: Signed<Lease>,
+    /// The group's signed envelope.
+    pub(crate) envelope: Bytes,
+    /// Critics that hold a critique lease, with its deadline.
     asked: BTreeMap<PeerId, UnixMillis>,
+    /// Critics whose verdict did not fit: they are not asked again.
+    misfits: BTreeSet<PeerId>,
     verdicts: Vec<Signed<Verdict>>,
 }
 
-impl Case {
-    /// A case that nobody has judged.
-    pub fn new(
+impl PendingReview {
+    pub(crate) fn new(
         group: GroupHash,
-        author: PeerId,
+        envelope: Bytes,
+        lease: Signed<Lease>,
         versions: Vec<VersionRef>,
-        item: u64,
         audit: bool,
-        envelopes: (Bytes, Bytes),
     ) -> Self {
-        let (lease, body) = envelopes;
-        let (asked, verdicts) = (BTreeMap::new(), Vec::new());
         Self {
             group,
-            author,
             versions,
-            item,
             audit,
             lease,
-            body,
-            asked,
-            verdicts,
+            envelope,
+            asked: BTreeMap::new(),
+            misfits: BTreeSet::new(),
+            verdicts: Vec::new(),
         }
     }
 
-    fn judged_by(&self, critic: &PeerId) -> bool {
+    pub(crate) fn author(&self) -> PeerId {
+        self.lease.body.worker
+    }
+
+    fn reviewed_by(&self, critic: &PeerId) -> bool {
         self.verdicts
             .iter()
             .any(|verdict| verdict.author == *critic)
     }
 
+    /// Whether `critic`, which holds the versions `held`, may be asked now. No critic is asked while as many as are
+    /// missing have time left.
+    fn may_ask(
+        &self,
+        critic: &PeerId,
+        held: &[VersionRef],
+        now: UnixMillis,
+        config: &CritiqueConfig,
+    ) -> bool {
+        let in_time = |deadline: &UnixMillis| *deadline > now;
+        let pending = self.asked.values().filter(|deadline| in_time(deadline));
+        self.author() != *critic
+            && !self.reviewed_by(critic)
+            && !self.misfits.contains(critic)
+            && !self.asked.get(critic).is_some_and(in_time)
+            && pending.count() < self.missing(config)
+            && (!self.audit || self.versions.iter().all(|version| held.contains(version)))
+    }
+
+    /// How many more verdicts the group needs, at best.
+    fn missing(&self, config: &CritiqueConfig) -> usize {
+        let agreeing = self.agreement();
+        let is_grey = agreeing
+            .first()
+            .is_some_and(|verdict| verdict.body.decision == Decision::Grey);
+        let counted = if is_grey { 0 } else { agreeing.len() };
+        let room = (config.critics_max as usize).saturating_sub(self.verdicts.len());
+        (config.verdicts as usize).saturating_sub(counted).min(room)
+    }
+
     /// The largest set of verdicts that say the same.
     fn agreement(&self) -> Vec<&Signed<Verdict>> {
-        let sets = self.verdicts.iter().map(|one| -> Vec<&Signed<Verdict>> {
-            self.verdicts
-                .iter()
-                .filter(|other| other.body.agrees_with(&one.body))
-                .collect()
-        });
-        sets.fold(Vec::new(), |largest, set| {
+        let mut largest = Vec::new();
+        for one in &self.verdicts {
+            let agrees = |other: &&Signed<Verdict>| other.body.agrees_with(&one.body);
+            let set: Vec<&Signed<Verdict>> = self.verdicts.iter().filter(agrees).collect();
             if set.len() > largest.len() {
-                set
-            } else {
-                largest
+                largest = set;
             }
-        })
+        }
+        largest
+    }
+
+    /// Checks that a verdict names this group's lease and has one reward per rollout.
+    fn check_fit(&self, verdict: &Verdict) -> Result<(), VerdictRefusal> {
+        let (found, wanted) = (verdict.rewards.len(), self.lease.body.rollouts.count);
+        if found != wanted as usize {
+            return Err(VerdictRefusal::Misfit {
+                group: self.group,
+                problem: format!("has {found} rewards, the group has {wanted} rollouts"),
+            });
+        }
+        if verdict.lease != self.lease.body.id {
+            return Err(VerdictRefusal::Misfit {
+                group: self.group,
+                problem: format!("names lease {}, not {}", verdict.lease, self.lease.body.id),
+            });
+        }
+        Ok(())
     }
 }
 
 /// What a verdict led to.
 #[derive(Debug)]
-pub enum Outcome {
+pub(crate) enum ReviewOutcome {
     /// More verdicts are needed.
     Pending,
-    /// Enough critics agree; the case is closed.
+    /// Enough critics agree; the review is over.
     Settled {
-        /// The case.
-        case: Box<Case>,
-        /// Accept or reject, as the agreeing verdicts have it.
+        review: Box<PendingReview>,
+        /// Accept or reject, as the agreeing verdicts say.
         decision: Decision,
         /// The agreeing verdicts.
         verdicts: Vec<Signed<Verdict>>,
-        /// Critics who said otherwise.
+        /// Critics that decided otherwise.
         dissenters: Vec<PeerId>,
     },
-    /// As many critics as allowed were asked and too few agree; the case is closed.
-    Undecided(Box<Case>),
+    /// As many verdicts as allowed came and too few agree; the review is over.
+    Undecided(Box<PendingReview>),
 }
 
 /// Why a verdict was not recorded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum VerdictRefusal {
-    /// Settled before, or never opened.
-    #[error("no group {0} is with the critics: it was settled, or another critic answered first")]
-    NoSuchCase(GroupHash),
-    /// Nobody asked this critic.
+pub(crate) enum VerdictRefusal {
+    #[error("group {0} is not in review: its review is over, or it never began")]
+    NotInReview(GroupHash),
     #[error("group {0} was not given to this critic")]
     NotAsked(GroupHash),
-    /// The group was drawn for an audit and the verdict says that none was made.
     #[error("group {0} was drawn for an audit, the verdict has none")]
     NotAudited(GroupHash),
-    /// The verdict names another lease, ticket or number of rollouts.
-    #[error("the verdict does not fit group {0}")]
-    Misfit(GroupHash),
+    #[error("the verdict about group {group} {problem}")]
+    Misfit { group: GroupHash, problem: String },
 }
 
-/// The cases, oldest ticket first.
+/// The groups in review, oldest ticket first.
 #[derive(Debug)]
-pub struct Court {
+pub(crate) struct ReviewQueue {
     config: CritiqueConfig,
-    cases: BTreeMap<TicketId, Case>,
+    reviews: BTreeMap<TicketId, PendingReview>,
 }
 
-impl Court {
-    /// No cases.
-    pub fn new(config: CritiqueConfig) -> Self {
+impl ReviewQueue {
+    pub(crate) fn new(config: CritiqueConfig) -> Self {
         Self {
             config,
-            cases: BTreeMap::new(),
+            reviews: BTreeMap::new(),
         }
     }
 
-    /// Takes in a group.
-    pub fn open(&mut self, ticket: TicketId, case: Case) {
-        self.cases.entry(ticket).or_insert(case);
+    /// Adds a group. A ticket has one group in review: a second one is ignored.
+    pub(crate) fn open(&mut self, review: PendingReview) {
+        let ticket = review.lease.body.ticket.id;
+        self.reviews.entry(ticket).or_insert(review);
     }
 
-    /// Drops a case whose ticket ended otherwise.
-    pub fn close(&mut self, ticket: TicketId) -> Option<Case> {
-        self.cases.remove(&ticket)
+    /// Drops the group of a ticket that ended otherwise.
+    pub(crate) fn close(&mut self, ticket: TicketId) {
+        self.reviews.remove(&ticket);
     }
 
-    /// Groups with the critics.
-    pub fn len(&self) -> usize {
-        self.cases.len()
+    pub(crate) fn len(&self) -> usize {
+        self.reviews.len()
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.cases.is_empty()
+    pub(crate) fn get(&self, ticket: TicketId) -> Option<&PendingReview> {
+        self.reviews.get(&ticket)
     }
 
-    /// The group with this name.
-    pub fn case_of(&self, ticket: TicketId) -> Option<&Case> {
-        self.cases.get(&ticket)
-    }
-
-    /// A critic asks for groups, so it holds none: what it was given and has not judged was lost on the way, or with an
-    /// earlier life of it, and need not wait for its time to be over.
-    pub fn asks_again(&mut self, critic: &PeerId) {
-        for case in self.cases.values_mut() {
-            case.asked.remove(critic);
+    /// Takes back what `critic` holds. A critic that asks for groups holds none: earlier ones were lost on the way, or the
+    /// critic has restarted.
+    pub(crate) fn take_back(&mut self, critic: &PeerId) {
+        for review in self.reviews.values_mut() {
+            review.asked.remove(critic);
         }
     }
 
-    /// Gives `critic`, who holds the versions `held`, the oldest group that needs one more verdict.
-    pub fn assign(
+    /// Gives `critic`, which holds the versions `held`, the oldest group that needs one more verdict, until the deadline
+    /// returned.
+    pub(crate) fn assign(
         &mut self,
         critic: PeerId,
         held: &[VersionRef],
         now: UnixMillis,
-    ) -> Option<(TicketId, &Case, UnixMillis)> {
+    ) -> Option<(TicketId, UnixMillis)> {
         let config = self.config;
-        let fits = |case: &Case| {
-            let pending = case
-                .asked
-                .values()
-                .filter(|deadline| **deadline > now)
-                .count();
-            let asked_now = case
-                .asked
-                .get(&critic)
-                .is_some_and(|deadline| *deadline > now);
-            case.author != critic
-                && !case.judged_by(&critic)
-                && !asked_now
-                && pending < missing(case, &config)
-                && (!case.audit || case.versions.iter().all(|version| held.contains(version)))
-        };
-        let ticket = self
-            .cases
-            .iter()
-            .find(|(_, case)| fits(case))
-            .map(|(ticket, _)| *ticket)?;
         let deadline = now.plus(config.lease_ms);
-        let case = self.cases.get_mut(&ticket)?;
-        case.asked.insert(critic, deadline);
-        Some((ticket, case, deadline))
+        let (ticket, review) = self
+            .reviews
+            .iter_mut()
+            .find(|(_, review)| review.may_ask(&critic, held, now, &config))?;
+        debug_assert_ne!(review.author(), critic, "no author reviews its own group");
+        review.asked.insert(critic, deadline);
+        Some((*ticket, deadline))
     }
 
-    /// Takes in a verdict.
+    /// Records a verdict.
     ///
     /// # Errors
-    /// When it answers no open case of this critic.
-    pub fn record(&mut self, verdict: Signed<Verdict>) -> Result<Outcome, VerdictRefusal> {
+    /// When it answers no open review of this critic, or does not fit the group.
+    pub(crate) fn record(
+        &mut self,
+        verdict: Signed<Verdict>,
+    ) -> Result<ReviewOutcome, VerdictRefusal> {
         let ticket = verdict.body.ticket;
         let group = verdict.body.group;
-        let case = self
-            .cases
+        let review = self
+            .reviews
             .get_mut(&ticket)
-            .filter(|case| case.group == group)
-            .ok_or(VerdictRefusal::NoSuchCase(group))?;
-        if case.judged_by(&verdict.author) {
-            return Ok(Outcome::Pending);
+            .filter(|review| review.group == group)
+            .ok_or(VerdictRefusal::NotInReview(group))?;
+        if review.reviewed_by(&verdict.author) {
+            return Ok(ReviewOutcome::Pending);
         }
-        if case.asked.remove(&verdict.author).is_none() {
+        if review.asked.remove(&verdict.author).is_none() {
             return Err(VerdictRefusal::NotAsked(group));
         }
-        let skipped = case.audit && !verdict.body.audited;
+        if let Err(refusal) = review.check_fit(&verdict.body) {
+            review.misfits.insert(verdict.author);
+            return Err(refusal);
+        }
+        let skipped = review.audit && !verdict.body.audited;
         if skipped && verdict.body.decision != Decision::Reject {
             return Err(VerdictRefusal::NotAudited(group));
         }
-        case.verdicts.push(verdict);
+        review.verdicts.push(verdict);
         Ok(self.settle(ticket))
     }
 
-    /// The cases whose group is of a version before `oldest`, with that version.
-    pub fn older_than(&self, oldest: PolicyVersion) -> Vec<(TicketId, PolicyVersion)> {
+    /// The groups of a version before `oldest`, with that version.
+    pub(crate) fn older_than(&self, oldest: PolicyVersion) -> Vec<(TicketId, PolicyVersion)> {
         let versions = self
-            .cases
+            .reviews
             .iter()
-            .filter_map(|(ticket, case)| Some((*ticket, case.versions.first()?.version)));
+            .filter_map(|(ticket, review)| Some((*ticket, review.versions.first()?.version)));
         versions.filter(|(_, version)| *version < oldest).collect()
     }
 
-    fn settle(&mut self, ticket: TicketId) -> Outcome {
+    fn settle(&mut self, ticket: TicketId) -> ReviewOutcome {
         let config = self.config;
-        let Some(case) = self.cases.get(&ticket) else {
-            return Outcome::Pending;
+        let Some(review) = self.reviews.get(&ticket) else {
+            return ReviewOutcome::Pending;
         };
-        let agreeing: Vec<Signed<Verdict>> = case.agreement().into_iter().cloned().collect();
+        let agreeing: Vec<Signed<Verdict>> = review.agreement().into_iter().cloned().collect();
         let decision = agreeing.first().map(|verdict| verdict.body.decision);
         let settled =
             agreeing.len() >= config.verdicts as usize && decision != Some(Decision::Grey);
-        if !settled && case.verdicts.len() < config.critics_max as usize {
-            return Outcome::Pending;
+        if !settled && review.verdicts.len() < config.critics_max as usize {
+            return ReviewOutcome::Pending;
         }
-        let Some(case) = self.cases.remove(&ticket) else {
-            return Outcome::Pending;
+        let Some(review) = self.reviews.remove(&ticket).map(Box::new) else {
+            return ReviewOutcome::Pending;
         };
-        let case = Box::new(case);
         let Some(decision) = decision.filter(|_| settled) else {
-            return Outcome::Undecided(case);
+            return ReviewOutcome::Undecided(review);
         };
         let agrees = |peer: &PeerId| agreeing.iter().any(|verdict| verdict.author == *peer);
-        let dissenters = case
-            .verdicts
-            .iter()
-            .map(|v| v.author)
-            .filter(|peer| !agrees(peer))
-            .collect();
-        Outcome::Settled {
-            case,
+        let critics = review.verdicts.iter().map(|verdict| verdict.author);
+        let dissenters = critics.filter(|critic| !agrees(critic)).collect();
+        ReviewOutcome::Settled {
+            review,
             decision,
             verdicts: agreeing,
             dissenters,
         }
     }
-}
-
-/// How many more verdicts the case needs, at best.
-fn missing(case: &Case, config: &CritiqueConfig) -> usize {
-    let best = case.agreement();
-    let grey = best
-        .first()
-        .is_some_and(|verdict| verdict.body.decision == Decision::Grey);
-    let agreeing = if grey { 0 } else { best.len() };
-    let room = (config.critics_max as usize).saturating_sub(case.verdicts.len());
-    (config.verdicts as usize)
-        .saturating_sub(agreeing)
-        .min(room)
 }
 
 #[cfg(test)]
@@ -331,25 +333,26 @@ mod tests {
         }
     }
 
-    fn court(verdicts: u32, audit: bool) -> Court {
-        let mut court = Court::new(CritiqueConfig {
+    fn lease() -> Signed<Lease> {
+        let author = critic(9).peer_id();
+        let lease = crate::admission::tests::lease_of(TICKET, author, 1);
+        seal(&critic(8), &"r".parse().unwrap(), 0, lease).unwrap()
+    }
+
+    fn queue(verdicts: u32, audit: bool) -> ReviewQueue {
+        let mut queue = ReviewQueue::new(CritiqueConfig {
             verdicts,
             ..Default::default()
         });
-        let envelopes = (Bytes::new(), Bytes::new());
         let group = GroupHash([1; 32]);
-        court.open(
-            TICKET,
-            Case::new(
-                group,
-                critic(9).peer_id(),
-                vec![version()],
-                0,
-                audit,
-                envelopes,
-            ),
-        );
-        court
+        queue.open(PendingReview::new(
+            group,
+            Bytes::new(),
+            lease(),
+            vec![version()],
+            audit,
+        ));
+        queue
     }
 
     fn verdict(n: u8, reward: f32, decision: Decision) -> Signed<Verdict> {
@@ -363,7 +366,7 @@ mod tests {
         };
         let body = Verdict {
             group: GroupHash([1; 32]),
-            lease: LeaseId([0; 16]),
+            lease: LeaseId([2; 16]),
             ticket: TICKET,
             audited: true,
             rewards: vec![RolloutReward {
@@ -377,22 +380,22 @@ mod tests {
         seal(&critic(n), &run, 0, body).unwrap()
     }
 
-    fn judge(court: &mut Court, n: u8, reward: f32, decision: Decision) -> Outcome {
+    fn judge(queue: &mut ReviewQueue, n: u8, reward: f32, decision: Decision) -> ReviewOutcome {
         assert!(
-            court
+            queue
                 .assign(critic(n).peer_id(), &[version()], NOW)
                 .is_some(),
             "critic {n}"
         );
-        court.record(verdict(n, reward, decision)).unwrap()
+        queue.record(verdict(n, reward, decision)).unwrap()
     }
 
     #[test]
-    fn one_verdict_settles_a_case_where_one_is_asked_for() {
-        let outcome = judge(&mut court(1, false), 1, 1.0, Decision::Accept);
+    fn one_verdict_settles_a_review_where_one_is_asked_for() {
+        let outcome = judge(&mut queue(1, false), 1, 1.0, Decision::Accept);
         assert!(matches!(
             outcome,
-            Outcome::Settled {
+            ReviewOutcome::Settled {
                 decision: Decision::Accept,
                 ..
             }
@@ -401,20 +404,20 @@ mod tests {
 
     #[test]
     fn an_inflated_reward_is_outvoted_and_its_critic_named() {
-        let mut court = court(2, false);
+        let mut queue = queue(2, false);
         assert!(matches!(
-            judge(&mut court, 1, 5.0, Decision::Accept),
-            Outcome::Pending
+            judge(&mut queue, 1, 5.0, Decision::Accept),
+            ReviewOutcome::Pending
         ));
         assert!(matches!(
-            judge(&mut court, 2, 1.0, Decision::Accept),
-            Outcome::Pending
+            judge(&mut queue, 2, 1.0, Decision::Accept),
+            ReviewOutcome::Pending
         ));
-        let Outcome::Settled {
+        let ReviewOutcome::Settled {
             verdicts,
             dissenters,
             ..
-        } = judge(&mut court, 3, 1.0, Decision::Accept)
+        } = judge(&mut queue, 3, 1.0, Decision::Accept)
         else {
             panic!("not settled")
         };
@@ -427,77 +430,96 @@ mod tests {
     }
 
     #[test]
-    fn critics_who_never_agree_leave_a_group_undecided() {
-        let mut court = court(2, false);
+    fn critics_that_never_agree_leave_a_group_undecided() {
+        let mut queue = queue(2, false);
         for n in 1..5 {
             assert!(matches!(
-                judge(&mut court, n, f32::from(n), Decision::Accept),
-                Outcome::Pending
+                judge(&mut queue, n, f32::from(n), Decision::Accept),
+                ReviewOutcome::Pending
             ));
         }
-        let outcome = judge(&mut court, 5, 5.0, Decision::Accept);
-        assert!(matches!(outcome, Outcome::Undecided(_)));
+        let outcome = judge(&mut queue, 5, 5.0, Decision::Accept);
+        assert!(matches!(outcome, ReviewOutcome::Undecided(_)));
     }
 
     #[test]
-    fn an_author_never_judges_its_own_group_and_nobody_judges_twice() {
-        let mut court = court(2, false);
+    fn an_author_never_judges_its_own_group_and_no_critic_judges_twice() {
+        let mut queue = queue(2, false);
         assert!(
-            court
+            queue
                 .assign(critic(9).peer_id(), &[version()], NOW)
                 .is_none()
         );
-        judge(&mut court, 1, 1.0, Decision::Accept);
+        judge(&mut queue, 1, 1.0, Decision::Accept);
         assert!(
-            court
+            queue
                 .assign(critic(1).peer_id(), &[version()], NOW)
                 .is_none()
         );
     }
 
     #[test]
-    fn an_audit_goes_to_a_critic_who_holds_the_version_and_must_be_made() {
-        let mut court = court(1, true);
-        assert!(court.assign(critic(1).peer_id(), &[], NOW).is_none());
+    fn an_audit_goes_to_a_critic_that_holds_the_version_and_must_be_made() {
+        let mut queue = queue(1, true);
+        assert!(queue.assign(critic(1).peer_id(), &[], NOW).is_none());
         assert!(
-            court
+            queue
                 .assign(critic(1).peer_id(), &[version()], NOW)
                 .is_some()
         );
         let mut lazy = verdict(1, 1.0, Decision::Accept);
         lazy.body.audited = false;
         assert!(matches!(
-            court.record(lazy),
+            queue.record(lazy),
             Err(VerdictRefusal::NotAudited(_))
         ));
     }
 
     #[test]
-    fn a_verdict_that_nobody_asked_for_is_refused() {
-        let refused = court(1, false).record(verdict(1, 1.0, Decision::Accept));
+    fn a_verdict_with_a_wrong_number_of_rewards_or_another_lease_is_refused_and_another_critic_asked()
+     {
+        let mut few = verdict(1, 1.0, Decision::Accept);
+        few.body.rewards.clear();
+        let mut strange = verdict(1, 1.0, Decision::Accept);
+        strange.body.lease = LeaseId([7; 16]);
+        for misfit in [few, strange] {
+            let mut queue = queue(1, false);
+            let one = critic(1).peer_id();
+            assert!(queue.assign(one, &[], NOW).is_some());
+            let refused = queue.record(misfit);
+            assert!(matches!(refused, Err(VerdictRefusal::Misfit { .. })));
+            assert!(queue.assign(one, &[], NOW).is_none());
+            let settled = judge(&mut queue, 2, 1.0, Decision::Accept);
+            assert!(matches!(settled, ReviewOutcome::Settled { .. }));
+        }
+    }
+
+    #[test]
+    fn a_verdict_that_was_not_asked_for_is_refused() {
+        let refused = queue(1, false).record(verdict(1, 1.0, Decision::Accept));
         assert!(matches!(refused, Err(VerdictRefusal::NotAsked(_))));
     }
 
     #[test]
-    fn a_critic_that_asks_again_is_given_what_it_lost() {
-        let mut court = court(1, false);
+    fn a_critic_that_take_back_is_given_what_it_lost() {
+        let mut queue = queue(1, false);
         let one = critic(1).peer_id();
-        assert!(court.assign(one, &[], NOW).is_some());
+        assert!(queue.assign(one, &[], NOW).is_some());
         assert!(
-            court.assign(one, &[], NOW).is_none(),
+            queue.assign(one, &[], NOW).is_none(),
             "not twice in one answer"
         );
-        court.asks_again(&one);
-        assert!(court.assign(one, &[], NOW).is_some());
+        queue.take_back(&one);
+        assert!(queue.assign(one, &[], NOW).is_some());
     }
 
     #[test]
     fn a_critic_that_does_not_answer_is_replaced_after_its_time() {
-        let mut court = court(1, false);
-        assert!(court.assign(critic(1).peer_id(), &[], NOW).is_some());
-        assert!(court.assign(critic(2).peer_id(), &[], NOW).is_none());
+        let mut queue = queue(1, false);
+        assert!(queue.assign(critic(1).peer_id(), &[], NOW).is_some());
+        assert!(queue.assign(critic(2).peer_id(), &[], NOW).is_none());
         assert!(
-            court
+            queue
                 .assign(critic(2).peer_id(), &[], UnixMillis(30_000))
                 .is_some()
         );

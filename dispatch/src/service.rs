@@ -24,19 +24,21 @@ use muster_protocol::clock::SharedClock;
 use muster_protocol::credentials::Roster;
 use muster_protocol::envelope::{EnvelopeError, Signed, Statement, open, seal};
 use muster_protocol::id::{
-    DescriptorHash, GroupHash, LeaseId, PeerId, RunId, TicketId, UnixMillis,
+    ContentHash, DescriptorHash, GroupHash, LeaseId, PeerId, RunId, TicketId, UnixMillis,
 };
 use muster_protocol::identity::Identity;
 use muster_protocol::message::control::{ControlEvent, ControlState};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
+use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::Lease;
+use muster_protocol::message::ticket::Ticket;
 use muster_protocol::message::version::{Announcement, Version, VersionRef};
 use muster_protocol::subject::{Log, Queue, Role, Subjects};
 
 use crate::prompts::PromptSource;
 use crate::squashed::SquashedDeltas;
-use crate::state::{Dispatch, DispatchConfig, fate_of};
+use crate::state::{Dispatch, DispatchConfig};
 use outgoing::Outgoing;
 
 /// How often time alone is looked at: leases that ran out, tickets to issue, logs to read.
@@ -107,9 +109,17 @@ pub struct DispatchSettings {
     /// How often groups are re-checked.
     pub audit: crate::audit::AuditConfig,
     /// How groups are judged.
-    pub critique: crate::judging::CritiqueConfig,
+    pub critique: crate::reviews::CritiqueConfig,
     /// When members are paused.
-    pub conduct: crate::workers::ConductConfig,
+    pub conduct: crate::conduct::ConductConfig,
+}
+
+/// A group with the lease that it answers, opened.
+struct Submission {
+    lease: Signed<Lease>,
+    group: Signed<Group>,
+    /// Whether the group was drawn for an audit.
+    audit: bool,
 }
 
 struct KnownPeer {
@@ -117,13 +127,13 @@ struct KnownPeer {
     seen: UnixMillis,
 }
 
-/// A map that forgets its oldest entries.
-struct Remembered<V> {
+/// Values by lease; the oldest entries are forgotten.
+struct RecentLeases<V> {
     order: VecDeque<LeaseId>,
     entries: BTreeMap<LeaseId, V>,
 }
 
-impl<V> Remembered<V> {
+impl<V> RecentLeases<V> {
     fn new() -> Self {
         Self {
             order: VecDeque::new(),
@@ -164,10 +174,16 @@ pub struct DispatchService {
     intake: BTreeMap<TicketId, (GroupHash, Delivery)>,
     /// Taken from the intake queue and not looked at yet: at most one chunk.
     arrived: VecDeque<Delivery>,
+    /// Groups of the current burst, opened when they were submitted, by the hash of their message in the intake queue. At
+    /// most [`BURST_MAX`].
+    opened: BTreeMap<ContentHash, Submission>,
+    /// Tickets that were issued and not taken from their queue yet, by the hash of their message. Emptied once the queue was
+    /// read.
+    issued: BTreeMap<ContentHash, Ticket>,
     /// At most one entry for every ticket that has not ended, and one for every group that came too late meanwhile.
     outgoing: VecDeque<Outgoing>,
-    accepted: Remembered<GroupHash>,
-    receipts: Remembered<Bytes>,
+    accepted: RecentLeases<GroupHash>,
+    receipts: RecentLeases<Bytes>,
     announcements: VecDeque<(VersionRef, Announcement)>,
     peers: BTreeMap<PeerId, KnownPeer>,
     squashed: SquashedDeltas,
@@ -198,8 +214,8 @@ impl NonceSource {
     }
 }
 
-/// Waits until the run has been opened, and returns its state and descriptor.
-async fn opened(bus: &SharedBus, run: &RunId) -> Result<(ControlState, u64), DispatchError> {
+/// Waits until the run has been opened, and returns its state with the descriptor.
+async fn opened(bus: &SharedBus, run: &RunId) -> Result<ControlState, DispatchError> {
     loop {
         let mut state = ControlState::default();
         let mut after = 0;
@@ -214,7 +230,7 @@ async fn opened(bus: &SharedBus, run: &RunId) -> Result<(ControlState, u64), Dis
             }
         }
         if !state.descriptor.is_empty() {
-            return Ok((state, after));
+            return Ok(state);
         }
         tokio::time::sleep(TICK).await;
     }
@@ -251,7 +267,7 @@ impl DispatchService {
             .append(Log::Control, &key, None, started.bytes)
             .await?
             .sequence();
-        let (control, control_read) = opened(&bus, &run).await?;
+        let control = opened(&bus, &run).await?;
         let descriptor = open::<Descriptor>(control.descriptor.clone().into(), &run)?;
         if descriptor.author != learner || descriptor.body.dispatch != identity.peer_id() {
             let problem = "is signed by another learner or names another dispatch".to_owned();
@@ -277,21 +293,23 @@ impl DispatchService {
             subjects,
             descriptor,
             core,
-            control,
+            control: ControlState::default(),
             generation,
             nonces,
             sequence: 0,
             tickets: BTreeMap::new(),
             intake: BTreeMap::new(),
             arrived: VecDeque::new(),
+            opened: BTreeMap::new(),
+            issued: BTreeMap::new(),
             outgoing: VecDeque::new(),
-            accepted: Remembered::new(),
-            receipts: Remembered::new(),
+            accepted: RecentLeases::new(),
+            receipts: RecentLeases::new(),
             announcements: VecDeque::new(),
             peers: BTreeMap::new(),
             squashed: SquashedDeltas::default(),
-            fated: std::collections::BTreeSet::new(),
-            read: BTreeMap::from([(Log::Control, control_read)]),
+            fated: BTreeSet::new(),
+            read: BTreeMap::new(),
             renewed,
         };
         service.restore().await?;
@@ -299,7 +317,6 @@ impl DispatchService {
     }
 
     async fn restore(&mut self) -> Result<(), DispatchError> {
-        self.core.set_phase(self.control.phase);
         self.bus.reclaim(Queue::Tickets).await?;
         self.bus.reclaim(Queue::Intake).await?;
         self.core
@@ -307,10 +324,10 @@ impl DispatchService {
         self.read_logs().await?;
         while self.take_intake().await? > 0 {}
         self.take_tickets().await?;
-        let (open, judging) = (self.core.tickets().len(), self.core.court().len());
+        let (open, in_review) = (self.core.tickets().len(), self.core.reviews().len());
         info!(
             generation = self.generation,
-            open, judging, "dispatch started"
+            open, in_review, "dispatch started"
         );
         Ok(())
     }
@@ -350,13 +367,14 @@ impl DispatchService {
     async fn on_tick(&mut self) -> Result<(), DispatchError> {
         self.read_logs().await?;
         let now = self.clock.now();
-        let mut ended = self.core.tick(now);
-        ended.extend(self.core.superseded());
-        for record in ended {
+        for record in self.core.tick(now) {
             self.end_ticket(record)?;
         }
-        for (ticket, fate, reason) in self.core.unjudged(now) {
-            self.end_unjudged(ticket, fate, reason)?;
+        for record in self.core.superseded() {
+            self.end_ticket(record)?;
+        }
+        for record in self.core.unjudged(now) {
+            self.end_ticket(record)?;
         }
         self.flush().await?;
         self.take_intake().await?;
@@ -381,19 +399,6 @@ impl DispatchService {
             delivery.renew().await?;
         }
         Ok(())
-    }
-
-    fn end_unjudged(
-        &mut self,
-        ticket: TicketId,
-        fate: Fate,
-        reason: String,
-    ) -> Result<(), DispatchError> {
-        let Some(case) = self.core.court().case_of(ticket) else {
-            return Ok(());
-        };
-        let lease = open::<Lease>(case.lease.clone(), &self.run)?;
-        self.end_ticket(fate_of(&lease.body, Some(case.group), fate, reason))
     }
 
     /// Reads what was appended to the logs since.
@@ -421,6 +426,11 @@ impl DispatchService {
             match log {
                 Log::Control => {
                     let event = open::<ControlEvent>(record.payload, &self.run)?;
+                    if let ControlEvent::Fault(fault) = &event.body
+                        && event.author == self.identity.peer_id()
+                    {
+                        self.core.count_fault(fault);
+                    }
                     self.control.apply(record.sequence, event.body);
                     self.core.set_phase(self.control.phase);
                 }
@@ -560,3 +570,6 @@ fn core_config(
         conduct: settings.conduct,
     }
 }
+
+#[cfg(test)]
+mod tests;

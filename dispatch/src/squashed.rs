@@ -14,7 +14,7 @@ const MAKERS_MAX: usize = 2;
 
 /// Why a description is not passed on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unwanted {
+pub(crate) enum Unwanted {
     /// Signed by somebody else than the member who says it.
     #[error("the squashed delta is described by {}, not by the asker: sign it yourself", author.short())]
     NotTheAskers {
@@ -69,7 +69,7 @@ struct Described {
 
 /// The descriptions, in the order in which they came.
 #[derive(Debug, Default)]
-pub struct SquashedDeltas {
+pub(crate) struct SquashedDeltas {
     described: Vec<Described>,
 }
 
@@ -78,7 +78,7 @@ impl SquashedDeltas {
     ///
     /// # Errors
     /// Why it is not passed on.
-    pub fn describe(
+    pub(crate) fn describe(
         &mut self,
         member: PeerId,
         object: Signed<Object>,
@@ -134,14 +134,14 @@ impl SquashedDeltas {
     }
 
     /// Forgets what leads from or to a version that is not remembered any more.
-    pub fn retain(&mut self, versions: &[VersionRef]) {
+    pub(crate) fn retain(&mut self, versions: &[VersionRef]) {
         self.described.retain(|described| {
             versions.contains(&described.from) && versions.contains(&described.to)
         });
     }
 
     /// Those that lead from `version` or a later one.
-    pub fn from(&self, version: PolicyVersion) -> impl Iterator<Item = &Signed<Object>> {
+    pub(crate) fn from(&self, version: PolicyVersion) -> impl Iterator<Item = &Signed<Object>> {
         let later = move |described: &&Described| described.from.version >= version;
         self.described
             .iter()

@@ -5,45 +5,46 @@ use std::collections::{BTreeMap, BTreeSet};
 use muster_protocol::envelope::Signed;
 use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, RunId, TicketId, UnixMillis};
 use muster_protocol::message::ask::WaitReason;
-use muster_protocol::message::control::Phase;
+use muster_protocol::message::control::{FaultKind, MemberFault, Phase};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange, WeightsRule};
 use muster_protocol::message::ticket::Ticket;
+use muster_protocol::message::verdict::{Decision, Verdict};
 use muster_protocol::message::version::VersionRef;
 use muster_protocol::seed::{SeedBinding, lease_seed};
 
 use crate::admission::{Mismatch, check};
 use crate::audit::{AuditConfig, Draws, is_drawn};
-use crate::judging::{Case, Court, CritiqueConfig, Outcome, VerdictRefusal};
+use crate::conduct::{Conduct, ConductConfig, Pause};
+use crate::reviews::{CritiqueConfig, PendingReview, ReviewOutcome, ReviewQueue, VerdictRefusal};
 use crate::tickets::{Budget, Stage, TicketTable};
-use crate::waiting::{Crowd, RETRY_MS_MAX, Wait};
-use crate::workers::{Conduct, ConductConfig, Pause};
+use crate::waiting::{RETRY_MS_MAX, Wait, WaitingMembers};
 
 /// What dispatch decides by.
 #[derive(Debug, Clone)]
-pub struct DispatchConfig {
+pub(crate) struct DispatchConfig {
     /// The run.
-    pub run: RunId,
+    pub(crate) run: RunId,
     /// How many tickets may be open.
-    pub budget: Budget,
+    pub(crate) budget: Budget,
     /// How long a worker may take over a lease, in milliseconds.
-    pub lease_ms: u64,
+    pub(crate) lease_ms: u64,
     /// Ids are below this.
-    pub vocabulary: u32,
+    pub(crate) vocabulary: u32,
     /// Classes that may answer.
-    pub classes: Vec<NumericClass>,
+    pub(crate) classes: Vec<NumericClass>,
     /// How often groups are re-checked.
-    pub audit: AuditConfig,
+    pub(crate) audit: AuditConfig,
     /// How groups are judged.
-    pub critique: CritiqueConfig,
+    pub(crate) critique: CritiqueConfig,
     /// When members are paused.
-    pub conduct: ConductConfig,
+    pub(crate) conduct: ConductConfig,
 }
 
 /// What becomes of a submission.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Admission {
+pub(crate) enum Admission {
     /// Store it, then [`Dispatch::admitted`].
     Admit {
         /// Whether a forward pass is to check it.
@@ -61,7 +62,7 @@ pub enum Admission {
 
 /// The state of dispatch.
 #[derive(Debug)]
-pub struct Dispatch {
+pub(crate) struct Dispatch {
     config: DispatchConfig,
     /// Which life of dispatch this is: its generation.
     epoch: u64,
@@ -73,10 +74,10 @@ pub struct Dispatch {
     phase: Phase,
     tickets: TicketTable,
     conduct: Conduct,
-    court: Court,
+    reviews: ReviewQueue,
     draws: Draws,
-    waiting_workers: Crowd,
-    waiting_critics: Crowd,
+    waiting_workers: WaitingMembers,
+    waiting_critics: WaitingMembers,
 }
 
 /// Versions that leases and audits may name: more than any async level that validates.
@@ -84,11 +85,11 @@ const VERSIONS_KEPT: usize = 64;
 
 impl Dispatch {
     /// A dispatch that knows nothing yet of tickets and versions.
-    pub fn new(config: DispatchConfig, epoch: u64, secret: [u8; 32]) -> Self {
+    pub(crate) fn new(config: DispatchConfig, epoch: u64, secret: [u8; 32]) -> Self {
         Self {
             tickets: TicketTable::new(config.budget),
             conduct: Conduct::new(config.conduct),
-            court: Court::new(config.critique),
+            reviews: ReviewQueue::new(config.critique),
             draws: Draws::default(),
             config,
             epoch,
@@ -96,24 +97,24 @@ impl Dispatch {
             versions: Vec::new(),
             trusted: BTreeSet::new(),
             phase: Phase::Running,
-            waiting_workers: Crowd::default(),
-            waiting_critics: Crowd::default(),
+            waiting_workers: WaitingMembers::default(),
+            waiting_critics: WaitingMembers::default(),
         }
     }
 
     /// Lets these workers change weights in mid-answer. They are the lab's: whoever chooses the moment of the swap chooses
     /// among answers.
-    pub fn trust(&mut self, workers: BTreeSet<PeerId>) {
+    pub(crate) fn trust(&mut self, workers: BTreeSet<PeerId>) {
         self.trusted = workers;
     }
 
     /// The newest version, once there is one.
-    pub fn version(&self) -> Option<VersionRef> {
+    pub(crate) fn version(&self) -> Option<VersionRef> {
         self.versions.last().copied()
     }
 
     /// Takes in an announced version. A later generation may announce a number again: then the newer weights hold.
-    pub fn version_made(&mut self, version: VersionRef) {
+    pub(crate) fn version_made(&mut self, version: VersionRef) {
         self.versions
             .retain(|known| known.version < version.version);
         self.versions.push(version);
@@ -122,27 +123,27 @@ impl Dispatch {
     }
 
     /// Takes in what the lab decided.
-    pub fn set_phase(&mut self, phase: Phase) {
+    pub(crate) fn set_phase(&mut self, phase: Phase) {
         self.phase = phase;
     }
 
     /// The ticket table.
-    pub fn tickets(&self) -> &TicketTable {
+    pub(crate) fn tickets(&self) -> &TicketTable {
         &self.tickets
     }
 
-    /// The groups with the critics.
-    pub fn court(&self) -> &Court {
-        &self.court
+    /// The groups in review.
+    pub(crate) fn reviews(&self) -> &ReviewQueue {
+        &self.reviews
     }
 
     /// Tells how many tickets were issued before this start.
-    pub fn restore_issued(&mut self, issued: u64) {
+    pub(crate) fn restore_issued(&mut self, issued: u64) {
         self.tickets.restore_issued(issued);
     }
 
     /// Numbers of the tickets to issue now.
-    pub fn tickets_wanted(&self) -> std::ops::RangeInclusive<u64> {
+    pub(crate) fn tickets_wanted(&self) -> std::ops::RangeInclusive<u64> {
         let wanted = match (self.version(), self.phase) {
             (Some(newest), Phase::Running) => self.tickets.wanted(newest.version),
             _ => 0,
@@ -151,18 +152,18 @@ impl Dispatch {
     }
 
     /// The oldest version that may answer a ticket issued now.
-    pub fn oldest_version(&self) -> PolicyVersion {
+    pub(crate) fn oldest_version(&self) -> PolicyVersion {
         let newest = self.version().map_or(0, |newest| newest.version.0);
         PolicyVersion(newest.saturating_sub(self.config.budget.async_level))
     }
 
     /// Takes in a ticket of the queue.
-    pub fn ticket_issued(&mut self, ticket: Ticket) {
+    pub(crate) fn ticket_issued(&mut self, ticket: Ticket) {
         self.tickets.open(ticket);
     }
 
     /// The classes that may answer, unless this is one of them: no wait changes that.
-    pub fn refuses(&self, class: NumericClass) -> Option<&[NumericClass]> {
+    pub(crate) fn refuses(&self, class: NumericClass) -> Option<&[NumericClass]> {
         let classes = &self.config.classes;
         (!classes.contains(&class)).then_some(classes)
     }
@@ -171,7 +172,7 @@ impl Dispatch {
     ///
     /// # Errors
     /// Why there is nothing for it now.
-    pub fn lease(
+    pub(crate) fn lease(
         &mut self,
         worker: PeerId,
         held: VersionRef,
@@ -272,7 +273,7 @@ impl Dispatch {
     }
 
     /// Decides about a group that `author` submitted for a lease signed by dispatch.
-    pub fn admit(&mut self, lease: &Lease, group: &Signed<Group>) -> Admission {
+    pub(crate) fn admit(&mut self, lease: &Lease, group: &Signed<Group>) -> Admission {
         let hash = GroupHash::of(&group.bytes);
         if let Err(mismatch) = check(&group.body, &group.author, lease, self.config.vocabulary) {
             if group.author != lease.worker {
@@ -292,9 +293,9 @@ impl Dispatch {
             };
         }
         if self
-            .court
-            .case_of(lease.ticket.id)
-            .is_some_and(|case| case.group == hash)
+            .reviews
+            .get(lease.ticket.id)
+            .is_some_and(|review| review.group == hash)
         {
             return Admission::Repeated;
         }
@@ -338,41 +339,53 @@ impl Dispatch {
     }
 
     /// A group was stored in the intake queue (or found there at the start): the critics may have it.
-    pub fn admitted(&mut self, lease: &Signed<Lease>, group: &Signed<Group>, audit: bool) {
+    pub(crate) fn admitted(&mut self, lease: &Signed<Lease>, group: &Signed<Group>, audit: bool) {
         let Lease {
             ticket, worker, id, ..
         } = &lease.body;
         let versions = self.versions_of(&lease.body, &group.body);
+        self.conduct.lease_answered(*worker, *id);
+        self.release_lease(ticket.id);
         self.tickets.restore_judging(ticket);
         self.draws.forget(ticket.id);
-        self.conduct.lease_answered(*worker, *id);
-        let envelopes = (lease.bytes.clone(), group.bytes.clone());
         let hash = GroupHash::of(&group.bytes);
-        self.court.open(
-            ticket.id,
-            Case::new(hash, *worker, versions, ticket.item, audit, envelopes),
-        );
+        self.reviews.open(PendingReview::new(
+            hash,
+            group.bytes.clone(),
+            lease.clone(),
+            versions,
+            audit,
+        ));
+        self.check_leases();
     }
 
-    /// A submission was rejected: its lease is answered, its ticket has ended.
-    pub fn submission_rejected(&mut self, lease: &Lease) {
+    /// Admission rejected a submission: its lease is answered and its ticket has ended. Returns the worker's fault.
+    pub(crate) fn submission_rejected(&mut self, lease: &Lease) -> MemberFault {
         self.conduct.lease_answered(lease.worker, lease.id);
-        self.conduct
-            .worker(lease.worker)
-            .audits
-            .record(false, &self.config.audit);
+        let fault = MemberFault {
+            member: lease.worker,
+            ticket: lease.ticket.id,
+            kind: FaultKind::RejectedGroup,
+        };
+        self.count_fault(&fault);
+        fault
     }
 
-    /// A critic asks for groups: see [`Court::asks_again`].
-    pub fn critic_asks(&mut self, critic: &PeerId) {
-        self.court.asks_again(critic);
+    /// Counts a fault, decided now or read from the control log.
+    pub(crate) fn count_fault(&mut self, fault: &MemberFault) {
+        self.conduct.count(fault, &self.config.audit);
+    }
+
+    /// A critic asks for groups: see [`ReviewQueue::take_back`].
+    pub(crate) fn critic_asks(&mut self, critic: &PeerId) {
+        self.reviews.take_back(critic);
     }
 
     /// Gives a critic the next group to judge.
     ///
     /// # Errors
     /// Why there is none for it now.
-    pub fn assign(
+    pub(crate) fn assign(
         &mut self,
         critic: PeerId,
         held: &[VersionRef],
@@ -384,8 +397,8 @@ impl Dispatch {
                 reason: WaitReason::CoolDown,
             });
         }
-        match self.court.assign(critic, held, now) {
-            Some((ticket, _, deadline)) => {
+        match self.reviews.assign(critic, held, now) {
+            Some((ticket, deadline)) => {
                 self.waiting_critics.leave(&critic);
                 Ok((ticket, deadline))
             }
@@ -395,82 +408,110 @@ impl Dispatch {
         }
     }
 
-    /// Takes in a verdict; books what it says about author and critics when it settles the case.
+    /// Records a verdict, and counts what it shows about author and critics. The faults are for the control log.
     ///
     /// # Errors
-    /// When it answers no open case of this critic.
-    pub fn judged(
+    /// When it answers no open review of this critic, or does not fit the group.
+    pub(crate) fn record_verdict(
         &mut self,
-        verdict: Signed<muster_protocol::message::verdict::Verdict>,
-    ) -> Result<Outcome, VerdictRefusal> {
-        let outcome = self.court.record(verdict)?;
-        if let Outcome::Settled {
-            case,
-            decision,
-            verdicts,
-            dissenters,
-        } = &outcome
-        {
-            let rejected = *decision == muster_protocol::message::verdict::Decision::Reject;
-            if case.audit || rejected {
-                self.conduct
-                    .worker(case.author)
-                    .audits
-                    .record(!rejected, &self.config.audit);
+        verdict: Signed<Verdict>,
+    ) -> (Result<ReviewOutcome, VerdictRefusal>, Vec<MemberFault>) {
+        let (critic, ticket) = (verdict.author, verdict.body.ticket);
+        let fault = |member, kind| MemberFault {
+            member,
+            ticket,
+            kind,
+        };
+        let outcome = self.reviews.record(verdict);
+        let mut faults = Vec::new();
+        match &outcome {
+            Ok(ReviewOutcome::Settled {
+                review,
+                decision,
+                dissenters,
+                ..
+            }) => {
+                let dissents = dissenters.iter();
+                faults.extend(dissents.map(|critic| fault(*critic, FaultKind::Dissent)));
+                if *decision == Decision::Reject {
+                    faults.push(fault(review.author(), FaultKind::RejectedGroup));
+                } else if review.audit {
+                    let author = self.conduct.worker(review.author());
+                    author.audits.record(true, &self.config.audit);
+                }
             }
-            for verdict in verdicts {
-                self.conduct.verdict_settled(verdict.author, true);
+            Err(VerdictRefusal::Misfit { .. }) => {
+                faults.push(fault(critic, FaultKind::MisfitVerdict));
             }
-            for critic in dissenters {
-                self.conduct.verdict_settled(*critic, false);
-            }
+            Ok(ReviewOutcome::Pending | ReviewOutcome::Undecided(_)) | Err(_) => {}
         }
-        Ok(outcome)
+        for fault in &faults {
+            self.count_fault(fault);
+        }
+        (outcome, faults)
     }
 
     /// The group went to the trainer, who owns the ticket from now on.
-    pub fn handed_on(&mut self, ticket: TicketId) {
-        self.court.close(ticket);
+    pub(crate) fn handed_on(&mut self, ticket: TicketId) {
+        self.reviews.close(ticket);
         self.tickets.advance(ticket, Stage::Ready);
     }
 
     /// A ticket ended, by dispatch's or the trainer's decision.
-    pub fn ended(&mut self, record: &FateRecord) {
+    pub(crate) fn ended(&mut self, record: &FateRecord) {
         if record.fate == Fate::Duplicate {
             return;
         }
-        self.court.close(record.ticket);
+        self.release_lease(record.ticket);
+        self.reviews.close(record.ticket);
         self.draws.forget(record.ticket);
         self.tickets.end(record.ticket, record.fate);
     }
 
+    /// Takes a ticket from the worker that holds it, which did nothing wrong: another worker's late group came first, or the
+    /// ticket ended.
+    fn release_lease(&mut self, ticket: TicketId) {
+        if let Some(Stage::Leased { lease, worker, .. }) = self.tickets.stage(ticket) {
+            self.conduct.lease_released(*worker, *lease);
+            self.tickets.advance(ticket, Stage::Open);
+        }
+    }
+
+    fn check_leases(&self) {
+        debug_assert_eq!(
+            self.conduct.leases_held(),
+            self.tickets.leased(),
+            "leases held return to zero: each is a leased ticket's"
+        );
+    }
+
     /// What time alone brings: leases that ran out open their tickets again; returns tickets that expire.
-    pub fn tick(&mut self, now: UnixMillis) -> Vec<FateRecord> {
+    pub(crate) fn tick(&mut self, now: UnixMillis) -> Vec<FateRecord> {
         for (_, lease, worker) in self.tickets.reopen_overdue(now) {
             self.conduct.lease_dropped(worker, lease, now);
         }
+        self.check_leases();
         let expired = self.tickets.expired(now);
-        let reason = "nobody answered before the ticket's deadline";
+        let reason = "no worker answered before the ticket's deadline";
         expired
             .into_iter()
-            .map(|ticket| unanswered(ticket, Fate::Expired, reason))
+            .map(|ticket| FateRecord::new(ticket, Fate::Expired, reason.to_owned()))
             .collect()
     }
 
-    /// Groups that wait with the critics for one who never comes (nobody holds their version any more): those that the
-    /// trainer would refuse as too old by now, and those whose ticket's deadline has passed.
-    pub fn unjudged(&self, now: UnixMillis) -> Vec<(TicketId, Fate, String)> {
+    /// The fates of groups whose review cannot end, for instance since no critic holds their version any more: groups that the
+    /// trainer would refuse as too old by now, and groups whose ticket's deadline has passed.
+    pub(crate) fn unjudged(&self, now: UnixMillis) -> Vec<FateRecord> {
         let newest = self
             .version()
             .map_or(PolicyVersion(0), |newest| newest.version);
         let async_level = self.config.budget.async_level;
-        let stale = self.court.older_than(self.oldest_version());
         let mut ended: BTreeMap<TicketId, (Fate, String)> = BTreeMap::new();
         for ticket in self.tickets.unjudged(now) {
             let reason = "no critic judged the group before the ticket's deadline".to_owned();
             ended.insert(ticket, (Fate::Expired, reason));
         }
-        for (ticket, version) in stale {
+        for (ticket, version) in self.reviews.older_than(self.oldest_version()) {
             let staleness_steps = newest.steps_since(version);
             let reason = format!(
                 "no critic judged the group in time: it is {staleness_steps} steps stale, at most {async_level} are \
@@ -478,20 +519,31 @@ impl Dispatch {
             );
             ended.insert(ticket, (Fate::Stale, reason));
         }
-        let listed = ended.into_iter();
-        listed
-            .map(|(ticket, (fate, reason))| (ticket, fate, reason))
-            .collect()
+        let listed = ended.into_iter().filter_map(|(ticket, (fate, reason))| {
+            let review = self.reviews.get(ticket)?;
+            Some(fate_of(
+                &review.lease.body,
+                Some(review.group),
+                fate,
+                reason,
+            ))
+        });
+        listed.collect()
     }
 
-    /// A ticket's fate is decided and on its way to the log: nobody may answer or judge it any more.
-    pub fn ending(&mut self, ticket: TicketId) {
-        self.court.close(ticket);
+    /// A ticket's fate is decided and on its way to the log: it takes no group and no verdict any more.
+    pub(crate) fn ending(&mut self, ticket: TicketId) {
+        debug_assert!(
+            self.tickets.stage(ticket).is_none() || !self.is_settled(ticket),
+            "one fate per ticket: {ticket} has one"
+        );
+        self.release_lease(ticket);
+        self.reviews.close(ticket);
         self.tickets.advance(ticket, Stage::Ending);
     }
 
     /// Whether neither a worker nor a critic is wanted for the ticket any more.
-    pub fn is_settled(&self, ticket: TicketId) -> bool {
+    pub(crate) fn is_settled(&self, ticket: TicketId) -> bool {
         matches!(
             self.tickets.stage(ticket),
             None | Some(Stage::Ready | Stage::Ending)
@@ -499,7 +551,7 @@ impl Dispatch {
     }
 
     /// The tickets that a run which is over no longer wants.
-    pub fn superseded(&self) -> Vec<FateRecord> {
+    pub(crate) fn superseded(&self) -> Vec<FateRecord> {
         let tickets = match self.phase {
             Phase::Finished => self.tickets.unanswered(),
             Phase::Running | Phase::Paused => Vec::new(),
@@ -507,7 +559,7 @@ impl Dispatch {
         let reason = "the run reached its last step";
         tickets
             .into_iter()
-            .map(|ticket| unanswered(ticket, Fate::Superseded, reason))
+            .map(|ticket| FateRecord::new(ticket, Fate::Superseded, reason.to_owned()))
             .collect()
     }
 }
@@ -523,31 +575,18 @@ fn lease_id(ticket: &TicketId, nonce: &[u8; 32]) -> LeaseId {
 }
 
 /// The fate of a leased ticket.
-pub fn fate_of(lease: &Lease, group: Option<GroupHash>, fate: Fate, reason: String) -> FateRecord {
+pub(crate) fn fate_of(
+    lease: &Lease,
+    group: Option<GroupHash>,
+    fate: Fate,
+    reason: String,
+) -> FateRecord {
     FateRecord {
-        ticket: lease.ticket.id,
         group,
         lease: Some(lease.id),
         worker: Some(lease.worker),
         policy_version: Some(lease.version.version),
-        fate,
-        reason,
-        audited: false,
-        step: None,
-    }
-}
-
-fn unanswered(ticket: TicketId, fate: Fate, reason: &str) -> FateRecord {
-    FateRecord {
-        ticket,
-        group: None,
-        lease: None,
-        worker: None,
-        policy_version: None,
-        fate,
-        reason: reason.to_owned(),
-        audited: false,
-        step: None,
+        ..FateRecord::new(lease.ticket.id, fate, reason)
     }
 }
 

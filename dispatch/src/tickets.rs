@@ -12,18 +12,18 @@ use muster_protocol::message::ticket::Ticket;
 
 /// What bounds the table.
 #[derive(Debug, Clone, Copy)]
-pub struct Budget {
+pub(crate) struct Budget {
     /// Groups per batch, B.
-    pub batch_groups: u64,
+    pub(crate) batch_groups: u64,
     /// Largest staleness, η.
-    pub async_level: u64,
+    pub(crate) async_level: u64,
     /// Steps of the run.
-    pub steps: u64,
+    pub(crate) steps: u64,
 }
 
 /// Where a ticket is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stage {
+pub(crate) enum Stage {
     /// Nobody answers it.
     Open,
     /// A worker answers it.
@@ -51,39 +51,37 @@ struct Entry {
 
 /// Open tickets in the order of their numbers.
 #[derive(Debug)]
-pub struct TicketTable {
+pub(crate) struct TicketTable {
     budget: Budget,
     entries: BTreeMap<TicketId, Entry>,
     /// Tickets handed on to the trainer before this dispatch started, of which only the numbers are known to be open.
     issued: u64,
     freed: u64,
-    trained: u64,
 }
 
 impl TicketTable {
     /// An empty table.
-    pub fn new(budget: Budget) -> Self {
+    pub(crate) fn new(budget: Budget) -> Self {
         Self {
             budget,
             entries: BTreeMap::new(),
             issued: 0,
             freed: 0,
-            trained: 0,
         }
     }
 
     /// How many tickets were ever issued: the last number.
-    pub fn issued(&self) -> u64 {
+    pub(crate) fn issued(&self) -> u64 {
         self.issued
     }
 
     /// Tells how many tickets were issued before, as the queue counts them.
-    pub fn restore_issued(&mut self, issued: u64) {
+    pub(crate) fn restore_issued(&mut self, issued: u64) {
         self.issued = self.issued.max(issued);
     }
 
     /// How many more tickets may be issued under `version`.
-    pub fn wanted(&self, version: PolicyVersion) -> u64 {
+    pub(crate) fn wanted(&self, version: PolicyVersion) -> u64 {
         let Budget {
             batch_groups,
             async_level,
@@ -94,7 +92,7 @@ impl TicketTable {
     }
 
     /// Takes in a ticket that was issued.
-    pub fn open(&mut self, ticket: Ticket) {
+    pub(crate) fn open(&mut self, ticket: Ticket) {
         self.issued = self.issued.max(ticket.id.0);
         self.entries.entry(ticket.id).or_insert(Entry {
             ticket,
@@ -103,7 +101,7 @@ impl TicketTable {
     }
 
     /// Takes in a ticket whose group is already with the critics.
-    pub fn restore_judging(&mut self, ticket: &Ticket) {
+    pub(crate) fn restore_judging(&mut self, ticket: &Ticket) {
         self.entries.insert(
             ticket.id,
             Entry {
@@ -114,7 +112,7 @@ impl TicketTable {
     }
 
     /// Whether the ticket has not ended, as far as this table knows.
-    pub fn stage(&self, ticket: TicketId) -> Option<&Stage> {
+    pub(crate) fn stage(&self, ticket: TicketId) -> Option<&Stage> {
         self.entries.get(&ticket).map(|entry| &entry.stage)
     }
 
@@ -122,7 +120,7 @@ impl TicketTable {
     /// while that version is still admissible.
     ///
     /// The k-th ticket that has not ended is expected to be trained `k / B` steps from now.
-    pub fn next_open(&self, held: PolicyVersion, version: PolicyVersion) -> Option<&Ticket> {
+    pub(crate) fn next_open(&self, held: PolicyVersion, version: PolicyVersion) -> Option<&Ticket> {
         for (ahead, entry) in (0..).zip(self.entries.values()) {
             let expected = version.0 + ahead / self.budget.batch_groups;
             if expected > held.0 + self.budget.async_level {
@@ -136,32 +134,35 @@ impl TicketTable {
     }
 
     /// Whether some ticket is open, whoever may answer it.
-    pub fn any_open(&self) -> bool {
+    pub(crate) fn any_open(&self) -> bool {
         self.entries
             .values()
             .any(|entry| entry.stage == Stage::Open)
     }
 
     /// Moves a ticket to another stage.
-    pub fn advance(&mut self, ticket: TicketId, stage: Stage) {
+    pub(crate) fn advance(&mut self, ticket: TicketId, stage: Stage) {
         if let Some(entry) = self.entries.get_mut(&ticket) {
             entry.stage = stage;
         }
     }
 
-    /// Ends a ticket. Returns whether it had not ended before.
-    pub fn end(&mut self, ticket: TicketId, fate: Fate) -> bool {
-        let known = self.entries.remove(&ticket).is_some();
-        match fate {
-            Fate::Trained => self.trained += 1,
-            fate if fate.frees_a_place() => self.freed += 1,
-            _ => {}
+    /// Ends a ticket.
+    pub(crate) fn end(&mut self, ticket: TicketId, fate: Fate) {
+        self.entries.remove(&ticket);
+        if fate.frees_a_place() {
+            self.freed += 1;
         }
-        known
+        debug_assert!(
+            self.freed <= self.issued,
+            "budget of open tickets: {} places freed, {} tickets issued",
+            self.freed,
+            self.issued
+        );
     }
 
     /// Opens the tickets again whose lease ran out by `now`; returns those leases.
-    pub fn reopen_overdue(&mut self, now: UnixMillis) -> Vec<(TicketId, LeaseId, PeerId)> {
+    pub(crate) fn reopen_overdue(&mut self, now: UnixMillis) -> Vec<(TicketId, LeaseId, PeerId)> {
         let mut overdue = Vec::new();
         for (id, entry) in &mut self.entries {
             let Stage::Leased {
@@ -180,17 +181,16 @@ impl TicketTable {
         overdue
     }
 
-    /// Opens a ticket whose lease was given up.
-    pub fn reopen(&mut self, ticket: TicketId, lease: LeaseId) {
-        if let Some(entry) = self.entries.get_mut(&ticket)
-            && matches!(entry.stage, Stage::Leased { lease: held, .. } if held == lease)
-        {
-            entry.stage = Stage::Open;
-        }
+    /// Tickets that a worker holds now.
+    pub(crate) fn leased(&self) -> usize {
+        let stages = self.entries.values().map(|entry| &entry.stage);
+        stages
+            .filter(|stage| matches!(stage, Stage::Leased { .. }))
+            .count()
     }
 
     /// The tickets whose group is with the critics although their deadline has passed.
-    pub fn unjudged(&self, now: UnixMillis) -> Vec<TicketId> {
+    pub(crate) fn unjudged(&self, now: UnixMillis) -> Vec<TicketId> {
         let overdue =
             |entry: &&Entry| entry.stage == Stage::Judging && entry.ticket.deadline <= now;
         self.entries
@@ -201,7 +201,7 @@ impl TicketTable {
     }
 
     /// Tickets that nobody answered before their deadline.
-    pub fn expired(&self, now: UnixMillis) -> Vec<TicketId> {
+    pub(crate) fn expired(&self, now: UnixMillis) -> Vec<TicketId> {
         let expired = |entry: &&Entry| {
             let unanswered = matches!(entry.stage, Stage::Open | Stage::Leased { .. });
             unanswered && entry.ticket.deadline <= now
@@ -214,7 +214,7 @@ impl TicketTable {
     }
 
     /// Tickets whose fate is dispatch's to decide and not decided: what a run that ends supersedes.
-    pub fn unanswered(&self) -> Vec<TicketId> {
+    pub(crate) fn unanswered(&self) -> Vec<TicketId> {
         let open = |entry: &&Entry| !matches!(entry.stage, Stage::Ready | Stage::Ending);
         self.entries
             .values()
@@ -224,13 +224,8 @@ impl TicketTable {
     }
 
     /// Tickets that have not ended.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.entries.len()
-    }
-
-    /// Whether every ticket has ended.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
     }
 }
 

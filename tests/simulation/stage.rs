@@ -14,10 +14,10 @@ use tokio_util::task::TaskTracker;
 
 use muster_broadcaster::follower::{Follow, Follower};
 use muster_dispatch::audit::AuditConfig;
-use muster_dispatch::judging::CritiqueConfig;
+use muster_dispatch::conduct::ConductConfig;
 use muster_dispatch::prompts::{Prompt, PromptSource, Reference};
+use muster_dispatch::reviews::CritiqueConfig;
 use muster_dispatch::service::{DispatchError, DispatchParts, DispatchService, DispatchSettings};
-use muster_dispatch::workers::ConductConfig;
 use muster_learner::advantage::AdvantageConfig;
 use muster_learner::trainer::objects::BroadcastConfig;
 use muster_learner::trainer::{Trainer, TrainerError, TrainerParts, TrainerSettings};

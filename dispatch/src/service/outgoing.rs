@@ -3,10 +3,12 @@
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use muster_protocol::bus::{BusError, Delivery, Enqueued, SharedBus};
-use muster_protocol::id::{GroupHash, TicketId};
+use muster_protocol::id::TicketId;
+use muster_protocol::life;
+use muster_protocol::message::control::{ControlEvent, MemberFault};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::subject::{Log, Queue};
 
@@ -15,17 +17,11 @@ use super::{CHUNK, DispatchError, DispatchService};
 /// A decision on its way to a queue or a log.
 pub(super) enum Outgoing {
     /// A judged group goes to the trainer.
-    Ready {
-        /// Of which ticket.
-        ticket: TicketId,
-        /// As it is stored.
-        joined: Bytes,
-    },
-    /// A fate goes to the log.
-    Fate {
-        /// Its key.
+    Ready { ticket: TicketId, joined: Bytes },
+    /// A fate or a member's fault goes to a log.
+    Append {
+        log: Log,
         key: String,
-        /// As it is stored.
         record: Bytes,
     },
 }
@@ -37,7 +33,7 @@ impl Outgoing {
                 bus.enqueue(Queue::Ready, &format!("r-{ticket}"), joined.clone())
                     .await
             }
-            Self::Fate { key, record } => bus.append(Log::Fates, key, None, record.clone()).await,
+            Self::Append { log, key, record } => bus.append(*log, key, None, record.clone()).await,
         }
     }
 }
@@ -45,15 +41,38 @@ impl Outgoing {
 impl DispatchService {
     /// Decides a ticket's fate; [`Self::flush`] writes it to the log, from where it is taken in.
     pub(super) fn end_ticket(&mut self, record: FateRecord) -> Result<(), DispatchError> {
-        let key = match record.fate {
-            Fate::Duplicate => format!("d-{}-{}", record.ticket, short(record.group)),
-            _ => format!("f-{}", record.ticket),
-        };
         if record.fate != Fate::Duplicate {
             self.core.ending(record.ticket);
         }
+        debug!(
+            target: life::TARGET,
+            ticket = %record.ticket,
+            group = record.group.map(|group| group.short()),
+            fate = %record.fate,
+            reason = record.reason,
+            "ended by dispatch"
+        );
+        let key = record.key();
         let record = self.seal(record)?.bytes;
-        self.outgoing.push_back(Outgoing::Fate { key, record });
+        self.outgoing.push_back(Outgoing::Append {
+            log: Log::Fates,
+            key,
+            record,
+        });
+        Ok(())
+    }
+
+    /// Sends a fault that was counted to the control log, from where the next start of dispatch counts it. A fault is queued
+    /// before its ticket's fate: a dispatch that is killed between the two decides both again.
+    pub(super) fn log_fault(&mut self, fault: MemberFault) -> Result<(), DispatchError> {
+        info!(member = %fault.member.short(), ticket = %fault.ticket, kind = ?fault.kind, "fault counted");
+        let key = format!("c-{}-{}", fault.ticket, fault.member.short());
+        let record = self.seal(ControlEvent::Fault(fault))?.bytes;
+        self.outgoing.push_back(Outgoing::Append {
+            log: Log::Control,
+            key,
+            record,
+        });
         Ok(())
     }
 
@@ -69,7 +88,7 @@ impl DispatchService {
             for (outgoing, written) in batch.into_iter().zip(written) {
                 match (written, &outgoing) {
                     (Ok(_), Outgoing::Ready { ticket, .. }) => handed_on.push(*ticket),
-                    (Ok(_), Outgoing::Fate { .. }) => {}
+                    (Ok(_), Outgoing::Append { .. }) => {}
                     (Err(error), _) if error.is_transient() => {
                         warn!(%error, "a decision is not durable yet: trying again");
                         kept.push(outgoing);
@@ -78,7 +97,7 @@ impl DispatchService {
                 }
             }
             for ticket in &handed_on {
-                debug!(%ticket, "handed on");
+                debug!(target: life::TARGET, %ticket, "ready for the trainer");
                 self.core.handed_on(*ticket);
             }
             self.release(&handed_on).await;
@@ -133,8 +152,4 @@ pub(super) async fn acknowledged<'a, T>(held: impl Iterator<Item = (T, &'a Deliv
         .into_iter()
         .flatten()
         .collect()
-}
-
-fn short(group: Option<GroupHash>) -> String {
-    group.map_or_else(|| "none".to_owned(), |group| group.short())
 }

@@ -2,20 +2,21 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use tracing::debug;
 
 use muster_protocol::bus::{BusError, Delivery};
 use muster_protocol::envelope::open;
-use muster_protocol::id::{GroupHash, TicketId};
+use muster_protocol::id::{ContentHash, GroupHash, TicketId};
+use muster_protocol::life;
 use muster_protocol::message::critique::Admitted;
 use muster_protocol::message::fate::Fate;
-use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::ticket::Ticket;
 use muster_protocol::subject::Queue;
 
 use super::outgoing::acknowledged;
-use super::{CHUNK, DispatchError, DispatchService};
+use super::{CHUNK, DispatchError, DispatchService, Submission};
 use crate::state::fate_of;
 
 /// Messages that were taken and are of no use any more.
@@ -48,16 +49,21 @@ impl DispatchService {
                 deadline,
             };
             let signed = self.seal(ticket)?;
-            match self
-                .bus
-                .enqueue(Queue::Tickets, &format!("t-{id}"), signed.bytes)
-                .await
-            {
-                Ok(_) | Err(BusError::Full { .. }) => {}
+            let key = format!("t-{id}");
+            let enqueued = self.bus.enqueue(Queue::Tickets, &key, signed.bytes.clone());
+            match enqueued.await {
+                Ok(_) => {
+                    debug!(target: life::TARGET, ticket = %id, "issued");
+                    self.issued
+                        .insert(ContentHash::of(&signed.bytes), signed.body);
+                }
+                Err(BusError::Full { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        self.take_tickets().await
+        self.take_tickets().await?;
+        self.issued.clear();
+        Ok(())
     }
 
     /// Takes in the tickets of the queue.
@@ -67,7 +73,10 @@ impl DispatchService {
             let last = deliveries.len() < CHUNK;
             let mut spent = Spent::default();
             for delivery in deliveries {
-                let ticket = open::<Ticket>(delivery.payload.clone(), &self.run)?.body;
+                let ticket = match self.issued.remove(&ContentHash::of(&delivery.payload)) {
+                    Some(ticket) => ticket,
+                    None => open::<Ticket>(delivery.payload.clone(), &self.run)?.body,
+                };
                 if self.fated.contains(&ticket.id) || self.intake.contains_key(&ticket.id) {
                     self.core.restore_issued(ticket.id.0);
                     spent.deliveries.push(delivery);
@@ -98,9 +107,11 @@ impl DispatchService {
     }
 
     fn on_intake(&mut self, delivery: Delivery, spent: &mut Spent) -> Result<(), DispatchError> {
-        let admitted = open::<Admitted>(delivery.payload.clone(), &self.run)?.body;
-        let lease = open::<Lease>(admitted.lease.into(), &self.run)?;
-        let group = open::<Group>(admitted.group.into(), &self.run)?;
+        let Submission {
+            lease,
+            group,
+            audit,
+        } = self.submission(&delivery.payload)?;
         let ticket = lease.body.ticket.id;
         let hash = GroupHash::of(&group.bytes);
         if self.fated.contains(&ticket) {
@@ -123,10 +134,24 @@ impl DispatchService {
             return self.on_second_group(&lease.body, hash);
         }
         self.accepted.insert(lease.body.id, hash);
-        self.core.admitted(&lease, &group, admitted.audit);
+        self.core.admitted(&lease, &group, audit);
         self.intake.insert(ticket, (hash, delivery));
         spent.answered.push(ticket);
         Ok(())
+    }
+
+    /// The group of a message of the intake queue: as it was opened when it was submitted, or opened now if another start of
+    /// dispatch stored it.
+    fn submission(&mut self, payload: &Bytes) -> Result<Submission, DispatchError> {
+        if let Some(submission) = self.opened.remove(&ContentHash::of(payload)) {
+            return Ok(submission);
+        }
+        let admitted = open::<Admitted>(payload.clone(), &self.run)?.body;
+        Ok(Submission {
+            lease: open(admitted.lease.into(), &self.run)?,
+            group: open(admitted.group.into(), &self.run)?,
+            audit: admitted.audit,
+        })
     }
 
     fn on_second_group(&mut self, lease: &Lease, group: GroupHash) -> Result<(), DispatchError> {

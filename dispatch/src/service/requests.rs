@@ -11,7 +11,10 @@ use tracing::{debug, info, warn};
 use muster_protocol::bus::{BusError, Request};
 use muster_protocol::credentials::Member;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, TicketId, UnixMillis};
+use muster_protocol::id::{
+    ContentHash, GroupHash, LeaseId, PeerId, PolicyVersion, TicketId, UnixMillis,
+};
+use muster_protocol::life;
 use muster_protocol::limits::{GROUP_BYTES_MAX, PEERS_MAX, SQUASHED_MAX, TEXT_BYTES_MAX};
 use muster_protocol::message::ask::{Ask, LEASES_MAX, Reply, WaitReason};
 use muster_protocol::message::control::Phase;
@@ -25,9 +28,9 @@ use muster_protocol::message::version::{Object, VersionRef};
 use muster_protocol::subject::Queue;
 
 use super::outgoing::Outgoing;
-use super::{DispatchError, DispatchService, KnownPeer};
-use crate::judging::{Case, Outcome};
+use super::{DispatchError, DispatchService, KnownPeer, Submission};
 use crate::overlay::partners;
+use crate::reviews::{PendingReview, ReviewOutcome};
 use crate::state::{Admission, fate_of};
 use crate::waiting::Wait;
 
@@ -44,8 +47,7 @@ enum Decided {
         key: String,
         /// As it is stored.
         admitted: Bytes,
-        /// Its name.
-        group: GroupHash,
+        submission: Box<Submission>,
     },
 }
 
@@ -83,21 +85,28 @@ impl DispatchService {
         let bus = &self.bus;
         let storing = decided.into_iter().map(|decided| async move {
             match decided {
-                Decided::Reply(answer) => Ok(answer),
+                Decided::Reply(answer) => Ok((answer, None)),
                 Decided::Store {
                     key,
                     admitted,
-                    group,
-                } => match bus.enqueue(Queue::Intake, &key, admitted).await {
-                    Ok(_) => Ok(Reply::Accepted { group }),
-                    Err(error) => wait_for_bus(error),
-                },
+                    submission,
+                } => {
+                    let group = GroupHash::of(&submission.group.bytes);
+                    let message = ContentHash::of(&admitted);
+                    match bus.enqueue(Queue::Intake, &key, admitted).await {
+                        Ok(_) => Ok((Reply::Accepted { group }, Some((message, *submission)))),
+                        Err(error) => Ok((wait_for_bus(error)?, None)),
+                    }
+                }
             }
         });
-        let answers = join_all(storing)
-            .await
-            .into_iter()
-            .collect::<Result<_, _>>()?;
+        let stored: Vec<Result<_, DispatchError>> = join_all(storing).await;
+        let mut answers = Vec::with_capacity(stored.len());
+        for stored in stored {
+            let (answer, submission) = stored?;
+            answers.push(answer);
+            self.opened.extend(submission);
+        }
         if any {
             match self.take_intake().await {
                 Err(DispatchError::Bus(error)) if error.is_transient() => {
@@ -106,6 +115,7 @@ impl DispatchService {
                 Err(error) => return Err(error),
                 Ok(_) => {}
             }
+            self.opened.clear();
         }
         Ok(answers)
     }
@@ -181,7 +191,14 @@ impl DispatchService {
                 .lease(member.peer, held, class, self.clock.now(), nonce)
             {
                 Ok(lease) => {
-                    debug!(ticket = %lease.ticket.id, worker = member.name, "leased");
+                    debug!(
+                        target: life::TARGET,
+                        ticket = %lease.ticket.id,
+                        lease = %lease.id,
+                        worker = member.name,
+                        version = %lease.version.version,
+                        "leased"
+                    );
                     leases.push(ByteBuf::from(self.seal(lease)?.bytes.to_vec()));
                 }
                 Err(wait) if leases.is_empty() => return Ok(waiting(wait)),
@@ -198,7 +215,7 @@ impl DispatchService {
         group: ByteBuf,
     ) -> Result<Decided, DispatchError> {
         let answer = match self.opened_submission(lease, group) {
-            Ok((lease, group)) => return self.on_group(member, &lease, &group),
+            Ok((lease, group)) => return self.on_group(member, lease, group),
             Err(reason) => refused(reason),
         };
         Ok(Decided::Reply(answer))
@@ -221,17 +238,25 @@ impl DispatchService {
     fn on_group(
         &mut self,
         member: &Member,
-        lease: &Signed<Lease>,
-        group: &Signed<Group>,
+        lease: Signed<Lease>,
+        group: Signed<Group>,
     ) -> Result<Decided, DispatchError> {
         let hash = GroupHash::of(&group.bytes);
         let accepted = Reply::Accepted { group: hash };
         if self.accepted.entries.get(&lease.body.id) == Some(&hash) {
             return Ok(Decided::Reply(accepted));
         }
-        let answer = match self.core.admit(&lease.body, group) {
+        let answer = match self.core.admit(&lease.body, &group) {
             Admission::Admit { audit } => {
-                debug!(ticket = %lease.body.ticket.id, worker = member.name, audit, "admitted");
+                debug!(
+                    target: life::TARGET,
+                    ticket = %lease.body.ticket.id,
+                    lease = %lease.body.id,
+                    group = %hash.short(),
+                    worker = member.name,
+                    audit,
+                    "admitted"
+                );
                 let admitted = Admitted {
                     lease: lease.bytes.to_vec(),
                     group: group.bytes.to_vec(),
@@ -241,14 +266,19 @@ impl DispatchService {
                 return Ok(Decided::Store {
                     key: format!("i-{}", lease.body.id),
                     admitted: self.seal(admitted)?.bytes,
-                    group: hash,
+                    submission: Box::new(Submission {
+                        lease,
+                        group,
+                        audit,
+                    }),
                 });
             }
             Admission::Repeated => accepted,
             Admission::Reject(record) => {
                 let reason = record.reason.clone();
                 info!(worker = member.name, %reason, "group rejected at admission");
-                self.core.submission_rejected(&lease.body);
+                let fault = self.core.submission_rejected(&lease.body);
+                self.log_fault(fault)?;
                 self.end_ticket(record)?;
                 refused(reason)
             }
@@ -268,7 +298,7 @@ impl DispatchService {
         held: &[VersionRef],
         groups_max: u32,
     ) -> Result<Reply, DispatchError> {
-        if self.control.phase == Phase::Finished && self.core.court().is_empty() {
+        if self.control.phase == Phase::Finished && self.core.reviews().len() == 0 {
             return Ok(Reply::Finished);
         }
         self.core.critic_asks(&member.peer);
@@ -286,6 +316,7 @@ impl DispatchService {
                 warn!(%ticket, "no gold answer for the ticket's item");
                 break;
             };
+            debug!(target: life::TARGET, %ticket, critic = member.name, "given to a critic");
             let signed = self.seal(lease)?;
             bytes += signed.bytes.len();
             if bytes > GROUP_BYTES_MAX && !leases.is_empty() {
@@ -302,15 +333,15 @@ impl DispatchService {
         critic: PeerId,
         deadline: UnixMillis,
     ) -> Option<CritiqueLease> {
-        let case = self.core.court().case_of(ticket)?;
-        let reference = self.prompts.reference(case.item)?;
+        let review = self.core.reviews().get(ticket)?;
+        let reference = self.prompts.reference(review.lease.body.ticket.item)?;
         Some(CritiqueLease {
-            lease: case.lease.to_vec(),
-            group: case.body.to_vec(),
+            lease: review.lease.bytes.to_vec(),
+            group: review.envelope.to_vec(),
             critic,
             prompt: reference.prompt,
             gold: reference.gold,
-            audit: case.audit,
+            audit: review.audit,
             deadline,
         })
     }
@@ -334,32 +365,43 @@ impl DispatchService {
         Ok(Reply::Recorded { refused })
     }
 
-    /// Takes in one verdict; returns why it was refused, if it was.
+    /// Records one verdict; returns why it was refused, if it was.
     fn on_verdict(&mut self, verdict: Signed<Verdict>) -> Result<Option<String>, DispatchError> {
-        let ticket = verdict.body.ticket;
-        match self.core.judged(verdict) {
-            Ok(Outcome::Pending) => {}
-            Ok(Outcome::Settled {
-                case,
+        let (ticket, group) = (verdict.body.ticket, verdict.body.group);
+        let (critic, decision) = (verdict.author, verdict.body.decision);
+        let (outcome, faults) = self.core.record_verdict(verdict);
+        for fault in faults {
+            self.log_fault(fault)?;
+        }
+        let refusal = outcome.as_ref().err().map(ToString::to_string);
+        debug!(
+            target: life::TARGET,
+            %ticket,
+            group = %group.short(),
+            critic = %critic.short(),
+            ?decision,
+            refusal,
+            "verdict"
+        );
+        match outcome {
+            Ok(ReviewOutcome::Pending) | Err(_) => {}
+            Ok(ReviewOutcome::Settled {
+                review,
                 decision,
                 verdicts,
                 ..
-            }) => {
-                self.on_settled(ticket, &case, decision, &verdicts)?;
-            }
-            Ok(Outcome::Undecided(case)) => {
+            }) => self.on_settled(&review, decision, &verdicts)?,
+            Ok(ReviewOutcome::Undecided(review)) => {
                 let reason = "the critics asked did not agree".to_owned();
-                self.end_case(&case, reason)?;
+                self.reject(&review, reason)?;
             }
-            Err(refusal) => return Ok(Some(refusal.to_string())),
         }
-        Ok(None)
+        Ok(refusal)
     }
 
     fn on_settled(
         &mut self,
-        ticket: TicketId,
-        case: &Case,
+        review: &PendingReview,
         decision: Decision,
         verdicts: &[Signed<Verdict>],
     ) -> Result<(), DispatchError> {
@@ -368,11 +410,11 @@ impl DispatchService {
                 .iter()
                 .find_map(|verdict| verdict.body.findings.first());
             let reason = finding.map_or_else(|| "rejected".to_owned(), ToString::to_string);
-            return self.end_case(case, reason);
+            return self.reject(review, reason);
         }
         let joined = Joined {
-            lease: case.lease.to_vec(),
-            group: case.body.to_vec(),
+            lease: review.lease.bytes.to_vec(),
+            group: review.envelope.to_vec(),
             verdicts: verdicts
                 .iter()
                 .map(|v| ByteBuf::from(v.bytes.to_vec()))
@@ -380,17 +422,18 @@ impl DispatchService {
             audited: verdicts.iter().all(|verdict| verdict.body.audited),
         };
         let joined = self.seal(joined)?.bytes;
+        let ticket = review.lease.body.ticket.id;
         self.core.ending(ticket);
         self.outgoing.push_back(Outgoing::Ready { ticket, joined });
         Ok(())
     }
 
-    fn end_case(&mut self, case: &Case, reason: String) -> Result<(), DispatchError> {
-        let lease = open::<Lease>(case.lease.clone(), &self.run)?;
+    fn reject(&mut self, review: &PendingReview, reason: String) -> Result<(), DispatchError> {
         let shown: String = reason.chars().take(TEXT_BYTES_MAX / 4).collect();
-        info!(worker = %case.author.short(), reason = %shown, "group rejected");
-        let mut record = fate_of(&lease.body, Some(case.group), Fate::Rejected, shown);
-        record.audited = case.audit;
+        info!(worker = %review.author().short(), reason = %shown, "group rejected");
+        let lease = &review.lease.body;
+        let mut record = fate_of(lease, Some(review.group), Fate::Rejected, shown);
+        record.audited = review.audit;
         self.end_ticket(record)
     }
 

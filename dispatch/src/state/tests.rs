@@ -1,4 +1,4 @@
-use muster_protocol::envelope::{open, seal};
+use muster_protocol::envelope::seal;
 use muster_protocol::id::{DescriptorHash, StateRoot};
 use muster_protocol::identity::{Identity, MachineSeed};
 use muster_protocol::message::group::{FinishReason, Rollout};
@@ -35,7 +35,7 @@ fn group_of(lease: &Lease) -> Group {
 }
 
 #[test]
-fn a_group_of_several_versions_is_audited_and_only_by_who_holds_them_all() {
+fn a_group_of_several_versions_is_audited_and_only_by_a_critic_that_holds_them_all() {
     let mut dispatch = with_a_group_to_judge();
     dispatch.version_made(version(1));
     let worker = PeerId([1; 32]);
@@ -74,7 +74,7 @@ fn a_group_of_several_versions_is_audited_and_only_by_who_holds_them_all() {
         dispatch.admit(&leased, &group),
         Admission::Admit { audit: true }
     );
-    dispatch.end_case_of_the_first(&lease, &group);
+    dispatch.review_only(&lease, &group);
     let critic = PeerId([2; 32]);
     let held = |versions: &[u64]| versions.iter().map(|v| version(*v)).collect::<Vec<_>>();
     assert!(dispatch.assign(critic, &held(&[0]), UnixMillis(1)).is_err());
@@ -87,8 +87,8 @@ fn a_group_of_several_versions_is_audited_and_only_by_who_holds_them_all() {
 
 impl Dispatch {
     /// Leaves the given group as the only one with the critics.
-    fn end_case_of_the_first(&mut self, lease: &Signed<Lease>, group: &Signed<Group>) {
-        self.court.close(TicketId(1));
+    fn review_only(&mut self, lease: &Signed<Lease>, group: &Signed<Group>) {
+        self.reviews.close(TicketId(1));
         self.admitted(lease, group, true);
     }
 }
@@ -143,10 +143,11 @@ fn a_group_that_no_critic_can_judge_ends_when_it_is_too_old_to_be_trained() {
     dispatch.version_made(version(ASYNC_LEVEL));
     assert_eq!(dispatch.unjudged(UnixMillis(1)), []);
     dispatch.version_made(version(ASYNC_LEVEL + 1));
-    let [(ticket, fate, reason)] = &dispatch.unjudged(UnixMillis(1))[..] else {
+    let [record] = &dispatch.unjudged(UnixMillis(1))[..] else {
         panic!("not one group ends")
     };
-    assert_eq!((*ticket, *fate), (TicketId(1), Fate::Stale));
+    assert_eq!((record.ticket, record.fate), (TicketId(1), Fate::Stale));
+    let reason = &record.reason;
     assert!(reason.contains("3 steps stale, at most 2"), "{reason}");
 }
 
@@ -156,13 +157,13 @@ fn a_group_that_no_critic_can_judge_ends_with_its_tickets_deadline() {
     assert_eq!(dispatch.unjudged(UnixMillis(DEADLINE.0 - 1)), []);
     let ended = dispatch.unjudged(DEADLINE);
     assert!(
-        matches!(ended[..], [(TicketId(1), Fate::Expired, _)]),
+        matches!(&ended[..], [record] if record.ticket == TicketId(1) && record.fate == Fate::Expired),
         "{ended:?}"
     );
 }
 
 #[test]
-fn a_ticket_whose_fate_is_on_its_way_to_the_log_is_nobodys_any_more() {
+fn a_ticket_whose_fate_is_on_its_way_to_the_log_takes_no_group_and_no_verdict() {
     let mut dispatch = with_a_group_to_judge();
     dispatch.ending(TicketId(1));
     assert!(dispatch.is_settled(TicketId(1)));
@@ -180,11 +181,10 @@ fn a_ticket_whose_fate_is_on_its_way_to_the_log_is_nobodys_any_more() {
 #[test]
 fn the_first_draw_of_a_lease_holds_when_its_group_is_submitted_again() {
     let mut dispatch = with_a_group_to_judge();
-    let lease = dispatch.court.case_of(TicketId(1)).unwrap().lease.clone();
+    let lease = dispatch.reviews.get(TicketId(1)).unwrap().lease.clone();
     let run: RunId = "r".parse().unwrap();
-    let lease = open::<Lease>(lease, &run).unwrap();
     let author = lease.body.worker;
-    dispatch.court.close(TicketId(1));
+    dispatch.reviews.close(TicketId(1));
     let leased = Stage::Leased {
         lease: lease.body.id,
         worker: author,
@@ -208,4 +208,32 @@ fn the_first_draw_of_a_lease_holds_when_its_group_is_submitted_again() {
     dispatch.draws.forget(TicketId(1));
     let anew = Admission::Admit { audit: false };
     assert_eq!(dispatch.admit(&lease.body, &group), anew, "a veteran's");
+}
+
+/// A worker that answers late takes the ticket from the worker that holds it by then.
+#[test]
+fn a_lease_overtaken_by_a_late_answer_no_longer_counts_as_held() {
+    let mut dispatch = with_a_group_to_judge();
+    let late = dispatch.reviews.get(TicketId(1)).unwrap().lease.clone();
+    let group = seal(
+        &Identity::from_seed(&MachineSeed::from_bytes([9; 32])),
+        &"r".parse().unwrap(),
+        2,
+        group_of(&late.body),
+    );
+    let mut ticket = late.body.ticket.clone();
+    ticket.id = TicketId(2);
+    let class = NumericClass::F32Cpu;
+    dispatch.ticket_issued(ticket.clone());
+    let first = PeerId([1; 32]);
+    let lease = dispatch.lease(first, version(0), class, UnixMillis(0), [5; 32]);
+    let mut overdue = late;
+    overdue.body = lease.unwrap();
+    assert!(dispatch.tick(UnixMillis(1_000)).is_empty());
+    let second = PeerId([3; 32]);
+    let again = dispatch.lease(second, version(0), class, UnixMillis(1_000), [6; 32]);
+    assert_eq!(again.unwrap().ticket.id, TicketId(2));
+    assert_eq!(dispatch.conduct.leases_held(), 1);
+    dispatch.admitted(&overdue, &group.unwrap(), true);
+    assert_eq!(dispatch.conduct.leases_held(), 0);
 }
