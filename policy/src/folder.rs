@@ -93,6 +93,16 @@ impl ModelFolder {
         })
     }
 
+    /// Reads a folder's configuration and tokenizer, and no weights.
+    ///
+    /// # Errors
+    /// Names the first file that is missing, damaged or does not fit the other.
+    pub fn read_text(folder: &Path) -> Result<(Config, Tokenizer), FolderError> {
+        let mut config = read_config(folder)?;
+        let tokenizer = read_tokens(folder, &mut config)?;
+        Ok((config, tokenizer))
+    }
+
     /// Writes the folder. Each file is written whole or not at all, and the weights come last, so that a folder with weights
     /// is complete.
     ///
@@ -195,6 +205,16 @@ mod tests {
             let error = ModelFolder::read(folder.path()).unwrap_err().to_string();
             assert!(error.contains(&format!("{name} is missing")), "{error}");
         }
+    }
+
+    #[test]
+    fn configuration_and_tokenizer_are_read_without_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        model(tiny()).write(folder.path()).unwrap();
+        std::fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+        let (config, tokenizer) = ModelFolder::read_text(folder.path()).unwrap();
+        assert_eq!(config, tiny());
+        assert!(tokenizer.encode("1+2=").is_ok());
     }
 
     #[test]

@@ -35,12 +35,7 @@ pub struct DispatchArgs {
 pub async fn run(args: DispatchArgs) -> Result<()> {
     let dir = RunDir::at(&args.run);
     let config = dir.load_config()?;
-    // The weights go at once: prompts are all that dispatch needs of a model.
-    let ModelFolder {
-        config: shape,
-        tokenizer,
-        ..
-    } = ModelFolder::read(&dir.model())?;
+    let (shape, tokenizer) = ModelFolder::read_text(&dir.model())?;
     let prepared = config.rewards().prepare(dir.root())?;
     let tokens_max = config.sampling.tokens_max.get() as usize;
     let room = shape.max_position_embeddings.saturating_sub(tokens_max);
