@@ -151,6 +151,7 @@ const DECIDING: &[&str] = &[
     "dispatch/src/reviews.rs",
     "dispatch/src/overlay.rs",
     "dispatch/src/state.rs",
+    "dispatch/src/state/leasing.rs",
     "dispatch/src/tickets.rs",
     "dispatch/src/waiting.rs",
     "dispatch/src/conduct.rs",

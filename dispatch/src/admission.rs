@@ -1,5 +1,5 @@
-//! Whether a submitted group answers its lease, as far as can be told without a model: who, which lease, which version,
-//! which prompt, how long, how ended. What passes goes to the critics.
+//! Whether a submitted group answers its lease, as far as can be told without a model: worker, lease, version, prompt,
+//! lengths, endings. What passes goes to the critics.
 
 use muster_protocol::id::{PeerId, PolicyVersion};
 use muster_protocol::message::group::{FinishReason, Group, Rollout, Segment};
@@ -9,36 +9,16 @@ use muster_protocol::message::ticket::SamplingRules;
 /// Why a group does not answer its lease.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Mismatch {
-    /// Somebody else's lease.
-    #[error("the group is signed by {author}, its lease is {lessee}'s")]
-    NotTheLessee {
-        /// Who signed.
-        author: PeerId,
-        /// Who may answer.
-        lessee: PeerId,
-    },
+    #[error("the group is signed by {author}, its lease belongs to {lessee}")]
+    NotTheLessee { author: PeerId, lessee: PeerId },
     /// A field differs from what the lease says.
     #[error("the group's {field} is not its lease's")]
-    Differs {
-        /// Which field.
-        field: &'static str,
-    },
-    /// Another number of rollouts.
+    Differs { field: &'static str },
     #[error("the group has {found} rollouts, its lease asks for {wanted}")]
-    Count {
-        /// As submitted.
-        found: usize,
-        /// As leased.
-        wanted: u32,
-    },
+    Count { found: usize, wanted: u32 },
     /// A rollout that does not follow the sampling rules.
     #[error("rollout {rollout} {problem}")]
-    Rollout {
-        /// Which one of the group.
-        rollout: usize,
-        /// What is wrong.
-        problem: String,
-    },
+    Rollout { rollout: usize, problem: String },
 }
 
 /// Checks `group`, signed by `author`, against its lease. `vocabulary` bounds the token ids.
@@ -131,7 +111,7 @@ fn check_segments(answer: &[Segment], lease: &Lease) -> Result<Vec<u32>, String>
 }
 
 /// An answer ends at its first stop id, with the token that completes a stop string, or at the longest length. Where
-/// strings are complete only a critic can tell, who knows the tokens' texts.
+/// strings are complete only a critic can tell, since it knows the tokens' texts.
 fn check_ending(tokens: &[u32], finish: FinishReason, rules: &SamplingRules) -> Result<(), String> {
     let length_max = rules.tokens_max as usize;
     if tokens.len() > length_max {

@@ -1,5 +1,5 @@
 //! Which groups a forward pass re-checks: drawn after the group was signed, from a secret of dispatch, at a rate that
-//! falls with a worker's record and returns to one after a failure (`research/verification-incentives.md` §3.2).
+//! falls with a worker's record and returns to one after a failure.
 
 use std::collections::BTreeMap;
 
@@ -83,11 +83,11 @@ pub fn is_drawn(secret: &[u8; 32], group: &GroupHash, share: f64) -> bool {
 /// What was drawn for groups that are not stored yet, by ticket and lease. A group whose way to the queue failed is
 /// submitted again, and its author's record may have grown since: the first draw holds, whatever is submitted then.
 #[derive(Debug, Default)]
-pub struct Draws {
+pub struct AuditDraws {
     drawn: BTreeMap<TicketId, BTreeMap<LeaseId, bool>>,
 }
 
-impl Draws {
+impl AuditDraws {
     /// The draw of a lease: the one made before, else `draw`.
     pub fn once(&mut self, ticket: TicketId, lease: LeaseId, draw: impl FnOnce() -> bool) -> bool {
         let drawn = self.drawn.entry(ticket).or_default();

@@ -11,6 +11,7 @@
 mod admission;
 pub mod audit;
 pub mod conduct;
+mod metrics;
 pub mod overlay;
 pub mod prompts;
 pub mod reviews;

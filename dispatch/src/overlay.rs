@@ -1,14 +1,14 @@
-//! Who knows whom when there are more peers than each can know: a bounded overlay in place of a mesh. Pure.
+//! Which peers know one another when there are more than each can know: a bounded overlay in place of a mesh. Pure.
 //!
 //! Peers are numbered in the order of their keys, and number x of n knows the [`FEW`] from `x * FEW` on, modulo n: the
 //! generalised de Bruijn graph (Imase and Itoh, IEEE Trans. Comput. C-30, 1981). Each is known by as many as it knows, which
-//! keeps every uplink busy, and log n to the base [`FEW`] hops lead from anyone to anyone, the fewest that so few links allow.
-//! Invariant: nobody knows itself, or more than [`PEERS_MAX`] others.
+//! keeps every uplink busy, and log n to the base [`FEW`] hops lead from any peer to any other, the fewest that so few links allow.
+//! Invariant: no peer knows itself, or more than [`PEERS_MAX`] others.
 
 use muster_protocol::limits::PEERS_MAX;
 
-/// How many each knows where not everybody can know everybody. More would be asked what they hold in turn, so that each is
-/// heard of less often.
+/// How many peers each knows once there are too many for a mesh. Each asks all it knows in turn what they hold, so with more it
+/// would ask each less often.
 pub const FEW: usize = 8;
 
 /// Numbers of the peers that number `place` of `count` is to know: all others while they are at most [`PEERS_MAX`], and
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_is_reached_in_a_few_hops() {
+    fn every_peer_is_reached_in_a_few_hops() {
         let count = 10_000;
         let (mut reached, mut edge, mut hops) = (BTreeSet::from([0]), vec![0], 0);
         while reached.len() < count {

@@ -1,4 +1,4 @@
-//! Where dispatch gets its prompts. The learner imports no tasks: whoever wires the run hands this in.
+//! Where dispatch gets its prompts. Dispatch imports no tasks: the command that starts it passes a source.
 
 use muster_protocol::id::TicketId;
 

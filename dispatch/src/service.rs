@@ -4,6 +4,8 @@
 //! So a kill at any instant loses nothing: whatever was not acknowledged is handed out again and decided again, and
 //! everything stored is stored under a key.
 
+mod logs;
+mod lookups;
 mod outgoing;
 mod queues;
 mod requests;
@@ -13,13 +15,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::join_all;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
-use muster_protocol::bus::{
-    BusError, Delivery, Record, Request, Requests, SharedBus, Subscription,
-};
+use muster_protocol::bus::{BusError, Delivery, Request, Requests, SharedBus, Subscription};
 use muster_protocol::clock::SharedClock;
 use muster_protocol::credentials::Roster;
 use muster_protocol::envelope::{EnvelopeError, Signed, Statement, open, seal};
@@ -29,19 +28,19 @@ use muster_protocol::id::{
 use muster_protocol::identity::Identity;
 use muster_protocol::message::control::{ControlEvent, ControlState};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
-use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::ticket::Ticket;
-use muster_protocol::message::version::{Announcement, Version, VersionRef};
+use muster_protocol::message::version::{Announcement, VersionRef};
 use muster_protocol::subject::{Log, Queue, Role, Subjects};
 
+use crate::metrics::Metrics;
 use crate::prompts::PromptSource;
 use crate::squashed::SquashedDeltas;
 use crate::state::{Dispatch, DispatchConfig};
 use outgoing::Outgoing;
 
-/// How often time alone is looked at: leases that ran out, tickets to issue, logs to read.
+/// How often dispatch looks for leases that ran out, tickets to issue and new records of logs.
 const TICK: Duration = Duration::from_millis(100);
 /// Held messages are renewed this often, well within the queues' wait.
 const RENEW: Duration = Duration::from_secs(60);
@@ -66,7 +65,7 @@ pub enum DispatchError {
     #[error("dispatch could not write a message: {0}")]
     Envelope(#[from] EnvelopeError),
     /// A later start has taken over.
-    #[error("another dispatch has started for this run: this one stops")]
+    #[error("another dispatch has started for this run, so this one stops")]
     Replaced,
     /// The run's descriptor is not this learner's or this dispatch's.
     #[error("the run's descriptor {0}")]
@@ -77,21 +76,18 @@ pub enum DispatchError {
 pub struct DispatchParts {
     /// Connection under dispatch's credentials.
     pub bus: SharedBus,
-    /// Dispatch's keys.
     pub identity: Identity,
-    /// The run.
     pub run: RunId,
-    /// Who signs descriptors and versions.
+    /// The key that signs descriptors and versions.
     pub learner: PeerId,
     /// The lab's members.
     pub roster: Roster,
     /// Training prompts.
     pub prompts: Arc<dyn PromptSource>,
-    /// Time.
     pub clock: SharedClock,
     /// Steps, bounds, audits.
     pub settings: DispatchSettings,
-    /// Randomness that nobody else can know: seeds nonces and audits.
+    /// Secret randomness, from which nonces and audits are drawn.
     pub secret: [u8; 32],
 }
 
@@ -100,7 +96,6 @@ pub struct DispatchParts {
 pub struct DispatchSettings {
     /// Groups per batch.
     pub batch_groups: u64,
-    /// Steps of the run.
     pub steps: u64,
     /// How long a ticket may stay unanswered, in milliseconds.
     pub ticket_ms: u64,
@@ -169,6 +164,7 @@ pub struct DispatchService {
     control: ControlState,
     generation: u64,
     nonces: NonceSource,
+    metrics: Metrics,
     sequence: u64,
     tickets: BTreeMap<TicketId, Delivery>,
     intake: BTreeMap<TicketId, (GroupHash, Delivery)>,
@@ -296,6 +292,7 @@ impl DispatchService {
             control: ControlState::default(),
             generation,
             nonces,
+            metrics: Metrics::default(),
             sequence: 0,
             tickets: BTreeMap::new(),
             intake: BTreeMap::new(),
@@ -350,7 +347,10 @@ impl DispatchService {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let done = match next_event(&shutdown, &mut requests, &mut news, &mut ticks).await {
-                Event::Shutdown => return Ok(()),
+                Event::Shutdown => {
+                    info!(metrics = ?self.metrics, "dispatch stops");
+                    return Ok(());
+                }
                 Event::Request(first) => self.on_requests(burst(first, &mut requests)).await,
                 Event::Tick => self.on_tick().await,
             };
@@ -373,7 +373,7 @@ impl DispatchService {
         for record in self.core.superseded() {
             self.end_ticket(record)?;
         }
-        for record in self.core.unjudged(now) {
+        for record in self.core.overdue_reviews(now) {
             self.end_ticket(record)?;
         }
         self.flush().await?;
@@ -382,6 +382,7 @@ impl DispatchService {
         self.peers.retain(|_, peer| peer.seen.0 + PEER_MS > now.0);
         if now.0 >= self.renewed.0 + RENEW.as_millis() as u64 {
             self.renewed = now;
+            info!(metrics = ?self.metrics, "dispatch counted");
             self.renew().await?;
         }
         Ok(())
@@ -397,108 +398,6 @@ impl DispatchService {
         let intake = self.intake.values().map(|(_, delivery)| delivery);
         for delivery in self.tickets.values().chain(intake) {
             delivery.renew().await?;
-        }
-        Ok(())
-    }
-
-    /// Reads what was appended to the logs since.
-    async fn read_logs(&mut self) -> Result<(), DispatchError> {
-        for log in [Log::Control, Log::Versions, Log::Fates] {
-            loop {
-                let after = self.read.get(&log).copied().unwrap_or(0);
-                let records = self.bus.read(log, after, CHUNK).await?;
-                if records.is_empty() {
-                    break;
-                }
-                let last = records.last().map_or(after, |record| record.sequence);
-                match log {
-                    Log::Fates => self.on_fates(records).await?,
-                    _ => self.on_records(log, records)?,
-                }
-                self.read.insert(log, last);
-            }
-        }
-        Ok(())
-    }
-
-    fn on_records(&mut self, log: Log, records: Vec<Record>) -> Result<(), DispatchError> {
-        for record in records {
-            match log {
-                Log::Control => {
-                    let event = open::<ControlEvent>(record.payload, &self.run)?;
-                    if let ControlEvent::Fault(fault) = &event.body
-                        && event.author == self.identity.peer_id()
-                    {
-                        self.core.count_fault(fault);
-                    }
-                    self.control.apply(record.sequence, event.body);
-                    self.core.set_phase(self.control.phase);
-                }
-                _ => self.on_version(&record.payload)?,
-            }
-        }
-        if self.control.dispatch.0 > self.generation {
-            return Err(DispatchError::Replaced);
-        }
-        Ok(())
-    }
-
-    fn on_version(&mut self, bytes: &[u8]) -> Result<(), DispatchError> {
-        let announcement = Announcement::decode(bytes).map_err(EnvelopeError::from)?;
-        let version = open::<Version>(announcement.version.clone().into(), &self.run)?;
-        if version.author != self.learner {
-            warn!(author = %version.author, "a version that the learner did not sign was ignored");
-            return Ok(());
-        }
-        let reference = version.body.reference();
-        self.core.version_made(reference);
-        let place = self
-            .announcements
-            .partition_point(|(known, _)| known.version < reference.version);
-        match self.announcements.get(place) {
-            // The same weights, offered anew by a learner that has started again: what came after them still holds.
-            Some((known, _)) if *known == reference => {
-                self.announcements[place] = (reference, announcement);
-            }
-            _ => {
-                self.announcements.truncate(place);
-                self.announcements.push_back((reference, announcement));
-            }
-        }
-        if self.announcements.len() > ANNOUNCEMENTS_KEPT {
-            self.announcements.pop_front();
-        }
-        let remembered = self.announcements.iter().map(|(known, _)| *known);
-        self.squashed.retain(&remembered.collect::<Vec<_>>());
-        Ok(())
-    }
-
-    /// Takes in fates, lets go of their tickets and tells the authors.
-    async fn on_fates(&mut self, records: Vec<Record>) -> Result<(), DispatchError> {
-        let (mut ended, mut notes) = (Vec::new(), Vec::new());
-        for Record { payload, .. } in records {
-            let record = open::<FateRecord>(payload.clone(), &self.run)?.body;
-            if record.fate != Fate::Duplicate && self.fated.insert(record.ticket) {
-                self.core.ended(&record);
-                ended.push(record.ticket);
-            }
-            if let (Some(lease), Some(group)) = (record.lease, record.group) {
-                self.accepted.insert(lease, group);
-                self.receipts.insert(lease, payload.clone());
-            }
-            let author = record.worker;
-            if let Some(member) = author.and_then(|worker| self.roster.by_peer(&worker)) {
-                notes.push((self.subjects.note(&member.user), payload));
-            }
-        }
-        self.release(&ended).await;
-        let telling = notes
-            .iter()
-            .map(|(note, receipt)| self.bus.publish(note, receipt.clone()));
-        for told in join_all(telling).await {
-            if let Err(error) = told {
-                debug!(%error, "a receipt was not sent: it can be asked for");
-            }
         }
         Ok(())
     }

@@ -9,18 +9,15 @@ use muster_protocol::id::{PeerId, PolicyVersion, StateRoot};
 use muster_protocol::limits::{SQUASHED_MAX, STATEMENT_BYTES_MAX};
 use muster_protocol::message::version::{Content, Object, VersionRef, squash_strides};
 
-/// Most descriptions of one step. Two: should one not hold, there is another; more are bytes that nobody fetches.
+/// Most descriptions of one step. Two: should one not hold, there is another; further ones would never be fetched.
 const MAKERS_MAX: usize = 2;
 
 /// Why a description is not passed on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unwanted {
-    /// Signed by somebody else than the member who says it.
+    /// Signed by another key than the sender's.
     #[error("the squashed delta is described by {}, not by the asker: sign it yourself", author.short())]
-    NotTheAskers {
-        /// Who signed.
-        author: PeerId,
-    },
+    NotTheAskers { author: PeerId },
     /// An anchor or a file.
     #[error("only deltas are described by members: the learner describes the rest")]
     NoDelta,
@@ -209,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_member_made_is_told_to_whoever_is_not_past_it() {
+    fn a_description_is_told_to_members_at_or_before_its_start() {
         let (maker, mut deltas) = (Identity::generate(), SquashedDeltas::default());
         for (from, to) in [(0, 4), (4, 8), (0, 16), (16, 32), (28, 32)] {
             described(&mut deltas, &maker, from, to).unwrap();

@@ -1,30 +1,29 @@
 //! What dispatch knows and decides, pure: values, the time and randomness in, values out.
 
+mod leasing;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use muster_protocol::envelope::Signed;
-use muster_protocol::id::{GroupHash, LeaseId, PeerId, PolicyVersion, RunId, TicketId, UnixMillis};
+use muster_protocol::id::{GroupHash, PeerId, PolicyVersion, RunId, TicketId, UnixMillis};
 use muster_protocol::message::ask::WaitReason;
 use muster_protocol::message::control::{FaultKind, MemberFault, Phase};
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
-use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange, WeightsRule};
+use muster_protocol::message::lease::{Lease, NumericClass};
 use muster_protocol::message::ticket::Ticket;
 use muster_protocol::message::verdict::{Decision, Verdict};
 use muster_protocol::message::version::VersionRef;
-use muster_protocol::seed::{SeedBinding, lease_seed};
 
 use crate::admission::{Mismatch, check};
-use crate::audit::{AuditConfig, Draws, is_drawn};
-use crate::conduct::{Conduct, ConductConfig, Pause};
+use crate::audit::{AuditConfig, AuditDraws, is_drawn};
+use crate::conduct::{Conduct, ConductConfig};
 use crate::reviews::{CritiqueConfig, PendingReview, ReviewOutcome, ReviewQueue, VerdictRefusal};
-use crate::tickets::{Budget, Stage, TicketTable};
-use crate::waiting::{RETRY_MS_MAX, Wait, WaitingMembers};
+use crate::tickets::{Budget, TicketStage, TicketTable};
+use crate::waiting::{Wait, WaitingMembers};
 
-/// What dispatch decides by.
 #[derive(Debug, Clone)]
 pub(crate) struct DispatchConfig {
-    /// The run.
     pub(crate) run: RunId,
     /// How many tickets may be open.
     pub(crate) budget: Budget,
@@ -64,18 +63,18 @@ pub(crate) enum Admission {
 #[derive(Debug)]
 pub(crate) struct Dispatch {
     config: DispatchConfig,
-    /// Which life of dispatch this is: its generation.
-    epoch: u64,
+    /// The number of this start of dispatch in the control log.
+    generation: u64,
     /// What audits are drawn with.
     secret: [u8; 32],
     versions: Vec<VersionRef>,
-    /// Workers who may change weights in mid-answer.
+    /// Workers that may change weights in mid-answer.
     trusted: BTreeSet<PeerId>,
     phase: Phase,
     tickets: TicketTable,
     conduct: Conduct,
     reviews: ReviewQueue,
-    draws: Draws,
+    draws: AuditDraws,
     waiting_workers: WaitingMembers,
     waiting_critics: WaitingMembers,
 }
@@ -84,15 +83,14 @@ pub(crate) struct Dispatch {
 const VERSIONS_KEPT: usize = 64;
 
 impl Dispatch {
-    /// A dispatch that knows nothing yet of tickets and versions.
-    pub(crate) fn new(config: DispatchConfig, epoch: u64, secret: [u8; 32]) -> Self {
+    pub(crate) fn new(config: DispatchConfig, generation: u64, secret: [u8; 32]) -> Self {
         Self {
             tickets: TicketTable::new(config.budget),
             conduct: Conduct::new(config.conduct),
             reviews: ReviewQueue::new(config.critique),
-            draws: Draws::default(),
+            draws: AuditDraws::default(),
             config,
-            epoch,
+            generation,
             secret,
             versions: Vec::new(),
             trusted: BTreeSet::new(),
@@ -102,8 +100,8 @@ impl Dispatch {
         }
     }
 
-    /// Lets these workers change weights in mid-answer. They are the lab's: whoever chooses the moment of the swap chooses
-    /// among answers.
+    /// Lets these workers, which must be the lab's, change weights in mid-answer. A worker that chooses the moment of the swap
+    /// chooses among answers.
     pub(crate) fn trust(&mut self, workers: BTreeSet<PeerId>) {
         self.trusted = workers;
     }
@@ -122,12 +120,10 @@ impl Dispatch {
         self.versions.drain(..excess);
     }
 
-    /// Takes in what the lab decided.
     pub(crate) fn set_phase(&mut self, phase: Phase) {
         self.phase = phase;
     }
 
-    /// The ticket table.
     pub(crate) fn tickets(&self) -> &TicketTable {
         &self.tickets
     }
@@ -166,110 +162,6 @@ impl Dispatch {
     pub(crate) fn refuses(&self, class: NumericClass) -> Option<&[NumericClass]> {
         let classes = &self.config.classes;
         (!classes.contains(&class)).then_some(classes)
-    }
-
-    /// Leases the next ticket to a worker that holds `held`, with an unpredictable `nonce`.
-    ///
-    /// # Errors
-    /// Why there is nothing for it now.
-    pub(crate) fn lease(
-        &mut self,
-        worker: PeerId,
-        held: VersionRef,
-        class: NumericClass,
-        now: UnixMillis,
-        nonce: [u8; 32],
-    ) -> Result<Lease, Wait> {
-        let newest = self.may_lease(&worker, held, class, now)?;
-        let Some(ticket) = self
-            .tickets
-            .next_open(held.version, newest.version)
-            .cloned()
-        else {
-            let reason = match self.tickets.any_open() {
-                true if held.version < newest.version => WaitReason::VersionTooOld,
-                _ if self.tickets_wanted().is_empty() => WaitReason::Backpressure,
-                _ => WaitReason::NothingOpen,
-            };
-            return Err(self.waiting_workers.wait(worker, reason, now));
-        };
-        self.waiting_workers.leave(&worker);
-        let id = lease_id(&ticket.id, &nonce);
-        let submission = self.conduct.lease_given(worker, id);
-        let binding = SeedBinding {
-            run: &self.config.run,
-            epoch: self.epoch,
-            worker: &worker,
-            version: held.version,
-            submission,
-        };
-        let seed = lease_seed(&binding, &nonce);
-        let deadline = now.plus(self.config.lease_ms);
-        self.tickets.advance(
-            ticket.id,
-            Stage::Leased {
-                lease: id,
-                worker,
-                deadline,
-            },
-        );
-        let rollouts = RolloutRange {
-            first: 0,
-            count: ticket.group_size,
-        };
-        let (epoch, version) = (self.epoch, held);
-        let weights = match self.trusted.contains(&worker) {
-            true => WeightsRule::InFlight,
-            false => WeightsRule::Drain,
-        };
-        Ok(Lease {
-            id,
-            ticket,
-            worker,
-            version,
-            weights,
-            class,
-            rollouts,
-            epoch,
-            submission,
-            nonce,
-            seed,
-            deadline,
-        })
-    }
-
-    fn may_lease(
-        &mut self,
-        worker: &PeerId,
-        held: VersionRef,
-        class: NumericClass,
-        now: UnixMillis,
-    ) -> Result<VersionRef, Wait> {
-        let reason = match (self.version(), self.phase) {
-            (None, _) => Some(WaitReason::Starting),
-            (_, Phase::Paused) => Some(WaitReason::Paused),
-            _ if !self.config.classes.contains(&class) => Some(WaitReason::NothingOpen),
-            _ if !self.versions.contains(&held) => Some(WaitReason::VersionTooOld),
-            _ => None,
-        };
-        if let Some(reason) = reason {
-            return Err(self.waiting_workers.wait(*worker, reason, now));
-        }
-        match self.conduct.pause(worker, now) {
-            None => self.version().ok_or(Wait {
-                retry_ms: RETRY_MS_MAX,
-                reason: WaitReason::Starting,
-            }),
-            Some(Pause::Busy) => {
-                let reason = WaitReason::Backpressure;
-                Err(self.waiting_workers.wait(*worker, reason, now))
-            }
-            Some(Pause::Until(until)) => Err(Wait::until(until, now, WaitReason::CoolDown)),
-            Some(Pause::Quarantined) => Err(Wait {
-                retry_ms: 60_000,
-                reason: WaitReason::CoolDown,
-            }),
-        }
     }
 
     /// Decides about a group that `author` submitted for a lease signed by dispatch.
@@ -313,7 +205,7 @@ impl Dispatch {
     }
 
     /// The versions that drew a group. A number that dispatch does not know, which only a trusted worker can name, is left
-    /// out here and found by the critic, who holds no such version.
+    /// out here and found by the critic, which holds no such version.
     fn versions_of(&self, lease: &Lease, group: &Group) -> Vec<VersionRef> {
         let named = group.versions();
         let newer = |known: &&VersionRef| {
@@ -327,7 +219,7 @@ impl Dispatch {
     fn is_answerable(&self, ticket: TicketId) -> bool {
         matches!(
             self.tickets.stage(ticket),
-            Some(Stage::Open | Stage::Leased { .. })
+            Some(TicketStage::Open | TicketStage::Leased { .. })
         )
     }
 
@@ -346,7 +238,7 @@ impl Dispatch {
         let versions = self.versions_of(&lease.body, &group.body);
         self.conduct.lease_answered(*worker, *id);
         self.release_lease(ticket.id);
-        self.tickets.restore_judging(ticket);
+        self.tickets.restore_in_review(ticket);
         self.draws.forget(ticket.id);
         let hash = GroupHash::of(&group.bytes);
         self.reviews.open(PendingReview::new(
@@ -451,10 +343,10 @@ impl Dispatch {
         (outcome, faults)
     }
 
-    /// The group went to the trainer, who owns the ticket from now on.
+    /// The group went to the trainer, which owns the ticket from now on.
     pub(crate) fn handed_on(&mut self, ticket: TicketId) {
         self.reviews.close(ticket);
-        self.tickets.advance(ticket, Stage::Ready);
+        self.tickets.advance(ticket, TicketStage::Ready);
     }
 
     /// A ticket ended, by dispatch's or the trainer's decision.
@@ -471,9 +363,9 @@ impl Dispatch {
     /// Takes a ticket from the worker that holds it, which did nothing wrong: another worker's late group came first, or the
     /// ticket ended.
     fn release_lease(&mut self, ticket: TicketId) {
-        if let Some(Stage::Leased { lease, worker, .. }) = self.tickets.stage(ticket) {
+        if let Some(TicketStage::Leased { lease, worker, .. }) = self.tickets.stage(ticket) {
             self.conduct.lease_released(*worker, *lease);
-            self.tickets.advance(ticket, Stage::Open);
+            self.tickets.advance(ticket, TicketStage::Open);
         }
     }
 
@@ -501,13 +393,13 @@ impl Dispatch {
 
     /// The fates of groups whose review cannot end, for instance since no critic holds their version any more: groups that the
     /// trainer would refuse as too old by now, and groups whose ticket's deadline has passed.
-    pub(crate) fn unjudged(&self, now: UnixMillis) -> Vec<FateRecord> {
+    pub(crate) fn overdue_reviews(&self, now: UnixMillis) -> Vec<FateRecord> {
         let newest = self
             .version()
             .map_or(PolicyVersion(0), |newest| newest.version);
         let async_level = self.config.budget.async_level;
         let mut ended: BTreeMap<TicketId, (Fate, String)> = BTreeMap::new();
-        for ticket in self.tickets.unjudged(now) {
+        for ticket in self.tickets.overdue_reviews(now) {
             let reason = "no critic judged the group before the ticket's deadline".to_owned();
             ended.insert(ticket, (Fate::Expired, reason));
         }
@@ -539,14 +431,14 @@ impl Dispatch {
         );
         self.release_lease(ticket);
         self.reviews.close(ticket);
-        self.tickets.advance(ticket, Stage::Ending);
+        self.tickets.advance(ticket, TicketStage::Ending);
     }
 
     /// Whether neither a worker nor a critic is wanted for the ticket any more.
     pub(crate) fn is_settled(&self, ticket: TicketId) -> bool {
         matches!(
             self.tickets.stage(ticket),
-            None | Some(Stage::Ready | Stage::Ending)
+            None | Some(TicketStage::Ready | TicketStage::Ending)
         )
     }
 
@@ -562,16 +454,6 @@ impl Dispatch {
             .map(|ticket| FateRecord::new(ticket, Fate::Superseded, reason.to_owned()))
             .collect()
     }
-}
-
-fn lease_id(ticket: &TicketId, nonce: &[u8; 32]) -> LeaseId {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(b"muster-lease-id-v1\0");
-    hasher.update(&ticket.0.to_le_bytes());
-    hasher.update(nonce);
-    let mut id = [0u8; 16];
-    id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    LeaseId(id)
 }
 
 /// The fate of a leased ticket.

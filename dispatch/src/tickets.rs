@@ -1,6 +1,6 @@
-//! The ticket table: which tickets are open, who holds them, and how many may be open at all.
+//! The ticket table: which tickets are open, which worker holds each, and how many may be open at all.
 //!
-//! Bound (design §4.1): with batch size B and async level η, under version v,
+//! Bound: with batch size B and async level η, under version v,
 //! `issued − freed ≤ (min(v + η + 1, steps))·B`, where freed counts the fates that train nothing. Ended tickets leave the
 //! table. Knows nothing of workers' merits or of critics.
 
@@ -23,20 +23,16 @@ pub(crate) struct Budget {
 
 /// Where a ticket is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Stage {
-    /// Nobody answers it.
+pub(crate) enum TicketStage {
+    /// No worker holds it.
     Open,
-    /// A worker answers it.
     Leased {
-        /// Under which lease.
         lease: LeaseId,
-        /// Who.
         worker: PeerId,
-        /// Until when.
         deadline: UnixMillis,
     },
     /// Its group is with the critics.
-    Judging,
+    InReview,
     /// Its group is with the trainer.
     Ready,
     /// Its fate is decided and on its way to the log.
@@ -46,7 +42,7 @@ pub(crate) enum Stage {
 #[derive(Debug, Clone)]
 struct Entry {
     ticket: Ticket,
-    stage: Stage,
+    stage: TicketStage,
 }
 
 /// Open tickets in the order of their numbers.
@@ -54,13 +50,11 @@ struct Entry {
 pub(crate) struct TicketTable {
     budget: Budget,
     entries: BTreeMap<TicketId, Entry>,
-    /// Tickets handed on to the trainer before this dispatch started, of which only the numbers are known to be open.
     issued: u64,
     freed: u64,
 }
 
 impl TicketTable {
-    /// An empty table.
     pub(crate) fn new(budget: Budget) -> Self {
         Self {
             budget,
@@ -96,27 +90,27 @@ impl TicketTable {
         self.issued = self.issued.max(ticket.id.0);
         self.entries.entry(ticket.id).or_insert(Entry {
             ticket,
-            stage: Stage::Open,
+            stage: TicketStage::Open,
         });
     }
 
     /// Takes in a ticket whose group is already with the critics.
-    pub(crate) fn restore_judging(&mut self, ticket: &Ticket) {
+    pub(crate) fn restore_in_review(&mut self, ticket: &Ticket) {
         self.entries.insert(
             ticket.id,
             Entry {
                 ticket: ticket.clone(),
-                stage: Stage::Judging,
+                stage: TicketStage::InReview,
             },
         );
     }
 
     /// Whether the ticket has not ended, as far as this table knows.
-    pub(crate) fn stage(&self, ticket: TicketId) -> Option<&Stage> {
+    pub(crate) fn stage(&self, ticket: TicketId) -> Option<&TicketStage> {
         self.entries.get(&ticket).map(|entry| &entry.stage)
     }
 
-    /// The ticket that a worker who holds `held` should answer now under `version`, if there is one whose turn comes
+    /// The ticket that a worker that holds `held` should answer now under `version`, if there is one whose turn comes
     /// while that version is still admissible.
     ///
     /// The k-th ticket that has not ended is expected to be trained `k / B` steps from now.
@@ -126,22 +120,22 @@ impl TicketTable {
             if expected > held.0 + self.budget.async_level {
                 return None;
             }
-            if entry.stage == Stage::Open && held >= entry.ticket.oldest_version {
+            if entry.stage == TicketStage::Open && held >= entry.ticket.oldest_version {
                 return Some(&entry.ticket);
             }
         }
         None
     }
 
-    /// Whether some ticket is open, whoever may answer it.
+    /// Whether some ticket is open, under whatever version.
     pub(crate) fn any_open(&self) -> bool {
         self.entries
             .values()
-            .any(|entry| entry.stage == Stage::Open)
+            .any(|entry| entry.stage == TicketStage::Open)
     }
 
     /// Moves a ticket to another stage.
-    pub(crate) fn advance(&mut self, ticket: TicketId, stage: Stage) {
+    pub(crate) fn advance(&mut self, ticket: TicketId, stage: TicketStage) {
         if let Some(entry) = self.entries.get_mut(&ticket) {
             entry.stage = stage;
         }
@@ -165,7 +159,7 @@ impl TicketTable {
     pub(crate) fn reopen_overdue(&mut self, now: UnixMillis) -> Vec<(TicketId, LeaseId, PeerId)> {
         let mut overdue = Vec::new();
         for (id, entry) in &mut self.entries {
-            let Stage::Leased {
+            let TicketStage::Leased {
                 lease,
                 worker,
                 deadline,
@@ -175,7 +169,7 @@ impl TicketTable {
             };
             if deadline <= now {
                 overdue.push((*id, lease, worker));
-                entry.stage = Stage::Open;
+                entry.stage = TicketStage::Open;
             }
         }
         overdue
@@ -185,14 +179,14 @@ impl TicketTable {
     pub(crate) fn leased(&self) -> usize {
         let stages = self.entries.values().map(|entry| &entry.stage);
         stages
-            .filter(|stage| matches!(stage, Stage::Leased { .. }))
+            .filter(|stage| matches!(stage, TicketStage::Leased { .. }))
             .count()
     }
 
     /// The tickets whose group is with the critics although their deadline has passed.
-    pub(crate) fn unjudged(&self, now: UnixMillis) -> Vec<TicketId> {
+    pub(crate) fn overdue_reviews(&self, now: UnixMillis) -> Vec<TicketId> {
         let overdue =
-            |entry: &&Entry| entry.stage == Stage::Judging && entry.ticket.deadline <= now;
+            |entry: &&Entry| entry.stage == TicketStage::InReview && entry.ticket.deadline <= now;
         self.entries
             .values()
             .filter(overdue)
@@ -200,10 +194,10 @@ impl TicketTable {
             .collect()
     }
 
-    /// Tickets that nobody answered before their deadline.
+    /// Tickets without an answer at their deadline.
     pub(crate) fn expired(&self, now: UnixMillis) -> Vec<TicketId> {
         let expired = |entry: &&Entry| {
-            let unanswered = matches!(entry.stage, Stage::Open | Stage::Leased { .. });
+            let unanswered = matches!(entry.stage, TicketStage::Open | TicketStage::Leased { .. });
             unanswered && entry.ticket.deadline <= now
         };
         self.entries
@@ -215,7 +209,8 @@ impl TicketTable {
 
     /// Tickets whose fate is dispatch's to decide and not decided: what a run that ends supersedes.
     pub(crate) fn unanswered(&self) -> Vec<TicketId> {
-        let open = |entry: &&Entry| !matches!(entry.stage, Stage::Ready | Stage::Ending);
+        let open =
+            |entry: &&Entry| !matches!(entry.stage, TicketStage::Ready | TicketStage::Ending);
         self.entries
             .values()
             .filter(open)
@@ -300,7 +295,7 @@ mod tests {
         let (old, new) = (PolicyVersion(3), PolicyVersion(4));
         for id in [1, 2] {
             assert_eq!(table.next_open(old, new).unwrap().id, TicketId(id));
-            table.advance(TicketId(id), Stage::Ready);
+            table.advance(TicketId(id), TicketStage::Ready);
         }
         assert!(table.next_open(old, new).is_none());
         assert_eq!(table.next_open(new, new).unwrap().id, TicketId(3));
@@ -315,7 +310,7 @@ mod tests {
         let deadline = UnixMillis(50);
         table.advance(
             TicketId(1),
-            Stage::Leased {
+            TicketStage::Leased {
                 lease,
                 worker,
                 deadline,
@@ -326,14 +321,14 @@ mod tests {
             table.reopen_overdue(UnixMillis(50)),
             [(TicketId(1), lease, worker)]
         );
-        assert_eq!(table.stage(TicketId(1)), Some(&Stage::Open));
+        assert_eq!(table.stage(TicketId(1)), Some(&TicketStage::Open));
     }
 
     #[test]
     fn only_unanswered_tickets_expire() {
         let mut table = table();
         issue(&mut table, 2);
-        table.advance(TicketId(2), Stage::Judging);
+        table.advance(TicketId(2), TicketStage::InReview);
         assert_eq!(table.expired(UnixMillis(1_000)), [TicketId(1)]);
     }
 }

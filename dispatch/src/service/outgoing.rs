@@ -41,6 +41,9 @@ impl Outgoing {
 impl DispatchService {
     /// Decides a ticket's fate; [`Self::flush`] writes it to the log, from where it is taken in.
     pub(super) fn end_ticket(&mut self, record: FateRecord) -> Result<(), DispatchError> {
+        if record.fate == Fate::Rejected {
+            self.metrics.groups_rejected += 1;
+        }
         if record.fate != Fate::Duplicate {
             self.core.ending(record.ticket);
         }
@@ -65,6 +68,7 @@ impl DispatchService {
     /// Sends a fault that was counted to the control log, from where the next start of dispatch counts it. A fault is queued
     /// before its ticket's fate: a dispatch that is killed between the two decides both again.
     pub(super) fn log_fault(&mut self, fault: MemberFault) -> Result<(), DispatchError> {
+        self.metrics.faults += 1;
         info!(member = %fault.member.short(), ticket = %fault.ticket, kind = ?fault.kind, "fault counted");
         let key = format!("c-{}-{}", fault.ticket, fault.member.short());
         let record = self.seal(ControlEvent::Fault(fault))?.bytes;
@@ -97,6 +101,7 @@ impl DispatchService {
                 }
             }
             for ticket in &handed_on {
+                self.metrics.groups_ready += 1;
                 debug!(target: life::TARGET, %ticket, "ready for the trainer");
                 self.core.handed_on(*ticket);
             }

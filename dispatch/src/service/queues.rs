@@ -53,6 +53,7 @@ impl DispatchService {
             let enqueued = self.bus.enqueue(Queue::Tickets, &key, signed.bytes.clone());
             match enqueued.await {
                 Ok(_) => {
+                    self.metrics.tickets_issued += 1;
                     debug!(target: life::TARGET, ticket = %id, "issued");
                     self.issued
                         .insert(ContentHash::of(&signed.bytes), signed.body);

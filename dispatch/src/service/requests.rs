@@ -11,25 +11,21 @@ use tracing::{debug, info, warn};
 use muster_protocol::bus::{BusError, Request};
 use muster_protocol::credentials::Member;
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{
-    ContentHash, GroupHash, LeaseId, PeerId, PolicyVersion, TicketId, UnixMillis,
-};
+use muster_protocol::id::{ContentHash, GroupHash, PeerId, TicketId, UnixMillis};
 use muster_protocol::life;
-use muster_protocol::limits::{GROUP_BYTES_MAX, PEERS_MAX, SQUASHED_MAX, TEXT_BYTES_MAX};
+use muster_protocol::limits::{GROUP_BYTES_MAX, TEXT_BYTES_MAX};
 use muster_protocol::message::ask::{Ask, LEASES_MAX, Reply, WaitReason};
 use muster_protocol::message::control::Phase;
 use muster_protocol::message::critique::{Admitted, CritiqueLease, Joined};
 use muster_protocol::message::fate::Fate;
 use muster_protocol::message::group::Group;
 use muster_protocol::message::lease::{Lease, NumericClass, class_names};
-use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::verdict::{Decision, Verdict};
-use muster_protocol::message::version::{Object, VersionRef};
+use muster_protocol::message::version::VersionRef;
 use muster_protocol::subject::Queue;
 
 use super::outgoing::Outgoing;
-use super::{DispatchError, DispatchService, KnownPeer, Submission};
-use crate::overlay::partners;
+use super::{DispatchError, DispatchService, Submission};
 use crate::reviews::{PendingReview, ReviewOutcome};
 use crate::state::{Admission, fate_of};
 use crate::waiting::Wait;
@@ -191,6 +187,7 @@ impl DispatchService {
                 .lease(member.peer, held, class, self.clock.now(), nonce)
             {
                 Ok(lease) => {
+                    self.metrics.leases_given += 1;
                     debug!(
                         target: life::TARGET,
                         ticket = %lease.ticket.id,
@@ -248,6 +245,7 @@ impl DispatchService {
         }
         let answer = match self.core.admit(&lease.body, &group) {
             Admission::Admit { audit } => {
+                self.metrics.groups_admitted += 1;
                 debug!(
                     target: life::TARGET,
                     ticket = %lease.body.ticket.id,
@@ -316,6 +314,7 @@ impl DispatchService {
                 warn!(%ticket, "no gold answer for the ticket's item");
                 break;
             };
+            self.metrics.reviews_assigned += 1;
             debug!(target: life::TARGET, %ticket, critic = member.name, "given to a critic");
             let signed = self.seal(lease)?;
             bytes += signed.bytes.len();
@@ -374,6 +373,10 @@ impl DispatchService {
             self.log_fault(fault)?;
         }
         let refusal = outcome.as_ref().err().map(ToString::to_string);
+        match refusal {
+            Some(_) => self.metrics.verdicts_refused += 1,
+            None => self.metrics.verdicts_recorded += 1,
+        }
         debug!(
             target: life::TARGET,
             %ticket,
@@ -436,75 +439,6 @@ impl DispatchService {
         record.audited = review.audit;
         self.end_ticket(record)
     }
-
-    fn on_latest(&self, version: Option<PolicyVersion>) -> Reply {
-        let wanted = |known: &VersionRef| version.is_none_or(|wanted| known.version == wanted);
-        let found = self
-            .announcements
-            .iter()
-            .rev()
-            .find(|(known, _)| wanted(known));
-        Reply::Version(found.map(|(_, announcement)| announcement.clone()))
-    }
-
-    fn on_peers(&mut self, member: &Member, mine: Option<ByteBuf>) -> Reply {
-        if let Some(bytes) = mine {
-            let bytes = Bytes::from(bytes.into_vec());
-            match open::<PeerRecord>(bytes.clone(), &self.run) {
-                Ok(record)
-                    if record.author == member.peer
-                        && record.body.handshake == member.handshake =>
-                {
-                    let known = KnownPeer {
-                        record: bytes,
-                        seen: self.clock.now(),
-                    };
-                    self.peers.insert(member.peer, known);
-                }
-                Ok(_) => return refused("the peer record is not the asker's own"),
-                Err(error) => return refused(error),
-            }
-        }
-        let known: Vec<(&PeerId, &KnownPeer)> = self.peers.iter().collect();
-        let found = known.binary_search_by_key(&&member.peer, |(peer, _)| *peer);
-        // Who is not among them is told of the one that follows it, and of those that this one knows.
-        let place = found.unwrap_or_else(|next| next % known.len().max(1));
-        let next = found.is_err().then_some(place);
-        let others = next.into_iter().chain(partners(known.len(), place));
-        let records = others.take(PEERS_MAX).filter_map(|other| known.get(other));
-        let records = records.map(|(_, known)| ByteBuf::from(known.record.to_vec()));
-        Reply::Peers(records.collect())
-    }
-
-    fn on_deltas(&mut self, member: &Member, from: PolicyVersion, mine: Option<ByteBuf>) -> Reply {
-        if let Some(bytes) = mine {
-            if !member.role.squashes() {
-                let reason = format!("the role {} describes no deltas", member.role);
-                return refused(reason);
-            }
-            let object = match open::<Object>(bytes.into_vec().into(), &self.run) {
-                Ok(object) => object,
-                Err(error) => return refused(error),
-            };
-            let versions = self.announcements.iter().map(|(known, _)| *known);
-            let versions: Vec<VersionRef> = versions.collect();
-            if let Err(unwanted) = self.squashed.describe(member.peer, object, &versions) {
-                return refused(unwanted);
-            }
-        }
-        let told = self.squashed.from(from).take(SQUASHED_MAX);
-        Reply::Deltas(
-            told.map(|object| ByteBuf::from(object.bytes.to_vec()))
-                .collect(),
-        )
-    }
-
-    fn on_receipt(&self, leases: &[LeaseId]) -> Reply {
-        let known = leases
-            .iter()
-            .filter_map(|lease| self.receipts.entries.get(lease));
-        Reply::Receipts(known.map(|bytes| ByteBuf::from(bytes.to_vec())).collect())
-    }
 }
 
 /// What to say when the bus does not answer for a moment.
@@ -526,7 +460,7 @@ fn waiting(wait: Wait) -> Reply {
     }
 }
 
-fn refused(reason: impl ToString) -> Reply {
+pub(super) fn refused(reason: impl ToString) -> Reply {
     Reply::Refused {
         reason: reason
             .to_string()

@@ -15,7 +15,7 @@ use muster_protocol::message::group::{FinishReason, Group, Rollout};
 use muster_protocol::message::lease::NumericClass;
 use muster_protocol::message::ticket::SamplingRules;
 use muster_protocol::message::verdict::{Decision, RolloutReward, Verdict};
-use muster_protocol::message::version::{Dtype, Parameter, Part, PartKind, state_root};
+use muster_protocol::message::version::{Dtype, Parameter, Part, PartKind, Version, state_root};
 use serde_bytes::ByteBuf;
 use tokio::task::JoinHandle;
 

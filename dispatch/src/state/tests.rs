@@ -2,6 +2,7 @@ use muster_protocol::envelope::seal;
 use muster_protocol::id::{DescriptorHash, StateRoot};
 use muster_protocol::identity::{Identity, MachineSeed};
 use muster_protocol::message::group::{FinishReason, Rollout};
+use muster_protocol::message::lease::WeightsRule;
 use muster_protocol::message::ticket::SamplingRules;
 
 use super::*;
@@ -141,9 +142,9 @@ fn with_a_group_to_judge() -> Dispatch {
 fn a_group_that_no_critic_can_judge_ends_when_it_is_too_old_to_be_trained() {
     let mut dispatch = with_a_group_to_judge();
     dispatch.version_made(version(ASYNC_LEVEL));
-    assert_eq!(dispatch.unjudged(UnixMillis(1)), []);
+    assert_eq!(dispatch.overdue_reviews(UnixMillis(1)), []);
     dispatch.version_made(version(ASYNC_LEVEL + 1));
-    let [record] = &dispatch.unjudged(UnixMillis(1))[..] else {
+    let [record] = &dispatch.overdue_reviews(UnixMillis(1))[..] else {
         panic!("not one group ends")
     };
     assert_eq!((record.ticket, record.fate), (TicketId(1), Fate::Stale));
@@ -154,8 +155,8 @@ fn a_group_that_no_critic_can_judge_ends_when_it_is_too_old_to_be_trained() {
 #[test]
 fn a_group_that_no_critic_can_judge_ends_with_its_tickets_deadline() {
     let dispatch = with_a_group_to_judge();
-    assert_eq!(dispatch.unjudged(UnixMillis(DEADLINE.0 - 1)), []);
-    let ended = dispatch.unjudged(DEADLINE);
+    assert_eq!(dispatch.overdue_reviews(UnixMillis(DEADLINE.0 - 1)), []);
+    let ended = dispatch.overdue_reviews(DEADLINE);
     assert!(
         matches!(&ended[..], [record] if record.ticket == TicketId(1) && record.fate == Fate::Expired),
         "{ended:?}"
@@ -167,7 +168,7 @@ fn a_ticket_whose_fate_is_on_its_way_to_the_log_takes_no_group_and_no_verdict() 
     let mut dispatch = with_a_group_to_judge();
     dispatch.ending(TicketId(1));
     assert!(dispatch.is_settled(TicketId(1)));
-    assert_eq!(dispatch.unjudged(DEADLINE), []);
+    assert_eq!(dispatch.overdue_reviews(DEADLINE), []);
     assert!(dispatch.tick(DEADLINE).is_empty());
     let critic = PeerId([2; 32]);
     assert!(
@@ -185,7 +186,7 @@ fn the_first_draw_of_a_lease_holds_when_its_group_is_submitted_again() {
     let run: RunId = "r".parse().unwrap();
     let author = lease.body.worker;
     dispatch.reviews.close(TicketId(1));
-    let leased = Stage::Leased {
+    let leased = TicketStage::Leased {
         lease: lease.body.id,
         worker: author,
         deadline: DEADLINE,
@@ -224,7 +225,7 @@ fn a_lease_overtaken_by_a_late_answer_no_longer_counts_as_held() {
     let mut ticket = late.body.ticket.clone();
     ticket.id = TicketId(2);
     let class = NumericClass::F32Cpu;
-    dispatch.ticket_issued(ticket.clone());
+    dispatch.ticket_issued(ticket);
     let first = PeerId([1; 32]);
     let lease = dispatch.lease(first, version(0), class, UnixMillis(0), [5; 32]);
     let mut overdue = late;
