@@ -1,9 +1,12 @@
-//! The envelope: every statement is signed over the bytes that travel, bounded before it is decoded, and decoded only
-//! after its signature holds.
+//! The envelope around every statement. The signature covers the bytes that travel. A reader checks the size before it
+//! decodes and the signature before it reads the content.
 //!
 //! On the wire (postcard): protocol version, kind, run, author, sequence, payload, signature. The signature covers a
-//! domain label, every header field and BLAKE3 of the payload bytes as received, which are never re-serialised to be
-//! verified. The payload is one byte of codec, the raw size (u32 LE), then the raw or zstd bytes of the message.
+//! domain label, every header field and BLAKE3 of the payload bytes as received, which are never serialised again for
+//! verification. The payload is one byte of codec, the raw size (u32 LE), then the raw or zstd bytes of the message.
+//!
+//! Verifying costs twenty times what hashing does, so a process opens an envelope once and passes the [`Signed`] value on:
+//! it holds the decoded message next to the bytes.
 
 use std::cell::RefCell;
 use std::io;
@@ -15,24 +18,18 @@ use zstd::bulk::{Compressor, Decompressor};
 
 use crate::id::{ContentHash, PeerId, RunId};
 use crate::identity::{Identity, is_signed_by};
-use crate::limits::{INFLATION_MAX, PROTOCOL_VERSIONS};
+use crate::limits::{INFLATION_MAX, PROTOCOL_VERSION, PROTOCOL_VERSIONS};
 
 const DOMAIN: &[u8] = b"muster-statement-v1\0";
-const PROTOCOL_VERSION: u16 = 2;
-/// Below this many bytes a zstd frame is larger than what it holds.
+/// A zstd frame of fewer bytes than this is larger than its content.
 const COMPRESS_BYTES_MIN: usize = 256;
 const ZSTD_LEVEL: i32 = 1;
 const CODEC_RAW: u8 = 0;
 const CODEC_ZSTD: u8 = 1;
 const PAYLOAD_HEADER_BYTES: usize = 5;
-/// Envelopes of which each thread remembers that their signature holds: a lease or a group is opened again within
-/// seconds by the same process (submission, intake, verdict), and verifying costs twenty times what hashing does.
-const VERIFIED_MAX: usize = 4_096;
 
 thread_local! {
-    /// Hashes of whole envelopes, each in the place that its first bytes say: a newer one takes an older one's.
-    static VERIFIED: RefCell<Vec<ContentHash>> = const { RefCell::new(Vec::new()) };
-    /// Made once per thread: making one costs more than a small message does.
+    /// Built once per thread: building one costs more than compressing a small message.
     static ZSTD: RefCell<Option<Zstd>> = const { RefCell::new(None) };
 }
 
@@ -42,9 +39,9 @@ struct Zstd {
 }
 
 impl Zstd {
-    /// Lends this thread's contexts to `work`.
-    fn lend<T>(work: impl FnOnce(&mut Self) -> io::Result<T>) -> Result<T, EnvelopeError> {
-        let lent = ZSTD.with_borrow_mut(|zstd| match zstd {
+    /// Runs `work` with this thread's contexts.
+    fn with<T>(work: impl FnOnce(&mut Self) -> io::Result<T>) -> Result<T, EnvelopeError> {
+        let result = ZSTD.with_borrow_mut(|zstd| match zstd {
             Some(zstd) => work(zstd),
             None => {
                 let made = zstd.insert(Self {
@@ -54,15 +51,14 @@ impl Zstd {
                 work(made)
             }
         });
-        lent.map_err(malformed)
+        result.map_err(malformed)
     }
 }
 
-/// What a message is: its number on the wire. Numbers are never reused.
+/// The kind of a message, by its number on the wire. A number is never reused; 9 was a receipt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[repr(u8)]
 #[non_exhaustive]
-#[allow(missing_docs)]
 pub enum Kind {
     Ask = 1,
     Reply = 2,
@@ -72,7 +68,6 @@ pub enum Kind {
     CritiqueLease = 6,
     Verdict = 7,
     Joined = 8,
-    Receipt = 9,
     Batch = 10,
     Version = 11,
     Fate = 12,
@@ -83,55 +78,34 @@ pub enum Kind {
     Peer = 17,
 }
 
-/// Why a message was not accepted as a statement. Displayed to the sender, so it names the number and the bound.
+/// Why a message was refused. The sender reads it, so it names the number and the bound.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EnvelopeError {
-    /// Larger than its kind may be.
     #[error(
         "message of {bytes} bytes is over the limit of {limit} bytes for {kind:?}: send a smaller one"
     )]
     TooLarge {
-        /// Kind that was expected.
         kind: Kind,
-        /// Size as received.
         bytes: usize,
-        /// The bound of the kind.
         limit: usize,
     },
-    /// Another protocol version.
     #[error("protocol version {found} is not served here (served: {served:?}): upgrade muster")]
-    UpgradeRequired {
-        /// Version as received.
-        found: u16,
-        /// Versions served.
-        served: &'static [u16],
-    },
-    /// Another kind than the subject carries.
-    #[error("message kind {found} came where {expected:?} is expected: upgrade muster")]
-    WrongKind {
-        /// Kind that was expected.
-        expected: Kind,
-        /// Kind as received.
-        found: u8,
-    },
-    /// Another run's message.
-    #[error("message of run `{found}` came to run `{expected}`")]
-    WrongRun {
-        /// The run served here.
-        expected: RunId,
-        /// The run named in the message.
-        found: RunId,
-    },
-    /// The bytes are not an envelope.
+    UpgradeRequired { found: u16, served: &'static [u16] },
+    /// The subject carries another kind.
+    #[error("message kind {found} arrived where {expected:?} is expected: upgrade muster")]
+    WrongKind { expected: Kind, found: u8 },
+    #[error(
+        "message of run `{found}` arrived in run `{expected}`: use the credentials of that run"
+    )]
+    WrongRun { expected: RunId, found: RunId },
     #[error("message cannot be decoded: {0}")]
     Malformed(String),
-    /// The signature is not the author's.
     #[error("signature of {author} does not verify")]
     BadSignature {
-        /// Who the message says wrote it.
+        /// The author named in the message.
         author: PeerId,
     },
-    /// Decoded, but its content breaks a rule.
+    /// Its content breaks a rule.
     #[error("{0}")]
     Invalid(#[from] Invalid),
 }
@@ -140,14 +114,12 @@ pub enum EnvelopeError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} {problem}")]
 pub struct Invalid {
-    /// Which field, in the message's own words.
     pub field: &'static str,
-    /// What is wrong with it, with the number and the bound.
+    /// Continues the sentence after the field's name, with the number and the bound.
     pub problem: String,
 }
 
 impl Invalid {
-    /// A broken rule.
     pub fn new(field: &'static str, problem: impl Into<String>) -> Self {
         Self {
             field,
@@ -156,9 +128,8 @@ impl Invalid {
     }
 }
 
-/// Something that can be said: a message with a number, a bound and rules.
+/// A message that can be signed: it has a number, a bound and rules.
 pub trait Statement: Serialize + DeserializeOwned {
-    /// Its number on the wire.
     const KIND: Kind;
     /// Largest envelope, in bytes.
     const BYTES_MAX: usize;
@@ -183,12 +154,10 @@ struct Wire<'a> {
     signature: &'a [u8],
 }
 
-/// A statement whose signature was verified (or made here), with the bytes as they travel.
+/// A statement whose signature was verified or made by this process, next to the bytes as they travel.
 #[derive(Debug, Clone)]
 pub struct Signed<T> {
-    /// What was said.
     pub body: T,
-    /// Who signed it.
     pub author: PeerId,
     /// The author's own counter.
     pub sequence: u64,
@@ -237,7 +206,6 @@ pub fn seal<T: Statement>(
     };
     let bytes = Bytes::from(postcard::to_stdvec(&wire).map_err(malformed)?);
     check_size::<T>(bytes.len())?;
-    remember_verified(&ContentHash::of(&bytes));
     Ok(Signed {
         body,
         author,
@@ -248,7 +216,7 @@ pub fn seal<T: Statement>(
 
 /// Opens a statement: size, version, kind, run, signature, then content, in this order.
 ///
-/// Whether the author may say this is for the caller to decide.
+/// The caller decides whether the author may say this.
 ///
 /// # Errors
 /// The first check that fails.
@@ -286,20 +254,16 @@ pub fn open<T: Statement>(bytes: Bytes, run: &RunId) -> Result<Signed<T>, Envelo
     let Ok(signature) = <[u8; 64]>::try_from(wire.signature) else {
         return Err(bad_signature);
     };
-    let envelope = ContentHash::of(&bytes);
-    if !is_verified(&envelope) {
-        let signed = signed_bytes(
-            wire.protocol_version,
-            wire.kind,
-            &wire.run,
-            &wire.author,
-            wire.sequence,
-            wire.payload,
-        );
-        if !is_signed_by(&wire.author, &signed, &signature) {
-            return Err(bad_signature);
-        }
-        remember_verified(&envelope);
+    let signed = signed_bytes(
+        wire.protocol_version,
+        wire.kind,
+        &wire.run,
+        &wire.author,
+        wire.sequence,
+        wire.payload,
+    );
+    if !is_signed_by(&wire.author, &signed, &signature) {
+        return Err(bad_signature);
     }
     let message = unpack(wire.payload, T::BYTES_MAX * INFLATION_MAX)?;
     let body: T = postcard::from_bytes(&message).map_err(malformed)?;
@@ -311,22 +275,6 @@ pub fn open<T: Statement>(bytes: Bytes, run: &RunId) -> Result<Signed<T>, Envelo
         sequence,
         bytes,
     })
-}
-
-fn verified_place(envelope: &ContentHash) -> usize {
-    usize::from(u16::from_le_bytes([envelope.0[0], envelope.0[1]])) % VERIFIED_MAX
-}
-
-fn is_verified(envelope: &ContentHash) -> bool {
-    let place = verified_place(envelope);
-    VERIFIED.with_borrow(|verified| verified.get(place) == Some(envelope))
-}
-
-fn remember_verified(envelope: &ContentHash) {
-    VERIFIED.with_borrow_mut(|verified| {
-        verified.resize(VERIFIED_MAX, ContentHash([0; 32]));
-        verified[verified_place(envelope)] = *envelope;
-    });
 }
 
 fn check_size<T: Statement>(bytes: usize) -> Result<(), EnvelopeError> {
@@ -367,7 +315,7 @@ fn signed_bytes(
 fn pack(message: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
     let raw_size = u32::try_from(message.len()).map_err(malformed)?;
     let compressed = (message.len() >= COMPRESS_BYTES_MIN)
-        .then(|| Zstd::lend(|zstd| zstd.compressor.compress(message)))
+        .then(|| Zstd::with(|zstd| zstd.compressor.compress(message)))
         .transpose()?
         .filter(|frame| frame.len() < message.len() && frame.len() * INFLATION_MAX > message.len());
     let (codec, data) = match &compressed {
@@ -378,6 +326,10 @@ fn pack(message: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
     payload.push(codec);
     payload.extend_from_slice(&raw_size.to_le_bytes());
     payload.extend_from_slice(data);
+    debug_assert!(
+        payload.len() <= PAYLOAD_HEADER_BYTES + message.len(),
+        "packing never grows a message"
+    );
     Ok(payload)
 }
 
@@ -393,7 +345,7 @@ fn unpack(payload: &[u8], bytes_max: usize) -> Result<Vec<u8>, EnvelopeError> {
     }
     let message = match header[0] {
         CODEC_RAW => data.to_vec(),
-        CODEC_ZSTD => Zstd::lend(|zstd| zstd.decompressor.decompress(data, raw_size))?,
+        CODEC_ZSTD => Zstd::with(|zstd| zstd.decompressor.decompress(data, raw_size))?,
         other => return Err(malformed(format!("unknown codec {other}"))),
     };
     if message.len() != raw_size {
@@ -438,12 +390,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sealed_opens_with_author_and_sequence() {
+    fn a_sealed_message_opens_with_author_sequence_and_bytes() {
         let sealed = sealed();
         let opened = open::<Words>(sealed.bytes.clone(), &run()).unwrap();
         assert_eq!(
-            (opened.body, opened.author, opened.sequence),
-            (sealed.body, sealed.author, 9)
+            (opened.body, opened.author, opened.sequence, opened.bytes),
+            (sealed.body, sealed.author, 9, sealed.bytes)
         );
     }
 
@@ -465,6 +417,73 @@ mod tests {
                 served: PROTOCOL_VERSIONS
             }
         );
+    }
+
+    #[test]
+    fn a_message_of_another_author_is_refused() {
+        let (ours, theirs) = (sealed(), sealed());
+        let author_at = ours
+            .bytes
+            .windows(32)
+            .position(|bytes| bytes == ours.author.0)
+            .unwrap();
+        let mut forged = ours.bytes.to_vec();
+        forged[author_at..author_at + 32].copy_from_slice(&theirs.author.0);
+        let author = theirs.author;
+        assert_eq!(
+            open::<Words>(forged.clone().into(), &run()).unwrap_err(),
+            EnvelopeError::BadSignature { author }
+        );
+        // Opening the honest envelope first does not help the forged one.
+        open::<Words>(ours.bytes, &run()).unwrap();
+        open::<Words>(theirs.bytes, &run()).unwrap();
+        assert_eq!(
+            open::<Words>(forged.into(), &run()).unwrap_err(),
+            EnvelopeError::BadSignature { author }
+        );
+    }
+
+    #[test]
+    fn a_message_of_exactly_its_limit_is_not_too_large() {
+        assert_eq!(check_size::<Words>(Words::BYTES_MAX), Ok(()));
+        assert!(check_size::<Words>(Words::BYTES_MAX + 1).is_err());
+    }
+
+    #[test]
+    fn a_declared_size_is_refused_only_above_its_bounds() {
+        let declare = |raw_size: u32, data: &[u8]| {
+            let mut payload = vec![CODEC_RAW];
+            payload.extend_from_slice(&raw_size.to_le_bytes());
+            payload.extend_from_slice(data);
+            payload
+        };
+        let over = |raw_size| malformed(format!("declared size {raw_size} is over its bound"));
+        assert_eq!(unpack(&declare(8, &[7; 8]), 8), Ok(vec![7; 8]));
+        assert_eq!(unpack(&declare(9, &[7; 9]), 8), Err(over(9)));
+        // Up to INFLATION_MAX times the data may be declared; here the data then falls short of it.
+        let short = malformed("declared size 32, found 2");
+        assert_eq!(unpack(&declare(32, &[7; 2]), 1_000), Err(short));
+        assert_eq!(unpack(&declare(33, &[7; 2]), 1_000), Err(over(33)));
+    }
+
+    #[test]
+    fn a_message_that_compresses_too_well_travels_raw() {
+        for (zeros, codec) in [
+            (COMPRESS_BYTES_MIN - 1, CODEC_RAW),
+            (COMPRESS_BYTES_MIN, CODEC_ZSTD),
+            (100_000, CODEC_RAW),
+        ] {
+            let message = vec![0; zeros];
+            let payload = pack(&message).unwrap();
+            assert_eq!(payload[0], codec, "{zeros} bytes");
+            assert_eq!(unpack(&payload, zeros), Ok(message));
+        }
+        let message: Vec<u8> = (0..4_000u32)
+            .map(|at| (at % 251 * at / 251) as u8 & 15)
+            .collect();
+        let payload = pack(&message).unwrap();
+        assert_eq!(payload[0], CODEC_ZSTD);
+        assert_eq!(unpack(&payload, message.len()), Ok(message));
     }
 
     #[test]
@@ -491,7 +510,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_flipped_bit_survives(position in 0usize..4096, bit in 0u8..8) {
+        fn a_flipped_bit_is_refused(position in 0usize..4096, bit in 0u8..8) {
             let sealed = sealed();
             let mut bytes = sealed.bytes.to_vec();
             let position = position % bytes.len();
@@ -500,7 +519,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+        fn random_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
             prop_assert!(open::<Words>(bytes.into(), &run()).is_err());
         }
     }

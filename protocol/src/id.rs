@@ -1,4 +1,7 @@
-//! Names of things. Each is a type of its own, so that a version is never passed where a ticket is meant.
+//! Ids. Each is a type of its own, so that a version is never passed where a ticket is meant.
+//!
+//! `Display` writes an id in full: a number, or all hexadecimal digits. Logs write [`short`](GroupHash::short) forms, the same in
+//! every process; [`crate::span`] names the fields that carry them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,17 +11,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 /// Why a text is not the id that it was read as.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
-    /// A run's name has other characters than a subject token may have.
     #[error("run name `{0}` is not 1 to 32 characters of a-z, 0-9 and `-`: choose such a name")]
     Run(String),
-    /// Not the expected number of hexadecimal digits.
     #[error("`{text}` is not {digits} hexadecimal digits")]
-    Hex {
-        /// What was read.
-        text: String,
-        /// How many digits the id has.
-        digits: usize,
-    },
+    Hex { text: String, digits: usize },
 }
 
 /// The name of a run: a slug that is safe as a subject token, a file name and a stream name.
@@ -29,7 +25,6 @@ impl RunId {
     /// Longest name, so that subjects and stream names stay short.
     pub const CHARS_MAX: usize = 32;
 
-    /// The run's name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -86,11 +81,11 @@ number! {
     TicketId
 }
 number! {
-    /// Steps taken by the policy: version 0 is what the run started from.
+    /// Steps taken by the policy. The run starts from version 0.
     PolicyVersion
 }
 number! {
-    /// How often the learner (or dispatch) of a run has been started: a fencing token.
+    /// A fencing token: the number of a process's newest start in the control log.
     Generation
 }
 number! {
@@ -99,19 +94,17 @@ number! {
 }
 
 impl PolicyVersion {
-    /// The version that the next step makes.
     pub fn next(self) -> Self {
         Self(self.0 + 1)
     }
 
-    /// How many steps `self` is ahead of `older`, zero if it is not.
+    /// Steps from `older` to `self`, 0 if `older` is newer.
     pub fn steps_since(self, older: Self) -> u64 {
         self.0.saturating_sub(older.0)
     }
 }
 
 impl UnixMillis {
-    /// This moment and `millis` more.
     pub fn plus(self, millis: u64) -> Self {
         Self(self.0.saturating_add(millis))
     }
@@ -124,7 +117,7 @@ macro_rules! bytes_id {
         pub struct $name(pub [u8; $len]);
 
         impl $name {
-            /// The first eight hexadecimal digits: enough for a person to tell two apart.
+            /// The first eight hexadecimal digits, as logs show them: enough to tell two apart.
             pub fn short(&self) -> String {
                 hex::encode(&self.0[..4])
             }
@@ -179,7 +172,7 @@ macro_rules! bytes_id {
 }
 
 bytes_id! {
-    /// Who signed a statement: an ed25519 public key.
+    /// The author of a statement: an ed25519 public key.
     PeerId, 32
 }
 bytes_id! {
@@ -191,7 +184,7 @@ bytes_id! {
     GroupHash, 32
 }
 bytes_id! {
-    /// The weights of a version: the root over its parts (design §7).
+    /// The weights of a version: the root over its parts.
     StateRoot, 32
 }
 bytes_id! {

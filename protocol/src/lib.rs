@@ -1,12 +1,18 @@
-//! What Muster's processes say to one another, and how it is carried.
+//! The messages between Muster's processes, and the bus that carries them.
 //!
-//! * [`id`] names things, [`identity`] proves who speaks, [`envelope`] signs and bounds every message, [`message`]
-//!   holds what can be said, [`limits`] the bounds.
-//! * [`bus`] carries it: [`bus::nats`] over NATS JetStream, [`bus::memory`] seeded and in memory for simulation.
+//! * [`id`] names things, [`identity`] holds a machine's keys, [`message`] holds the messages, [`envelope`] signs and bounds
+//!   them, [`limits`] holds the bounds.
+//! * [`span`] names ids in logs alike in every process.
+//! * [`bus`] carries messages: [`bus::nats`] over NATS JetStream, [`bus::memory`] seeded and in memory for simulation.
+//! * [`dispatch_client`] sends a member's requests to dispatch.
 //! * [`record`] is the form of a run directory's logs, which the learner writes and the report reads.
 //! * [`clock`] is the only source of time, so that a simulator can own it.
 //!
-//! Knows nothing of models, tasks or files of weights. Imports no other crate of the project.
+//! It knows nothing of models, tasks or weights, and imports no other crate of the project.
+//!
+//! To change the form of a message: change its type in [`message`], its fixture in [`testing`] or `tests/golden/cases.rs`, raise
+//! [`limits::PROTOCOL_VERSION`], and rewrite the golden bytes with
+//! `GOLDEN=rewrite cargo test --release -p muster-protocol --test golden`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bus;
@@ -24,4 +30,7 @@ pub mod nats_server;
 mod os;
 pub mod record;
 pub mod seed;
+pub mod span;
 pub mod subject;
+#[doc(hidden)]
+pub mod testing;

@@ -1,16 +1,19 @@
-//! The bounds of everything that crosses a process boundary. Each says why it is what it is.
+//! The bounds of everything that crosses a process boundary, each with its reason.
 
-/// The versions of the protocol that this build speaks, newest last.
-pub const PROTOCOL_VERSIONS: &[u16] = &[2];
+/// The version of the protocol that this build writes. A changed form of any message is a new version.
+pub const PROTOCOL_VERSION: u16 = 2;
 
-/// Largest envelope of a group: 8 rollouts of 8,192 tokens with log-probs and commitments compress to about 750 KB
-/// (`research/nats-backbone.md` §3); four times that, and half of the server's `max_payload`.
+/// The versions of the protocol that this build reads, newest last.
+pub const PROTOCOL_VERSIONS: &[u16] = &[PROTOCOL_VERSION];
+
+/// Largest envelope of a group: 8 rollouts of 8,192 tokens with log-probs and commitments compress to about 750 KB;
+/// over four times that, and half of the server's `max_payload`.
 pub const GROUP_BYTES_MAX: usize = 4 << 20;
 
-/// Largest envelope that carries a group onward (critique lease, joined group): the group and room for its company.
+/// Largest envelope that carries a group (critique lease, joined group): the group and 1 MiB for the rest.
 pub const CARRIER_BYTES_MAX: usize = GROUP_BYTES_MAX + (1 << 20);
 
-/// Largest envelope of anything else: NATS carries manifests and announcements, never weights (design §6).
+/// Largest envelope of anything else: NATS carries manifests and announcements, never weights.
 pub const STATEMENT_BYTES_MAX: usize = 64 << 10;
 
 /// Largest batch manifest: 4,096 groups of under 256 bytes each.
@@ -19,7 +22,7 @@ pub const MANIFEST_BYTES_MAX: usize = 1 << 20;
 /// Largest signed version: a parameter table of 4,096 tensors of under 256 bytes each.
 pub const VERSION_BYTES_MAX: usize = 1 << 20;
 
-/// How far a message may grow when it is decompressed: well-formed groups compress threefold, manifests tenfold.
+/// Largest ratio of decompressed to compressed size: well-formed groups compress threefold, manifests tenfold.
 pub const INFLATION_MAX: usize = 16;
 
 /// The server's `max_payload`; the server warns above 8 MiB.
@@ -37,7 +40,7 @@ pub const SEGMENTS_MAX: usize = 256;
 /// Most stop ids of a ticket.
 pub const STOP_IDS_MAX: usize = 64;
 
-/// Most stop strings of a ticket: each is looked for after every token.
+/// Most stop strings of a ticket: a worker searches for each of them after every token.
 pub const STOP_STRINGS_MAX: usize = 16;
 
 /// Longest stop string in bytes: a line of text.
@@ -49,21 +52,21 @@ pub const HELD_VERSIONS_MAX: usize = 64;
 /// Most reward components of one rollout.
 pub const REWARD_COMPONENTS_MAX: usize = 64;
 
-/// Most findings of one verdict: the first ones decide, the rest repeat them.
+/// Most findings of one verdict. The first ones decide; the rest repeat them.
 pub const FINDINGS_MAX: usize = 32;
 
-/// Most addresses in one answer about peers: a bounded overlay, not a mesh.
+/// Most peers in one reply: peers form a bounded overlay, not a mesh.
 pub const PEERS_MAX: usize = 64;
 
-/// Most squashed deltas in one answer: two for each of the sixteen short and four long strides within the versions that dispatch
-/// remembers, and room. Descriptions of 64 KiB each are still one message.
+/// Most squashed deltas in one reply: two for each of the sixteen short and four long strides within the versions that dispatch
+/// remembers, and some room. 64 descriptions of 64 KiB fit into one message.
 pub const SQUASHED_MAX: usize = 64;
 
 /// Longest free text in a message (reasons, names), in bytes.
 pub const TEXT_BYTES_MAX: usize = 1_024;
 
-/// Longest prompt or gold text, in bytes.
+/// Longest prompt or gold text, in bytes: both travel to critics. Also checked when a task is read.
 pub const GOLD_BYTES_MAX: usize = 64 << 10;
 
-/// Messages that a subscription or a server holds for a slow reader before it drops (publish) or refuses (request).
+/// Messages held for a slow reader. Beyond it a subscription drops the oldest, and a server of requests drops the newest.
 pub const INBOX_MESSAGES_MAX: usize = 4_096;

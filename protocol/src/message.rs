@@ -1,5 +1,5 @@
-//! What can be said, one file per noun. Every message is a [`Statement`](crate::envelope::Statement): numbered, bounded,
-//! validated, signed; golden bytes hold each one.
+//! The messages, one file per noun. Every message is a [`Statement`](crate::envelope::Statement): numbered, bounded, validated
+//! and signed. Golden bytes fix the form of each (`tests/golden`).
 
 pub mod ask;
 pub mod batch;
@@ -28,7 +28,25 @@ fn at_most(field: &'static str, found: usize, limit: usize) -> Result<(), Invali
     Ok(())
 }
 
-/// Checks a list's length, which may not be zero.
+/// Checks a length in bytes.
+fn bytes_at_most(field: &'static str, found: usize, limit: usize) -> Result<(), Invalid> {
+    if found > limit {
+        let problem = format!("has {found} bytes, at most {limit} are allowed");
+        return Err(Invalid::new(field, problem));
+    }
+    Ok(())
+}
+
+/// Checks a number's upper bound.
+fn number_at_most(field: &'static str, found: u32, limit: u32) -> Result<(), Invalid> {
+    if found > limit {
+        let problem = format!("is {found}, at most {limit} is allowed");
+        return Err(Invalid::new(field, problem));
+    }
+    Ok(())
+}
+
+/// Checks the length of a list that may not be empty.
 fn some_of(field: &'static str, found: usize, limit: usize) -> Result<(), Invalid> {
     if found == 0 {
         return Err(Invalid::new(field, "is empty"));
@@ -36,16 +54,9 @@ fn some_of(field: &'static str, found: usize, limit: usize) -> Result<(), Invali
     at_most(field, found, limit)
 }
 
-/// Checks a free text's length.
+/// Checks the length of a free text.
 fn short_text(field: &'static str, text: &str) -> Result<(), Invalid> {
-    if text.len() > TEXT_BYTES_MAX {
-        let problem = format!(
-            "has {} bytes, at most {TEXT_BYTES_MAX} are allowed",
-            text.len()
-        );
-        return Err(Invalid::new(field, problem));
-    }
-    Ok(())
+    bytes_at_most(field, text.len(), TEXT_BYTES_MAX)
 }
 
 /// Checks that a number is neither infinite nor NaN.

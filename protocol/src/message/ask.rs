@@ -1,12 +1,12 @@
-//! What members ask of dispatch and what it answers. Whatever is announced can also be asked for.
+//! Requests of members to dispatch and its replies. Whatever is announced can also be requested.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use super::at_most;
 use super::control::ControlState;
 use super::lease::NumericClass;
 use super::version::{Announcement, VersionRef};
+use super::{at_most, bytes_at_most};
 use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{GroupHash, LeaseId, PolicyVersion};
 use crate::limits::{
@@ -14,72 +14,70 @@ use crate::limits::{
 };
 use crate::subject::Verb;
 
-/// Most receipts in one answer.
+/// Most receipts in one reply.
 pub const RECEIPTS_MAX: usize = 64;
 
-/// A question, signed by who asks.
+/// A request, signed by its sender.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Ask {
-    /// Something to answer.
+    /// Requests leases.
     Lease {
-        /// The newest version held.
+        /// The newest version that the worker holds.
         held: VersionRef,
-        /// The arithmetic offered.
         class: NumericClass,
-        /// Most rollouts that fit at once: as many leases are given as they hold.
+        /// Most rollouts that fit at once. Dispatch grants as many leases as fit.
         rollouts_max: u32,
     },
-    /// A group for a lease.
+    /// Submits a group for a lease.
     Submit {
-        /// The lease as signed by dispatch.
+        /// Signed by dispatch.
         lease: ByteBuf,
-        /// The group as signed by the worker.
+        /// Signed by the worker.
         group: ByteBuf,
     },
-    /// Groups to judge.
+    /// Requests groups to critique.
     Critique {
-        /// Versions held.
+        /// The versions that the critic holds.
         held: Vec<VersionRef>,
-        /// The arithmetic that the judgement is made in.
+        /// The arithmetic that the critic computes in.
         class: NumericClass,
-        /// Most groups at once.
         groups_max: u32,
     },
-    /// Judgements.
+    /// Submits verdicts.
     Verdict {
-        /// Verdicts as signed by the critic.
+        /// Signed by the critic.
         verdicts: Vec<ByteBuf>,
     },
-    /// A version, the newest when none is named.
+    /// Requests an announced version.
     Latest {
-        /// Which.
+        /// `None`: the newest.
         version: Option<PolicyVersion>,
     },
-    /// Who serves shards.
+    /// Requests the peers that serve shards.
     Peers {
-        /// The asker's own record, signed, if it serves.
+        /// The sender's own signed record, if it serves shards.
         mine: Option<ByteBuf>,
     },
-    /// What became of groups.
+    /// Requests the fates of groups.
     Receipt {
-        /// Whose leases.
+        /// The leases that the groups answer.
         leases: Vec<LeaseId>,
     },
-    /// What the run is doing.
+    /// Requests the run's state.
     Control,
-    /// What the run is.
+    /// Requests the run's descriptor.
     Descriptor,
-    /// Squashed deltas: what leads over several versions at once, described by members.
+    /// Requests squashed deltas, each of which leads over several versions. Members make and describe them.
     Deltas {
-        /// Those from this version or a later one.
+        /// Deltas that start at this version or later.
         from: PolicyVersion,
-        /// One that the asker made, described and signed by it, so that others hear of it.
+        /// A delta that the sender made, described and signed by it, for dispatch to pass on.
         mine: Option<ByteBuf>,
     },
 }
 
 impl Ask {
-    /// The verb under which it is asked: a message on another verb's subject is refused.
+    /// The verb of its subject. Dispatch refuses a request on another verb's subject.
     pub fn verb(&self) -> Verb {
         match self {
             Ask::Lease { .. } => Verb::Lease,
@@ -107,13 +105,7 @@ impl Statement for Ask {
             Ask::Receipt { leases } => at_most("leases", leases.len(), RECEIPTS_MAX),
             Ask::Deltas {
                 mine: Some(mine), ..
-            } if mine.len() > STATEMENT_BYTES_MAX => {
-                let problem = format!(
-                    "has {} bytes, at most {STATEMENT_BYTES_MAX} are allowed",
-                    mine.len()
-                );
-                Err(Invalid::new("mine", problem))
-            }
+            } => bytes_at_most("mine", mine.len(), STATEMENT_BYTES_MAX),
             _ => Ok(()),
         }
     }
@@ -122,7 +114,7 @@ impl Statement for Ask {
 /// Most leases, critique leases or verdicts in one message.
 pub const LEASES_MAX: usize = 64;
 
-/// Why there is nothing to do just now.
+/// Why dispatch has nothing for the sender now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WaitReason {
@@ -130,60 +122,54 @@ pub enum WaitReason {
     NothingOpen,
     /// The learner is behind: the bound on open tickets is reached.
     Backpressure,
-    /// The version held is too old: fetch the newest.
+    /// The version that the sender holds is too old: it fetches the newest.
     VersionTooOld,
-    /// The run is paused.
     Paused,
-    /// Dispatch is starting.
     Starting,
-    /// Too many leases were dropped or rejected: a pause for this worker.
+    /// The worker pauses because too many of its leases were dropped or rejected.
     CoolDown,
 }
 
-/// An answer, signed by dispatch.
+/// A reply, signed by dispatch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     /// Signed leases.
     Leases(Vec<ByteBuf>),
     /// Signed critique leases.
     CritiqueLeases(Vec<ByteBuf>),
-    /// Nothing just now.
+    /// Nothing to do now.
     Wait {
-        /// When to ask again.
+        /// How long to wait before the next request.
         retry_ms: u64,
-        /// Why.
         reason: WaitReason,
     },
     /// The group is durable; its receipt follows when its fate is known.
     Accepted {
-        /// Its name.
         group: GroupHash,
     },
-    /// The verdicts are recorded; the reasons of those that were not.
+    /// The other verdicts are recorded.
     Recorded {
-        /// One sentence each.
+        /// A reason for each verdict that was refused.
         refused: Vec<String>,
     },
-    /// An announced version, if there is such.
+    /// The announced version, `None` if no such version was announced.
     Version(Option<Announcement>),
     /// Signed peer records.
     Peers(Vec<ByteBuf>),
-    /// Signed fates of the leases asked for, where known.
+    /// Signed fates of the requested leases, as far as they are known.
     Receipts(Vec<ByteBuf>),
-    /// The run's state.
     Control(ControlState),
     /// The signed descriptor.
     Descriptor(ByteBuf),
-    /// The run is over.
+    /// The run has ended.
     Finished,
-    /// Not done, and why. Asking again changes nothing.
+    /// The request was refused. Repeating it does not help.
     Refused {
         /// One sentence with the numbers.
         reason: String,
     },
-    /// Another protocol version is needed.
+    /// The sender's protocol version is not served.
     UpgradeRequired {
-        /// The versions served.
         served: Vec<u16>,
     },
     /// Signed descriptions of squashed deltas.

@@ -1,5 +1,5 @@
-//! A batch manifest: what one step was trained on, by hash, in order. Durable before anything of it is acknowledged, so
-//! that a learner that restarts replays the same steps.
+//! A batch manifest: the groups that one step trains on, by hash, in order. It is durable before any of its groups is
+//! acknowledged, so that a learner that restarts replays the same steps.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,30 +16,27 @@ pub const BATCH_GROUPS_MAX: usize = 4_096;
 /// A group of a batch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BatchEntry {
-    /// Its ticket: at most one group per ticket.
+    /// A batch holds at most one group of a ticket.
     pub ticket: TicketId,
-    /// The group as signed; its body is kept under this name.
+    /// Names the file that holds the signed group.
     pub group: GroupHash,
-    /// Who answered.
     pub worker: PeerId,
-    /// Under which version.
     pub version: PolicyVersion,
-    /// Whether a forward pass checked it; if not, the learner recomputes μ.
+    /// Whether a critic checked every position with a forward pass. If not, the learner recomputes μ.
     pub audited: bool,
-    /// Each rollout's reward, as the agreeing verdicts have it.
+    /// The reward of each rollout, from the agreeing verdicts.
     pub rewards: Vec<f32>,
 }
 
-/// What one step was trained on.
+/// The groups that one step trains on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Batch {
-    /// The run's descriptor.
     pub descriptor: DescriptorHash,
     /// The learner's fencing token.
     pub generation: Generation,
     /// The version that the step makes.
     pub step: PolicyVersion,
-    /// The weights that it starts from.
+    /// The weights that the step starts from.
     pub parent: StateRoot,
     /// In training order.
     pub groups: Vec<BatchEntry>,

@@ -1,5 +1,5 @@
-//! What the lab decided about a run, and who started when: records of the control log. A process's generation is the
-//! number of its own start in that log, so that a later start always fences an earlier one.
+//! Records of the control log: the lab's decisions about a run, and the starts of its processes. A process's generation is
+//! the number of its own start in that log, so a later start always fences an earlier one.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,14 +19,12 @@ pub enum ControlEvent {
     },
     /// A lab process started.
     Started {
-        /// Which.
         role: Role,
     },
     /// No new leases until resumed.
     Paused,
-    /// Leases again.
     Resumed,
-    /// The run is over.
+    /// The run has ended.
     Finished {
         /// The last version.
         step: PolicyVersion,
@@ -66,10 +64,9 @@ impl Statement for ControlEvent {
     }
 }
 
-/// Whether a run leases, waits or is over.
+/// Whether a run leases tickets, waits or has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Phase {
     #[default]
     Running,
@@ -77,10 +74,9 @@ pub enum Phase {
     Finished,
 }
 
-/// The control log, folded.
+/// The state after all records of the control log.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlState {
-    /// What the run is doing.
     pub phase: Phase,
     /// The newest start of dispatch.
     pub dispatch: Generation,
@@ -92,7 +88,7 @@ pub struct ControlState {
 }
 
 impl ControlState {
-    /// Takes in the record with number `sequence`.
+    /// Applies the record with number `sequence`.
     pub fn apply(&mut self, sequence: u64, event: ControlEvent) {
         match event {
             ControlEvent::Opened { descriptor } => self.descriptor = descriptor,

@@ -1,16 +1,16 @@
-//! What critics are given to judge, and what dispatch keeps between the steps of judging.
+//! Groups on their way through critique: leased to critics, admitted, joined with verdicts.
 
 use serde::{Deserialize, Serialize};
 
-use super::at_most;
+use super::{bytes_at_most, some_of};
 use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{PeerId, UnixMillis};
 use crate::limits::{CARRIER_BYTES_MAX, GOLD_BYTES_MAX};
 
-/// Most verdicts that a group is joined with.
+/// Most verdicts of one group.
 pub const VERDICTS_MAX: usize = 16;
 
-/// A group to judge. The gold answer travels here and never to a worker.
+/// A group for a critic to judge. The gold answer travels here and never to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CritiqueLease {
     /// The signed lease that the group answers.
@@ -19,15 +19,12 @@ pub struct CritiqueLease {
     /// The signed group.
     #[serde(with = "serde_bytes")]
     pub group: Vec<u8>,
-    /// Who may judge.
     pub critic: PeerId,
-    /// The prompt as text.
     pub prompt: String,
-    /// What the answer is compared with.
     pub gold: String,
-    /// Whether every position is to be re-checked by a forward pass.
+    /// Whether the critic checks every position with a forward pass.
     pub audit: bool,
-    /// When dispatch gives the group to somebody else.
+    /// When dispatch leases the group to another critic.
     pub deadline: UnixMillis,
 }
 
@@ -36,8 +33,8 @@ impl Statement for CritiqueLease {
     const BYTES_MAX: usize = CARRIER_BYTES_MAX;
 
     fn validate(&self) -> Result<(), Invalid> {
-        at_most("gold", self.gold.len(), GOLD_BYTES_MAX)?;
-        at_most("prompt", self.prompt.len(), GOLD_BYTES_MAX)
+        bytes_at_most("gold", self.gold.len(), GOLD_BYTES_MAX)?;
+        bytes_at_most("prompt", self.prompt.len(), GOLD_BYTES_MAX)
     }
 }
 
@@ -50,9 +47,8 @@ pub struct Admitted {
     /// The signed group.
     #[serde(with = "serde_bytes")]
     pub group: Vec<u8>,
-    /// Whether the group was drawn for an audit. Drawn after the group was signed.
+    /// Whether the group was drawn for an audit. The draw follows the worker's signature.
     pub audit: bool,
-    /// When it came.
     pub admitted: UnixMillis,
 }
 
@@ -65,7 +61,7 @@ impl Statement for Admitted {
     }
 }
 
-/// A group and the verdicts that accepted it: a message of the ready queue, what the trainer resolves.
+/// A group and the verdicts that accepted it: a message of the ready queue, for the trainer to resolve.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Joined {
     /// The signed lease.
@@ -76,7 +72,7 @@ pub struct Joined {
     pub group: Vec<u8>,
     /// The signed verdicts that agree.
     pub verdicts: Vec<serde_bytes::ByteBuf>,
-    /// Whether a forward pass checked every position.
+    /// Whether a critic checked every position with a forward pass.
     pub audited: bool,
 }
 
@@ -85,6 +81,30 @@ impl Statement for Joined {
     const BYTES_MAX: usize = CARRIER_BYTES_MAX;
 
     fn validate(&self) -> Result<(), Invalid> {
-        super::some_of("verdicts", self.verdicts.len(), VERDICTS_MAX)
+        some_of("verdicts", self.verdicts.len(), VERDICTS_MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gold_text_over_its_bound_is_refused_with_its_bytes() {
+        let mut lease = CritiqueLease {
+            lease: Vec::new(),
+            group: Vec::new(),
+            critic: PeerId([0; 32]),
+            prompt: String::new(),
+            gold: "a".repeat(GOLD_BYTES_MAX),
+            audit: false,
+            deadline: UnixMillis(0),
+        };
+        assert_eq!(lease.validate(), Ok(()));
+        lease.gold.push('a');
+        assert_eq!(
+            lease.validate().unwrap_err().to_string(),
+            "gold has 65537 bytes, at most 65536 are allowed"
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! A run's descriptor: everything that two machines must agree on before they can trust each other's numbers, signed by
-//! the learner and named by its hash in every ticket, verdict and manifest.
+//! A run's descriptor: everything that two machines must agree on before they can compare their numbers. The learner signs
+//! it; every ticket, version and batch names its hash.
 
 use std::collections::BTreeMap;
 
@@ -7,15 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use super::lease::NumericClass;
 use super::ticket::SamplingRules;
-use super::{at_most, short_text};
+use super::{at_most, bytes_at_most, number_at_most, short_text};
 use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{ContentHash, DescriptorHash, PeerId, PolicyVersion};
 use crate::limits::{GROUP_SIZE_MAX, STATEMENT_BYTES_MAX};
 
-/// Longest reward configuration in a descriptor.
+/// Longest reward configuration, in bytes.
 pub const REWARDS_BYTES_MAX: usize = 32 << 10;
 
-/// How far an honest answer of one class may stray under a verifier of the same or another class.
+/// How far a check of an honest answer may be off, where the critic computes in the worker's class or in another.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Thresholds {
@@ -23,14 +23,14 @@ pub struct Thresholds {
     pub draw_error_max: f64,
     /// Mean cumulative-distribution error of a rollout, accepted.
     pub draw_error_mean: f64,
-    /// Above this largest error a group is rejected; between the two it is grey.
+    /// Above this error a critic rejects the group; between the two bounds the group is grey.
     pub draw_error_reject: f64,
     /// Largest |difference| of a log-prob in nats, accepted.
     pub logprob_error_max: f64,
 }
 
 impl Thresholds {
-    /// Within one class: decode and teacher-forced forward agree to f32 rounding (measured 4e-6 in nats).
+    /// Within one class: decoding and a teacher-forced forward pass agree to f32 rounding (measured 4e-6 nats).
     pub const SAME_CLASS: Self = Self {
         draw_error_max: 1e-4,
         draw_error_mean: 1e-4,
@@ -38,7 +38,7 @@ impl Thresholds {
         logprob_error_max: 1e-3,
     };
 
-    /// Between classes, to start from: `research/verification-incentives.md` §1.9.
+    /// Between classes: a first value, to calibrate from a run's own audits.
     pub const CROSS_CLASS: Self = Self {
         draw_error_max: 0.02,
         draw_error_mean: 0.001,
@@ -54,33 +54,31 @@ pub struct Descriptor {
     pub architecture: ContentHash,
     /// BLAKE3 of `tokenizer.json`.
     pub tokenizer: ContentHash,
-    /// BLAKE3 of the chat template, where there is one.
+    /// BLAKE3 of the chat template, if the model has one.
     pub chat_template: Option<ContentHash>,
     /// BLAKE3 of the task's configuration and data.
     pub task: ContentHash,
     /// The reward configuration (JSON) that critics compute with.
     pub rewards: String,
-    /// How answers are drawn.
     pub sampling: SamplingRules,
-    /// Rollouts per group.
     pub group_size: u32,
     /// Largest staleness admitted, in steps.
     pub async_level: u64,
-    /// Thresholds where worker and critic are of one class.
+    /// Where worker and critic compute in one class.
     pub same_class: Thresholds,
-    /// Thresholds where they are not.
+    /// Where they compute in two classes.
     pub cross_class: Thresholds,
-    /// Size of the vocabulary: every token id is below it.
+    /// Every token id is below it.
     pub vocabulary: u32,
-    /// Classes that may answer.
+    /// The classes that a worker may compute in.
     pub classes: Vec<NumericClass>,
-    /// Who signs descriptors, versions and batches.
+    /// Signs descriptors, versions and batches.
     pub learner: PeerId,
-    /// Who signs tickets and leases.
+    /// Signs tickets and leases.
     pub dispatch: PeerId,
-    /// The step from which it holds.
+    /// The first step under this descriptor.
     pub from_step: PolicyVersion,
-    /// Free labels for people (model name, task name).
+    /// Labels for people, such as the names of model and task.
     pub labels: BTreeMap<String, String>,
 }
 
@@ -89,12 +87,8 @@ impl Statement for Descriptor {
     const BYTES_MAX: usize = STATEMENT_BYTES_MAX;
 
     fn validate(&self) -> Result<(), Invalid> {
-        at_most("rewards", self.rewards.len(), REWARDS_BYTES_MAX)?;
-        at_most(
-            "group_size",
-            self.group_size as usize,
-            GROUP_SIZE_MAX as usize,
-        )?;
+        bytes_at_most("rewards", self.rewards.len(), REWARDS_BYTES_MAX)?;
+        number_at_most("group_size", self.group_size, GROUP_SIZE_MAX)?;
         at_most("classes", self.classes.len(), 16)?;
         at_most("labels", self.labels.len(), 32)?;
         for (key, value) in &self.labels {

@@ -1,4 +1,4 @@
-//! How a ticket ended. A record of the fates log, a line of `selections.jsonl`, and the receipt that its author gets.
+//! How a ticket ended: a record of the fates log, a line of `selections.jsonl`, and the receipt of the group's author.
 
 use std::fmt;
 
@@ -9,28 +9,26 @@ use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{GroupHash, LeaseId, PeerId, PolicyVersion, TicketId};
 use crate::limits::STATEMENT_BYTES_MAX;
 
-/// How a ticket (or, for `duplicate`, only a group of it) ended.
+/// How a ticket ended; `duplicate` ends only a group of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fate {
-    /// In a batch.
     Trained,
-    /// A check found it bad.
+    /// A check failed.
     Rejected,
-    /// Older than the async level when its turn came.
+    /// The group was older than the async level when its turn came.
     Stale,
-    /// All rewards equal: nothing to learn.
+    /// All rewards are equal, so every advantage is zero.
     NoSignal,
-    /// Nobody answered before the ticket's deadline.
+    /// No worker answered before the ticket's deadline.
     Expired,
-    /// No longer wanted: the run ended, or a new descriptor holds.
+    /// The ticket is no longer needed: the run ended, or a new descriptor holds.
     Superseded,
-    /// A second group for a ticket that had one. Not a ticket's fate.
+    /// A second group for a ticket that had one. The ticket itself has another fate.
     Duplicate,
 }
 
 impl Fate {
-    /// All of them.
     pub const ALL: [Fate; 7] = [
         Fate::Trained,
         Fate::Rejected,
@@ -41,7 +39,7 @@ impl Fate {
         Fate::Duplicate,
     ];
 
-    /// Whether it ends the ticket without training it, so that another may be issued in its place.
+    /// Whether the ticket ended without being trained, so that dispatch may issue another in its place.
     pub fn frees_a_place(self) -> bool {
         !matches!(self, Fate::Trained | Fate::Duplicate)
     }
@@ -61,26 +59,22 @@ impl fmt::Display for Fate {
     }
 }
 
-/// How a ticket ended, and whose group it was.
+/// How a ticket ended, and which worker's group it was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FateRecord {
-    /// The ticket.
     pub ticket: TicketId,
-    /// The group, where there was one.
+    /// `None` if the ticket ended without a group.
     pub group: Option<GroupHash>,
-    /// The lease that the group answered.
     pub lease: Option<LeaseId>,
-    /// Who answered.
     pub worker: Option<PeerId>,
-    /// Under which version.
+    /// The version that the lease named.
     pub policy_version: Option<PolicyVersion>,
-    /// How it ended.
     pub fate: Fate,
-    /// Why, in one sentence with the numbers.
+    /// One sentence with the numbers.
     pub reason: String,
-    /// Whether a forward pass checked it.
+    /// Whether a critic checked every position with a forward pass.
     pub audited: bool,
-    /// The step that trained it.
+    /// The step that trained on the group.
     pub step: Option<PolicyVersion>,
 }
 

@@ -1,7 +1,7 @@
 //! A group as submitted: the rollouts of one lease, in one signed message.
 //!
-//! A rollout is a list of segments; only policy segments were sampled, so only they are checked and trained, and
-//! multi-turn answers and tools need no new message.
+//! A rollout is a list of segments. Only policy segments were sampled, so only they are checked and trained. Multi-turn
+//! answers and tools need no new message.
 
 use std::collections::BTreeSet;
 
@@ -21,28 +21,20 @@ pub const COMMITMENTS_MAX: usize = 8_192;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Segment {
     /// The ticket's prompt.
-    Prompt {
-        /// Its tokens.
-        tokens: Vec<u32>,
-    },
-    /// Drawn from the policy.
+    Prompt { tokens: Vec<u32> },
+    /// Sampled from the policy.
     Policy {
-        /// The tokens drawn.
         tokens: Vec<u32>,
-        /// The version that drew them.
+        /// The version that they were sampled from.
         version: PolicyVersion,
         /// ln μ of each token under the sampling temperature, in nats.
         rollout_logprobs: Vec<f32>,
     },
-    /// Put in by a tool or another speaker.
-    Environment {
-        /// Its tokens.
-        tokens: Vec<u32>,
-    },
+    /// Written by a tool or another speaker.
+    Environment { tokens: Vec<u32> },
 }
 
 impl Segment {
-    /// The segment's tokens, wherever they come from.
     pub fn tokens(&self) -> &[u32] {
         match self {
             Segment::Prompt { tokens }
@@ -56,16 +48,16 @@ impl Segment {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// A stop id was drawn: it is the last token.
+    /// The last token is a stop id.
     Stop,
-    /// The longest length was reached.
+    /// The answer reached the longest length.
     Length,
     /// The last token completed the lease's stop string of this number, from 0.
     StopString(u8),
 }
 
 impl FinishReason {
-    /// Whether the answer came to an end of its own.
+    /// Whether the answer ended before the longest length.
     pub fn is_stop(self) -> bool {
         self != Self::Length
     }
@@ -74,9 +66,8 @@ impl FinishReason {
 /// One completion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
-    /// In order; the first is the prompt.
+    /// The first is the prompt.
     pub segments: Vec<Segment>,
-    /// Why it ended.
     pub finish: FinishReason,
 }
 
@@ -100,9 +91,9 @@ impl Rollout {
         Self { segments, finish }
     }
 
-    /// A rollout of one turn whose tokens several versions drew, one after another.
+    /// A rollout of one turn whose tokens several versions sampled, one after another.
     ///
-    /// * `spans` — which version drew how many tokens, in order
+    /// * `spans` — each version and the number of its tokens, in order
     pub fn of_versions(
         prompt: Vec<u32>,
         tokens: &[u32],
@@ -132,14 +123,14 @@ impl Rollout {
             .collect()
     }
 
-    /// Number of tokens drawn from the policy.
+    /// Number of tokens sampled from the policy.
     pub fn drawn_tokens(&self) -> u64 {
         let drawn = |segment: &&Segment| matches!(segment, Segment::Policy { .. });
         let segments = self.segments.iter().filter(drawn);
         segments.map(|segment| segment.tokens().len() as u64).sum()
     }
 
-    /// Tokens drawn from the policy and their log-probs, in order.
+    /// The tokens sampled from the policy and their log-probs, in order.
     pub fn drawn(&self) -> (Vec<u32>, Vec<f32>) {
         let mut drawn = (Vec::new(), Vec::new());
         for segment in &self.segments {
@@ -156,7 +147,7 @@ impl Rollout {
         drawn
     }
 
-    /// The oldest version that drew a token.
+    /// The oldest version that a token was sampled from.
     pub fn oldest_version(&self) -> Option<PolicyVersion> {
         let versions = self.segments.iter().filter_map(|segment| match segment {
             Segment::Policy { version, .. } => Some(*version),
@@ -192,14 +183,14 @@ impl Rollout {
         if drawn == 0 {
             return Err(Invalid::new(
                 "segments",
-                "hold no token drawn from the policy",
+                "hold no token sampled from the policy",
             ));
         }
         Ok(())
     }
 }
 
-/// Rounding may lift a certain token's log-prob above zero by this much.
+/// Rounding may lift the log-prob of a certain token this far above zero.
 const LOGPROB_MAX: f32 = 1e-3;
 
 fn check_logprobs(tokens: usize, logprobs: &[f32]) -> Result<(), Invalid> {
@@ -225,22 +216,20 @@ fn check_logprobs(tokens: usize, logprobs: &[f32]) -> Result<(), Invalid> {
 /// The rollouts of one lease.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Group {
-    /// The lease it answers.
     pub lease: LeaseId,
-    /// The lease's ticket.
     pub ticket: TicketId,
-    /// The weights used.
+    /// The weights that the worker used.
     pub version: VersionRef,
-    /// The arithmetic used.
+    /// The arithmetic that the worker used.
     pub class: NumericClass,
     /// In the order of the lease's range.
     pub rollouts: Vec<Rollout>,
-    /// Commitments to the computation, for checks that need them; empty where none is configured.
+    /// Commitments to the computation, for checks that need them. Empty: no check is configured that does.
     pub commitments: Vec<serde_bytes::ByteBuf>,
 }
 
 impl Group {
-    /// The versions that drew tokens of the group, oldest first, each once.
+    /// The versions that the group's tokens were sampled from, oldest first, each once.
     pub fn versions(&self) -> BTreeSet<PolicyVersion> {
         let segments = self.rollouts.iter().flat_map(|rollout| &rollout.segments);
         let drawn = segments.filter_map(|segment| match segment {
@@ -250,7 +239,7 @@ impl Group {
         drawn.collect()
     }
 
-    /// The oldest version that drew a token of the group.
+    /// The oldest version that a token of the group was sampled from.
     pub fn oldest_version(&self) -> PolicyVersion {
         let oldest = self
             .rollouts
@@ -338,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_without_a_drawn_token_is_refused() {
+    fn a_group_without_a_sampled_token_is_refused() {
         assert!(group(Vec::new(), Vec::new()).validate().is_err());
     }
 }

@@ -1,5 +1,5 @@
-//! A lease: a ticket bound to one worker, one version and one seed. Signed by dispatch, so that a submission can be
-//! admitted by a dispatch that has restarted since and forgotten it.
+//! A lease: a ticket bound to one worker, one version and one seed. Dispatch signs it, so that a dispatch that has restarted
+//! since, and lost its memory of the lease, can still admit the submission.
 
 use std::fmt;
 
@@ -12,18 +12,18 @@ use crate::id::{LeaseId, PeerId, RunId, UnixMillis};
 use crate::limits::STATEMENT_BYTES_MAX;
 use crate::seed::{SeedBinding, lease_seed};
 
-/// Which arithmetic answered: answers of one class agree to rounding, answers of two classes only within thresholds.
+/// The arithmetic of a machine. Answers of one class agree to rounding, answers of two classes only within thresholds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NumericClass {
     /// The published weights, computed in f32 on a processor.
     F32Cpu,
-    /// The same on a GPU.
+    /// The published weights, computed in f32 on a GPU.
     F32Cuda,
-    /// In bf16 on a GPU.
+    /// The published weights, computed in bf16 on a GPU.
     Bf16Cuda,
     /// The published weights with every matrix rounded to eight bits, computed in f32 on a processor. The rounding is
-    /// prescribed, so whoever holds the weights can compute in this class, whatever else it computes in.
+    /// prescribed, so a critic of any class can compute in this one.
     Int8Cpu,
 }
 
@@ -45,20 +45,20 @@ impl fmt::Display for NumericClass {
     }
 }
 
-/// The names of some classes, for people.
+/// The names of the classes, joined by commas.
 pub fn class_names(classes: &[NumericClass]) -> String {
     let names: Vec<&str> = classes.iter().map(|class| class.name()).collect();
     names.join(", ")
 }
 
-/// What a worker does with an answer that is not finished when new weights come.
+/// What a worker does with an unfinished answer when new weights arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightsRule {
-    /// Ends it under the lease's version: a group has exactly one.
+    /// It finishes the answer under the lease's version, so a group has exactly one.
     #[default]
     Drain,
-    /// May go on under newer versions, in segments that name them: for workers whom the lab trusts, because whoever
+    /// It may continue under newer versions, in segments that name them. Only for workers that the lab trusts: a worker that
     /// chooses the moment of the swap chooses among answers.
     InFlight,
 }
@@ -66,43 +66,38 @@ pub enum WeightsRule {
 /// Rollouts `first .. first + count` of a ticket's group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RolloutRange {
-    /// Number of the first rollout.
+    /// Counted from 0.
     pub first: u32,
-    /// How many.
     pub count: u32,
 }
 
 /// A ticket bound to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Lease {
-    /// Its id; also the idempotency key of its submission.
+    /// Also the key under which its submission is idempotent.
     pub id: LeaseId,
-    /// What to answer.
     pub ticket: Ticket,
-    /// Who may answer.
     pub worker: PeerId,
-    /// With which weights; exactly these, unless `weights` says otherwise.
+    /// The weights to sample from; [`WeightsRule::InFlight`] allows newer ones.
     pub version: VersionRef,
-    /// Whether it may go on under newer ones.
     pub weights: WeightsRule,
-    /// In which arithmetic.
     pub class: NumericClass,
-    /// Which of the group's rollouts.
+    /// A part of the ticket's group, so that slow workers may share one.
     pub rollouts: RolloutRange,
-    /// Which life of dispatch gave it.
+    /// The generation of the dispatch that signed it.
     pub epoch: u64,
     /// Dispatch's counter for this worker.
     pub submission: u64,
-    /// What nobody could know before.
+    /// Unpredictable, so that keys ground in advance gain nothing.
     pub nonce: [u8; 32],
-    /// Where the draws come from: [`crate::seed::lease_seed`] of the fields above.
+    /// Seeds the sampling: [`crate::seed::lease_seed`] of the fields above.
     pub seed: [u8; 32],
-    /// When dispatch gives the ticket to somebody else.
+    /// When dispatch leases the ticket to another worker.
     pub deadline: UnixMillis,
 }
 
 impl Lease {
-    /// Whether the seed is the one that the lease's own fields prescribe: dispatch cannot choose it freely either.
+    /// Whether the lease's own fields prescribe its seed: dispatch cannot choose one freely either.
     pub fn seed_is_prescribed(&self, run: &RunId) -> bool {
         let binding = SeedBinding {
             run,

@@ -1,4 +1,4 @@
-//! Where a peer can be reached for shards, signed by that peer: nobody can send others to a stranger's address.
+//! The addresses at which a peer serves shards. The peer signs them, so that no peer can direct traffic to another's address.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,11 +13,11 @@ pub const ADDRESSES_MAX: usize = 8;
 /// A peer's own record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerRecord {
-    /// The key that its handshake proves.
+    /// The public key that the peer proves in its handshake.
     pub handshake: PeerId,
-    /// `host:port`, best first. Empty for a peer that cannot be dialled.
+    /// `host:port`, best first. Empty if the peer cannot be dialled.
     pub addresses: Vec<String>,
-    /// When it was said: a newer record replaces an older one.
+    /// A newer record replaces an older one.
     pub issued: UnixMillis,
 }
 

@@ -1,8 +1,8 @@
-//! A ticket: what to answer, and how. Written by dispatch; travels inside leases.
+//! A ticket: a prompt and how to answer it. Dispatch writes it; it travels inside leases.
 
 use serde::{Deserialize, Serialize};
 
-use super::{at_most, finite, some_of};
+use super::{at_most, bytes_at_most, finite, number_at_most, some_of};
 use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{DescriptorHash, PolicyVersion, TicketId, UnixMillis};
 use crate::limits::{
@@ -10,17 +10,17 @@ use crate::limits::{
     STOP_STRINGS_MAX,
 };
 
-/// How tokens are drawn. Temperature only: top-k and top-p masks make honest tokens impossible under another machine's
-/// rounding, so that a check of them would reject the honest (`research/verification-incentives.md` §1.2).
+/// How tokens are sampled. Temperature only: under a top-k or top-p mask another machine's rounding may exclude an honest
+/// token, so that a check would reject an honest worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplingRules {
-    /// Divides the logits; above zero.
+    /// Divides the logits. In (0, 10].
     pub temperature: f32,
     /// Longest answer in tokens, the stop id included.
     pub tokens_max: u32,
-    /// Ids that end an answer.
+    /// Token ids that end an answer.
     pub stop_ids: Vec<u32>,
-    /// Texts that end an answer with the token that completes one of them, wherever tokens begin and end.
+    /// Texts that end an answer with the token that completes one of them, wherever token boundaries lie.
     pub stop_strings: Vec<String>,
 }
 
@@ -43,7 +43,10 @@ impl SamplingRules {
         }
         at_most("stop_strings", self.stop_strings.len(), STOP_STRINGS_MAX)?;
         for string in &self.stop_strings {
-            some_of("stop_strings", string.len(), STOP_STRING_BYTES_MAX)?;
+            if string.is_empty() {
+                return Err(Invalid::new("stop_strings", "hold an empty text"));
+            }
+            bytes_at_most("stop_strings", string.len(), STOP_STRING_BYTES_MAX)?;
         }
         at_most("stop_ids", self.stop_ids.len(), STOP_IDS_MAX)?;
         if self.stop_ids.is_empty() && self.stop_strings.is_empty() {
@@ -56,24 +59,20 @@ impl SamplingRules {
     }
 }
 
-/// What to answer.
+/// A prompt for workers to answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ticket {
-    /// Its number, from 1.
     pub id: TicketId,
-    /// The run's descriptor.
     pub descriptor: DescriptorHash,
-    /// The prompt's place in the training split; the gold answer stays with dispatch.
+    /// Index of the prompt in the training split. The gold answer stays with dispatch.
     pub item: u64,
-    /// The prompt's tokens.
+    /// Token ids.
     pub prompt: Vec<u32>,
-    /// Rollouts wanted.
+    /// Number of rollouts.
     pub group_size: u32,
-    /// How to draw them.
     pub sampling: SamplingRules,
-    /// Oldest version that may answer it.
+    /// The oldest version that a lease may name.
     pub oldest_version: PolicyVersion,
-    /// When it expires.
     pub deadline: UnixMillis,
 }
 
@@ -84,11 +83,7 @@ impl Ticket {
     /// Names the first field out of its range.
     pub fn check(&self) -> Result<(), Invalid> {
         some_of("prompt", self.prompt.len(), ROLLOUT_TOKENS_MAX)?;
-        at_most(
-            "group_size",
-            self.group_size as usize,
-            GROUP_SIZE_MAX as usize,
-        )?;
+        number_at_most("group_size", self.group_size, GROUP_SIZE_MAX)?;
         if self.group_size == 0 {
             return Err(Invalid::new("group_size", "is zero"));
         }
@@ -108,14 +103,14 @@ impl Statement for Ticket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
 
     #[test]
-    fn rules_without_an_end_and_endless_stop_strings_are_refused() {
+    fn sampling_rules_without_an_end_or_with_too_long_stop_strings_are_refused() {
         let rules = SamplingRules {
-            temperature: 1.0,
-            tokens_max: 4,
             stop_ids: Vec::new(),
             stop_strings: vec!["###".to_owned()],
+            ..testing::sampling()
         };
         assert_eq!(rules.validate(), Ok(()));
         for stop_strings in [

@@ -9,22 +9,22 @@ use crate::envelope::{Invalid, Kind, Statement};
 use crate::id::{GroupHash, LeaseId, TicketId};
 use crate::limits::{FINDINGS_MAX, GROUP_SIZE_MAX, REWARD_COMPONENTS_MAX, STATEMENT_BYTES_MAX};
 
-/// A rollout's reward and what it is made of.
+/// A rollout's reward and its components.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RolloutReward {
     /// The weighted sum, within the range that the run's configuration declares.
     pub total: f32,
-    /// Each function's own score, unweighted, by its name.
+    /// The unweighted score of each reward function, by its name.
     pub components: Vec<(String, f32)>,
 }
 
-/// What a check found, with its numbers. The first finding of a rejected group is in its receipt.
+/// A failed check, with its numbers. The first finding of a rejected group is in its receipt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
-    /// Tokens do not cover the draws that the lease prescribes (`research/verification-incentives.md` §1.9).
+    /// The tokens are not those that the lease's seed prescribes.
     Draws {
-        /// Which rollout of the group.
+        /// Index in the group.
         rollout: u32,
         /// Mean distance of u(g, t) from the token's interval of the cumulative distribution.
         mean: f64,
@@ -32,39 +32,36 @@ pub enum Finding {
         max: f64,
         /// Position in the answer of the largest distance.
         position: u32,
-        /// The bound on the largest.
+        /// The bound of `max`.
         limit: f64,
     },
-    /// The log-probs sent are not those of the tokens.
+    /// The reported log-probs are not those of the tokens.
     Logprobs {
-        /// Which rollout of the group.
+        /// Index in the group.
         rollout: u32,
         /// Largest |difference| in nats.
         max: f64,
         /// Position in the answer.
         position: u32,
-        /// The bound.
+        /// The bound of `max`.
         limit: f64,
     },
-    /// An answer did not end where it says it did.
+    /// The answer does not end as its finish reason says.
     Termination {
-        /// Which rollout of the group.
+        /// Index in the group.
         rollout: u32,
-        /// What is wrong.
+        /// Continues the sentence "rollout 2 ...".
         problem: String,
     },
-    /// Two rollouts, or an earlier group, hold the same draws where chance does not.
+    /// The rollout repeats another one, which chance would not.
     Duplicate {
-        /// Which rollout of the group.
+        /// Index in the group.
         rollout: u32,
-        /// Of what.
+        /// What it repeats.
         of: String,
     },
     /// The group does not answer its lease.
-    Mismatch {
-        /// What differs.
-        problem: String,
-    },
+    Mismatch { problem: String },
 }
 
 impl fmt::Display for Finding {
@@ -97,40 +94,36 @@ impl fmt::Display for Finding {
     }
 }
 
-/// What a critic concludes.
+/// A critic's conclusion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Decision {
-    /// Nothing speaks against it.
+    /// No check failed.
     Accept,
-    /// Between the bounds of two numeric classes: ask others.
+    /// An error lies between the bounds of two numeric classes: dispatch asks other critics.
     Grey,
-    /// A finding is beyond its bound.
+    /// A check failed.
     Reject,
 }
 
 /// One critic's judgement of a group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// The group as signed.
     pub group: GroupHash,
-    /// Its lease.
     pub lease: LeaseId,
-    /// Its ticket.
     pub ticket: TicketId,
-    /// Whether every position was re-checked by a forward pass.
+    /// Whether the critic checked every position with a forward pass.
     pub audited: bool,
     /// One per rollout, in order.
     pub rewards: Vec<RolloutReward>,
-    /// What was found; empty for an accepted group.
+    /// Empty for an accepted group.
     pub findings: Vec<Finding>,
-    /// The conclusion.
     pub decision: Decision,
 }
 
 impl Verdict {
-    /// Whether another critic's verdict says the same: decision and every total, bit for bit. Reward functions are
-    /// deterministic, so honest critics never differ.
+    /// Whether two verdicts agree: the decision and every total, bit for bit. Reward functions are deterministic, so honest
+    /// critics never differ.
     pub fn agrees_with(&self, other: &Verdict) -> bool {
         let totals = |verdict: &Verdict| -> Vec<u32> {
             verdict

@@ -1,5 +1,5 @@
-//! A version of the policy, signed by the learner, and the objects by which its bytes travel, each described by whoever
-//! made it under that peer's own key: a result is checked against the signed root, so any seeder may make deltas.
+//! A version of the policy, signed by the learner, and the objects in which its bytes travel. The peer that made an object
+//! signs its description. A peer checks the resulting weights against the version's signed root, so any seeder may make deltas.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,9 +12,9 @@ use crate::limits::VERSION_BYTES_MAX;
 pub const TENSORS_MAX: usize = 16_384;
 /// Most shards of an object: 1 TiB in shards of 16 MiB.
 pub const SHARDS_MAX: usize = 65_536;
-/// Smallest shard but the last: below it the frame's own cost shows.
+/// Smallest shard, except the last: the cost per frame shows below it.
 pub const SHARD_BYTES_MIN: u32 = 4 << 10;
-/// Largest shard: what a peer holds in memory for a partner it does not trust yet.
+/// Largest shard: a peer holds one in memory for a partner that it does not trust yet.
 pub const SHARD_BYTES_MAX: u32 = 16 << 20;
 /// Most small files that travel with a version (tokenizer, configuration).
 pub const FILES_MAX: usize = 32;
@@ -23,8 +23,9 @@ pub const PARTS_MAX: usize = 64;
 /// Most objects announced with a version.
 pub const OBJECTS_MAX: usize = 16;
 
-/// Versions that a squashed delta leads over: it ends at a version divisible by its stride and begins one stride before. Each is
-/// four of the next smaller, so that the number of objects on the way grows with the logarithm of the distance.
+/// Numbers of versions that a squashed delta leads over. The delta ends at a version divisible by its stride and starts one
+/// stride before. Each stride is four of the next smaller, so the number of objects on a path grows with the logarithm of its
+/// length.
 pub const SQUASH_STRIDES: [u64; 2] = [4, 16];
 
 /// The strides of the squashed deltas that lead to `version`.
@@ -36,7 +37,6 @@ pub fn squash_strides(version: PolicyVersion) -> impl Iterator<Item = u64> {
 /// How a parameter is stored on the wire and on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Dtype {
     Bf16,
     F32,
@@ -58,18 +58,14 @@ impl Dtype {
 pub struct Parameter {
     /// Hugging Face tensor name.
     pub name: String,
-    /// Dimensions.
     pub shape: Vec<u64>,
-    /// Storage type.
     pub dtype: Dtype,
-    /// Which part of a model split over machines holds it; 0 when it is not split.
+    /// The part of a model split over machines that holds it. 0: the model is not split.
     pub stage: u16,
 }
 
-/// What a part of the state is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum PartKind {
     Base,
     Adapter,
@@ -78,55 +74,49 @@ pub enum PartKind {
 /// One part of the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
-    /// What it is.
     pub kind: PartKind,
     /// Merkle root over its tensors, in the parameter table's order.
     pub root: ContentHash,
 }
 
-/// A small file that makes the folder whole (`config.json`, `tokenizer.json`).
+/// A small file of the checkpoint folder beside the weights, such as `config.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
     /// File name without any directory.
     pub name: String,
-    /// Size in bytes.
     pub bytes: u64,
     /// BLAKE3 of its content.
     pub hash: ContentHash,
 }
 
-/// A version of the policy as the learner signs it.
+/// A version of the policy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Version {
-    /// The run's descriptor.
     pub descriptor: DescriptorHash,
     /// The learner's fencing token.
     pub generation: Generation,
     /// Steps taken.
     pub version: PolicyVersion,
-    /// The version that it was stepped from.
+    /// The weights that the step started from. `None` for version 0.
     pub parent: Option<StateRoot>,
     /// The canonical parameter table.
     pub parameters: Vec<Parameter>,
-    /// The state's parts, in order.
     pub parts: Vec<Part>,
     /// Root over the parts.
     pub root: StateRoot,
-    /// The files beside the weights.
     pub files: Vec<FileEntry>,
 }
 
-/// Which version, and which weights exactly.
+/// A version by its number and its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VersionRef {
     /// Steps taken.
     pub version: PolicyVersion,
-    /// The weights.
     pub root: StateRoot,
 }
 
 impl Version {
-    /// Bytes of all its parameters, as they are stored.
+    /// Size of all parameters in their storage types.
     pub fn parameter_bytes(&self) -> u64 {
         let bytes = |parameter: &Parameter| {
             let elements = parameter
@@ -140,7 +130,6 @@ impl Version {
         })
     }
 
-    /// Its short name.
     pub fn reference(&self) -> VersionRef {
         VersionRef {
             version: self.version,
@@ -205,7 +194,7 @@ fn check_parameter(parameter: &Parameter) -> Result<(), Invalid> {
     Ok(())
 }
 
-/// A name that stays inside the folder it is written to.
+/// Checks that a file of this name stays inside the folder that it is written to.
 ///
 /// # Errors
 /// When it is empty, over 128 bytes, begins with a dot or holds anything but letters, digits, `.`, `_` and `-`.
@@ -221,50 +210,45 @@ pub fn check_file_name(name: &str) -> Result<(), Invalid> {
     Ok(())
 }
 
-/// What an object holds.
+/// The content of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Content {
     /// The whole state.
     Anchor { root: StateRoot },
-    /// What turns one state into another.
+    /// Turns one state into another.
     Delta { from: StateRoot, to: StateRoot },
     /// A file beside the weights.
     File { hash: ContentHash },
 }
 
-/// How an object's bytes are to be read.
+/// How to read an object's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-#[allow(missing_docs)]
 #[non_exhaustive]
 pub enum Codec {
-    /// As they are: a file, or a safetensors file in canonical layout.
+    /// The bytes of a file, or of a safetensors file in canonical layout.
     Raw,
-    /// What turns one safetensors file into another, slice by slice, each by the method that takes the fewest bytes.
+    /// Turns one safetensors file into another, slice by slice, each by the method that takes the fewest bytes.
     Delta,
 }
 
-/// A transferable object, described by whoever made it.
+/// An object for transfer, described by the peer that made it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Object {
-    /// What it holds.
     pub content: Content,
-    /// The version that it leads to, so that holders know when to drop it.
+    /// The version that it leads to. Its holders drop it when the version is too old.
     pub version: PolicyVersion,
-    /// Size in bytes.
     pub bytes: u64,
-    /// How to read it.
     pub codec: Codec,
-    /// Size of every shard but the last.
+    /// Size of every shard except the last.
     pub shard_bytes: u32,
     /// BLAKE3 of each shard, in order.
     pub shards: Vec<ContentHash>,
 }
 
 impl Object {
-    /// From which state to which it leads, when it is a delta.
+    /// The states that a delta leads from and to; `None` for other objects.
     pub fn delta(&self) -> Option<(StateRoot, StateRoot)> {
         match self.content {
             Content::Delta { from, to } => Some((from, to)),
@@ -272,8 +256,8 @@ impl Object {
         }
     }
 
-    /// The object's name: BLAKE3("muster-object-v1\0" ‖ size ‖ codec ‖ shard size ‖ shard hashes). Whoever describes the
-    /// same bytes cut the same way names the same object.
+    /// The object's name: BLAKE3("muster-object-v1\0" ‖ size ‖ codec ‖ shard size ‖ shard hashes). Two peers
+    /// that cut the same bytes in the same way name the same object.
     pub fn id(&self) -> ObjectId {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"muster-object-v1\0");
@@ -321,8 +305,8 @@ impl Statement for Object {
     }
 }
 
-/// A version made known: the learner's signed version and signed descriptions of objects that lead to it, as
-/// envelopes. A record of the versions log, and what `latest` answers.
+/// A signed version with signed descriptions of objects that lead to it. A record of the versions log, and the reply to
+/// `latest`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
     /// The signed [`Version`].
@@ -333,10 +317,10 @@ pub struct Announcement {
 }
 
 impl Announcement {
-    /// Decodes a record of the versions log. The envelopes inside are still to be opened.
+    /// Decodes a record of the versions log. The envelopes inside are not opened.
     ///
     /// # Errors
-    /// When the bytes are no announcement or over their bound.
+    /// When the bytes are not an announcement or exceed their bound.
     pub fn decode(bytes: &[u8]) -> Result<Self, Invalid> {
         if bytes.len() > VERSION_BYTES_MAX {
             return Err(Invalid::new(

@@ -1,5 +1,5 @@
-//! The golden messages: small, every variant once, every id different and incompressible, so that a payload travels as it
-//! is and its bytes depend on this crate alone.
+//! The golden messages: small, every variant once. Every id is different and incompressible, so that a payload travels
+//! uncompressed and its bytes depend on this crate only.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +31,7 @@ use muster_protocol::subject::Role;
 
 use crate::run;
 
-/// 32 bytes that belong to `name` alone.
+/// 32 bytes that differ for every `name`.
 fn bytes_of(name: &str) -> [u8; 32] {
     *blake3::hash(name.as_bytes()).as_bytes()
 }
@@ -49,7 +49,7 @@ fn held() -> VersionRef {
     }
 }
 
-/// Stands for a signed envelope inside a message: to the message it is bytes.
+/// Stands for a signed envelope inside a message, which does not decode it.
 fn envelope(name: &str) -> ByteBuf {
     ByteBuf::from(bytes_of(name)[..12].to_vec())
 }
@@ -124,7 +124,7 @@ pub fn asks() -> Vec<(&'static str, Ask)> {
     ]
 }
 
-pub fn answers() -> Vec<(&'static str, Reply)> {
+pub fn replies() -> Vec<(&'static str, Reply)> {
     let wait = |reason| Reply::Wait {
         retry_ms: 250,
         reason,
@@ -265,7 +265,7 @@ pub fn lease() -> Lease {
     }
 }
 
-/// Three rollouts: one of a turn, one whose turns a tool stands between, and one that two versions drew.
+/// Three rollouts: of one turn, with a tool's output between two turns, and sampled from two versions.
 pub fn group() -> Group {
     let single = Rollout::single_turn(
         vec![9, 130, 7],
@@ -314,7 +314,7 @@ pub fn group_with_commitments() -> Group {
     group
 }
 
-/// A group that is worth compressing, as real ones are: eight answers that have little in common.
+/// A group that compresses, as real ones do: eight answers that have little in common.
 pub fn long_group() -> Group {
     let draws = |number: usize| -> Vec<u8> {
         let names = (0..2).map(|half| bytes_of(&format!("rollout {number}.{half}")));
@@ -566,7 +566,7 @@ pub fn peer() -> PeerRecord {
     }
 }
 
-/// Numbers that have little in common.
+/// Four different numbers.
 fn thresholds(scale: f64) -> Thresholds {
     Thresholds {
         draw_error_max: scale * 1.1e-4,
