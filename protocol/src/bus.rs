@@ -1,12 +1,11 @@
-//! The bus: what carries messages between processes. Two implementations, one conformance suite.
+//! The bus: it carries messages between processes. Two implementations pass one conformance suite.
 //!
-//! Three ways to speak:
-//! * **ask** — request and reply, for one answer now (leases, submissions);
-//! * **news** — publish and subscribe, may be missed (whatever is announced can also be asked for);
-//! * **durable** — work queues (each message to one reader, until acknowledged) and logs (appended, numbered).
+//! Three kinds of calls:
+//! * **request and reply**, for leases and submissions;
+//! * **news**: publish and subscribe. A subscriber may miss a message; whatever is announced can also be requested;
+//! * **durable**: work queues (one reader per message, until acknowledged) and logs (append-only, numbered).
 //!
-//! Only the lab's credentials reach the durable part: the server refuses volunteers there. The bus sees bytes, never
-//! what they mean.
+//! The server refuses durable calls of volunteers. The bus sees bytes and does not decode them.
 
 use std::fmt;
 use std::time::Duration;
@@ -20,69 +19,51 @@ mod inbox;
 pub mod memory;
 pub mod nats;
 
-/// How long a durable write, or a look at what is stored, waits for the server: a restart of a local server takes a
-/// third of a second, a write to a busy disk less than one.
+/// How long a durable call waits for the server. A restart of a local server takes a third of a second, a write to a busy
+/// disk less than one.
 pub const DURABLE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest key of a durable message: it travels in a header and is remembered for the duplicate window.
+/// Longest key of a durable message. It travels in a header, and the server remembers it for the duplicate window.
 pub const KEY_BYTES_MAX: usize = 256;
 
-/// Most messages handed out by one call of [`Bus::take`]: they are all in memory at once.
+/// Most messages of one call of [`Bus::take`]: all of them are in memory at once.
 pub const TAKE_MESSAGES_MAX: usize = 1_024;
 
-/// Why the bus did not do what was asked. Variants are what a caller can do about it.
+/// Why a call of the bus failed. Each variant tells the caller what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
-    /// Nobody answered in time, or the server is away: try again.
+    /// Try again: no reply came in time, or the server is away.
     #[error("no answer on {subject} within {waited_ms} ms")]
-    Timeout {
-        /// What was asked or written.
-        subject: String,
-        /// How long.
-        waited_ms: u64,
-    },
-    /// Nobody serves the subject now: try again later.
-    #[error("nobody serves {subject}")]
-    NoResponders {
-        /// What was asked.
-        subject: String,
-    },
-    /// These credentials may not do this: stop and say so.
+    Timeout { subject: String, waited_ms: u64 },
+    /// Try again later: no process serves the subject now.
+    #[error("no process serves {subject}")]
+    NoResponders { subject: String },
+    /// Stop: the credentials do not permit the call.
     #[error("these credentials may not use {subject}: ask the run's lab for a role that may")]
-    Denied {
-        /// What was refused.
-        subject: String,
-    },
-    /// The queue is at its bound: wait until readers catch up.
+    Denied { subject: String },
+    /// Wait until readers catch up.
     #[error("queue {queue} is full")]
-    Full {
-        /// Which one.
-        queue: String,
-    },
-    /// A message over the bound: never retry.
+    Full { queue: String },
+    /// Never retry.
     #[error("message of {bytes} bytes is over the limit of {limit} bytes on {subject}")]
     TooLarge {
-        /// Where.
         subject: String,
-        /// Its size.
         bytes: usize,
-        /// The bound.
         limit: usize,
     },
-    /// Another writer appended first: this one has been fenced off and must stop.
+    /// Stop: another writer appended first, so this one is fenced off.
     #[error("log {log} is at sequence {found}, not at {expected}: another writer holds it")]
     Fenced {
-        /// Which log.
         log: String,
-        /// What the writer believed.
+        /// The newest record that the writer knew.
         expected: u64,
-        /// What the server holds.
+        /// The newest record of the log.
         found: u64,
     },
-    /// The connection is gone for good (refused credentials, closed client).
+    /// The connection has ended for good: refused credentials, or a closed client.
     #[error("{0}")]
     Closed(String),
-    /// Anything else the server said.
+    /// Any other error of the server.
     #[error("{0}")]
     Server(String),
 }
@@ -97,17 +78,15 @@ impl BusError {
     }
 }
 
-/// Other bounds of the queues than [`Queue::limits`]: for tests, and for a machine that knows its own.
+/// Overrides of a queue's limits, [`Queue::limits`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct QueueBounds {
-    /// Most messages held.
     pub messages_max: Option<u64>,
-    /// How long a message that was taken may stay unacknowledged.
     pub ack_wait: Option<Duration>,
 }
 
 impl QueueBounds {
-    /// The bounds of `queue` with these in place of its own.
+    /// The limits of `queue` with these overrides.
     pub(crate) fn of(self, queue: Queue) -> StreamLimits {
         let limits = queue.limits();
         StreamLimits {
@@ -118,7 +97,7 @@ impl QueueBounds {
     }
 }
 
-/// Refuses what is over the bound before it is sent: the server would cut the connection of who sends it.
+/// Refuses a message over the bound before it is sent: the server would disconnect the sender.
 pub(crate) fn check_size(subject: &str, payload: &Bytes, limit: usize) -> Result<(), BusError> {
     if payload.len() > limit {
         return Err(BusError::TooLarge {
@@ -130,7 +109,7 @@ pub(crate) fn check_size(subject: &str, payload: &Bytes, limit: usize) -> Result
     Ok(())
 }
 
-/// Refuses a key that a header cannot carry, and the empty one, which would identify nothing.
+/// Refuses a key that a header cannot carry, and the empty key.
 pub(crate) fn check_key(key: &str) -> Result<(), BusError> {
     if key.is_empty()
         || key.len() > KEY_BYTES_MAX
@@ -145,25 +124,25 @@ pub(crate) fn check_key(key: &str) -> Result<(), BusError> {
     Ok(())
 }
 
-/// Says that a delivery was voided by [`Bus::reclaim`]: never retry its acknowledgement.
+/// The error for a delivery that [`Bus::reclaim`] has voided. Retrying its acknowledgement does not help.
 pub(crate) fn void_delivery(queue: Queue, sequence: u64) -> BusError {
     BusError::Server(format!(
-        "message {sequence} of queue {} was reclaimed by another reader: this delivery of it is void",
+        "message {sequence} of queue {} was reclaimed by another reader: this delivery is void",
         queue.token()
     ))
 }
 
-/// Whether a keyed message was new.
+/// Whether a keyed message was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Enqueued {
-    /// Stored under this sequence number.
+    /// Under this sequence number.
     Stored(u64),
-    /// A message with this key was stored before, under this number; nothing was stored.
+    /// An earlier message with this key has this sequence number; nothing was stored.
     Duplicate(u64),
 }
 
 impl Enqueued {
-    /// The number under which the message stands.
+    /// The sequence number of the message with the key.
     pub fn sequence(self) -> u64 {
         match self {
             Self::Stored(sequence) | Self::Duplicate(sequence) => sequence,
@@ -171,10 +150,10 @@ impl Enqueued {
     }
 }
 
-/// What a queue or log holds.
+/// The content of a queue or log in numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StreamState {
-    /// Messages held now (for a queue: not yet acknowledged).
+    /// Messages held now; in a queue, those not yet acknowledged.
     pub messages: u64,
     /// Number of the newest message ever stored, 0 if none.
     pub last_sequence: u64,
@@ -183,22 +162,19 @@ pub struct StreamState {
 /// A record of a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// Its number, from 1.
+    /// Counted from 1.
     pub sequence: u64,
-    /// Its bytes.
     pub payload: Bytes,
 }
 
-/// A message as heard by a subscriber.
+/// A message to a subscriber.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct News {
-    /// Where it was published.
     pub subject: Subject,
-    /// Its bytes.
     pub payload: Bytes,
 }
 
-/// What a subscriber reads: bounded; when the reader is too slow the oldest news is lost, and counted by the bus.
+/// A subscriber's inbox. It is bounded: when the reader is too slow the bus drops the oldest message, and counts it.
 #[derive(Debug)]
 pub struct Subscription {
     pub(crate) inbox: inbox::Reader<News>,
@@ -214,22 +190,21 @@ impl Subscription {
     }
 }
 
-/// A request that waits for its answer.
+/// A request that waits for its reply.
 pub struct Request {
-    /// Where it came in; its last token is the asker's user name, which the server has checked.
+    /// Its last token is the sender's user name, which the server has checked.
     pub subject: Subject,
-    /// Its bytes.
     pub payload: Bytes,
     pub(crate) responder: Box<dyn Responder>,
 }
 
 impl Request {
-    /// The user name of who asks.
+    /// The sender's user name.
     pub fn user(&self) -> &str {
         self.subject.as_str().rsplit('.').next().unwrap_or_default()
     }
 
-    /// Answers. A lost answer is the asker's to notice: it asks again.
+    /// Replies. The sender notices a lost reply and repeats its request.
     pub async fn reply(self, payload: Bytes) {
         self.responder.reply(payload).await;
     }
@@ -241,13 +216,12 @@ impl fmt::Debug for Request {
     }
 }
 
-/// How an answer finds its way back.
 #[async_trait]
 pub(crate) trait Responder: Send + Sync {
     async fn reply(self: Box<Self>, payload: Bytes);
 }
 
-/// What a server of requests reads: bounded; when full, a request is dropped and its asker times out.
+/// The inbox of a server of requests. It is bounded: when it is full the bus drops the request, which times out.
 #[derive(Debug)]
 pub struct Requests {
     pub(crate) inbox: tokio::sync::mpsc::Receiver<Request>,
@@ -262,28 +236,26 @@ impl Requests {
         self.inbox.recv().await
     }
 
-    /// The next request if it is here already.
+    /// The next request, if it has arrived.
     pub fn try_next(&mut self) -> Option<Request> {
         self.inbox.try_recv().ok()
     }
 }
 
-/// A message taken from a queue. Dropped without an acknowledgement it is handed out again after the queue's wait.
+/// A message taken from a queue. Without an acknowledgement it is delivered again after the queue's wait.
 pub struct Delivery {
-    /// Its bytes.
     pub payload: Bytes,
-    /// Its number in the queue.
     pub sequence: u64,
-    /// How often it was handed out, 1 for the first time.
+    /// Number of deliveries, 1 for the first.
     pub delivered: u64,
     pub(crate) acker: Box<dyn Acker>,
 }
 
 impl Delivery {
-    /// Removes the message for good; returns when the server has confirmed it.
+    /// Removes the message for good and waits until the server has confirmed it.
     ///
     /// # Errors
-    /// When the server did not confirm: the message may come again.
+    /// When the server did not confirm: the message may be delivered again.
     pub async fn ack(&self) -> Result<(), BusError> {
         self.acker.ack().await
     }
@@ -296,10 +268,10 @@ impl Delivery {
         self.acker.give_back(delay).await
     }
 
-    /// Renews the hold on the message for another wait.
+    /// Holds the message for another wait.
     ///
     /// # Errors
-    /// When the server did not hear it.
+    /// When the server did not confirm: the message may be delivered again.
     pub async fn renew(&self) -> Result<(), BusError> {
         self.acker.renew().await
     }
@@ -316,7 +288,6 @@ impl fmt::Debug for Delivery {
     }
 }
 
-/// How a delivery is acknowledged.
 #[async_trait]
 pub(crate) trait Acker: Send + Sync {
     async fn ack(&self) -> Result<(), BusError>;
@@ -327,16 +298,16 @@ pub(crate) trait Acker: Send + Sync {
 /// A connection to the bus under one member's credentials, for one run.
 #[async_trait]
 pub trait Bus: Send + Sync + fmt::Debug {
-    /// The user name that the server knows this connection by.
+    /// The user name of this connection.
     fn user(&self) -> &str;
 
-    /// Tells everybody who listens.
+    /// Sends a message to every current subscriber.
     async fn publish(&self, subject: &Subject, payload: Bytes) -> Result<(), BusError>;
 
-    /// Listens to a subject or pattern.
+    /// Subscribes to a subject or pattern.
     async fn subscribe(&self, pattern: &Subject) -> Result<Subscription, BusError>;
 
-    /// Asks and waits for the answer.
+    /// Sends a request and waits for the reply.
     async fn request(
         &self,
         subject: &Subject,
@@ -344,22 +315,21 @@ pub trait Bus: Send + Sync + fmt::Debug {
         timeout: Duration,
     ) -> Result<Bytes, BusError>;
 
-    /// Serves requests on a pattern, together with every other process that serves it. A request whose reply address
-    /// is not its asker's own inbox is dropped (an answer must not be published on somebody else's behalf).
+    /// Serves requests on a pattern; every process that serves it takes a share. The bus drops a request whose reply address
+    /// is not the sender's own inbox: a reply would reach a subject that the sender may not write to.
     async fn serve(&self, pattern: &Subject) -> Result<Requests, BusError>;
 
-    /// Makes the run's queues and logs where they do not exist yet. Idempotent.
+    /// Creates the run's queues and logs that do not exist yet. Idempotent.
     async fn create_streams(&self) -> Result<(), BusError>;
 
-    /// Stores a message in a queue, once per key (within the queue's duplicate window). After [`BusError::Timeout`] it
-    /// may or may not stand there: the same call again tells which.
+    /// Stores a message in a queue, once per key within the queue's duplicate window. After [`BusError::Timeout`] the message
+    /// may be stored or not; the same call again tells which.
     async fn enqueue(&self, queue: Queue, key: &str, payload: Bytes) -> Result<Enqueued, BusError>;
 
-    /// Takes up to `max` messages (at most [`TAKE_MESSAGES_MAX`]), waiting up to `wait` for the first. Empty when none
-    /// came.
+    /// Takes up to `max` messages (at most [`TAKE_MESSAGES_MAX`]), waiting up to `wait` for the first. Empty if none came.
     ///
     /// # Cancel safety
-    /// Not cancel safe: what a cancelled call was handed comes again only after the queue's wait. Await it in a task of
+    /// Not cancel safe: the messages of a cancelled call are delivered again only after the queue's wait. Await it in a task of
     /// its own, never as an arm of a select.
     async fn take(
         &self,
@@ -368,15 +338,13 @@ pub trait Bus: Send + Sync + fmt::Debug {
         wait: Duration,
     ) -> Result<Vec<Delivery>, BusError>;
 
-    /// Makes every message that was taken and not acknowledged available at once, and voids those deliveries: what a
-    /// restarted reader does first.
+    /// Makes every unacknowledged message available at once and voids its deliveries. A restarted reader calls this first.
     async fn reclaim(&self, queue: Queue) -> Result<(), BusError>;
 
-    /// What a queue holds.
     async fn queue_state(&self, queue: Queue) -> Result<StreamState, BusError>;
 
-    /// Appends to a log, once per key; refused as [`BusError::Fenced`] when `expected_last` is given and is not the
-    /// number of the log's newest record.
+    /// Appends to a log, once per key. Fails with [`BusError::Fenced`] if `expected_last` is given and is not the number of the
+    /// log's newest record.
     async fn append(
         &self,
         log: Log,
@@ -385,13 +353,13 @@ pub trait Bus: Send + Sync + fmt::Debug {
         payload: Bytes,
     ) -> Result<Enqueued, BusError>;
 
-    /// Up to `max` records after number `after`, in order. Empty when there are none; never waits for new ones.
+    /// Up to `max` records after number `after`, in order. Never waits for new ones.
     async fn read(&self, log: Log, after: u64, max: usize) -> Result<Vec<Record>, BusError>;
 
     /// The newest record of a log.
     async fn last(&self, log: Log) -> Result<Option<Record>, BusError>;
 
-    /// Flushes what was published and closes the connection.
+    /// Sends what is still buffered and closes the connection.
     async fn close(&self);
 }
 

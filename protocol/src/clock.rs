@@ -1,11 +1,11 @@
-//! Time, as a value that is handed in: the simulator owns it in simulation, the machine otherwise.
+//! The time of day, as a value that a process is given: a simulation supplies its own clock.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::id::UnixMillis;
 
-/// Where a process reads the time of day. Waiting is tokio's, whose clock a simulation pauses.
+/// Tells the time of day. A process waits with tokio's timer, which a simulation pauses.
 pub trait Clock: Send + Sync + std::fmt::Debug {
     /// Milliseconds since the Unix epoch.
     fn now(&self) -> UnixMillis;

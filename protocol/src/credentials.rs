@@ -1,4 +1,4 @@
-//! What a member holds to take part: a file with mode 0600. And the lab's list of members.
+//! A member's credentials, in a file with mode 0600, and the lab's list of members.
 
 use std::fs;
 use std::io::Write;
@@ -10,59 +10,41 @@ use crate::id::{PeerId, RunId};
 use crate::identity::{Identity, MachineSeed};
 use crate::subject::Role;
 
-/// Why a credentials file was not used.
+/// Why a file of credentials or members was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
-    /// The file cannot be read.
-    #[error("credentials {path} cannot be read: {source}; check the path and whose file it is")]
+    #[error("credentials {path} cannot be read: {source}; check the path and the file's owner")]
     Read {
-        /// Which file.
         path: PathBuf,
-        /// Why.
         source: std::io::Error,
     },
-    /// The file cannot be written.
     #[error("{path} cannot be written: {source}; free space or check its permissions")]
     Write {
-        /// Which file.
         path: PathBuf,
-        /// Why.
         source: std::io::Error,
     },
-    /// The file is not what it should be.
-    #[error("{path} is not a {what} file: {problem}; take it again from whoever made it")]
+    #[error("{path} is not a {what} file: {problem}; get a new copy from the run's lab")]
     Malformed {
-        /// Which file.
         path: PathBuf,
-        /// What it should be.
+        /// The kind of file that was expected.
         what: &'static str,
-        /// Where it fails.
         problem: String,
     },
-    /// Others can read the secret.
-    #[error("credentials {path} can be read by others (mode {mode:o}): run chmod 600 on it")]
-    Exposed {
-        /// Which file.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
+    #[error("other users can read the credentials {path} (mode {mode:o}): run chmod 600 {path}")]
+    Exposed { path: PathBuf, mode: u32 },
 }
 
 /// A member's credentials.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    /// The run.
     pub run: RunId,
-    /// The part played.
     pub role: Role,
     /// A name for people.
     pub name: String,
-    /// The secret.
     pub seed: MachineSeed,
-    /// Where the bus is.
+    /// Addresses of NATS servers.
     pub nats: Vec<String>,
-    /// Who signs the run's descriptor, versions and batches: the root of trust.
+    /// Signs the run's descriptor, versions and batches: the root of trust.
     pub learner: PeerId,
 }
 
@@ -78,7 +60,6 @@ struct CredentialsFile {
 }
 
 impl Credentials {
-    /// The member's keys.
     pub fn identity(&self) -> Identity {
         Identity::from_seed(&self.seed)
     }
@@ -86,7 +67,7 @@ impl Credentials {
     /// Reads a credentials file.
     ///
     /// # Errors
-    /// When it cannot be read, is malformed, or others can read it.
+    /// When the file cannot be read, is malformed, or other users can read it.
     pub fn load(path: &Path) -> Result<Self, CredentialsError> {
         refuse_exposed(path)?;
         let file: CredentialsFile = read_json(path, "credentials")?;
@@ -106,7 +87,7 @@ impl Credentials {
         })
     }
 
-    /// Writes the file, readable by its owner alone, whole or not at all.
+    /// Writes the file whole or not at all, readable by its owner only.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -129,7 +110,6 @@ impl Credentials {
 pub struct Member {
     /// A name for people.
     pub name: String,
-    /// The part it may play.
     pub role: Role,
     /// The NATS user.
     pub user: String,
@@ -140,7 +120,6 @@ pub struct Member {
 }
 
 impl Member {
-    /// The member with this identity.
     pub fn of(name: &str, role: Role, identity: &Identity) -> Self {
         Self {
             name: name.to_owned(),
@@ -161,12 +140,10 @@ pub struct Roster {
 }
 
 impl Roster {
-    /// The member behind a NATS user name.
     pub fn by_user(&self, user: &str) -> Option<&Member> {
         self.members.iter().find(|member| member.user == user)
     }
 
-    /// The member behind a statement key.
     pub fn by_peer(&self, peer: &PeerId) -> Option<&Member> {
         self.members.iter().find(|member| member.peer == *peer)
     }
@@ -273,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_survive_the_file_and_others_cannot_read_it() {
+    fn a_credentials_file_is_read_back_and_refused_when_other_users_can_read_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("worker.creds");
         credentials().save(&path).unwrap();

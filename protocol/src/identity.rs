@@ -1,6 +1,6 @@
-//! Who a machine is: one secret seed, and the keys derived from it, one for each purpose.
+//! A machine's identity: one secret seed, and a key derived from it for each purpose.
 //!
-//! The keys are separate so that a nonce which a NATS server or a peer makes us sign can never be read as a statement.
+//! The keys are separate, so that a nonce which a NATS server or a peer makes us sign can never be read as a statement.
 
 use std::fmt;
 
@@ -19,17 +19,16 @@ const TRANSPORT_CONTEXT: &str = "muster 2026-11 peer transport key v1";
 pub struct MachineSeed([u8; 32]);
 
 impl MachineSeed {
-    /// A new secret from the operating system.
+    /// A new seed from the operating system.
     pub fn generate() -> Self {
         Self(rand::random())
     }
 
-    /// The secret with these bytes.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// The secret bytes, for the file that keeps them.
+    /// The secret, for the file that stores it.
     pub fn secret_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -51,7 +50,6 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// The keys of this seed.
     pub fn from_seed(seed: &MachineSeed) -> Self {
         let derive = |context| blake3::derive_key(context, &seed.0);
         Self {
@@ -96,8 +94,8 @@ impl Identity {
             .expect("any 32 bytes are the seed of an ed25519 user key")
     }
 
-    /// The seed of the ed25519 key that a transport with keys of its own goes by. What that key signs is up to such a transport,
-    /// so that it is none of the others.
+    /// The seed of an ed25519 key for a transport that manages its own keys. The transport decides what that key signs, so it
+    /// differs from the others.
     pub fn transport_secret(&self) -> &[u8; 32] {
         &self.transport
     }
@@ -107,7 +105,7 @@ impl Identity {
         self.statement.sign(message).to_bytes()
     }
 
-    /// Signs what a peer's handshake asks for.
+    /// Signs a challenge in a peer's handshake.
     pub fn sign_handshake(&self, message: &[u8]) -> [u8; 64] {
         self.handshake.sign(message).to_bytes()
     }
@@ -119,7 +117,7 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// Another secret of the same machine, for another purpose: BLAKE3 `derive_key` under `context`.
+/// A secret for another purpose: BLAKE3 `derive_key` under `context`.
 pub fn derive_secret(context: &str, seed: &[u8; 32]) -> [u8; 32] {
     blake3::derive_key(context, seed)
 }

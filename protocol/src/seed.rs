@@ -1,21 +1,18 @@
-//! Whose randomness an answer uses: the seed that dispatch prescribes with a lease.
+//! The seed that dispatch prescribes with a lease: an answer's only source of randomness.
 //!
 //! `seed = BLAKE3("swarm-task-v1\0" ‖ run ‖ 0 ‖ u64le epoch ‖ pk ‖ u64le step ‖ u64le submission_no)`, then the lease's own
 //! unpredictable nonce is mixed in, `seed' = BLAKE3("muster-lease-v1\0" ‖ seed ‖ nonce)`, so that keys ground in advance
-//! gain nothing. The draws u(g, t) of `seed'` are `policy::sampling`'s. Knows nothing of prompts: those come with tickets.
+//! gain nothing. `policy::sampling` derives the draws u(g, t) from `seed'`. Knows nothing of prompts, which come with tickets.
 
 use crate::id::{PeerId, PolicyVersion, RunId};
 
-/// What a lease's seed is bound to.
+/// The fields of a lease that its seed depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SeedBinding<'a> {
-    /// The run.
     pub run: &'a RunId,
-    /// Which life of dispatch gave the lease, so that its counters may start anew.
+    /// The generation of the dispatch that gave the lease: its counters start anew.
     pub epoch: u64,
-    /// The lessee.
     pub worker: &'a PeerId,
-    /// The version leased.
     pub version: PolicyVersion,
     /// Dispatch's counter for this worker.
     pub submission: u64,
@@ -34,7 +31,7 @@ pub fn task_seed(binding: &SeedBinding<'_>) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// The seed that an answer's draws come from.
+/// The seed of an answer's draws.
 pub fn lease_seed(binding: &SeedBinding<'_>, nonce: &[u8; 32]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"muster-lease-v1\0");

@@ -1,8 +1,8 @@
-//! Every subject, queue and log of a run, in one place; and which role may use which.
+//! Every subject, queue and log of a run, and the permissions of each role.
 //!
-//! A volunteer's user name stands at a fixed token, so that the server's permissions pin it: a subject says who asks.
-//! Volunteers hold no JetStream, key-value or ack subject at all (attacks that work otherwise:
-//! `research/nats-backbone.md` §4).
+//! A user name stands at a fixed token of a subject, so that the server's permissions pin it and the subject identifies the
+//! sender. Volunteers hold no JetStream, key-value or ack subject: with one they could read, acknowledge or delete the work of
+//! others.
 
 use std::fmt;
 use std::time::Duration;
@@ -19,7 +19,6 @@ use crate::limits::{
 pub struct Subject(String);
 
 impl Subject {
-    /// The subject as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -52,9 +51,8 @@ impl From<String> for Subject {
     }
 }
 
-/// What can be asked of dispatch. The asker's user name follows as the last token.
+/// A kind of request to dispatch. The sender's user name follows as the last token of the subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[allow(missing_docs)]
 pub enum Verb {
     Lease,
     Submit,
@@ -69,7 +67,6 @@ pub enum Verb {
 }
 
 impl Verb {
-    /// All of them.
     pub const ALL: [Verb; 10] = [
         Verb::Lease,
         Verb::Submit,
@@ -83,7 +80,6 @@ impl Verb {
         Verb::Deltas,
     ];
 
-    /// Its subject token.
     pub fn token(self) -> &'static str {
         match self {
             Verb::Lease => "lease",
@@ -100,10 +96,9 @@ impl Verb {
     }
 }
 
-/// Which part a machine plays.
+/// The part that a machine plays in a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Role {
     Dispatch,
     Trainer,
@@ -114,18 +109,17 @@ pub enum Role {
 }
 
 impl Role {
-    /// Whether the role is the lab's: it alone reads and writes queues and logs.
+    /// Whether the role is the lab's. Only the lab's roles read and write queues and logs.
     pub fn is_lab(self) -> bool {
         matches!(self, Role::Dispatch | Role::Trainer)
     }
 
-    /// Whether the role stays to pass weights on, so that it may describe squashed deltas. The learner's time is the step's,
-    /// and an evaluator leaves with what it came for.
+    /// Whether the role makes squashed deltas. The trainer spends its time on steps, and an evaluator leaves soon.
     pub fn squashes(self) -> bool {
         matches!(self, Role::Worker | Role::Critic | Role::Seeder)
     }
 
-    /// What a role may ask of dispatch.
+    /// The requests that the role may send to dispatch.
     pub fn verbs(self) -> &'static [Verb] {
         use Verb::{
             Control, Critique, Deltas, Descriptor, Latest, Lease, Peers, Receipt, Submit, Verdict,
@@ -159,39 +153,39 @@ impl fmt::Display for Role {
 /// A durable work queue: each message is taken by one reader and stays until it is acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Queue {
-    /// What to answer: dispatch to itself. A ticket's id is its sequence number here.
+    /// Tickets, from dispatch to itself. A ticket's id is its sequence number here.
     Tickets,
-    /// Groups admitted and not yet judged: dispatch to itself.
+    /// Groups that are admitted and not yet judged, from dispatch to itself.
     Intake,
-    /// Groups joined with their verdicts: dispatch to the trainer.
+    /// Groups joined with their verdicts, from dispatch to the trainer.
     Ready,
 }
 
-/// A durable log: appended, numbered from 1, never removed from.
+/// A durable log: append-only, numbered from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Log {
     /// Batch manifests, one per step and generation, by the trainer.
     Batches,
     /// Signed versions, by the trainer.
     Versions,
-    /// Every ticket's fate, by whoever owned the ticket when it ended.
+    /// The fate of every ticket, by dispatch or the trainer.
     Fates,
-    /// Pause, resume, stop; starts of dispatch and trainer (their generations).
+    /// Pauses, resumptions, the end, and the starts of dispatch and trainer (their generations).
     Control,
 }
 
 /// The bounds of a queue or log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamLimits {
-    /// Most messages held; a full queue refuses, a log is refused by its server's storage alone when `None`.
+    /// Most messages held. `None`: only `bytes_max` bounds the stream.
     pub messages_max: Option<u64>,
     /// Most bytes held.
     pub bytes_max: u64,
     /// Largest message.
     pub message_bytes_max: usize,
-    /// How long a message that was taken may stay unacknowledged before it is handed out again.
+    /// How long a delivery may stay unacknowledged before the message is delivered again.
     pub ack_wait: Duration,
-    /// How long a key is remembered, so that a second message with it is not stored.
+    /// How long a key is remembered: a second message with it is not stored.
     pub duplicate_window: Duration,
 }
 
@@ -201,14 +195,12 @@ const TICKETS_OPEN_MAX: u64 = 65_536;
 const QUEUE_BYTES_MAX: u64 = 4 << 30;
 /// A log's share of the disk. A fate is about 300 bytes: 3.5 million tickets.
 const LOG_BYTES_MAX: u64 = 1 << 30;
-/// Longer than any redelivery horizon, so that a replay after a crash is recognised.
+/// Longer than any message can wait for redelivery, so that a replay after a crash is recognised.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(600);
 
 impl Queue {
-    /// All of them.
     pub const ALL: [Queue; 3] = [Queue::Tickets, Queue::Intake, Queue::Ready];
 
-    /// Its token in subjects and stream names.
     pub fn token(self) -> &'static str {
         match self {
             Queue::Tickets => "tickets",
@@ -217,7 +209,7 @@ impl Queue {
         }
     }
 
-    /// Its bounds. Readers renew what they hold, so `ack_wait` only times how soon a dead reader's work is given on.
+    /// Readers renew their deliveries, so `ack_wait` only bounds the delay after a reader has died.
     pub fn limits(self) -> StreamLimits {
         let message_bytes_max = match self {
             Queue::Tickets => STATEMENT_BYTES_MAX,
@@ -234,10 +226,8 @@ impl Queue {
 }
 
 impl Log {
-    /// All of them.
     pub const ALL: [Log; 4] = [Log::Batches, Log::Versions, Log::Fates, Log::Control];
 
-    /// Its token in subjects and stream names.
     pub fn token(self) -> &'static str {
         match self {
             Log::Batches => "batches",
@@ -247,7 +237,6 @@ impl Log {
         }
     }
 
-    /// Its bounds.
     pub fn limits(self) -> StreamLimits {
         let message_bytes_max = match self {
             Log::Batches => MANIFEST_BYTES_MAX,
@@ -271,32 +260,31 @@ pub struct Subjects {
 }
 
 impl Subjects {
-    /// The subjects of `run`.
     pub fn of(run: &RunId) -> Self {
         Self { run: run.clone() }
     }
 
-    /// Where `user` asks dispatch for `verb`.
+    /// The subject of `user`'s requests for `verb`.
     pub fn ask(&self, verb: Verb, user: &str) -> Subject {
         Subject(format!("muster.{}.ask.{}.{user}", self.run, verb.token()))
     }
 
-    /// Where everybody's requests for `verb` arrive.
+    /// The pattern of all requests for `verb`.
     pub fn asks(&self, verb: Verb) -> Subject {
         Subject(format!("muster.{}.ask.{}.*", self.run, verb.token()))
     }
 
-    /// Where everybody's requests for anything arrive.
+    /// The pattern of all requests.
     pub fn all_asks(&self) -> Subject {
         Subject(format!("muster.{}.ask.*.*", self.run))
     }
 
-    /// All news of the run.
+    /// The pattern of all news.
     pub fn all_news(&self) -> Subject {
         Subject(format!("muster.{}.news.*", self.run))
     }
 
-    /// News for all: a new version was made, or control changed. Carries the log's record.
+    /// News for every member: a new version, or a change of control. A message carries the log's record.
     pub fn news(&self, log: Log) -> Subject {
         Subject(format!("muster.{}.news.{}", self.run, log.token()))
     }
@@ -306,17 +294,15 @@ impl Subjects {
         Subject(format!("muster.{}.note.{user}", self.run))
     }
 
-    /// Where a queue's messages are published.
     pub fn queue(&self, queue: Queue) -> Subject {
         Subject(format!("muster.{}.queue.{}", self.run, queue.token()))
     }
 
-    /// Where a log's records are published.
     pub fn log(&self, log: Log) -> Subject {
         Subject(format!("muster.{}.log.{}", self.run, log.token()))
     }
 
-    /// The name of a queue's or log's stream: no dots, no spaces.
+    /// The name of a queue's or log's JetStream stream.
     pub fn stream(&self, token: &str) -> String {
         format!(
             "MUSTER_{}_{}",
@@ -325,8 +311,8 @@ impl Subjects {
         )
     }
 
-    /// Prefix of the inboxes that `user`'s replies come to. The name is a token of its own, since a `*` inside a token
-    /// is no wildcard to the server, and who answers must be allowed to write to everybody's inbox.
+    /// Prefix of `user`'s reply inboxes. The name is a token of its own: a `*` inside a token is not a wildcard, and dispatch
+    /// needs the permission to write to every inbox.
     pub fn inbox_prefix(user: &str) -> String {
         format!("_INBOX.{user}")
     }
@@ -339,25 +325,23 @@ impl Subjects {
         !user.is_empty() && within.is_some_and(|rest| rest.len() > 1 && rest.starts_with('.'))
     }
 
-    /// Where `user` asks and nobody may listen: the server's refusal comes back in order, after the refusals of what
-    /// was sent before.
+    /// A subject on which `user` may request and no member may listen. The server's refusal arrives in order, after its
+    /// refusals of earlier messages.
     pub fn sync(user: &str) -> Subject {
         Subject(format!("_SYNC.{user}"))
     }
 }
 
-/// What a member may publish and subscribe to, as subject patterns.
+/// The subject patterns that a member may use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Permissions {
-    /// Patterns it may publish on.
     pub publish: Vec<String>,
-    /// Patterns it may subscribe to.
     pub subscribe: Vec<String>,
 }
 
 impl Permissions {
-    /// What `role` under the name `user` may do in `run`. The lab's roles may do everything in their run and use
-    /// JetStream; the rest ask, listen to news and read their own notes.
+    /// The permissions of `role` under the name `user`. The lab's roles may use every subject of their run and JetStream.
+    /// The others may send requests, listen to news and read their own notes.
     pub fn of(role: Role, user: &str, run: &RunId) -> Self {
         let subjects = Subjects::of(run);
         let inbox = format!("{}.>", Subjects::inbox_prefix(user));

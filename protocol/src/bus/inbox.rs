@@ -1,5 +1,5 @@
-//! A bounded channel for news, one reader each: when the reader is too slow the oldest message makes room for the newest,
-//! since the newest news is the one worth hearing. Knows nothing of subjects.
+//! A bounded channel for news with one reader. When the reader is too slow the channel drops its oldest message, since the
+//! newest news matters most. Knows nothing of subjects.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -9,32 +9,29 @@ use tokio::sync::Notify;
 
 use crate::limits::INBOX_MESSAGES_MAX;
 
-/// What became of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pushed {
-    /// It waits for the reader.
     Queued,
-    /// It waits for the reader, and the oldest one was lost for it.
+    /// Queued, and the oldest message was dropped for it.
     Evicted,
-    /// Nobody reads any more.
+    /// The reader was dropped.
     Unread,
 }
 
-/// The writing end. The reader ends when it is dropped.
+/// The writing end. Dropping it ends the reader.
 pub(crate) struct Writer<T> {
     ring: Arc<Ring<T>>,
 }
 
-/// The reading end.
 pub(crate) struct Reader<T> {
     ring: Arc<Ring<T>>,
 }
 
 struct Ring<T> {
     state: Mutex<State<T>>,
-    /// Wakes the reader: something came, or the writer went.
+    /// Wakes the reader: a message came, or the writer was dropped.
     arrived: Notify,
-    /// Wakes who waits for the reader to go.
+    /// Wakes [`Writer::closed`].
     abandoned: Notify,
 }
 
@@ -73,7 +70,7 @@ impl<T> Ring<T> {
 }
 
 impl<T> Writer<T> {
-    /// Leaves a message for the reader.
+    /// Queues a message for the reader.
     pub(crate) fn push(&self, message: T) -> Pushed {
         let mut state = self.ring.lock();
         if state.reader == End::Closed {
@@ -82,6 +79,10 @@ impl<T> Writer<T> {
         let evicted =
             (state.messages.len() >= INBOX_MESSAGES_MAX).then(|| state.messages.pop_front());
         state.messages.push_back(message);
+        debug_assert!(
+            state.messages.len() <= INBOX_MESSAGES_MAX,
+            "an inbox stays within its bound"
+        );
         drop(state);
         self.ring.arrived.notify_one();
         if evicted.is_some() {
@@ -91,7 +92,7 @@ impl<T> Writer<T> {
         }
     }
 
-    /// Returns when nobody reads any more.
+    /// Waits until the reader is dropped.
     ///
     /// # Cancel safety
     /// Holds no state.
@@ -112,7 +113,7 @@ impl<T> Drop for Writer<T> {
 }
 
 impl<T> Reader<T> {
-    /// The next message; `None` when the writer has gone and everything was read.
+    /// The next message; `None` when the writer was dropped and every message was read.
     ///
     /// # Cancel safety
     /// A cancelled call loses nothing.
@@ -127,7 +128,7 @@ impl<T> Reader<T> {
                     return None;
                 }
             }
-            // A message pushed since the look above has left its permit here.
+            // A message that was pushed since the check above has left a permit here.
             self.ring.arrived.notified().await;
         }
     }
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_writer_learns_that_its_reader_has_gone() {
+    async fn a_writer_learns_that_its_reader_was_dropped() {
         let (writer, reader) = channel::<u8>();
         drop(reader);
         writer.closed().await;

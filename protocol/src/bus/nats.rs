@@ -1,12 +1,12 @@
 //! The bus over NATS JetStream.
 //!
-//! A call either ends with the server's word or with an error soon: what is sent while the server is away would pile up
-//! unseen in the client library, a refused permission would look like a request that nobody answers, and a subscription
-//! would be believed before the server has it. So every call first waits for the connection, listens for a refusal while
-//! it waits for its answer, and asks for the server's echo where there is no answer to wait for.
+//! Every call ends soon, with the server's confirmation or with an error. The client library alone does not guarantee that:
+//! it buffers messages while the server is away, a refused permission looks like a request without a server, and a
+//! subscription returns before the server has it. So every call first waits for the connection, watches for a refusal
+//! while it waits for its reply, and makes a round trip to the server where there is no reply to wait for.
 //!
-//! After a lost connection the library connects again by itself, for ever, at pauses drawn evenly up to a bound that
-//! doubles to 30 s; what was listened to before is listened to again. Refused credentials end it for good.
+//! After a lost connection the library reconnects by itself, without end. Its pauses are drawn uniformly below a bound that
+//! doubles up to 30 s. It restores the subscriptions. Refused credentials end the connection for good.
 
 use std::fmt;
 use std::sync::Arc;
@@ -39,45 +39,41 @@ mod logs;
 mod pull;
 mod streams;
 
-/// The oldest server whose answers are understood: batched reads of a log came with it.
+/// Batched reads of a log came with this version.
 const SERVER_VERSION_MIN: (i64, i64, i64) = (2, 11, 0);
-/// How long one attempt to connect may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long a server that refuses the connection is tried again: it may be starting, or starting again.
+/// How long a server that refuses the connection is tried again: it may be starting.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(3);
-/// Pause between two such attempts.
 const CONNECT_PAUSE: Duration = Duration::from_millis(100);
-/// How often a silent connection is tried; after two lost answers it is given up.
+/// Interval of pings. The library gives a connection up after two lost replies.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
-/// How long closing waits for what was published to leave.
+/// How long closing waits for buffered messages to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long the word of a refusal may take from the library's reader to the task that reports it. One that takes longer
-/// ends the subscription.
+/// How long a refusal may take from the library's reader to the task that reports it. A later one ends the subscription.
 const REPORT_PAUSE: Duration = Duration::from_millis(20);
-/// What requests may take until they are answered, in KiB: 64 of the largest. More are dropped, and asked again.
+/// Memory of unanswered requests in KiB: 64 of the largest. Further requests are dropped; their senders repeat them.
 const REQUESTS_KIB_MAX: usize = 256 << 10;
-/// The group in which everybody who serves a subject takes turns.
+/// The queue group of all processes that serve a subject.
 const SERVERS: &str = "muster";
 
 /// How to reach a run's bus.
 #[derive(Clone)]
 pub struct NatsConfig {
-    /// Servers, such as `nats://127.0.0.1:4222`: one, or the members of a cluster.
+    /// One server, such as `nats://127.0.0.1:4222`, or the members of a cluster.
     pub urls: Vec<String>,
-    /// The run.
     pub run: RunId,
-    /// The secret of the nkey that logs in, `SU…`.
+    /// The secret seed of the user's nkey, `SU…`.
     pub login_seed: String,
-    /// What the connection is called in the server's lists.
+    /// Names the connection in the server's lists.
     pub name: String,
-    /// Other bounds of the queues than their own, used when they are made.
+    /// Overrides of the queues' limits, for their creation.
     pub bounds: QueueBounds,
-    /// Servers that hold each stream, used when it is made: 1, or 3 in a cluster.
+    /// Number of servers that hold each stream, for its creation: 1, or 3 in a cluster.
     pub replicas: usize,
 }
 
 impl NatsConfig {
-    /// One server, the queues' own bounds, no replication.
+    /// One server, the queues' own limits, no replication.
     pub fn new(url: &str, run: &RunId, login_seed: &str, name: &str) -> Self {
         Self {
             urls: vec![url.to_owned()],
@@ -105,16 +101,16 @@ impl fmt::Debug for NatsConfig {
 pub struct NatsBus {
     wire: Wire,
     streams: Arc<Streams>,
-    /// Tasks that carry messages from the client library to readers.
+    /// Tasks that forward messages from the client library to readers.
     forwarders: TaskTracker,
     requests_room: Arc<Semaphore>,
     shutdown: CancellationToken,
-    /// Ends the forwarders of a bus that was dropped without being closed.
+    /// Ends the forwarders of a bus that is dropped without being closed.
     _shutdown_on_drop: DropGuard,
 }
 
 impl NatsBus {
-    /// Connects and logs in. Fails within seconds when no server answers.
+    /// Connects and logs in. Fails within seconds if no server answers.
     ///
     /// # Errors
     /// [`BusError::Closed`] with the server's address, the reason and the way out.
@@ -154,7 +150,7 @@ impl NatsBus {
         }))
     }
 
-    /// Returns when the server has seen everything that was sent before, and its refusals have come.
+    /// Waits until the server has processed every earlier message and its refusals have arrived.
     async fn sync(&self) -> Result<(), BusError> {
         let link = &self.wire.link;
         let sync = Subjects::sync(&link.user);
@@ -163,16 +159,16 @@ impl NatsBus {
             .request(sync.as_str(), None, Bytes::new(), DURABLE_TIMEOUT)
             .await
         {
-            // Nobody may listen there: the refusal is the echo.
+            // No member may listen there: the refusal is the reply.
             Ok(_) | Err(BusError::NoResponders { .. } | BusError::Denied { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    /// Fails when the server has refused `pattern` by now.
+    /// Fails if the server has refused `pattern`.
     async fn confirm_subscription(&self, pattern: &Subject) -> Result<(), BusError> {
         self.sync().await?;
-        // The refusal overtook the echo, but another task reports it.
+        // The refusal arrives before the reply, but another task reports it.
         tokio::time::sleep(REPORT_PAUSE).await;
         if self.wire.link.was_denied(Use::Subscribe, pattern.as_str()) {
             return Err(BusError::Denied {
@@ -182,7 +178,7 @@ impl NatsBus {
         Ok(())
     }
 
-    /// Waits for the connection before anything is handed to the library.
+    /// Waits for the connection before a message is handed to the library.
     async fn ready(&self, subject: &Subject) -> Result<(), BusError> {
         let Wire { client, link } = &self.wire;
         link.ready(client, subject.as_str(), DURABLE_TIMEOUT)
@@ -191,7 +187,7 @@ impl NatsBus {
     }
 }
 
-/// Connects; a server that is not there (yet) is tried again for a while.
+/// Connects. Tries a server that is not reachable again for [`CONNECT_PATIENCE`].
 async fn connect_patiently(config: &NatsConfig, link: &Arc<Link>) -> Result<Client, BusError> {
     let start = Instant::now();
     loop {
@@ -205,7 +201,7 @@ async fn connect_patiently(config: &NatsConfig, link: &Arc<Link>) -> Result<Clie
     }
 }
 
-/// Whether the server may be there a moment later: not for a wrong name, wrong credentials or a wrong certificate.
+/// Whether a later attempt may succeed: not after a wrong name, wrong credentials or a wrong certificate.
 fn is_absent(error: &ConnectError) -> bool {
     matches!(
         error.kind(),
@@ -229,7 +225,7 @@ fn options(config: &NatsConfig, link: &Arc<Link>) -> ConnectOptions {
         })
 }
 
-/// The addresses without the secrets that a URL may hold.
+/// The addresses without the user and password that a URL may hold.
 fn shown(urls: &[String]) -> String {
     let shown = urls
         .iter()
@@ -294,7 +290,7 @@ impl Bus for NatsBus {
             .await;
         sent.map_err(|error| not_sent(subject, &error))?;
         self.sync().await?;
-        // The refusal overtook the echo, but another task reports it; should it be late, the next call tells.
+        // The refusal arrives before the reply, but another task reports it. If that task is late, the next call fails.
         tokio::task::yield_now().await;
         if self.wire.link.was_denied(Use::Publish, subject.as_str()) {
             return Err(denied());
@@ -408,7 +404,7 @@ impl Bus for NatsBus {
                 .await
                 .is_err()
         {
-            tracing::warn!("what was published last may not have reached the NATS server");
+            tracing::warn!("the last published messages may not have reached the NATS server");
         }
         link.close();
         self.shutdown.cancel();

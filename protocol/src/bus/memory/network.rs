@@ -1,4 +1,4 @@
-//! What a network does to messages: it delays, loses and doubles them, all drawn from one seed; and the record of what
+//! The simulated network: it delays, loses and duplicates messages, all drawn from one seed. And the trace of the messages that
 //! moved, by which two runs are compared.
 
 use std::time::Duration;
@@ -6,21 +6,21 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// How bad the network is.
+/// The faults of a simulated network.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NetworkFaults {
-    /// Shortest and longest delay of one hop, drawn evenly between them.
+    /// Shortest and longest delay of one hop; drawn uniformly.
     pub delay: (Duration, Duration),
-    /// Share of news, requests and answers that are lost, each hop alone.
+    /// Share of news, requests and replies that are lost, per hop.
     pub loss: f64,
-    /// Share of news, requests and answers that arrive twice.
+    /// Share of news, requests and replies that arrive twice.
     pub duplication: f64,
-    /// Share of durable calls whose way there, and again whose confirmation, is lost.
+    /// Share of durable calls whose request is lost; the same share of confirmations is lost.
     pub durable_loss: f64,
 }
 
 impl Default for NetworkFaults {
-    /// A perfect network: nothing is lost, nothing takes time.
+    /// A perfect network: it loses no message and takes no time.
     fn default() -> Self {
         Self {
             delay: (Duration::ZERO, Duration::ZERO),
@@ -31,14 +31,13 @@ impl Default for NetworkFaults {
     }
 }
 
-/// The one source of chance.
+/// The only source of randomness.
 #[derive(Debug)]
 pub(super) struct Network {
     rng: ChaCha8Rng,
     faults: NetworkFaults,
 }
 
-/// Whether a message of a durable call arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Hop {
     Arrives(Duration),
@@ -57,7 +56,7 @@ impl Network {
         self.faults = faults;
     }
 
-    /// The delays after which the copies of a message arrive: none when it is lost, two when it is doubled.
+    /// The delay of each copy of a message: no copy if it is lost, two if it is duplicated.
     pub(super) fn copies(&mut self) -> Vec<Duration> {
         if self.happens(self.faults.loss) {
             return Vec::new();
@@ -70,7 +69,7 @@ impl Network {
         (0..copies).map(|_| self.delay()).collect()
     }
 
-    /// One way of a durable call.
+    /// One message of a durable call.
     pub(super) fn durable_hop(&mut self) -> Hop {
         if self.happens(self.faults.durable_loss) {
             return Hop::Lost;
@@ -78,7 +77,7 @@ impl Network {
         Hop::Arrives(self.delay())
     }
 
-    /// A number below `count`, to choose who serves.
+    /// A number below `count`, to choose the server of a request.
     pub(super) fn choose(&mut self, count: usize) -> usize {
         if count < 2 {
             0
@@ -101,7 +100,7 @@ impl Network {
     }
 }
 
-/// What a message did, in the record.
+/// What happened to a message, as the trace records it.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Moved {
     News = 1,
@@ -121,7 +120,9 @@ pub(super) struct Trace {
 }
 
 impl Trace {
-    /// Takes up: what it did, its subject, whom or what it concerns, the hash of its bytes and the virtual time.
+    /// * `number` — the listener, request or sequence number that the message concerns
+    /// * `hash` — of the message's bytes
+    /// * `at` — virtual time since the start
     pub(super) fn record(
         &mut self,
         moved: Moved,
@@ -151,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_shares_are_those_asked_for() {
+    fn the_shares_of_lost_and_doubled_messages_are_the_configured_ones() {
         let faults = NetworkFaults {
             loss: 0.05,
             duplication: 0.1,

@@ -1,11 +1,11 @@
-//! Who listens to what: a tree of subject tokens, so that a message costs its own depth and not the number of listeners.
-//! Patterns as the server reads them: `*` stands for one token, `>` for one or more at the end.
+//! The listeners of each subject, in a tree of tokens: finding them costs the depth of the subject, not the number of
+//! listeners. In a pattern `*` stands for one token and `>` for one or more at the end, as on the server.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::subject::Subject;
 
-/// Listeners by the pattern they listen to.
+/// Listeners by pattern.
 #[derive(Debug, Default)]
 pub(super) struct Routes {
     root: Node,
@@ -42,7 +42,7 @@ impl Routes {
         self.root.remove(&tokens, listener);
     }
 
-    /// Every listener of `subject`, in the order in which they came.
+    /// Every listener of `subject`, in the order of their numbers.
     pub(super) fn matching(&self, subject: &Subject) -> BTreeSet<u64> {
         let tokens: Vec<&str> = subject.as_str().split('.').collect();
         let mut found = BTreeSet::new();
@@ -66,7 +66,7 @@ impl Node {
         }
     }
 
-    /// Removes the listener and the branches that it leaves empty, so that churn does not grow the tree.
+    /// Removes the listener and the branches that become empty, so that churn does not grow the tree.
     fn remove(&mut self, tokens: &[&str], listener: u64) {
         match tokens.split_first() {
             None => {
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_without_listeners_is_empty_again() {
+    fn a_tree_is_empty_after_its_last_listener_left() {
         let mut routes = Routes::default();
         for (listener, pattern) in ["a.b", "a.*", "a.>", "*.b"].iter().enumerate() {
             routes.insert(&subject(pattern), listener as u64);
@@ -128,7 +128,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_tree_finds_what_covers_finds(
+        fn the_tree_finds_exactly_the_patterns_that_cover_a_subject(
             patterns in prop::collection::vec("[abc*](\\.[abc*]){0,2}(\\.>)?", 1..8),
             heard in "[abc](\\.[abc]){0,3}",
         ) {

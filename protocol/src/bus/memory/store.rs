@@ -1,5 +1,5 @@
-//! The durable half of the in-memory bus: work queues and logs, with the server's semantics. Pure: it takes the time and
-//! returns values. Invariant: a message of a queue is either available or held until a moment, never both.
+//! The durable half of the in-memory bus: work queues and logs with the server's semantics. Pure: it takes the time and returns
+//! values. Invariant: every message of a queue is either available or held until some time, never both.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -10,20 +10,20 @@ use tokio::time::Instant;
 use crate::bus::{Enqueued, Record, StreamState};
 use crate::subject::StreamLimits;
 
-/// Why something was not stored.
+/// Why a message was not stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unstored {
     /// The stream is at its bound.
     Full,
-    /// The log has gone on without this writer.
+    /// Another writer has appended to the log.
     Fenced { found: u64 },
 }
 
-/// The delivery was voided by a reclaim.
+/// A reclaim has voided the delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Void;
 
-/// A message handed out.
+/// A message that was taken.
 #[derive(Debug)]
 pub(super) struct Taken {
     pub(super) payload: Bytes,
@@ -32,7 +32,7 @@ pub(super) struct Taken {
     pub(super) reader: ReaderId,
 }
 
-/// Which life of a queue's reader a delivery belongs to: a reclaim begins the next.
+/// The reader that a delivery went to. A reclaim starts the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ReaderId(u64);
 
@@ -53,7 +53,7 @@ impl Keys {
         }
     }
 
-    /// The number that `key` was stored under, unless that is forgotten.
+    /// The sequence number stored under `key`, within the window.
     fn find(&mut self, key: &str, now: Instant) -> Option<u64> {
         while self
             .by_age
@@ -107,7 +107,7 @@ impl QueueStore {
         }
     }
 
-    /// Stores a message once per key. A key that is known is recognised even when the queue is full.
+    /// Stores a message once per key. A known key is recognised even when the queue is full.
     pub(super) fn enqueue(
         &mut self,
         key: &str,
@@ -139,7 +139,7 @@ impl QueueStore {
         Ok(Enqueued::Stored(self.last_sequence))
     }
 
-    /// Hands out up to `max` messages, oldest first, and holds each for the queue's wait.
+    /// Takes up to `max` messages, oldest first, and holds each for the queue's wait.
     pub(super) fn take(&mut self, max: usize, now: Instant) -> Vec<Taken> {
         while let Some(&(until, sequence)) = self.held.first() {
             if until > now {
@@ -166,15 +166,20 @@ impl QueueStore {
                 reader: self.reader,
             });
         }
+        debug_assert_eq!(
+            self.messages.len(),
+            self.available.len() + self.held.len(),
+            "a message is either available or held"
+        );
         taken
     }
 
-    /// When the next message that is held becomes available by itself.
+    /// When the next held message becomes available again.
     pub(super) fn next_release(&self) -> Option<Instant> {
         self.held.first().map(|(until, _)| *until)
     }
 
-    /// Removes a message for good. One that is gone already, or available again, is removed as well.
+    /// Removes a message for good, also one that is available again. Acknowledging twice is not an error.
     pub(super) fn ack(&mut self, reader: ReaderId, sequence: u64) -> Result<(), Void> {
         self.check(reader)?;
         if let Some(message) = self.messages.remove(&sequence) {
@@ -187,7 +192,7 @@ impl QueueStore {
         Ok(())
     }
 
-    /// Makes a message that is held available at `until`.
+    /// Makes a held message available at `until`.
     pub(super) fn hold_until(
         &mut self,
         reader: ReaderId,
@@ -205,7 +210,7 @@ impl QueueStore {
         Ok(())
     }
 
-    /// Holds a message that is held for another wait.
+    /// Holds a held message for another wait.
     pub(super) fn renew(
         &mut self,
         reader: ReaderId,
@@ -215,7 +220,7 @@ impl QueueStore {
         self.hold_until(reader, sequence, now + self.limits.ack_wait)
     }
 
-    /// Makes everything available and voids every delivery.
+    /// Makes every message available and voids every delivery.
     pub(super) fn reclaim(&mut self) {
         self.reader.0 += 1;
         self.held.clear();
@@ -256,7 +261,7 @@ impl QueueStore {
 pub(super) struct LogStore {
     limits: StreamLimits,
     keys: Keys,
-    /// Each with its key.
+    /// Key and payload.
     records: Vec<(String, Bytes)>,
     bytes: u64,
 }
@@ -272,8 +277,8 @@ impl LogStore {
         }
     }
 
-    /// Appends once per key. The fence is looked at before the key, as on the server; but a writer whose confirmation
-    /// was lost finds its own record right behind the fence, and learns that it stands.
+    /// Appends once per key. The fence is checked before the key, as on the server. But a writer whose confirmation was lost
+    /// finds its own record right behind the fence, and gets [`Enqueued::Duplicate`].
     pub(super) fn append(
         &mut self,
         key: &str,
@@ -345,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_held_by_one_reader_until_the_wait_is_over() {
+    fn a_message_stays_with_its_reader_until_the_wait_is_over() {
         let (mut queue, start) = queue();
         queue.enqueue("a", payload(), start).unwrap();
         assert_eq!(queue.take(9, start).len(), 1);
@@ -359,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_or_renewed_keeps_one_place() {
+    fn a_message_that_is_given_back_or_renewed_is_counted_once() {
         let (mut queue, start) = queue();
         queue.enqueue("a", payload(), start).unwrap();
         let taken = queue.take(1, start).remove(0);
@@ -381,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reclaimed_message_is_the_next_readers_alone() {
+    fn a_reclaimed_message_belongs_to_the_next_reader_only() {
         let (mut queue, start) = queue();
         queue.enqueue("a", payload(), start).unwrap();
         let before = queue.take(1, start).remove(0);

@@ -1,6 +1,6 @@
-//! Requests to JetStream's management and what its refusals mean to a caller. The client library's typed layer is not used
-//! for them, because it takes "nobody serves this" for a confirmed acknowledgement and hides the error codes that tell a
-//! full queue from a full disk; its types of configurations are.
+//! Requests to JetStream's API and the meaning of its refusals. This file does not use the client library's typed layer, which
+//! takes "no responders" for a confirmed acknowledgement and hides the error codes that tell a full queue from a full disk. It
+//! does use the library's configuration types.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::link::{Link, Use};
 use crate::bus::{BusError, DURABLE_TIMEOUT};
 
-/// What the server's error codes mean here.
+/// The server's error codes.
 pub(super) mod code {
     pub(crate) const CONSUMER_NOT_FOUND: u64 = 10_014;
     pub(crate) const INSUFFICIENT_RESOURCES: u64 = 10_023;
@@ -27,14 +27,14 @@ pub(super) mod code {
     pub(crate) const TOO_MANY_REQUESTS: u64 = 10_167;
 }
 
-/// A connection, and what it reports out of turn.
+/// A connection and its state.
 #[derive(Clone)]
 pub(super) struct Wire {
     pub(super) client: Client,
     pub(super) link: Arc<Link>,
 }
 
-/// What the server answers with.
+/// JetStream's reply.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Reply<T> {
@@ -60,7 +60,7 @@ pub(super) struct Confirmation {
 }
 
 impl Wire {
-    /// Asks and waits for the answer; every way of not getting one is told apart.
+    /// Sends a request and waits for the reply. Each way of not getting one is an error of its own.
     pub(super) async fn request(
         &self,
         subject: &str,
@@ -68,8 +68,8 @@ impl Wire {
         payload: Bytes,
         timeout: Duration,
     ) -> Result<Bytes, BusError> {
-        let lifeline = self.link.ready(&self.client, subject, timeout).await?;
-        // The wait is ours: it also ends when the connection is lost.
+        let connection = self.link.ready(&self.client, subject, timeout).await?;
+        // No timeout of the library: the wait below also ends when the connection is lost.
         let mut request = async_nats::Request::new().payload(payload).timeout(None);
         if let Some(headers) = headers {
             request = request.headers(headers);
@@ -79,10 +79,10 @@ impl Wire {
             sent.map(|message| message.payload)
                 .map_err(|error| request_failed(subject, &error))
         };
-        lifeline.run(Use::Publish, timeout, asked).await
+        connection.run(Use::Publish, timeout, asked).await
     }
 
-    /// Asks JetStream's management.
+    /// Sends a request to JetStream's API.
     pub(super) async fn manage<T: DeserializeOwned>(
         &self,
         verb: &str,
@@ -93,7 +93,7 @@ impl Wire {
         self.ask(&subject, None, Bytes::from(body)).await
     }
 
-    /// Asks for an answer in JSON within [`DURABLE_TIMEOUT`].
+    /// Sends a request that has a JSON reply within [`DURABLE_TIMEOUT`].
     pub(super) async fn ask<T: DeserializeOwned>(
         &self,
         subject: &str,
@@ -126,7 +126,7 @@ fn unreadable(subject: &str, error: &serde_json::Error) -> BusError {
 }
 
 impl ApiError {
-    /// What the refusal means to who uses the queue or log `token`.
+    /// The meaning of the refusal for the queue or log `token`.
     pub(super) fn meaning(&self, token: &str) -> BusError {
         match self.err_code {
             code::STORE_FAILED if self.description.contains("maximum") => BusError::Full {
@@ -136,7 +136,7 @@ impl ApiError {
                 queue: token.to_owned(),
             },
             code::STREAM_NOT_FOUND => BusError::Server(format!(
-                "the NATS server holds no stream for {token}: start the run's dispatch or trainer, which makes it"
+                "the NATS server holds no stream for {token}: start the run's dispatch or trainer, which creates it"
             )),
             code::INSUFFICIENT_RESOURCES | code::STORAGE_EXCEEDED | code::STORE_FAILED => {
                 BusError::Server(format!(
@@ -158,7 +158,7 @@ impl ApiError {
 }
 
 impl<T> Reply<T> {
-    /// What was done, or what the refusal means to who uses the queue or log `token`.
+    /// The result, or the meaning of the refusal for the queue or log `token`.
     pub(super) fn or_meaning(self, token: &str) -> Result<T, BusError> {
         match self {
             Reply::Done(done) => Ok(done),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fenced_writer_learns_the_number_that_stands() {
+    fn a_fenced_writer_learns_the_newest_number() {
         let fenced =
             r#"{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 5"}}"#;
         assert_eq!(refusal(fenced).sequence_found(), Some(5));

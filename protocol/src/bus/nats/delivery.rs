@@ -1,5 +1,5 @@
-//! A message taken from a queue over NATS, and how it is settled: always confirmed by the server, since an acknowledgement
-//! that got lost would bring the message back.
+//! Acknowledges a message taken from a queue over NATS. The server confirms every acknowledgement, since a lost one would
+//! bring the message back.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::streams::Streams;
 use crate::bus::{Acker, BusError, DURABLE_TIMEOUT, void_delivery};
 use crate::subject::Queue;
 
-/// Settles one delivery.
+/// Acknowledges one delivery.
 pub(super) struct NatsAcker {
     streams: Arc<Streams>,
     queue: Queue,
@@ -53,7 +53,7 @@ impl NatsAcker {
     async fn settle(&self, kind: AckKind) -> Result<(), BusError> {
         match self.streams.settle(&self.address, kind.into()).await {
             Err(BusError::NoResponders { subject }) => {
-                // Nobody listens for this acknowledgement: the reader was replaced, or the server is starting.
+                // The address of this acknowledgement is gone: the reader was replaced, or the server is starting.
                 if self.streams.has_reader(self.queue, &self.reader).await? {
                     let waited_ms = DURABLE_TIMEOUT.as_millis() as u64;
                     return Err(BusError::Timeout { subject, waited_ms });

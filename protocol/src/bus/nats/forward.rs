@@ -1,4 +1,4 @@
-//! Tasks that carry messages from the client library to readers, and the answers of requests back.
+//! Tasks that forward messages from the client library to readers, and replies to requests back.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::bus::{News, Request, Responder, check_size};
 use crate::limits::PAYLOAD_BYTES_MAX;
 use crate::subject::{Subject, Subjects};
 
-/// Carries news from the library to one subscription.
+/// Forwards news from the library to one subscription.
 pub(super) struct NewsForwarder {
     pub(super) pattern: Subject,
     pub(super) subscriber: Subscriber,
@@ -25,11 +25,11 @@ pub(super) struct NewsForwarder {
 }
 
 impl NewsForwarder {
-    /// Ends with the bus, with its reader, and with a refusal that comes late.
+    /// Ends with the bus, with the reader, or with a refusal that comes late.
     pub(super) async fn run(mut self, shutdown: CancellationToken) {
         loop {
             tokio::select! {
-                biased; // ends first, so that a flood cannot starve them
+                biased; // the ends first, so that a flood cannot starve them
                 () = shutdown.cancelled() => break,
                 () = self.writer.closed() => break,
                 _ = self.link.denied(Use::Subscribe, self.pattern.as_str()) => break,
@@ -53,22 +53,22 @@ impl NewsForwarder {
     }
 }
 
-/// Carries requests from the library to one server of them.
+/// Forwards requests from the library to one server of requests.
 pub(super) struct RequestForwarder {
     pub(super) pattern: Subject,
     pub(super) subscriber: Subscriber,
     pub(super) sender: mpsc::Sender<Request>,
     pub(super) wire: Wire,
-    /// What requests may take until they are answered, in KiB.
+    /// Memory for unanswered requests, in KiB.
     pub(super) room: Arc<Semaphore>,
 }
 
 impl RequestForwarder {
-    /// Ends with the bus, with its reader, and with a refusal that comes late.
+    /// Ends with the bus, with the reader, or with a refusal that comes late.
     pub(super) async fn run(mut self, shutdown: CancellationToken) {
         loop {
             tokio::select! {
-                biased; // ends first, so that a flood cannot starve them
+                biased; // the ends first, so that a flood cannot starve them
                 () = shutdown.cancelled() => break,
                 () = self.sender.closed() => break,
                 _ = self.wire.link.denied(Use::Subscribe, self.pattern.as_str()) => break,
@@ -80,16 +80,16 @@ impl RequestForwarder {
         }
     }
 
-    /// Hands a request on, unless its answer would be published on somebody else's behalf.
+    /// Forwards a request, unless its reply address is not the sender's own inbox.
     fn on_message(&self, message: Message) {
-        let asker = message.subject.rsplit('.').next().unwrap_or_default();
+        let sender = message.subject.rsplit('.').next().unwrap_or_default();
         let own_inbox = message
             .reply
-            .filter(|reply| Subjects::is_inbox_of(asker, reply.as_str()));
+            .filter(|reply| Subjects::is_inbox_of(sender, reply.as_str()));
         let Some(reply) = own_inbox else {
             tracing::debug!(
-                asker,
-                "request dropped: its answer would not go to its asker's inbox"
+                sender,
+                "request dropped: its reply address is not in the sender's inbox"
             );
             return;
         };
@@ -99,7 +99,7 @@ impl RequestForwarder {
         let Ok(room) = self.room.clone().try_acquire_many_owned(kib) else {
             self.wire
                 .link
-                .on_lost_news("requests that wait for answers take too much memory");
+                .on_lost_news("unanswered requests take too much memory");
             return;
         };
         let subject = Subject::from(message.subject.to_string());
@@ -122,7 +122,7 @@ impl RequestForwarder {
 struct NatsResponder {
     wire: Wire,
     reply: async_nats::Subject,
-    /// Given back when the request is answered or dropped.
+    /// Released when the request is answered or dropped.
     _room: OwnedSemaphorePermit,
 }
 
@@ -131,11 +131,11 @@ impl Responder for NatsResponder {
     async fn reply(self: Box<Self>, payload: Bytes) {
         let Wire { client, link } = &self.wire;
         if let Err(error) = check_size(self.reply.as_str(), &payload, PAYLOAD_BYTES_MAX) {
-            tracing::error!(%error, "answer not sent");
+            tracing::error!(%error, "reply not sent");
         } else if !link.is_up() {
-            tracing::debug!("answer not sent: the NATS server is away, and its asker with it");
+            tracing::debug!("reply not sent: the NATS server is away");
         } else if let Err(error) = client.publish(self.reply, payload).await {
-            tracing::warn!(%error, "answer not sent");
+            tracing::warn!(%error, "reply not sent");
         }
     }
 }

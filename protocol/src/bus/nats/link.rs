@@ -1,6 +1,5 @@
-//! What the server says out of turn: that the connection came or went, that something is not permitted, that the
-//! credentials are refused. The client library tells these only to a callback, long after the call that they concern has
-//! returned; here a call can wait for them.
+//! The state of a connection: up or down, denied permissions, refused credentials. The client library reports these only to
+//! a callback, long after the call that they concern has returned. Here a call can wait for them.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -14,33 +13,32 @@ use tokio::sync::{Notify, watch};
 use crate::bus::BusError;
 use crate::subject::Subjects;
 
-/// Longest pause between two attempts to connect: ten thousand machines then knock 700 times a second.
+/// Longest pause between two attempts to connect: ten thousand machines then make 700 attempts a second.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(30);
-/// The same to a server on this machine, which its parent starts again within a second.
+/// The same for a server on this machine, which its parent restarts within a second.
 const LOCAL_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Longest pause before the first attempt; it doubles with each. A local server is back within a third of a second.
 const RECONNECT_PAUSE_FIRST: Duration = Duration::from_millis(50);
-/// The pause of a connection that must not come back: the library offers no other way to stop its attempts.
+/// The pause of a closed connection: the library has no other way to stop its attempts.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3_600);
-/// Refusals in a row after which the credentials are believed to be bad; fewer may be a server that reads its users anew.
+/// Refusals in a row after which the credentials count as bad. Fewer may come from a server that reloads its users.
 const REFUSALS_MAX: u32 = 3;
-/// Denials remembered; a program that collects more has a bug, and its oldest ones are asked again.
+/// Denials remembered. A program with more has a bug; the oldest ones are forgotten.
 const DENIALS_MAX: usize = 256;
-/// How often a call that waits for the connection looks by itself, should the library have dropped an event.
+/// Interval at which a waiting call checks the connection itself, in case the library dropped an event.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Whether calls can be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum LinkState {
-    /// Connected.
     Up,
-    /// The library is connecting again.
+    /// The library is reconnecting.
     Down,
-    /// Gone for good, with the sentence that says why.
+    /// Ended for good; the text says why.
     Closed(String),
 }
 
-/// What a permission is about.
+/// The use that a permission is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Use {
     Publish,
@@ -50,7 +48,7 @@ pub(super) enum Use {
 /// The state of one connection, as the library's callback reports it.
 #[derive(Debug)]
 pub(super) struct Link {
-    /// Who connects and where to, for messages.
+    /// For error texts, as is `servers`.
     pub(super) user: String,
     pub(super) servers: String,
     pause_max: Duration,
@@ -80,12 +78,12 @@ impl Link {
         }
     }
 
-    /// Takes up what the library reports.
+    /// Handles an event of the library.
     pub(super) fn on_event(&self, event: &Event) {
         match event {
             Event::Connected => {
                 self.refusals.store(0, Ordering::Relaxed);
-                // Whatever was denied may be permitted now.
+                // Denied uses may be permitted now.
                 self.lock().clear();
                 self.set(LinkState::Up);
             }
@@ -94,7 +92,7 @@ impl Link {
                 self.set(LinkState::Down);
             }
             Event::ServerError(ServerError::AuthorizationViolation) => self.on_refusal(),
-            Event::ServerError(ServerError::Other(text)) => self.on_complaint(text),
+            Event::ServerError(ServerError::Other(text)) => self.on_error(text),
             Event::ServerError(ServerError::SlowConsumer(_)) | Event::SlowConsumer(_) => {
                 self.on_lost_news("the client library's buffer was full");
             }
@@ -106,20 +104,24 @@ impl Link {
         }
     }
 
-    /// Counts a message that no reader had room for.
+    /// Counts a message that was dropped because its reader was slow.
     pub(super) fn on_lost_news(&self, reason: &str) {
         let lost = self.news_lost.fetch_add(1, Ordering::Relaxed) + 1;
         if lost.is_power_of_two() {
-            tracing::warn!(lost, reason, "messages lost by slow readers so far");
+            tracing::warn!(
+                lost,
+                reason,
+                "messages dropped so far because their readers are slow"
+            );
         }
     }
 
-    /// Messages that no reader had room for.
+    /// Messages dropped because their reader was slow.
     pub(super) fn news_lost(&self) -> u64 {
         self.news_lost.load(Ordering::Relaxed)
     }
 
-    fn on_complaint(&self, text: &str) {
+    fn on_error(&self, text: &str) {
         if let Some((usage, subject)) = violation(text) {
             if subject != Subjects::sync(&self.user).as_str() {
                 tracing::error!(
@@ -128,7 +130,7 @@ impl Link {
                     subject,
                     "not permitted by the NATS server"
                 );
-            } // else the server's expected answer to a question about what was refused before
+            } // else the expected reply to `NatsBus::sync`
             let mut denials = self.lock();
             if denials.len() >= DENIALS_MAX {
                 denials.pop_front();
@@ -153,7 +155,7 @@ impl Link {
         }
     }
 
-    /// Ends the connection: every call from now on says so.
+    /// Ends the connection: every later call fails.
     pub(super) fn close(&self) {
         self.set(LinkState::Closed(
             "this connection to the bus is closed: connect again".to_owned(),
@@ -171,7 +173,7 @@ impl Link {
         });
     }
 
-    /// How long to wait before attempt number `attempts`, from 1, to connect: anything up to a bound that doubles.
+    /// The pause before attempt number `attempts`, from 1, to connect: random, below a bound that doubles.
     pub(super) fn reconnect_pause(&self, attempts: usize) -> Duration {
         if matches!(*self.state.borrow(), LinkState::Closed(_)) {
             return NEVER;
@@ -183,19 +185,18 @@ impl Link {
         rand::rng().random_range(Duration::ZERO..=bound)
     }
 
-    /// Whether a message sent now would leave at once.
     pub(super) fn is_up(&self) -> bool {
         *self.state.borrow() == LinkState::Up
     }
 
-    /// Waits until calls can be made, so that nothing piles up in the library's buffer. Returns what tells when the
+    /// Waits for the connection, so that no message piles up in the library's buffer. Returns a guard that tells when the
     /// connection is lost.
     pub(super) async fn ready(
         &self,
         client: &async_nats::Client,
         subject: &str,
         timeout: Duration,
-    ) -> Result<Lifeline<'_>, BusError> {
+    ) -> Result<ConnectionWatch<'_>, BusError> {
         let start = Instant::now();
         let mut state = self.state.subscribe();
         loop {
@@ -213,7 +214,7 @@ impl Link {
                 self.set(LinkState::Up);
             }
         }
-        Ok(Lifeline {
+        Ok(ConnectionWatch {
             link: self,
             state,
             subject: subject.to_owned(),
@@ -221,7 +222,7 @@ impl Link {
         })
     }
 
-    /// Returns when the server has denied this use of `subject` on this connection, before the call or during it.
+    /// Waits until the server has denied this use of `subject` on this connection, before the call or during it.
     ///
     /// # Cancel safety
     /// Holds no state.
@@ -251,16 +252,16 @@ impl Link {
     }
 }
 
-/// A call's hold on the connection that it was made on.
-pub(super) struct Lifeline<'a> {
+/// Watches the connection of one call.
+pub(super) struct ConnectionWatch<'a> {
     link: &'a Link,
     state: watch::Receiver<LinkState>,
     subject: String,
     start: Instant,
 }
 
-impl Lifeline<'_> {
-    /// Returns when the connection is lost: the answer to what was sent on it will not come any more.
+impl ConnectionWatch<'_> {
+    /// Waits until the connection is lost: no reply will come after that.
     pub(super) async fn lost(&mut self) -> BusError {
         loop {
             if self.state.changed().await.is_err() {
@@ -276,8 +277,8 @@ impl Lifeline<'_> {
         }
     }
 
-    /// Runs a call that uses `subject` until it ends, is denied, loses its connection or takes longer than `timeout`,
-    /// which is counted from when the link was asked for.
+    /// Runs a call that uses `subject` until it ends, is denied, loses its connection or exceeds `timeout`, counted from
+    /// [`Link::ready`].
     pub(super) async fn run<T>(
         mut self,
         usage: Use,
@@ -298,7 +299,7 @@ impl Lifeline<'_> {
     }
 }
 
-/// Nobody answered in the time since `start`.
+/// The error of a call that started at `start` and got no reply.
 pub(super) fn timed_out(subject: &str, start: Instant) -> BusError {
     let waited_ms = start.elapsed().as_millis() as u64;
     BusError::Timeout {
@@ -307,14 +308,13 @@ pub(super) fn timed_out(subject: &str, start: Instant) -> BusError {
     }
 }
 
-/// The sentence for credentials that the server does not take.
 pub(super) fn refused_credentials(user: &str, servers: &str) -> String {
     format!(
         "the NATS server at {servers} refuses the credentials of {user}: ask the run's lab for valid ones"
     )
 }
 
-/// The use and the subject of a complaint such as `Permissions Violation for Publish to "a.b"`.
+/// The use and the subject of an error such as `Permissions Violation for Publish to "a.b"`.
 fn violation(text: &str) -> Option<(Use, &str)> {
     let lower = text.to_ascii_lowercase();
     let about = lower.find("permissions violation for ")?;
@@ -328,7 +328,7 @@ fn violation(text: &str) -> Option<(Use, &str)> {
     Some((usage, subject))
 }
 
-/// Whether a complaint means that the credentials are not or no longer taken.
+/// Whether an error means that the server refuses the credentials.
 fn is_refusal(text: &str) -> bool {
     let lower = text.to_ascii_lowercase();
     [
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_complaint_names_its_subject() {
+    fn the_subject_of_a_permission_error_is_found() {
         let publish = "Permissions Violation for Publish to \"muster.r.queue.ready\"";
         assert_eq!(
             violation(publish),
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_to_their_bound_and_are_drawn_below_it() {
+    fn reconnect_pauses_are_drawn_below_a_bound_that_grows() {
         let local = link();
         let remote = Link::new("UA".to_owned(), "nats://lab.example:4222".to_owned());
         for (link, most) in [(&local, LOCAL_PAUSE_MAX), (&remote, RECONNECT_PAUSE_MAX)] {
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_refused_again_and_again_close_the_connection_for_good() {
+    fn credentials_refused_several_times_close_the_connection_for_good() {
         let link = link();
         let refusal = Event::ClientError(ClientError::Other("authorization violation".to_owned()));
         for _ in 0..REFUSALS_MAX {

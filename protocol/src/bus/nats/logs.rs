@@ -1,5 +1,5 @@
-//! Logs: appended behind a fence, read in order. Numbers come from the leader; bytes may come from any replica, which is
-//! asked again until it has what the leader has.
+//! Logs: appended behind a fence, read in order. The leader tells the numbers. Any replica may send the records; a replica that
+//! lags behind the leader is asked again.
 
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,9 @@ use super::streams::{Streams, headers};
 use crate::bus::{BusError, DURABLE_TIMEOUT, Enqueued, Record};
 use crate::subject::Log;
 
-/// Records asked for at once: the server answers at most 1,024.
+/// Records of one request: the server sends at most 1,024.
 const READ_RECORDS_MAX: usize = 512;
-/// Bytes asked for at once.
+/// Bytes of one request.
 const READ_BYTES_MAX: usize = 16 << 20;
 /// Pause before a replica that lags behind is asked again.
 const REPLICA_PAUSE: Duration = Duration::from_millis(50);
@@ -50,8 +50,8 @@ impl Streams {
         }
     }
 
-    /// Tells a writer who was overtaken from one whose confirmation was lost: the server looks at the fence before it
-    /// looks at the key, but the latter's record stands right behind the fence, under its key.
+    /// Tells a writer that was overtaken from one whose confirmation was lost. The server checks the fence before the key. The
+    /// second writer's record is right behind the fence, under its key.
     async fn look_behind_fence(
         &self,
         log: Log,
@@ -101,8 +101,8 @@ impl Streams {
         Ok(stored.into_iter().next_back().map(|stored| stored.record))
     }
 
-    /// The records after number `after` up to number `until`, which the leader has. Nothing is ever removed from a log,
-    /// so a record that does not come is one that a replica does not have yet.
+    /// The records after number `after` up to number `until`, which the leader has. A log never loses a record, so a missing
+    /// one has not reached the replica yet.
     async fn read_range(&self, log: Log, after: u64, until: u64) -> Result<Vec<Stored>, BusError> {
         let start = Instant::now();
         let subject = format!("$JS.API.DIRECT.GET.{}", self.subjects.stream(log.token()));

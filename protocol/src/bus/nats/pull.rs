@@ -1,4 +1,4 @@
-//! Taking messages from a queue, and requests that are answered by many messages.
+//! Taking messages from a queue, and requests with several replies.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,24 +14,22 @@ use super::streams::Streams;
 use crate::bus::{BusError, DURABLE_TIMEOUT, Delivery, TAKE_MESSAGES_MAX};
 use crate::subject::Queue;
 
-/// Bytes handed out by one pull.
+/// Most bytes of one pull.
 const PULL_BYTES_MAX: usize = 64 << 20;
-/// How much longer than the server a pull waits for the server's word that nothing came.
+/// How much longer than the server a pull waits for the server's report that no message came.
 const PULL_GRACE: Duration = Duration::from_secs(2);
 
-/// What a pull brought.
 enum Pulled {
     Messages(Vec<Message>),
-    /// The reader is not there (any more).
+    /// The reader does not exist, or no longer.
     NoReader,
 }
 
-/// How a pull waits.
 #[derive(Clone, Copy)]
 enum Pull {
-    /// For nothing.
+    /// Takes the messages that are there.
     Now { max: usize },
-    /// For one message.
+    /// Waits for one message.
     One { wait: Duration },
 }
 
@@ -68,7 +66,7 @@ impl Streams {
                         .collect();
                 }
                 Pulled::NoReader => {
-                    // Reclaimed by another process: its reader is ours as well.
+                    // Another process has reclaimed the queue: this one uses the new reader as well.
                     self.forget_reader(queue);
                     if start.elapsed() > wait + DURABLE_TIMEOUT {
                         return Err(timed_out(queue.token(), start));
@@ -103,11 +101,11 @@ impl Streams {
         match end.await {
             Ok(End::Status(StatusCode::NO_RESPONDERS)) if pulled.is_empty() => Ok(Pulled::NoReader),
             Ok(End::Status(status)) if pulled.is_empty() && status.as_u16() == 409 => {
-                // The reader was deleted, or something else is wrong with it: look who reads now.
+                // The reader was deleted, or is unusable: find the current one.
                 Ok(Pulled::NoReader)
             }
             Ok(_) => Ok(Pulled::Messages(pulled)),
-            // What has come is ours, whatever happened to the rest.
+            // The messages that came are taken, even if the rest failed.
             Err(_) if !pulled.is_empty() => Ok(Pulled::Messages(pulled)),
             Err(BusError::Timeout { .. }) if matches!(pull, Pull::One { .. }) => {
                 Ok(Pulled::Messages(pulled))
@@ -131,7 +129,7 @@ impl Streams {
         })
     }
 
-    /// Sends a request that is answered by any number of messages and hands over each, until a status ends them.
+    /// Sends a request with any number of replies and passes each to `take`, until a status ends them.
     pub(super) async fn collect(
         &self,
         subject: &str,
@@ -140,7 +138,7 @@ impl Streams {
         mut take: impl FnMut(Message) -> Collect,
     ) -> Result<End, BusError> {
         let Wire { client, link } = &self.wire;
-        let lifeline = link.ready(client, subject, timeout).await?;
+        let connection = link.ready(client, subject, timeout).await?;
         let gone = |error: &dyn std::fmt::Display| {
             BusError::Closed(format!(
                 "request on {subject} not sent ({error}): connect again"
@@ -169,17 +167,17 @@ impl Streams {
             }
             Err(gone(&"the connection ended"))
         };
-        lifeline.run(Use::Publish, timeout, collecting).await
+        connection.run(Use::Publish, timeout, collecting).await
     }
 }
 
-/// Whether more is to come.
+/// Whether to wait for more replies.
 pub(super) enum Collect {
     More,
     Enough,
 }
 
-/// How a sequence of answers ended.
+/// How a sequence of replies ended.
 pub(super) enum End {
     Enough,
     Status(StatusCode),

@@ -1,5 +1,5 @@
-//! Queues and logs as JetStream streams: how they are made and written, and who reads them. A queue is a work queue with
-//! one durable reader; a log is a stream that nothing is ever removed from. Both refuse when they are full.
+//! Queues and logs as JetStream streams: creating them, writing to them, and the readers of queues. A queue is a work queue
+//! with one durable consumer, its reader. A log is a stream that denies deletion. Both refuse messages when they are full.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,23 +22,23 @@ use super::link::timed_out;
 use crate::bus::{BusError, DURABLE_TIMEOUT, Enqueued, QueueBounds, StreamState};
 use crate::subject::{Log, Queue, StreamLimits, Subjects};
 
-/// What a message's headers may add to its size in the server's eyes.
+/// The server counts a message's headers as part of its size.
 const HEADER_BYTES_MAX: usize = 1_024;
-/// Unconfirmed bytes on their way to the server, in KiB: half of what it buffers for one stream before it refuses.
+/// Unconfirmed bytes under way to the server, in KiB: half of the server's buffer for one stream.
 const IN_FLIGHT_KIB_MAX: u32 = 64 << 10;
-/// Prefix of the readers' names; the rest is new with each reclaim, so that acknowledgements of deliveries to an earlier
-/// reader go nowhere.
+/// Prefix of the readers' names. The rest is new with each reclaim, so that acknowledgements to an earlier reader have no
+/// effect.
 const READER_PREFIX: &str = "reader-";
 
 /// The durable half of a connection.
 pub(super) struct Streams {
     pub(super) wire: Wire,
-    /// Reads the addresses of deliveries.
+    /// Parses the addresses of deliveries.
     pub(super) context: jetstream::Context,
     pub(super) subjects: Subjects,
     bounds: QueueBounds,
     replicas: usize,
-    /// The current reader of each queue, as last heard.
+    /// The last known reader of each queue.
     readers: Mutex<BTreeMap<Queue, String>>,
     in_flight: Semaphore,
 }
@@ -84,7 +84,7 @@ impl Streams {
         }
     }
 
-    /// Makes what does not exist yet.
+    /// Creates the streams and readers that do not exist yet.
     pub(super) async fn create(&self) -> Result<(), BusError> {
         for log in Log::ALL {
             let subject = self.subjects.log(log).as_str().to_owned();
@@ -112,7 +112,7 @@ impl Streams {
             description: Some(format!("muster: {token}")),
             subjects: vec![subject],
             retention: RetentionPolicy::Limits,
-            // A full stream refuses: it never drops the oldest, which somebody relies on.
+            // A full stream refuses new messages; it never drops old ones.
             discard: DiscardPolicy::New,
             storage: StorageType::File,
             num_replicas: self.replicas,
@@ -133,7 +133,7 @@ impl Streams {
             .manage::<serde::de::IgnoredAny>(&create, &config)
             .await?
         {
-            // An earlier version of the program, or other bounds: what it holds stays.
+            // Created by another build or with other limits: the update keeps its messages.
             Reply::Refused { error } if error.err_code == code::STREAM_EXISTS_OTHERWISE => {
                 let update = format!("STREAM.UPDATE.{}", config.name);
                 let updated = self
@@ -146,7 +146,7 @@ impl Streams {
         }
     }
 
-    /// The name of the queue's reader, made if there is none.
+    /// The name of the queue's reader. Creates one if there is none.
     pub(super) async fn find_reader(&self, queue: Queue) -> Result<String, BusError> {
         if let Some(reader) = self.lock().get(&queue) {
             return Ok(reader.clone());
@@ -180,7 +180,7 @@ impl Streams {
             ack_policy: AckPolicy::Explicit,
             ack_wait: limits.ack_wait,
             max_deliver: -1,
-            // Every open message may be in somebody's hands at once.
+            // Every message of the queue may be delivered at once.
             max_ack_pending: limits.messages_max.map_or(-1, |most| most as i64),
             ..consumer::pull::Config::default()
         };
@@ -194,7 +194,7 @@ impl Streams {
             .manage::<serde::de::IgnoredAny>(&create, &request)
             .await?
         {
-            // Another process was faster: a work queue has room for one reader.
+            // Another process was faster: a work queue has only one reader.
             Reply::Refused { error } if code::WORK_QUEUE_TAKEN.contains(&error.err_code) => {
                 let other = self.reader_names(queue).await?.into_iter().next();
                 let Some(other) = other else {
@@ -211,8 +211,8 @@ impl Streams {
         }
     }
 
-    /// Replaces the queue's reader: the new one is handed everything from the start, and acknowledgements of what the
-    /// old one was handed have no address any more.
+    /// Replaces the queue's reader. The new one gets every message from the start, and acknowledgements to the old one have
+    /// no address any more.
     pub(super) async fn reclaim(&self, queue: Queue) -> Result<(), BusError> {
         let stream = self.subjects.stream(queue.token());
         for reader in self.reader_names(queue).await? {
@@ -232,7 +232,7 @@ impl Streams {
         self.create_reader(queue).await.map(|_| ())
     }
 
-    /// Whether the reader that a delivery went to is still the queue's.
+    /// Whether the queue still has the reader `reader`.
     pub(super) async fn has_reader(&self, queue: Queue, reader: &str) -> Result<bool, BusError> {
         Ok(self
             .reader_names(queue)
@@ -241,7 +241,7 @@ impl Streams {
             .any(|name| name == reader))
     }
 
-    /// Settles a delivery by its own address.
+    /// Acknowledges a delivery at its own address.
     pub(super) async fn settle(&self, address: &str, settle: Bytes) -> Result<(), BusError> {
         self.wire
             .request(address, None, settle, DURABLE_TIMEOUT)
@@ -278,16 +278,16 @@ impl Streams {
         };
         let confirmed = self.wire.ask(subject, Some(headers), payload).await;
         if matches!(confirmed, Err(BusError::Timeout { .. })) && self.wire.link.is_up() {
-            // The server does not answer a write that its disk refused.
+            // The server does not reply to a write that its disk refused.
             tracing::warn!(
                 subject,
-                "write not confirmed by a NATS server that is there: is its disk full?"
+                "a connected NATS server did not confirm a write: is its disk full?"
             );
         }
         confirmed
     }
 
-    /// What a queue or log holds, as its leader knows it.
+    /// The content of a queue or log, from its leader.
     pub(super) async fn state(&self, token: &str) -> Result<StreamState, BusError> {
         let info = format!("STREAM.INFO.{}", self.subjects.stream(token));
         let info = self
@@ -301,7 +301,7 @@ impl Streams {
         })
     }
 
-    /// Forgets who read a queue, to look again.
+    /// Forgets the last known reader of a queue.
     pub(super) fn forget_reader(&self, queue: Queue) {
         self.lock().remove(&queue);
     }
