@@ -1,4 +1,4 @@
-//! Questions, answers and news.
+//! Requests, replies and news.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use muster_protocol::limits::CARRIER_BYTES_MAX;
 use muster_protocol::subject::{Log, Subject, Verb};
 use tokio::time::{Instant, timeout};
 
-use crate::venue::{AT_ONCE, Venue, Who, bytes, subjects};
+use crate::harness::{AT_ONCE, Harness, TestMember, bytes, subjects};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Answers every request with who asked, and how often.
+/// Replies to every request with its sender and the number of requests so far.
 fn answer_all(mut requests: Requests, name: &'static str) {
     tokio::spawn(async move {
         let mut answered = 0;
@@ -24,17 +24,17 @@ fn answer_all(mut requests: Requests, name: &'static str) {
     });
 }
 
-pub async fn a_question_is_answered_by_who_serves_it(venue: &impl Venue) {
-    let (dispatch, _) = venue.lab().await;
+pub async fn a_request_is_answered_by_its_server(harness: &impl Harness) {
+    let (dispatch, _) = harness.lab().await;
     let mut requests = dispatch.serve(&subjects().asks(Verb::Lease)).await.unwrap();
-    let worker = venue.connect(Who::Worker).await;
+    let worker = harness.connect(TestMember::Worker).await;
     let ask = subjects().ask(Verb::Lease, worker.user());
-    assert_eq!(worker.user(), Who::Worker.user());
+    assert_eq!(worker.user(), TestMember::Worker.user());
     let server = tokio::spawn(async move {
         let request = requests.next().await.unwrap();
         assert_eq!(
             (request.user(), &request.payload),
-            (&*Who::Worker.user(), &bytes("please"))
+            (&*TestMember::Worker.user(), &bytes("please"))
         );
         request.reply(bytes("granted")).await;
     });
@@ -46,12 +46,12 @@ pub async fn a_question_is_answered_by_who_serves_it(venue: &impl Venue) {
     server.await.unwrap();
 }
 
-pub async fn a_question_goes_to_one_of_those_who_serve(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_request_goes_to_one_of_its_servers(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     let pattern = subjects().asks(Verb::Latest);
     answer_all(dispatch.serve(&pattern).await.unwrap(), "first");
     answer_all(trainer.serve(&pattern).await.unwrap(), "second");
-    let worker = venue.connect(Who::Worker).await;
+    let worker = harness.connect(TestMember::Worker).await;
     let ask = subjects().ask(Verb::Latest, worker.user());
     let mut highest = [0u32; 2];
     for _ in 0..60 {
@@ -60,12 +60,12 @@ pub async fn a_question_goes_to_one_of_those_who_serve(venue: &impl Venue) {
         let count = answer.rsplit(' ').next().unwrap().parse().unwrap();
         highest[usize::from(answer.starts_with("second"))] = count;
     }
-    assert_eq!(highest[0] + highest[1], 60, "a question was heard twice");
+    assert_eq!(highest[0] + highest[1], 60, "a request was delivered twice");
     assert!(highest.iter().all(|count| *count > 5), "{highest:?}");
 }
 
-pub async fn a_question_that_nobody_serves_says_so_at_once(venue: &impl Venue) {
-    let worker = venue.connect(Who::Worker).await;
+pub async fn a_request_without_a_server_fails_at_once(harness: &impl Harness) {
+    let worker = harness.connect(TestMember::Worker).await;
     let ask = subjects().ask(Verb::Lease, worker.user());
     let start = Instant::now();
     let asked = worker.request(&ask, Bytes::new(), PATIENCE).await;
@@ -78,10 +78,10 @@ pub async fn a_question_that_nobody_serves_says_so_at_once(venue: &impl Venue) {
     assert!(start.elapsed() < AT_ONCE);
 }
 
-pub async fn a_question_that_is_not_answered_times_out(venue: &impl Venue) {
-    let (dispatch, _) = venue.lab().await;
+pub async fn a_request_without_a_reply_times_out(harness: &impl Harness) {
+    let (dispatch, _) = harness.lab().await;
     let requests = dispatch.serve(&subjects().asks(Verb::Lease)).await.unwrap();
-    let worker = venue.connect(Who::Worker).await;
+    let worker = harness.connect(TestMember::Worker).await;
     let ask = subjects().ask(Verb::Lease, worker.user());
     let start = Instant::now();
     let asked = worker
@@ -94,13 +94,13 @@ pub async fn a_question_that_is_not_answered_times_out(venue: &impl Venue) {
     drop(requests);
 }
 
-pub async fn a_large_answer_arrives_whole(venue: &impl Venue) {
-    let (dispatch, _) = venue.lab().await;
+pub async fn a_large_reply_arrives_whole(harness: &impl Harness) {
+    let (dispatch, _) = harness.lab().await;
     let mut requests = dispatch
         .serve(&subjects().asks(Verb::Critique))
         .await
         .unwrap();
-    let critic = venue.connect(Who::Critic).await;
+    let critic = harness.connect(TestMember::Critic).await;
     let ask = subjects().ask(Verb::Critique, critic.user());
     let large = Bytes::from(vec![7; CARRIER_BYTES_MAX]);
     tokio::spawn(async move {
@@ -114,10 +114,10 @@ pub async fn a_large_answer_arrives_whole(venue: &impl Venue) {
     );
 }
 
-pub async fn news_reaches_everybody_who_listens(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
-    let worker = venue.connect(Who::Worker).await;
-    let critic = venue.connect(Who::Critic).await;
+pub async fn news_reaches_every_subscriber(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
+    let worker = harness.connect(TestMember::Worker).await;
+    let critic = harness.connect(TestMember::Critic).await;
     let version_news = subjects().news(Log::Versions);
     let all_news = Subject::from(version_news.as_str().replace("versions", "*"));
     let mut heard = [
@@ -170,8 +170,8 @@ pub async fn news_reaches_everybody_who_listens(venue: &impl Venue) {
     );
 }
 
-pub async fn a_closed_connection_says_so_and_its_readers_end(venue: &impl Venue) {
-    let (dispatch, _) = venue.lab().await;
+pub async fn calls_on_a_closed_connection_fail_and_its_readers_end(harness: &impl Harness) {
+    let (dispatch, _) = harness.lab().await;
     let mut requests = dispatch.serve(&subjects().asks(Verb::Lease)).await.unwrap();
     let mut news = dispatch
         .subscribe(&subjects().news(Log::Versions))
@@ -187,7 +187,7 @@ pub async fn a_closed_connection_says_so_and_its_readers_end(venue: &impl Venue)
         matches!(published, Err(BusError::Closed(_))),
         "{published:?}"
     );
-    let worker = venue.connect(Who::Worker).await;
+    let worker = harness.connect(TestMember::Worker).await;
     let ask = subjects().ask(Verb::Lease, worker.user());
     let asked = worker.request(&ask, Bytes::new(), PATIENCE).await;
     assert!(

@@ -7,7 +7,7 @@ use muster_protocol::bus::{Bus, BusError, Delivery, Enqueued, StreamState};
 use muster_protocol::subject::{Log, Queue};
 use tokio::time::{Instant, sleep};
 
-use crate::venue::{ACK_WAIT, AT_ONCE, MESSAGES_MAX, Venue, Who, bytes};
+use crate::harness::{ACK_WAIT, AT_ONCE, Harness, MESSAGES_MAX, TestMember, bytes};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -31,8 +31,8 @@ async fn take_none(bus: &dyn Bus, queue: Queue, wait: Duration) {
     assert!(taken.is_empty(), "{taken:?}");
 }
 
-pub async fn a_queue_is_handed_out_in_order(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_queue_is_delivered_in_order(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Ready, 20).await;
     let mut numbers = Vec::new();
     while numbers.len() < 20 {
@@ -56,8 +56,8 @@ pub async fn a_queue_is_handed_out_in_order(venue: &impl Venue) {
     );
 }
 
-pub async fn taking_waits_for_the_first_message_and_for_no_more(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn taking_waits_for_the_first_message_only(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     let start = Instant::now();
     take_none(&*trainer, Queue::Ready, Duration::from_millis(300)).await;
     assert!(start.elapsed() >= Duration::from_millis(290));
@@ -76,8 +76,8 @@ pub async fn taking_waits_for_the_first_message_and_for_no_more(venue: &impl Ven
     );
 }
 
-pub async fn taking_leaves_the_rest_to_others(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn taking_leaves_the_rest_to_other_readers(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Tickets, 5).await;
     let first = dispatch.take(Queue::Tickets, 2, PATIENCE).await.unwrap();
     let others = trainer.take(Queue::Tickets, 10, PATIENCE).await.unwrap();
@@ -91,8 +91,8 @@ pub async fn taking_leaves_the_rest_to_others(venue: &impl Venue) {
     );
 }
 
-pub async fn a_key_is_stored_once(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_key_is_stored_once(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     let first = dispatch.enqueue(Queue::Ready, "lease-1", bytes("a")).await;
     assert_eq!(first, Ok(Enqueued::Stored(1)));
     let again = trainer.enqueue(Queue::Ready, "lease-1", bytes("b")).await;
@@ -107,8 +107,8 @@ pub async fn a_key_is_stored_once(venue: &impl Venue) {
     assert_eq!(trainer.queue_state(Queue::Ready).await.unwrap().messages, 0);
 }
 
-pub async fn an_acknowledged_message_is_gone(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn an_acknowledged_message_is_gone(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Ready, 2).await;
     let delivery = take_one(&*trainer, Queue::Ready, PATIENCE).await;
     delivery.ack().await.unwrap();
@@ -125,8 +125,8 @@ pub async fn an_acknowledged_message_is_gone(venue: &impl Venue) {
     take_none(&*trainer, Queue::Ready, ACK_WAIT + AT_ONCE).await;
 }
 
-pub async fn an_unacknowledged_message_comes_back(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn an_unacknowledged_message_comes_back(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Ready, 1).await;
     let start = Instant::now();
     let first = take_one(&*trainer, Queue::Ready, PATIENCE).await;
@@ -134,7 +134,7 @@ pub async fn an_unacknowledged_message_comes_back(venue: &impl Venue) {
     assert!(start.elapsed() >= ACK_WAIT, "{:?}", start.elapsed());
     assert_eq!((second.sequence, second.delivered), (1, 2));
     assert_eq!(second.payload, first.payload);
-    // Who was slow has done the work all the same.
+    // The slow reader has done the work all the same.
     first.ack().await.unwrap();
     assert_eq!(
         dispatch.queue_state(Queue::Ready).await.unwrap().messages,
@@ -142,8 +142,8 @@ pub async fn an_unacknowledged_message_comes_back(venue: &impl Venue) {
     );
 }
 
-pub async fn what_is_given_back_comes_again_after_its_delay(venue: &impl Venue) {
-    let (dispatch, _) = venue.lab().await;
+pub async fn a_message_that_is_given_back_comes_again_after_its_delay(harness: &impl Harness) {
+    let (dispatch, _) = harness.lab().await;
     fill(&*dispatch, Queue::Tickets, 1).await;
     let delivery = take_one(&*dispatch, Queue::Tickets, PATIENCE).await;
     let start = Instant::now();
@@ -167,8 +167,8 @@ pub async fn what_is_given_back_comes_again_after_its_delay(venue: &impl Venue) 
     assert_eq!(delivery.delivered, 3);
 }
 
-pub async fn a_renewed_message_stays_with_its_reader(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_renewed_message_stays_with_its_reader(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Ready, 1).await;
     let delivery = take_one(&*trainer, Queue::Ready, PATIENCE).await;
     for _ in 0..4 {
@@ -182,8 +182,10 @@ pub async fn a_renewed_message_stays_with_its_reader(venue: &impl Venue) {
     );
 }
 
-pub async fn a_reclaim_brings_everything_back_and_voids_what_was_handed_out(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_reclaim_brings_every_message_back_and_voids_earlier_deliveries(
+    harness: &impl Harness,
+) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Ready, 4).await;
     let before = trainer.take(Queue::Ready, 3, PATIENCE).await.unwrap();
     before[0].ack().await.unwrap();
@@ -208,7 +210,7 @@ pub async fn a_reclaim_brings_everything_back_and_voids_what_was_handed_out(venu
         3
     );
     after[0].ack().await.unwrap();
-    // Whoever read before reads on with the new reader.
+    // The earlier process continues with the new reader.
     dispatch
         .enqueue(Queue::Ready, "more", bytes("more"))
         .await
@@ -219,8 +221,8 @@ pub async fn a_reclaim_brings_everything_back_and_voids_what_was_handed_out(venu
     );
 }
 
-pub async fn a_full_queue_refuses_until_there_is_room(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_full_queue_refuses_until_there_is_room(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Ready, MESSAGES_MAX).await;
     let refused = dispatch.enqueue(Queue::Ready, "one-more", bytes("x")).await;
     assert_eq!(
@@ -240,8 +242,8 @@ pub async fn a_full_queue_refuses_until_there_is_room(venue: &impl Venue) {
     assert_eq!(accepted, Ok(Enqueued::Stored(MESSAGES_MAX + 1)));
 }
 
-pub async fn making_streams_again_keeps_what_they_hold(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn creating_streams_again_keeps_their_messages(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     fill(&*dispatch, Queue::Intake, 2).await;
     trainer
         .append(Log::Versions, "v0", Some(0), bytes("v0"))
@@ -261,8 +263,8 @@ pub async fn making_streams_again_keeps_what_they_hold(venue: &impl Venue) {
     );
 }
 
-pub async fn a_log_is_read_in_order(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_log_is_read_in_order(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     assert_eq!(dispatch.last(Log::Fates).await.unwrap(), None);
     assert_eq!(dispatch.read(Log::Fates, 0, 10).await.unwrap(), []);
     for number in 1..=30u64 {
@@ -296,8 +298,8 @@ pub async fn a_log_is_read_in_order(venue: &impl Venue) {
     assert_eq!(dispatch.last(Log::Control).await.unwrap(), None);
 }
 
-pub async fn a_long_log_is_read_quickly(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_long_log_is_read_quickly(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     let payload = Bytes::from(vec![1; 300]);
     for chunk in 0..30u64 {
         let appends = (1..=100u64).map(|number| {
@@ -320,13 +322,13 @@ pub async fn a_long_log_is_read_quickly(venue: &impl Venue) {
     assert!(elapsed < Duration::from_secs(3), "{elapsed:?}");
 }
 
-pub async fn a_writer_who_was_overtaken_is_fenced_off(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_writer_that_was_overtaken_is_fenced_off(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     let first = trainer
         .append(Log::Batches, "step-1", Some(0), bytes("mine"))
         .await;
     assert_eq!(first, Ok(Enqueued::Stored(1)));
-    // A writer whose confirmation was lost asks again, and is told that its record stands.
+    // A writer whose confirmation was lost repeats the call, and learns that its record is stored.
     let again = trainer
         .append(Log::Batches, "step-1", Some(0), bytes("mine"))
         .await;
@@ -348,7 +350,7 @@ pub async fn a_writer_who_was_overtaken_is_fenced_off(venue: &impl Venue) {
         trainer.last(Log::Batches).await.unwrap().unwrap().payload,
         bytes("other")
     );
-    let other = venue.connect(Who::Trainer).await;
+    let other = harness.connect(TestMember::Trainer).await;
     assert_eq!(
         other
             .append(Log::Batches, "step-2", Some(2), bytes("x"))

@@ -1,4 +1,4 @@
-//! What is refused: rights that a volunteer does not hold, and what is over a bound.
+//! Refusals: permissions that a volunteer does not have, and messages over a bound.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use muster_protocol::limits::{MANIFEST_BYTES_MAX, PAYLOAD_BYTES_MAX, STATEMENT_B
 use muster_protocol::subject::{Log, Queue, Subject, Verb};
 use tokio::time::{Instant, timeout};
 
-use crate::venue::{AT_ONCE, NatsVenue, Venue, Who, bytes, subjects};
+use crate::harness::{AT_ONCE, Harness, NatsHarness, TestMember, bytes, subjects};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -20,8 +20,8 @@ fn expect_denied(error: BusError) {
     assert!(matches!(error, BusError::Denied { .. }), "{error:?}");
 }
 
-pub async fn a_volunteer_cannot_touch_queues_and_logs(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_volunteer_cannot_touch_queues_and_logs(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     dispatch
         .enqueue(Queue::Ready, "a", bytes("a"))
         .await
@@ -30,8 +30,8 @@ pub async fn a_volunteer_cannot_touch_queues_and_logs(venue: &impl Venue) {
         .append(Log::Versions, "v", None, bytes("v"))
         .await
         .unwrap();
-    for who in [Who::Worker, Who::Critic] {
-        let volunteer = venue.connect(who).await;
+    for member in [TestMember::Worker, TestMember::Critic] {
+        let volunteer = harness.connect(member).await;
         let start = Instant::now();
         assert!(is_denied(
             &volunteer.enqueue(Queue::Ready, "b", bytes("b")).await
@@ -66,11 +66,11 @@ pub async fn a_volunteer_cannot_touch_queues_and_logs(venue: &impl Venue) {
     );
 }
 
-pub async fn a_volunteer_asks_in_its_own_name_alone(venue: &impl Venue) {
-    let (dispatch, _) = venue.lab().await;
+pub async fn a_volunteer_sends_requests_only_in_its_own_name(harness: &impl Harness) {
+    let (dispatch, _) = harness.lab().await;
     let mut requests = dispatch.serve(&subjects().asks(Verb::Lease)).await.unwrap();
-    let worker = venue.connect(Who::Worker).await;
-    let others = subjects().ask(Verb::Lease, &Who::OtherWorker.user());
+    let worker = harness.connect(TestMember::Worker).await;
+    let others = subjects().ask(Verb::Lease, &TestMember::OtherWorker.user());
     let start = Instant::now();
     let asked = worker.request(&others, bytes("x"), PATIENCE).await;
     assert_eq!(
@@ -79,7 +79,7 @@ pub async fn a_volunteer_asks_in_its_own_name_alone(venue: &impl Venue) {
             subject: others.to_string()
         })
     );
-    // A worker has no critic's questions either.
+    // A worker may not send a critic's requests either.
     let critique = subjects().ask(Verb::Critique, worker.user());
     assert!(is_denied(
         &worker.request(&critique, bytes("x"), PATIENCE).await
@@ -92,9 +92,9 @@ pub async fn a_volunteer_asks_in_its_own_name_alone(venue: &impl Venue) {
     );
 }
 
-pub async fn a_volunteer_cannot_listen_to_others(venue: &impl Venue) {
-    let worker = venue.connect(Who::Worker).await;
-    let other = Who::OtherWorker.user();
+pub async fn a_volunteer_cannot_listen_to_others(harness: &impl Harness) {
+    let worker = harness.connect(TestMember::Worker).await;
+    let other = TestMember::OtherWorker.user();
     let patterns = [
         ">".to_owned(),
         "muster.>".to_owned(),
@@ -112,7 +112,7 @@ pub async fn a_volunteer_cannot_listen_to_others(venue: &impl Venue) {
     ];
     for pattern in patterns {
         let pattern = Subject::from(pattern);
-        // The server refuses out of turn: should its word come late, it ends what the call has returned.
+        // The server refuses asynchronously: a late refusal ends the subscription that the call has returned.
         if let Ok(mut subscription) = worker.subscribe(&pattern).await.map_err(expect_denied) {
             let ended = timeout(PATIENCE, subscription.next()).await;
             assert_eq!(ended, Ok(None), "{pattern}");
@@ -124,13 +124,13 @@ pub async fn a_volunteer_cannot_listen_to_others(venue: &impl Venue) {
     }
 }
 
-pub async fn a_volunteer_cannot_spread_news(venue: &impl Venue) {
-    let worker = venue.connect(Who::Worker).await;
-    let other = venue.connect(Who::OtherWorker).await;
+pub async fn a_volunteer_cannot_spread_news(harness: &impl Harness) {
+    let worker = harness.connect(TestMember::Worker).await;
+    let other = harness.connect(TestMember::OtherWorker).await;
     let subject = subjects().news(Log::Versions);
     let mut news = other.subscribe(&subject).await.unwrap();
     let first = worker.publish(&subject, bytes("lies")).await;
-    // The server refuses out of turn: the second call knows at the latest.
+    // The server refuses asynchronously: at the latest the second call fails.
     let second = worker.publish(&subject, bytes("lies")).await;
     assert!(is_denied(&second), "{first:?} {second:?}");
     assert!(
@@ -140,30 +140,30 @@ pub async fn a_volunteer_cannot_spread_news(venue: &impl Venue) {
     );
 }
 
-pub async fn an_answer_is_not_published_on_anothers_behalf(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_reply_goes_only_to_the_senders_own_inbox(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     let mut requests = dispatch.serve(&subjects().asks(Verb::Lease)).await.unwrap();
     let mut overheard = trainer
         .subscribe(&subjects().asks(Verb::Submit))
         .await
         .unwrap();
-    let worker = Who::Worker.user();
+    let worker = TestMember::Worker.user();
     let ask = subjects().ask(Verb::Lease, &worker);
     let others = [
-        subjects().ask(Verb::Submit, &Who::OtherWorker.user()),
+        subjects().ask(Verb::Submit, &TestMember::OtherWorker.user()),
         subjects().queue(Queue::Ready),
         subjects().news(Log::Versions),
-        Subject::from(format!("_INBOX.{}.x", Who::OtherWorker.user())),
+        Subject::from(format!("_INBOX.{}.x", TestMember::OtherWorker.user())),
         Subject::from(format!("_INBOX.{worker}x.y")),
     ];
     for reply in others {
-        venue
-            .publish_with_reply(Who::Worker, &ask, reply, bytes("forged"))
+        harness
+            .publish_with_reply(TestMember::Worker, &ask, reply, bytes("forged"))
             .await;
     }
     let own = Subject::from(format!("_INBOX.{worker}.x"));
-    venue
-        .publish_with_reply(Who::Worker, &ask, own, bytes("honest"))
+    harness
+        .publish_with_reply(TestMember::Worker, &ask, own, bytes("honest"))
         .await;
     let request = timeout(PATIENCE, requests.next()).await.unwrap().unwrap();
     assert_eq!(request.payload, bytes("honest"));
@@ -184,8 +184,8 @@ pub async fn an_answer_is_not_published_on_anothers_behalf(venue: &impl Venue) {
     );
 }
 
-pub async fn what_is_too_large_is_refused_before_it_is_sent(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn a_message_that_is_too_large_is_refused_before_it_is_sent(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     let over = |limit: usize| Bytes::from(vec![0; limit + 1]);
     let news = subjects().news(Log::Versions);
     let results = [
@@ -209,7 +209,7 @@ pub async fn what_is_too_large_is_refused_before_it_is_sent(venue: &impl Venue) 
             "{result:?}"
         );
     }
-    // The connection has survived, and what is just within the bounds is taken.
+    // The connection survives, and a message of exactly the bound is stored.
     let largest = Bytes::from(vec![0; MANIFEST_BYTES_MAX]);
     trainer
         .append(Log::Batches, "b", None, largest.clone())
@@ -223,8 +223,8 @@ pub async fn what_is_too_large_is_refused_before_it_is_sent(venue: &impl Venue) 
     dispatch.enqueue(Queue::Tickets, "t", ticket).await.unwrap();
 }
 
-pub async fn a_key_that_no_header_carries_is_refused(venue: &impl Venue) {
-    let (dispatch, _) = venue.lab().await;
+pub async fn a_key_that_a_header_cannot_carry_is_refused(harness: &impl Harness) {
+    let (dispatch, _) = harness.lab().await;
     for key in ["", "a b", "a\r\nNats-Rollup: all", "ü", &"k".repeat(257)] {
         let enqueued = dispatch.enqueue(Queue::Ready, key, bytes("x")).await;
         assert!(matches!(enqueued, Err(BusError::Server(_))), "{enqueued:?}");
@@ -247,7 +247,7 @@ mod of_the_server {
     use muster_protocol::identity::Identity;
 
     use super::*;
-    use crate::venue::run;
+    use crate::harness::run;
 
     async fn refusal(config: NatsConfig) -> String {
         let start = Instant::now();
@@ -263,12 +263,12 @@ mod of_the_server {
 
     #[tokio::test]
     async fn refused_credentials_are_named_with_the_way_out() {
-        let venue = NatsVenue::open().await;
+        let harness = NatsHarness::open().await;
         let stranger = Identity::generate();
-        let sentence = refusal(venue.bus_config(&stranger)).await;
+        let sentence = refusal(harness.bus_config(&stranger)).await;
         assert!(sentence.contains(&stranger.login_user()), "{sentence}");
         assert!(
-            sentence.contains(venue.url()) && sentence.contains("ask the run's lab"),
+            sentence.contains(harness.url()) && sentence.contains("ask the run's lab"),
             "{sentence}"
         );
     }

@@ -1,5 +1,4 @@
-//! What holds when the server goes away and comes back: killed at once and started on the same store (NATS), or cut off
-//! from everybody (memory).
+//! Behaviour in an outage: the server is killed and restarted on the same store (NATS), or every member is cut off (memory).
 
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use muster_protocol::bus::{BusError, Enqueued, SharedBus};
 use muster_protocol::subject::{Log, Queue, Verb};
 use tokio::time::{sleep, timeout};
 
-use crate::venue::{ACK_WAIT, Venue, Who, bytes, subjects};
+use crate::harness::{ACK_WAIT, Harness, TestMember, bytes, subjects};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -36,8 +35,8 @@ async fn append_until_confirmed(bus: &SharedBus, number: u64) -> Enqueued {
     }
 }
 
-pub async fn nothing_acknowledged_is_lost_when_the_server_goes_away(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
+pub async fn an_outage_loses_nothing_that_was_acknowledged(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
     for number in 1..=10u64 {
         enqueue_until_confirmed(&dispatch, &format!("k{number}"), bytes(number)).await;
         trainer
@@ -52,7 +51,7 @@ pub async fn nothing_acknowledged_is_lost_when_the_server_goes_away(venue: &impl
     }
     let held = trainer.take(Queue::Ready, 3, PATIENCE).await.unwrap();
     held[0].ack().await.unwrap();
-    // Writes go on while the server goes away.
+    // Writes continue during the outage.
     let writer = tokio::spawn({
         let dispatch = dispatch.clone();
         async move {
@@ -61,7 +60,7 @@ pub async fn nothing_acknowledged_is_lost_when_the_server_goes_away(venue: &impl
             }
         }
     });
-    venue.interrupt().await;
+    harness.interrupt().await;
     let away = trainer
         .append(Log::Batches, "b11", Some(10), bytes(11))
         .await;
@@ -69,7 +68,7 @@ pub async fn nothing_acknowledged_is_lost_when_the_server_goes_away(venue: &impl
         matches!(&away, Err(error) if error.is_transient()),
         "{away:?}"
     );
-    venue.resume().await;
+    harness.resume().await;
     timeout(PATIENCE, writer).await.unwrap().unwrap();
 
     let appended = append_until_confirmed(&trainer, 11).await;
@@ -80,7 +79,7 @@ pub async fn nothing_acknowledged_is_lost_when_the_server_goes_away(venue: &impl
         Enqueued::Duplicate(3)
     );
 
-    // A restarted reader is handed everything but what it had acknowledged, once each.
+    // A restarted reader gets every message that it had not acknowledged, once each.
     trainer.reclaim(Queue::Ready).await.unwrap();
     let mut numbers = Vec::new();
     while numbers.len() < 29 {
@@ -97,9 +96,9 @@ pub async fn nothing_acknowledged_is_lost_when_the_server_goes_away(venue: &impl
     );
 }
 
-pub async fn listeners_and_servers_are_back_after_the_server_was_away(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
-    let worker = venue.connect(Who::Worker).await;
+pub async fn subscriptions_and_servers_survive_an_outage(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
+    let worker = harness.connect(TestMember::Worker).await;
     let ask = subjects().ask(Verb::Latest, worker.user());
     let mut news = worker
         .subscribe(&subjects().news(Log::Versions))
@@ -114,7 +113,7 @@ pub async fn listeners_and_servers_are_back_after_the_server_was_away(venue: &im
             request.reply(bytes("latest")).await;
         }
     });
-    venue.interrupt().await;
+    harness.interrupt().await;
     let away = worker
         .request(&ask, Bytes::new(), Duration::from_millis(500))
         .await;
@@ -126,7 +125,7 @@ pub async fn listeners_and_servers_are_back_after_the_server_was_away(venue: &im
         .publish(&subjects().news(Log::Versions), bytes("perhaps"))
         .await;
     assert!(matches!(&away, Err(BusError::Timeout { .. })), "{away:?}");
-    venue.resume().await;
+    harness.resume().await;
 
     let answered = async {
         while worker
@@ -139,21 +138,21 @@ pub async fn listeners_and_servers_are_back_after_the_server_was_away(venue: &im
     };
     timeout(PATIENCE, answered)
         .await
-        .expect("nobody answers again");
+        .expect("requests are answered again");
     // The worker answered above is connected; the trainer may still be on its way.
     while trainer
         .publish(&subjects().news(Log::Versions), bytes("heard"))
         .await
         .is_err()
     {}
-    // What timed out may have been on its way all the same.
+    // The publish that timed out may have been delivered all the same.
     let heard = async { while news.next().await.unwrap().payload != bytes("heard") {} };
     timeout(PATIENCE, heard).await.unwrap();
 }
 
-pub async fn a_call_under_way_when_the_server_goes_is_transient(venue: &impl Venue) {
-    let (dispatch, trainer) = venue.lab().await;
-    let worker = venue.connect(Who::Worker).await;
+pub async fn a_call_under_way_at_an_outage_fails_as_transient(harness: &impl Harness) {
+    let (dispatch, trainer) = harness.lab().await;
+    let worker = harness.connect(TestMember::Worker).await;
     let _unanswered = dispatch.serve(&subjects().asks(Verb::Lease)).await.unwrap();
     dispatch
         .enqueue(Queue::Tickets, "t", bytes("t"))
@@ -174,7 +173,7 @@ pub async fn a_call_under_way_when_the_server_goes_is_transient(venue: &impl Ven
         async move { trainer.take(Queue::Ready, 1, Duration::from_secs(8)).await }
     });
     sleep(Duration::from_millis(300)).await;
-    venue.interrupt().await;
+    harness.interrupt().await;
     let asked = timeout(PATIENCE, asking).await.unwrap().unwrap();
     assert!(
         matches!(&asked, Err(error) if error.is_transient()),
@@ -189,8 +188,8 @@ pub async fn a_call_under_way_when_the_server_goes_is_transient(venue: &impl Ven
         matches!(&acked, Err(error) if error.is_transient()),
         "{acked:?}"
     );
-    venue.resume().await;
-    // The delivery is this reader's still: its acknowledgement counts as soon as the server hears it.
+    harness.resume().await;
+    // The delivery still belongs to this reader: its acknowledgement counts as soon as it reaches the server.
     let settled = async {
         while let Err(error) = held[0].ack().await {
             assert!(error.is_transient(), "{error:?}");

@@ -1,4 +1,4 @@
-//! Where the behaviours are tried: a bus with the same members on either side.
+//! The buses under test, with the same members on each.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -16,16 +16,15 @@ use muster_protocol::subject::{Role, Subject, Subjects};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Short enough that a test may wait for it, long enough for a slow machine to act within it.
+/// Short enough for a test to wait, long enough for a slow machine to act.
 pub const ACK_WAIT: Duration = Duration::from_secs(3);
-/// Small enough to be filled.
+/// Small enough for a test to fill a queue.
 pub const MESSAGES_MAX: u64 = 40;
-/// Longer than anything that happens at once takes on a slow machine.
+/// Longer than an immediate call takes on a slow machine.
 pub const AT_ONCE: Duration = Duration::from_millis(1_500);
 
-/// The members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Who {
+pub enum TestMember {
     Dispatch,
     Trainer,
     Worker,
@@ -33,21 +32,21 @@ pub enum Who {
     Critic,
 }
 
-impl Who {
-    pub const ALL: [Who; 5] = [
-        Who::Dispatch,
-        Who::Trainer,
-        Who::Worker,
-        Who::OtherWorker,
-        Who::Critic,
+impl TestMember {
+    pub const ALL: [TestMember; 5] = [
+        TestMember::Dispatch,
+        TestMember::Trainer,
+        TestMember::Worker,
+        TestMember::OtherWorker,
+        TestMember::Critic,
     ];
 
     pub fn role(self) -> Role {
         match self {
-            Who::Dispatch => Role::Dispatch,
-            Who::Trainer => Role::Trainer,
-            Who::Worker | Who::OtherWorker => Role::Worker,
-            Who::Critic => Role::Critic,
+            TestMember::Dispatch => Role::Dispatch,
+            TestMember::Trainer => Role::Trainer,
+            TestMember::Worker | TestMember::OtherWorker => Role::Worker,
+            TestMember::Critic => Role::Critic,
         }
     }
 
@@ -60,26 +59,32 @@ impl Who {
     }
 }
 
-/// A bus and what can be done to it.
+/// A bus under test.
 #[async_trait]
-pub trait Venue: Send + Sync {
+pub trait Harness: Send + Sync {
     /// A new connection of a member.
-    async fn connect(&self, who: Who) -> SharedBus;
+    async fn connect(&self, member: TestMember) -> SharedBus;
 
-    /// Sends a request whose answer shall go to `reply`, as a client of one's own can.
-    async fn publish_with_reply(&self, who: Who, subject: &Subject, reply: Subject, payload: Bytes);
+    /// Sends a request with the reply address `reply`, as a hostile client can.
+    async fn publish_with_reply(
+        &self,
+        member: TestMember,
+        subject: &Subject,
+        reply: Subject,
+        payload: Bytes,
+    );
 
-    /// The server dies, or nobody reaches it.
+    /// Starts an outage.
     async fn interrupt(&self);
 
-    /// The server is there again, with what it had stored.
+    /// Ends the outage; the server keeps its store.
     async fn resume(&self);
 
-    /// Two connections to the lab's side, with the streams made.
+    /// Connections of dispatch and trainer, with the streams created.
     async fn lab(&self) -> (SharedBus, SharedBus) {
-        let dispatch = self.connect(Who::Dispatch).await;
+        let dispatch = self.connect(TestMember::Dispatch).await;
         dispatch.create_streams().await.unwrap();
-        (dispatch, self.connect(Who::Trainer).await)
+        (dispatch, self.connect(TestMember::Trainer).await)
     }
 }
 
@@ -100,11 +105,11 @@ const BOUNDS: QueueBounds = QueueBounds {
     ack_wait: Some(ACK_WAIT),
 };
 
-pub struct MemoryVenue {
+pub struct MemoryHarness {
     bus: MemoryBus,
 }
 
-impl MemoryVenue {
+impl MemoryHarness {
     pub fn open() -> Self {
         let config = MemoryConfig {
             seed: 1,
@@ -118,47 +123,49 @@ impl MemoryVenue {
 }
 
 #[async_trait]
-impl Venue for MemoryVenue {
-    async fn connect(&self, who: Who) -> SharedBus {
-        self.bus.connect(&who.user(), who.role())
+impl Harness for MemoryHarness {
+    async fn connect(&self, member: TestMember) -> SharedBus {
+        self.bus.connect(&member.user(), member.role())
     }
 
     async fn publish_with_reply(
         &self,
-        who: Who,
+        member: TestMember,
         subject: &Subject,
         reply: Subject,
         payload: Bytes,
     ) {
         self.bus
-            .publish_with_reply(&who.user(), who.role(), subject, reply, &payload)
+            .publish_with_reply(&member.user(), member.role(), subject, reply, &payload)
             .unwrap();
     }
 
     async fn interrupt(&self) {
-        Who::ALL
+        TestMember::ALL
             .iter()
-            .for_each(|who| self.bus.cut_off(&who.user()));
+            .for_each(|member| self.bus.cut_off(&member.user()));
     }
 
     async fn resume(&self) {
-        Who::ALL.iter().for_each(|who| self.bus.heal(&who.user()));
+        TestMember::ALL
+            .iter()
+            .for_each(|member| self.bus.heal(&member.user()));
     }
 }
 
-pub struct NatsVenue {
+pub struct NatsHarness {
     config: ServerConfig,
     url: String,
     server: Mutex<Option<NatsServer>>,
     _dir: tempfile::TempDir,
 }
 
-impl NatsVenue {
+impl NatsHarness {
     pub async fn open() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let members = Who::ALL.map(|who| Member {
-            user: who.user(),
-            role: who.role(),
+        let members = TestMember::ALL.map(|member| Member {
+            user: member.user(),
+            role: member.role(),
         });
         let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let config = ServerConfig {
@@ -190,21 +197,21 @@ impl NatsVenue {
 }
 
 #[async_trait]
-impl Venue for NatsVenue {
-    async fn connect(&self, who: Who) -> SharedBus {
-        NatsBus::connect(self.bus_config(&who.identity()))
+impl Harness for NatsHarness {
+    async fn connect(&self, member: TestMember) -> SharedBus {
+        NatsBus::connect(self.bus_config(&member.identity()))
             .await
             .unwrap()
     }
 
     async fn publish_with_reply(
         &self,
-        who: Who,
+        member: TestMember,
         subject: &Subject,
         reply: Subject,
         payload: Bytes,
     ) {
-        let seed = who.identity().login_seed().unwrap();
+        let seed = member.identity().login_seed().unwrap();
         let client = async_nats::ConnectOptions::with_nkey(seed)
             .connect(&self.url)
             .await
