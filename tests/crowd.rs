@@ -1,6 +1,6 @@
-//! Crowds of peers in virtual time, over the very decisions that drive real connections: who knows whom, the fetcher's plan,
-//! the seeder's uploads. Links have rates and a delay; a host sends one shard at a time, to whoever has waited longest. What
-//! a peer keeps does not grow with the crowd.
+//! Simulates large swarms in virtual time, with the same decisions that drive real connections: the overlay, the download
+//! scheduler, the upload scheduler. Links have rates and a delay; a host sends one shard at a time, to the peer that has waited
+//! longest. The state of a peer does not grow with the swarm.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::collections::VecDeque;
@@ -22,39 +22,43 @@ const OBJECT: ObjectId = ObjectId([9; 32]);
 const SHARD_BYTES: u32 = 64 << 10;
 /// 64 KiB at 20 Mbit/s.
 const SHARD_US: u64 = 26_214;
-/// From one host to another.
+/// One-way delay between two hosts.
 const DELAY_US: u64 = 10_000;
-/// A host looks at its plan at most this often.
+/// Shortest time between two decisions of a host's download scheduler.
 const TICK_US: u64 = 10_000;
 
-/// Most requests that may ever wait at a host, whatever the size of the crowd.
+/// Most requests that may wait at a host, whatever the size of the swarm.
 const QUEUE_MAX: usize = 32;
-/// A slice of time, and how many are looked ahead: a minute, longer than anybody waits.
+/// The length of a slice of time, and the number of slices in the agenda: together a minute, longer than any host waits.
 const SLICE_US: u64 = 1_000;
 const SLICES: u64 = 60_000;
 
 /// What happens to a host.
 #[derive(Debug)]
 enum Event {
-    /// It looks at its plan.
+    /// Its download scheduler decides.
     Wake,
-    /// It is asked something.
-    Asked { by: u32, request: u32, wish: Wish },
-    /// It has sent what it was sending.
+    /// A request arrives.
+    Request {
+        from: u32,
+        id: u32,
+        message: Request,
+    },
+    /// The shard that it was sending has left.
     Sent,
-    /// It is answered.
-    Told { from: u32, request: u32, what: What },
+    /// A reply arrives.
+    Reply { from: u32, id: u32, message: Reply },
 }
 
 #[derive(Debug)]
-enum Wish {
+enum Request {
     Have,
     Shard(u32),
     AnyBut(Vec<u8>),
 }
 
 #[derive(Debug)]
-enum What {
+enum Reply {
     Held(Vec<u8>),
     Shard(u32),
     Busy(u32),
@@ -62,11 +66,11 @@ enum What {
 }
 
 struct Host {
-    /// `None` when it has everything.
+    /// `None` once it has the whole object.
     plan: Option<FetchPlan>,
     held: Bitmap,
     uploads: Uploads,
-    queue: VecDeque<(u32, u32, Wish)>,
+    queue: VecDeque<(u32, u32, Request)>,
     is_sending: bool,
     down_free_us: u64,
     wakes_at_us: u64,
@@ -74,8 +78,8 @@ struct Host {
     sent: u64,
 }
 
-/// What is going to happen: a ring of slices of time, each a list in the order in which it was filled. Within a slice the
-/// order is not that of time, which is less than what a real machine's scheduler does to it.
+/// Future events: a ring of slices of time, each a list of events in the order of insertion. Within a slice the order is not
+/// that of time; a real machine's scheduler disturbs the order more.
 struct Agenda {
     ring: Vec<VecDeque<(u64, u32, Event)>>,
     slice: u64,
@@ -110,7 +114,7 @@ impl Agenda {
     }
 }
 
-struct Crowd {
+struct Simulation {
     now_us: u64,
     agenda: Agenda,
     hosts: Vec<Host>,
@@ -149,8 +153,8 @@ impl Host {
     }
 }
 
-impl Crowd {
-    /// Host 0 has everything.
+impl Simulation {
+    /// Host 0 is the learner and has the whole object.
     fn new(peers: u32, shards: u32, seed: u64) -> Self {
         let mut rng = ChaCha12Rng::seed_from_u64(seed);
         let count = peers as usize + 1;
@@ -162,7 +166,7 @@ impl Crowd {
             }
             Host::new(host, shards, plan)
         });
-        let mut crowd = Self {
+        let mut simulation = Self {
             now_us: 0,
             agenda: Agenda::default(),
             hosts: hosts.collect(),
@@ -170,21 +174,17 @@ impl Crowd {
             unfinished: peers,
             queue_max: 0,
         };
-        (1..=peers).for_each(|host| crowd.wake(host, u64::from(host) % 20 * 1_000));
-        crowd
+        (1..=peers).for_each(|host| simulation.wake(host, u64::from(host) % 20 * 1_000));
+        simulation
     }
 
     fn at(&mut self, at_us: u64, host: u32, event: Event) {
         self.agenda.add(at_us, host, event);
     }
 
-    fn tell(&mut self, host: u32, from: u32, request: u32, what: What) {
-        let told = Event::Told {
-            from,
-            request,
-            what,
-        };
-        self.at(self.now_us + DELAY_US, host, told);
+    fn reply(&mut self, host: u32, from: u32, id: u32, message: Reply) {
+        let reply = Event::Reply { from, id, message };
+        self.at(self.now_us + DELAY_US, host, reply);
     }
 
     fn wake(&mut self, host: u32, at_us: u64) {
@@ -201,28 +201,28 @@ impl Crowd {
                 return;
             };
             self.now_us = self.now_us.max(at_us);
-            self.happen(host, event);
+            self.process(host, event);
         }
     }
 
-    fn happen(&mut self, host: u32, event: Event) {
+    fn process(&mut self, host: u32, event: Event) {
         match event {
             Event::Wake if self.hosts[host as usize].wakes_at_us > self.now_us => {}
             Event::Wake => {
                 self.hosts[host as usize].wakes_at_us = u64::MAX;
                 self.act(host);
             }
-            Event::Asked {
-                by,
-                request,
-                wish: Wish::Have,
+            Event::Request {
+                from,
+                id,
+                message: Request::Have,
             } => {
                 let held = self.hosts[host as usize].held.as_bytes().to_vec();
-                self.tell(by, host, request, What::Held(held));
+                self.reply(from, host, id, Reply::Held(held));
             }
-            Event::Asked { by, request, wish } => {
+            Event::Request { from, id, message } => {
                 let queue = &mut self.hosts[host as usize].queue;
-                queue.push_back((by, request, wish));
+                queue.push_back((from, id, message));
                 self.queue_max = self.queue_max.max(queue.len());
                 self.send_next(host);
             }
@@ -230,39 +230,35 @@ impl Crowd {
                 self.hosts[host as usize].is_sending = false;
                 self.send_next(host);
             }
-            Event::Told {
-                from,
-                request,
-                what,
-            } => self.take(host, from, RequestId(request), what),
+            Event::Reply { from, id, message } => self.receive(host, from, RequestId(id), message),
         }
     }
 
-    /// Answers whoever has waited longest, until a shard is on its way.
+    /// Answers the longest-waiting requests until a shard is being sent.
     fn send_next(&mut self, host: u32) {
         let now_ms = self.now_us / 1_000;
         while !self.hosts[host as usize].is_sending {
-            let Some((by, request, wish)) = self.hosts[host as usize].queue.pop_front() else {
+            let Some((by, id, message)) = self.hosts[host as usize].queue.pop_front() else {
                 return;
             };
-            match self.decide(host, by, &wish, now_ms) {
-                UploadDecision::Missing => self.tell(by, host, request, What::Missing),
+            match self.decide(host, by, &message, now_ms) {
+                UploadDecision::Missing => self.reply(by, host, id, Reply::Missing),
                 UploadDecision::Busy { retry_ms, .. } => {
-                    self.tell(by, host, request, What::Busy(retry_ms as u32));
+                    self.reply(by, host, id, Reply::Busy(retry_ms as u32));
                 }
-                UploadDecision::Send { shard } => self.send(host, by, request, shard),
+                UploadDecision::Send { shard } => self.send(host, by, id, shard),
             }
         }
     }
 
-    fn decide(&mut self, host: u32, by: u32, wish: &Wish, now_ms: u64) -> UploadDecision {
+    fn decide(&mut self, host: u32, by: u32, request: &Request, now_ms: u64) -> UploadDecision {
         let sender = &mut self.hosts[host as usize];
-        let except = match wish {
-            Wish::AnyBut(except) => Bitmap::from_bytes(except, self.shards),
-            Wish::Shard(_) | Wish::Have => None,
+        let except = match request {
+            Request::AnyBut(except) => Bitmap::from_bytes(except, self.shards),
+            Request::Shard(_) | Request::Have => None,
         };
-        let wanted = match (wish, &except) {
-            (Wish::Shard(shard), _) => WantedShard::Shard(*shard),
+        let wanted = match (request, &except) {
+            (Request::Shard(shard), _) => WantedShard::Shard(*shard),
             (_, Some(except)) => WantedShard::AnyBut(except),
             (_, None) => return UploadDecision::Missing,
         };
@@ -270,7 +266,7 @@ impl Crowd {
         uploads.decide(now_ms, name(by), OBJECT, held, wanted)
     }
 
-    fn send(&mut self, host: u32, by: u32, request: u32, shard: u32) {
+    fn send(&mut self, host: u32, by: u32, id: u32, shard: u32) {
         let now_us = self.now_us;
         let sender = &mut self.hosts[host as usize];
         let (uploads, now_ms) = (&mut sender.uploads, now_us / 1_000);
@@ -280,28 +276,28 @@ impl Crowd {
         self.at(now_us + SHARD_US, host, Event::Sent);
         let receiver = &mut self.hosts[by as usize];
         receiver.down_free_us = receiver.down_free_us.max(now_us) + SHARD_US;
-        let there_us = receiver.down_free_us + DELAY_US;
-        let told = Event::Told {
+        let arrives_us = receiver.down_free_us + DELAY_US;
+        let reply = Event::Reply {
             from: host,
-            request,
-            what: What::Shard(shard),
+            id,
+            message: Reply::Shard(shard),
         };
-        self.at(there_us, by, told);
+        self.at(arrives_us, by, reply);
     }
 
-    fn take(&mut self, host: u32, from: u32, request: RequestId, what: What) {
+    fn receive(&mut self, host: u32, from: u32, request: RequestId, message: Reply) {
         let chooser = match from {
             0 => Chooser::Holder,
             _ => Chooser::Asker,
         };
         let receiver = &mut self.hosts[host as usize];
-        let answer = match what {
-            What::Held(shards) => PeerReply::Held {
+        let reply = match message {
+            Reply::Held(shards) => PeerReply::Held {
                 request,
                 shards,
                 chooser,
             },
-            What::Shard(shard) => {
+            Reply::Shard(shard) => {
                 receiver.held.insert(shard);
                 PeerReply::Shard {
                     request,
@@ -309,17 +305,17 @@ impl Crowd {
                     verdict: ShardVerdict::Good,
                 }
             }
-            What::Busy(retry_ms) => PeerReply::Busy {
+            Reply::Busy(retry_ms) => PeerReply::Busy {
                 request,
                 retry_ms,
                 holders: Vec::new(),
             },
-            What::Missing => PeerReply::Missing { request },
+            Reply::Missing => PeerReply::Missing { request },
         };
         let Some(plan) = &mut receiver.plan else {
             return;
         };
-        plan.on_answer(name(from), answer, self.now_us / 1_000);
+        plan.on_reply(name(from), reply, self.now_us / 1_000);
         if plan.is_finished() {
             receiver.finished_us = self.now_us;
             receiver.plan = None;
@@ -337,32 +333,32 @@ impl Crowd {
         let actions = plan.decide(now_ms);
         let wakes_at_ms = plan.wake_at_ms(now_ms);
         for action in actions {
-            let Action::PeerRequest {
-                source,
-                request: RequestId(request),
-                ask,
+            let Action::Send {
+                peer,
+                id: RequestId(id),
+                request,
             } = action
             else {
                 continue;
             };
-            let wish = match ask {
-                PeerRequest::Have => Wish::Have,
-                PeerRequest::Shard(shard) => Wish::Shard(shard),
-                PeerRequest::AnyBut(except) => Wish::AnyBut(except.as_bytes().to_vec()),
+            let message = match request {
+                PeerRequest::Have => Request::Have,
+                PeerRequest::Shard(shard) => Request::Shard(shard),
+                PeerRequest::AnyBut(except) => Request::AnyBut(except.as_bytes().to_vec()),
             };
-            let asked = Event::Asked {
-                by: host,
-                request,
-                wish,
+            let request = Event::Request {
+                from: host,
+                id,
+                message,
             };
-            self.at(self.now_us + DELAY_US, number(&source), asked);
+            self.at(self.now_us + DELAY_US, number(&peer), request);
         }
         if let Some(at_ms) = wakes_at_ms {
             self.wake(host, (1_000 * at_ms).max(self.now_us + TICK_US));
         }
     }
 
-    /// When the last peer was done, in times of the bound: the seeder's uplink and each downlink busy without a pause.
+    /// When the last peer finished, as a multiple of the lower bound: the learner's uplink and each downlink busy all the time.
     fn last(&self) -> f64 {
         let last = self.hosts[1..].iter().map(|host| host.finished_us).max();
         let bound_us = u64::from(self.shards) * SHARD_US;
@@ -371,21 +367,25 @@ impl Crowd {
 }
 
 fn race(peers: u32, shards: u32, bound: f64) {
-    let mut crowd = Crowd::new(peers, shards, 1);
-    crowd.run(u64::from(shards) * SHARD_US * 4);
-    let (left, sent) = (crowd.unfinished, crowd.hosts[0].sent);
+    let mut simulation = Simulation::new(peers, shards, 1);
+    simulation.run(u64::from(shards) * SHARD_US * 4);
+    let (left, sent) = (simulation.unfinished, simulation.hosts[0].sent);
     println!(
-        "{peers} peers, {shards} shards: last at {:.2} of the bound, {left} left, the seeder sent {:.2}, longest queue {}",
-        crowd.last(),
+        "{peers} peers, {shards} shards: last at {:.2} of the bound, {left} left, the learner sent {:.2}, longest queue {}",
+        simulation.last(),
         sent as f64 / f64::from(shards),
-        crowd.queue_max
+        simulation.queue_max
     );
     assert_eq!(left, 0, "of {peers} peers, after 4 times the bound");
-    assert!(crowd.last() <= bound, "{:.2} of the bound", crowd.last());
     assert!(
-        crowd.queue_max <= QUEUE_MAX,
+        simulation.last() <= bound,
+        "{:.2} of the bound",
+        simulation.last()
+    );
+    assert!(
+        simulation.queue_max <= QUEUE_MAX,
         "{} requests wait",
-        crowd.queue_max
+        simulation.queue_max
     );
 }
 

@@ -1,8 +1,8 @@
-//! The fetch of one object: connects to the peers that are known, as they become known, does what the plan decides, and
-//! hands out the whole.
+//! The fetch of one object: connects to the peers in the address book, does what the download scheduler decides, and returns
+//! the whole object.
 //!
-//! The decisions are in [`crate::swarm::plan`]; here are sockets, timers and the book of peers. Shards are kept and served to
-//! others from the moment they are verified; a fetch that fails leaves them in the store for the next one.
+//! The decisions are in [`crate::swarm::plan`]; this file has the connections and timers. Shards are stored and served to other
+//! peers as soon as they are verified; a fetch that fails leaves them in the store for the next one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::version::{Content, Object};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
+use tracing::{Instrument, debug_span};
 
 use crate::store::StoreError;
 use crate::store::bitmap::Bitmap;
@@ -25,54 +26,47 @@ use crate::swarm::plan::{
 };
 use crate::transport::wire::{Message, RequestId};
 
-/// Reports of all links waiting to be looked at; a link waits when there is no room, and its peer with it.
+/// Reports of all links waiting to be processed. When the queue is full, the links wait and so do their peers.
 const EVENTS_MAX: usize = 256;
-/// Wait before a peer that could not be reached is tried again; doubles with each failure in a row.
+/// Bounds of the wait before a failed peer is dialled again; it doubles with each failure in a row.
 const REDIAL_MS_MIN: u64 = 100;
 const REDIAL_MS_MAX: u64 = 10_000;
-/// How long nobody within reach may hold what is missing, or come by it, before the object counts as unreachable: longer than
-/// a handshake and an answer take.
+/// How long no reachable peer may hold, or receive, a missing shard before the object counts as unreachable: longer than a
+/// handshake and a reply take.
 const UNREACHABLE_MS: u64 = 1_500;
-/// Longest sleep of the loop: a fetch without peers looks at its own patience this often.
+/// Longest sleep of the loop, so that a fetch without peers notices that it has stalled.
 const SLEEP_MS_MAX: u64 = 1_000;
 
 /// Why an object was not fetched. What arrived stays in the store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FetchError {
-    /// The object cannot be kept.
+    /// The store cannot hold the object.
     #[error("{0}")]
     Store(#[from] StoreError),
-    /// Nothing arrives.
+    /// No shard arrives.
     #[error("object {} has {held} of {shards} shards and none arrived for {waited_ms} ms from {peers} known peers ({last}): check that a peer which holds it can be reached", object.short())]
     Stalled {
-        /// Which object.
         object: ObjectId,
-        /// Shards that are here.
         held: u32,
-        /// Shards in all.
         shards: u32,
-        /// How long nothing came.
         waited_ms: u64,
-        /// Peers known.
         peers: usize,
-        /// What went wrong last.
+        /// The last problem with a peer.
         last: String,
     },
-    /// It arrived, and it is not what its description says that it holds.
+    /// All shards are right, but the file's hash is not the described one.
     #[error("file object {} is intact but its content is not {expected}: its description is wrong, fetch one described by another peer", object.short())]
     WrongContent {
-        /// Which object.
         object: ObjectId,
-        /// What the description promised.
         expected: ContentHash,
     },
-    /// The process is ending.
+    /// The process is shutting down.
     #[error("fetch was stopped: start it again to go on")]
     Stopped,
 }
 
-/// Takes a fetch's pin off its object when the fetch ends, however it ends.
+/// Unpins a fetch's object when the fetch ends or is cancelled.
 struct Pin<'a> {
     node: &'a Node,
     id: ObjectId,
@@ -85,7 +79,7 @@ impl Drop for Pin<'_> {
     }
 }
 
-/// Fetches an object, or what of it is not here yet.
+/// Fetches the shards of an object that are not here yet, and returns the whole object.
 pub(crate) async fn fetch(node: &Arc<Node>, object: &Object) -> Result<Bytes, FetchError> {
     let object = Arc::new(object.clone());
     let admitted = Arc::clone(&object);
@@ -93,18 +87,22 @@ pub(crate) async fn fetch(node: &Arc<Node>, object: &Object) -> Result<Bytes, Fe
         .blocking(move |store| store.admit_pinned(&admitted))
         .await?;
     let _pinned = Pin { node, id };
-    let gate = node.fetch_permits(id);
-    let _turn = tokio::select! {
+    let permits = node.fetch_permits(id);
+    let _permit = tokio::select! {
         biased;
         () = node.shutdown.cancelled() => return Err(FetchError::Stopped),
-        turn = gate.acquire() => turn,
+        permit = permits.acquire() => permit,
     };
     let held = node
         .store
         .held(&id)
         .ok_or(StoreError::Unknown { object: id })?;
     if !held.is_full() {
-        Fetch::new(node, &object, id, held).run().await?;
+        let span = debug_span!("fetch", object = %id.short(), version = %object.version);
+        Fetch::new(node, &object, id, held)
+            .run()
+            .instrument(span)
+            .await?;
     }
     let whole = node.blocking(move |store| store.whole(&id)).await;
     let whole = whole.ok_or(StoreError::Unknown { object: id })?;
@@ -112,7 +110,7 @@ pub(crate) async fn fetch(node: &Arc<Node>, object: &Object) -> Result<Bytes, Fe
     Ok(whole)
 }
 
-/// A file's description promises a hash of the whole, which its shards do not bind.
+/// Checks the hash of a whole file, which the shards' hashes do not bind.
 fn check_content(object: &Object, id: ObjectId, whole: &Bytes) -> Result<(), FetchError> {
     match object.content {
         Content::File { hash } if ContentHash::of(whole) != hash => Err(FetchError::WrongContent {
@@ -123,7 +121,7 @@ fn check_content(object: &Object, id: ObjectId, whole: &Bytes) -> Result<(), Fet
     }
 }
 
-/// What is known about reaching one entry of the book.
+/// The state of dialling one entry of the address book.
 #[derive(Debug, Default)]
 struct Dial {
     record: Option<PeerRecord>,
@@ -132,10 +130,10 @@ struct Dial {
     again_at_ms: u64,
 }
 
-/// A peer that can be asked.
-struct Partner {
+/// A connected peer.
+struct ConnectedPeer {
     link: LinkId,
-    asks: mpsc::Sender<Message>,
+    requests: mpsc::Sender<Message>,
 }
 
 struct Fetch<'a> {
@@ -146,15 +144,15 @@ struct Fetch<'a> {
     book: watch::Receiver<AddressBook>,
     dials: BTreeMap<PeerId, Dial>,
     links: BTreeMap<LinkId, AbortHandle>,
-    partners: BTreeMap<PeerId, Partner>,
+    connected: BTreeMap<PeerId, ConnectedPeer>,
     next_link: u64,
     /// Links end with the fetch: dropping the set aborts them.
     tasks: JoinSet<()>,
     reports: mpsc::Sender<(LinkId, LinkEvent)>,
     inbox: mpsc::Receiver<(LinkId, LinkEvent)>,
     progress_at_ms: u64,
-    /// When some peer last had, or was fetching, what is missing.
-    hope_at_ms: u64,
+    /// When some connected peer last held, or was fetching, a missing shard.
+    available_at_ms: u64,
     last_problem: String,
 }
 
@@ -169,13 +167,13 @@ impl<'a> Fetch<'a> {
             book: node.address_book.subscribe(),
             dials: BTreeMap::new(),
             links: BTreeMap::new(),
-            partners: BTreeMap::new(),
+            connected: BTreeMap::new(),
             next_link: 0,
             tasks: JoinSet::new(),
             reports,
             inbox,
             progress_at_ms: node.now_ms(),
-            hope_at_ms: node.now_ms(),
+            available_at_ms: node.now_ms(),
             last_problem: "no peer is known".to_owned(),
             node,
             object,
@@ -185,7 +183,7 @@ impl<'a> Fetch<'a> {
 
     async fn run(mut self) -> Result<(), FetchError> {
         let shutdown = self.node.shutdown.clone();
-        self.read_book();
+        self.read_address_book();
         loop {
             let now_ms = self.node.now_ms();
             self.dial(now_ms);
@@ -193,17 +191,17 @@ impl<'a> Fetch<'a> {
             if self.plan.is_finished() {
                 return Ok(());
             }
-            self.check_hope(now_ms);
+            self.check_availability(now_ms);
             self.check_progress(now_ms)?;
             let wake_at = self.node.instant(self.wake_at_ms(now_ms));
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Err(FetchError::Stopped),
-                Ok(()) = self.book.changed() => self.read_book(),
+                Ok(()) = self.book.changed() => self.read_address_book(),
                 Some((link, event)) = self.inbox.recv() => self.on_event(link, event)?,
                 () = tokio::time::sleep_until(wake_at) => {}
             }
-            // What else has arrived is taken in before the next decision.
+            // All reports that have arrived come before the next decision.
             while let Ok((link, event)) = self.inbox.try_recv() {
                 self.on_event(link, event)?;
             }
@@ -221,14 +219,15 @@ impl<'a> Fetch<'a> {
             .min(now_ms + SLEEP_MS_MAX)
     }
 
-    /// Says so when nobody within reach will bring what is missing: whoever waits may have something better to fetch. Peers
-    /// that only promise are believed as long as any request may take, and peers that fetch too while they get on.
-    fn check_hope(&mut self, now_ms: u64) {
-        let hope = self.plan.hope();
-        if hope != Availability::Nobody {
-            self.hope_at_ms = now_ms;
+    /// Marks the object as unreachable if no reachable peer will bring the missing shards, so that the caller can fetch something
+    /// else. A peer that claims to hold shards is believed for as long as any request may take, and a peer that is fetching too
+    /// for as long as it makes progress.
+    fn check_availability(&mut self, now_ms: u64) {
+        let availability = self.plan.availability();
+        if availability != Availability::Nowhere {
+            self.available_at_ms = now_ms;
         }
-        let (since_ms, patience_ms) = match hope {
+        let (since_ms, patience_ms) = match availability {
             Availability::Holders => (
                 self.progress_at_ms,
                 self.node.request_ms + self.slowest_ms(),
@@ -237,7 +236,7 @@ impl<'a> Fetch<'a> {
                 let news_at_ms = self.plan.news_at_ms().max(self.progress_at_ms);
                 (news_at_ms, UNREACHABLE_MS + self.plan.next_shard_ms())
             }
-            Availability::Nobody => (self.hope_at_ms, UNREACHABLE_MS),
+            Availability::Nowhere => (self.available_at_ms, UNREACHABLE_MS),
         };
         if now_ms.saturating_sub(since_ms) < patience_ms {
             self.node.mark_reachable(&self.id);
@@ -246,7 +245,7 @@ impl<'a> Fetch<'a> {
         }
     }
 
-    /// How long a shard takes on the slowest link that is waited for.
+    /// The time of a shard at the slowest accepted rate.
     fn slowest_ms(&self) -> u64 {
         u64::from(self.object.shard_bytes) / BYTES_PER_MS_MIN
     }
@@ -266,8 +265,8 @@ impl<'a> Fetch<'a> {
         })
     }
 
-    /// Takes over what is new in the book.
-    fn read_book(&mut self) {
+    /// Takes over new entries of the address book.
+    fn read_address_book(&mut self) {
         let book = self.book.borrow_and_update();
         for (peer, record) in book.iter() {
             if record.handshake == self.node.identity.handshake_id() {
@@ -284,7 +283,7 @@ impl<'a> Fetch<'a> {
         }
     }
 
-    /// Connects to whoever is in the book and not connected.
+    /// Starts links to the peers that are not connected and may be dialled now.
     fn dial(&mut self, now_ms: u64) {
         while self.tasks.try_join_next().is_some() {}
         let book = self.book.borrow();
@@ -298,7 +297,7 @@ impl<'a> Fetch<'a> {
                 continue;
             };
             if self.node.counters.is_banned(&record.handshake) {
-                // A ban lasts as long as the process.
+                // A ban lasts until the process ends.
                 dial.again_at_ms = u64::MAX;
                 continue;
             }
@@ -321,122 +320,116 @@ impl<'a> Fetch<'a> {
             record,
             events: self.reports.clone(),
         };
-        self.links.insert(id, self.tasks.spawn(link.run()));
+        self.links
+            .insert(id, self.tasks.spawn(link.run().in_current_span()));
     }
 
     fn act(&mut self, now_ms: u64) {
         for action in self.plan.decide(now_ms) {
             match action {
-                Action::PeerRequest {
-                    source,
-                    request,
-                    ask,
-                } => self.ask(source, request, ask),
-                Action::Drop { source, fault } => self.drop_partner(source, &fault),
+                Action::Send { peer, id, request } => self.send(&peer, id, request),
+                Action::Disconnect { peer, fault } => self.disconnect(peer, &fault),
             }
         }
     }
 
-    fn ask(&mut self, source: PeerId, request: RequestId, ask: PeerRequest) {
+    fn send(&self, peer: &PeerId, id: RequestId, request: PeerRequest) {
         let object = self.id;
-        let message = match ask {
-            PeerRequest::Have => Message::Have { request, object },
+        let message = match request {
+            PeerRequest::Have => Message::Have {
+                request: id,
+                object,
+            },
             PeerRequest::Shard(shard) => Message::Want {
-                request,
+                request: id,
                 object,
                 shard,
             },
             PeerRequest::AnyBut(except) => Message::WantAny {
-                request,
+                request: id,
                 object,
                 except: except.as_bytes().to_vec(),
             },
         };
-        let Some(partner) = self.partners.get(&source) else {
-            return;
-        };
-        // A link that takes no more requests than a plan has in flight has ended, or is about to say so.
-        if partner.asks.try_send(message).is_err() {
-            tracing::trace!(source = %source.short(), "request not taken");
+        let connected = self.connected.get(peer);
+        debug_assert!(connected.is_some(), "requests go to connected peers");
+        // The queue is full or closed only if the link has ended, which its last report will say.
+        if connected.is_some_and(|connected| connected.requests.try_send(message).is_err()) {
+            tracing::trace!(peer = %peer.short(), "request not sent: the link has ended");
         }
     }
 
-    fn drop_partner(&mut self, source: PeerId, fault: &Fault) {
-        tracing::debug!(source = %source.short(), object = %self.id.short(), %fault, "peer dropped");
+    fn disconnect(&mut self, peer: PeerId, fault: &Fault) {
+        tracing::debug!(peer = %peer.short(), %fault, "peer disconnected");
         if let Fault::BadShard { shard } = fault {
             let ban = Ban {
                 object: self.id,
                 shard: *shard,
                 at: self.node.clock.now(),
             };
-            tracing::warn!(source = %source.short(), %ban, "peer banned");
-            self.node.counters.ban(source, ban);
+            tracing::warn!(peer = %peer.short(), %ban, "peer banned");
+            self.node.counters.ban(peer, ban);
         }
-        let Some(partner) = self.partners.remove(&source) else {
+        let Some(connected) = self.connected.remove(&peer) else {
             return;
         };
-        self.end_link(partner.link, format!("peer {} {fault}", source.short()));
+        self.end_link(connected.link, format!("peer {} {fault}", peer.short()));
     }
 
     fn on_event(&mut self, link: LinkId, event: LinkEvent) -> Result<(), FetchError> {
         let now_ms = self.node.now_ms();
         match event {
-            LinkEvent::Unkept(error) => return Err(error.into()),
+            LinkEvent::NotStored(error) => return Err(error.into()),
             _ if !self.links.contains_key(&link) => {}
-            LinkEvent::Up { source, asks } => self.on_up(link, source, asks, now_ms),
-            LinkEvent::PeerReply(answer) => self.on_answer(link, answer, now_ms),
+            LinkEvent::Up { peer, requests } => {
+                self.on_up(peer, ConnectedPeer { link, requests }, now_ms);
+            }
+            LinkEvent::Reply(reply) => self.on_reply(link, reply, now_ms),
             LinkEvent::Down(error) => self.on_down(link, &error),
         }
         Ok(())
     }
 
-    fn on_up(&mut self, link: LinkId, source: PeerId, asks: mpsc::Sender<Message>, now_ms: u64) {
-        // Two entries of the book may lead to one peer: one connection is enough.
-        if self.plan.add_source(source, now_ms) {
-            self.partners.insert(source, Partner { link, asks });
+    fn on_up(&mut self, peer: PeerId, connected: ConnectedPeer, now_ms: u64) {
+        // Two entries of the address book may lead to one peer: one connection is enough.
+        if self.plan.add_source(peer, now_ms) {
+            self.connected.insert(peer, connected);
         } else {
-            self.end_link(
-                link,
-                format!("peer {} is connected already", source.short()),
-            );
+            let problem = format!("peer {} is connected already", peer.short());
+            self.end_link(connected.link, problem);
         }
     }
 
-    fn on_answer(&mut self, link: LinkId, answer: PeerReply, now_ms: u64) {
-        let source = self
-            .partners
-            .iter()
-            .find(|(_, partner)| partner.link == link);
-        let Some(source) = source.map(|(source, _)| *source) else {
+    fn on_reply(&mut self, link: LinkId, reply: PeerReply, now_ms: u64) {
+        let Some(peer) = self.peer_of(link) else {
             return;
         };
         if let PeerReply::Shard {
             verdict: ShardVerdict::Good,
             ..
-        } = answer
+        } = reply
         {
             self.progress_at_ms = now_ms;
-            for dial in self
-                .dials
-                .values_mut()
+            let dials = self.dials.values_mut();
+            dials
                 .filter(|dial| dial.link == Some(link))
-            {
-                dial.failures = 0;
-            }
+                .for_each(|dial| dial.failures = 0);
         }
-        self.plan.on_answer(source, answer, now_ms);
+        self.plan.on_reply(peer, reply, now_ms);
     }
 
     fn on_down(&mut self, link: LinkId, error: &LinkError) {
-        let source = self
-            .partners
-            .iter()
-            .find(|(_, partner)| partner.link == link);
-        if let Some(source) = source.map(|(source, _)| *source) {
-            self.partners.remove(&source);
-            self.plan.remove_source(&source);
+        if let Some(peer) = self.peer_of(link) {
+            self.connected.remove(&peer);
+            self.plan.remove_source(&peer);
         }
         self.end_link(link, format!("peer {error}"));
+    }
+
+    fn peer_of(&self, link: LinkId) -> Option<PeerId> {
+        let mut connected = self.connected.iter();
+        let (peer, _) = connected.find(|(_, connected)| connected.link == link)?;
+        Some(*peer)
     }
 
     fn end_link(&mut self, link: LinkId, problem: String) {

@@ -1,7 +1,7 @@
-//! One outgoing connection of a fetch: dials a peer, sends what the plan asks, and reports what comes back, each shard
-//! verified before anybody hears of it.
+//! One outgoing connection of a fetch: dials a peer, sends the requests of the download scheduler, and reports the replies.
 //!
-//! Decides nothing. Ends when either side of the connection does, and says why.
+//! Decides nothing. Ends when either direction of the connection ends, and reports why. Invariant: a shard is verified before
+//! it is reported.
 
 use std::sync::Arc;
 
@@ -15,36 +15,35 @@ use crate::swarm::metrics::Transfer;
 use crate::swarm::node::Node;
 use crate::swarm::plan::{PeerReply, ShardVerdict};
 use crate::transport::connection::{
-    Connection, ConnectionError, misplaced, read_large_frame, write_message,
+    Connection, ConnectionError, read_large_frame, unexpected, write_message,
 };
 use crate::transport::interface::DialError;
 use crate::transport::stream::{Reader, Writer};
 use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message, SHARD_PREFIX_BYTES};
 
-/// Requests waiting to be written: more than a plan ever has in flight with one peer.
-pub(crate) const ASKS_MAX: usize = 16;
+/// Requests waiting to be written: more than the scheduler ever has in flight to one peer.
+const REQUESTS_MAX: usize = 16;
 
-/// One attempt to reach a peer; the number tells it from earlier ones.
+/// The number of one attempt to reach a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct LinkId(pub(crate) u64);
 
 /// What a link reports.
 #[derive(Debug)]
 pub(crate) enum LinkEvent {
-    /// The peer has proved its key and may be asked.
+    /// The peer has proved its key and accepts requests.
     Up {
-        source: PeerId,
-        asks: mpsc::Sender<Message>,
+        peer: PeerId,
+        requests: mpsc::Sender<Message>,
     },
-    /// The peer has answered.
-    PeerReply(PeerReply),
-    /// A shard was good and could not be kept.
-    Unkept(StoreError),
-    /// It is over.
+    Reply(PeerReply),
+    /// The store could not keep a verified shard.
+    NotStored(StoreError),
+    /// The connection has ended.
     Down(LinkError),
 }
 
-/// Why a peer could not be reached, or not any longer.
+/// Why a connection failed or ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LinkError {
     #[error("{0}")]
@@ -55,7 +54,7 @@ pub(crate) enum LinkError {
     Closed,
 }
 
-/// An outgoing connection.
+/// The arguments of an outgoing connection.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) id: LinkId,
@@ -79,20 +78,20 @@ impl Link {
         let node = &self.node;
         let dialled = node.transports.dial(&self.record, &node.identity).await?;
         let Connection {
-            peer: source,
+            peer,
             reader,
             writer,
         } = dialled;
-        let (asks, requests) = mpsc::channel(ASKS_MAX);
-        self.report(LinkEvent::Up { source, asks }).await;
-        // Neither half is started anew, so that a half that loses the race loses nothing that matters.
+        let (requests, to_write) = mpsc::channel(REQUESTS_MAX);
+        self.report(LinkEvent::Up { peer, requests }).await;
+        // When one half ends, the connection ends, so the cancelled half loses nothing that matters.
         tokio::select! {
-            read = self.read_answers(reader, source) => read,
-            written = write_requests(writer, requests) => written,
+            read = self.read_replies(reader, peer) => read,
+            written = write_requests(writer, to_write) => written,
         }
     }
 
-    async fn read_answers(&self, mut reader: Reader, source: PeerId) -> Result<(), LinkError> {
+    async fn read_replies(&self, mut reader: Reader, peer: PeerId) -> Result<(), LinkError> {
         let shard_frame = self.object.shard_bytes as usize + SHARD_PREFIX_BYTES;
         let frame_bytes_max = shard_frame.max(MESSAGE_BYTES_MAX);
         loop {
@@ -105,16 +104,16 @@ impl Link {
                     let length = bytes.len();
                     let verdict = match self.node.insert(self.object_id, shard, bytes).await {
                         Ok(inserted) => {
-                            self.count(&source, inserted, length);
+                            self.count(&peer, inserted, length);
                             ShardVerdict::Good
                         }
                         Err(StoreError::Content(_)) => ShardVerdict::Bad,
                         Err(error) => {
-                            self.report(LinkEvent::Unkept(error)).await;
+                            self.report(LinkEvent::NotStored(error)).await;
                             return Err(LinkError::Closed);
                         }
                     };
-                    LinkEvent::PeerReply(PeerReply::Shard {
+                    LinkEvent::Reply(PeerReply::Shard {
                         request,
                         shard,
                         verdict,
@@ -124,41 +123,41 @@ impl Link {
                     request,
                     shards,
                     chooser,
-                }) => LinkEvent::PeerReply(PeerReply::Held {
+                }) => LinkEvent::Reply(PeerReply::Held {
                     request,
                     shards,
                     chooser,
                 }),
                 Frame::Message(Message::Missing { request }) => {
-                    LinkEvent::PeerReply(PeerReply::Missing { request })
+                    LinkEvent::Reply(PeerReply::Missing { request })
                 }
                 Frame::Message(Message::Busy {
                     request,
                     retry_ms,
                     holders,
-                }) => LinkEvent::PeerReply(PeerReply::Busy {
+                }) => LinkEvent::Reply(PeerReply::Busy {
                     request,
                     retry_ms,
                     holders,
                 }),
-                other @ Frame::Message(_) => return Err(misplaced("an answer", &other).into()),
+                other @ Frame::Message(_) => return Err(unexpected("a reply", &other).into()),
             };
             self.report(event).await;
         }
     }
 
-    fn count(&self, source: &PeerId, inserted: Inserted, bytes: usize) {
-        let moved = match inserted {
+    fn count(&self, peer: &PeerId, inserted: Inserted, bytes: usize) {
+        let transfer = match inserted {
             Inserted::New => Transfer::Download,
             Inserted::Duplicate => Transfer::Duplicate,
         };
         self.node
             .counters
-            .count(&self.object_id, source, moved, bytes);
+            .count(&self.object_id, peer, transfer, bytes);
     }
 
     async fn report(&self, event: LinkEvent) {
-        // The fetch that would have heard of it is over: there is nobody left to tell.
+        // The receiver is gone if the fetch has ended; then the report is of no use.
         self.events.send((self.id, event)).await.ok();
     }
 }

@@ -1,11 +1,11 @@
-//! Which shard to ask from whom next, when to stop waiting and whom to drop: the fetcher's side of the swarm, as a pure
-//! machine. Answers and the time go in, requests come out.
+//! The download scheduler of one object: which shard to request from which peer, when to stop waiting, and which peer to
+//! drop. A pure state machine: replies and the time go in, requests come out.
 //!
-//! Peers that let the asker choose are asked for the rarest shard that they hold and nobody was asked for yet. A peer that
-//! chooses itself (the learner) is asked for any shard but those that are held, on their way, or to be had from peers that
-//! have proved quick. A request that takes much longer than the quickest peer's is doubled elsewhere; one that is not
-//! answered at all costs the peer its place. A bad shard costs it its place for good. Knows nothing of bytes, sockets or
-//! hashes. Invariants: a banned peer is never asked; requests in flight are bounded, per peer and in all.
+//! From a peer that lets the requester choose, it requests the rarest shard that the peer holds and no peer was asked for yet.
+//! From a peer that chooses itself (the learner), it requests any shard except those that are held, in flight, or held by
+//! peers that have proved to be fast. A request that takes much longer than usual is repeated at another peer. A peer that
+//! does not answer at all is dropped; a peer that serves a bad shard is banned. Knows nothing of bytes, sockets or hashes.
+//! Invariants: a banned peer is never asked; requests in flight are bounded, per peer and in all.
 
 mod exchange;
 mod peer_state;
@@ -27,52 +27,52 @@ use crate::transport::wire::{Chooser, RequestId};
 
 pub use exchange::{Action, Availability, Fault, PeerReply, PeerRequest, ShardVerdict};
 
-/// Shards asked of a new peer at once; one more for each that it delivers.
+/// Shards requested from a new peer at once; one more for each that it delivers.
 const WINDOW_MIN: usize = 1;
-/// Shards asked of a proven peer at once: hides a round trip without letting one peer hold many shards back.
+/// Most shards requested from one peer at once: hides a round trip, and lets no peer hold back many shards.
 const WINDOW_MAX: usize = 8;
-/// Shards asked of all peers at once, those that are overdue left out. Each waits as long in their queues as all peers ask
-/// for more than this, and was chosen by what was rare before; with fewer, some uplinks have nothing to do. Simulated, last
-/// peer in times of the bound: 16 peers that know one another, 8: 1.57, 12: 1.07, 16: 1.05, 24 and at least 2 each: 1.09;
-/// 1,000 that know 8: 12: 1.16, 16: 1.23.
+/// Most shards requested from all peers at once, overdue ones left out. With more, requests wait in the peers' queues and
+/// were chosen by an outdated rarity; with fewer, some uplinks are idle. Simulated time of the last peer, as a multiple of the
+/// lower bound: for 16 peers that all know one another, 8 requests: 1.57, 12: 1.07, 16: 1.05, 24 with at least 2 per peer:
+/// 1.09; for 1,000 peers that know 8 each, 12: 1.16, 16: 1.23.
 const WINDOWS_SUM: usize = 12;
-/// Bytes of shards asked for at once, of all peers: what a fetch may hold in memory beyond its object.
+/// Most bytes requested at once, from all peers: the memory that a fetch may use beyond its object.
 const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
-/// Requests for shards in flight at once, those that are overdue included, however small or large shards are.
+/// Bounds of the requests for shards in flight, overdue ones included, whatever the size of a shard.
 const REQUESTS_MAX: usize = 64;
 const REQUESTS_MIN: usize = 4;
-/// Slowest peer that is waited for, about 16 KiB/s: below it a peer holds back more than it brings.
+/// Slowest rate that a fetch waits for, about 16 KiB/s: a slower peer delays the fetch more than it helps.
 pub const BYTES_PER_MS_MIN: u64 = 16;
-/// A request is doubled elsewhere once it takes this many times as long as is usual, by the median of the proven peers.
+/// A request is overdue, and may be repeated at another peer, after this many times the median time of the proven peers.
 const HEDGE_FACTOR: u64 = 4;
-/// For the last few shards, when nothing else is left to ask for, waiting longer than usual is enough.
+/// For the last few shards, when nothing else is left to request, a request is overdue sooner.
 const ENDGAME_SHARDS: u32 = 3;
 const ENDGAME_FACTOR: u64 = 2;
-/// Bounds of that time.
+/// Bounds of the time after which a request is overdue.
 const HEDGE_MS: std::ops::RangeInclusive<u64> = 250..=30_000;
-/// Its value before anything was delivered, besides the time that a shard needs on a slow link of this rate.
+/// That time before any peer has delivered, plus the time of a shard on a slow link of `HEDGE_BYTES_PER_MS`.
 const HEDGE_MS_AT_FIRST: u64 = 1_000;
 const HEDGE_BYTES_PER_MS: u64 = 32;
-/// Peers that fetch too are hoped on for the time in which so many shards usually arrive.
-const SHARDS_OF_HOPE: u64 = 8;
-/// Most slow peers remembered, many times those known at once: the list only makes a returning peer wait its turn.
+/// How long to wait for peers that are fetching too, in usual times between two shards.
+const SHARDS_WAITED: u64 = 8;
+/// Most slow peers remembered, many times those known at once. The list only limits a returning peer to one request.
 const SLOW_PEERS_MAX: usize = 1_024;
 
-/// How patient a plan is.
+/// How long a fetch waits for its peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
-    /// How long any request may take, besides the time that its bytes need at the slowest rate.
+    /// How long any request may take, besides the time of its bytes at [`BYTES_PER_MS_MIN`].
     pub request_ms: u64,
 }
 
 impl Default for Patience {
-    /// 10 s: several round trips of the worst link, and shorter than a person waits before asking what is wrong.
+    /// 10 s: several round trips of a slow link, and less than a person waits before looking for a fault.
     fn default() -> Self {
         Self { request_ms: 10_000 }
     }
 }
 
-/// What is the same for every peer that is looked at in one go.
+/// The values that are the same for all peers in one call of [`FetchPlan::decide`].
 #[derive(Debug)]
 struct Turn {
     now_ms: u64,
@@ -82,34 +82,35 @@ struct Turn {
     is_any_overdue: bool,
 }
 
-/// The fetch of one object.
+/// The download scheduler of one object.
 #[derive(Debug)]
 pub struct FetchPlan {
     shard_bytes: u64,
     patience: Patience,
     held: Bitmap,
-    /// Shards that are neither here nor asked for by number.
+    /// Shards that are neither held nor requested by number.
     open: Bitmap,
-    /// How many sources hold each shard.
+    /// How many connected peers hold each shard.
     holders: Vec<u16>,
     sources: BTreeMap<PeerId, PeerState>,
     requests: Requests,
-    /// Requests for shards in flight, of all sources.
+    /// Requests for shards in flight, to all peers.
     pending: usize,
-    /// Peers that served a bad shard, for the length of this fetch; the swarm remembers them for longer.
+    /// Peers that served a bad shard to this fetch; the swarm remembers them for longer.
     banned: BTreeSet<PeerId>,
-    /// Peers that were dropped as slow; they are asked for one shard at a time.
+    /// Peers that were dropped as slow; each gets one request at a time when it returns.
     slow: BTreeSet<PeerId>,
     dropped: Vec<Action>,
-    /// When a shard arrived last, and the usual time between two: an average that forgets.
+    /// When the last shard arrived.
     arrived_at_ms: Option<u64>,
+    /// Usual time between two shards, an exponential average; 0 before the second.
     gap_us: u64,
     news_at_ms: u64,
     rng: ChaCha12Rng,
 }
 
 impl FetchPlan {
-    /// The fetch of an object with shards of `shard_bytes`, of which `held` are here.
+    /// A scheduler for an object with shards of `shard_bytes`, of which `held` are here.
     pub fn new(shard_bytes: u32, held: Bitmap, patience: Patience, seed: u64) -> Self {
         let shards = held.length() as usize;
         let mut open = Bitmap::full(held.length());
@@ -145,32 +146,31 @@ impl FetchPlan {
         self.held.count()
     }
 
-    /// From whom the missing shards may come, by the peers' own word.
-    pub fn hope(&self) -> Availability {
+    /// Which peers may bring the missing shards, by their own claims.
+    pub fn availability(&self) -> Availability {
         let lacks = |shard| !self.held.contains(shard);
-        let mut hope = Availability::Nobody;
+        let mut availability = Availability::Nowhere;
         for source in self.sources.values() {
             if source.pending > 0 || source.held.iter().any(lacks) {
                 return Availability::Holders;
             }
             if source.chooser.is_some() {
-                hope = Availability::Fetchers;
+                availability = Availability::Fetchers;
             }
         }
-        hope
+        availability
     }
 
-    /// When a peer last had something new that is missing here.
+    /// When a peer last announced a shard that is missing here.
     pub fn news_at_ms(&self) -> u64 {
         self.news_at_ms
     }
 
-    /// How long a peer that is fetching too may take to come by its next shard: some times as long as is usual, or as a slow
-    /// link needs while nothing is known.
+    /// How long to wait for a peer that is fetching too to receive its next shard.
     pub fn next_shard_ms(&self) -> u64 {
         match self.gap_us {
             0 => self.shard_bytes / HEDGE_BYTES_PER_MS,
-            usual_us => SHARDS_OF_HOPE * usual_us / 1_000,
+            usual_us => SHARDS_WAITED * usual_us / 1_000,
         }
     }
 
@@ -185,7 +185,7 @@ impl FetchPlan {
         (by_bytes as usize).clamp(REQUESTS_MIN, REQUESTS_MAX)
     }
 
-    /// A peer is connected. False when it is banned or known already: it is then not asked.
+    /// Adds a connected peer. False if it is banned or was added before.
     pub fn add_source(&mut self, peer: PeerId, now_ms: u64) -> bool {
         if self.banned.contains(&peer) || self.sources.contains_key(&peer) {
             return false;
@@ -195,19 +195,19 @@ impl FetchPlan {
         true
     }
 
-    /// A peer is gone: what it was asked for may be asked elsewhere.
+    /// Removes a peer; the shards requested from it may be requested elsewhere.
     pub fn remove_source(&mut self, peer: &PeerId) {
         let Some(source) = self.sources.remove(peer) else {
             return;
         };
         forget_held(&mut self.holders, &source.held);
         self.pending -= source.pending;
-        for pending in self.requests.forget(peer) {
+        for pending in self.requests.take_all(peer) {
             self.reopen(&pending);
         }
     }
 
-    /// A request is not in flight any more: its shard may be asked for again.
+    /// Makes the shard of a request that is no longer in flight available for another request.
     fn reopen(&mut self, pending: &Pending) {
         if let Asked::Shard(shard) = pending.asked
             && self.requests.copies(shard) == 0
@@ -217,41 +217,41 @@ impl FetchPlan {
         }
     }
 
-    /// Takes an answer in.
-    pub fn on_answer(&mut self, peer: PeerId, answer: PeerReply, now_ms: u64) {
+    /// Processes a peer's reply.
+    pub fn on_reply(&mut self, peer: PeerId, reply: PeerReply, now_ms: u64) {
         if let PeerReply::Shard {
             shard,
             verdict: ShardVerdict::Bad,
             ..
-        } = answer
+        } = reply
         {
             self.banned.insert(peer);
             return self.drop_source(peer, Fault::BadShard { shard });
         }
-        // A good shard counts even when it comes from a peer that was given up a moment ago.
-        if let PeerReply::Shard { shard, .. } = answer {
+        // A good shard counts even if its peer was dropped a moment ago.
+        if let PeerReply::Shard { shard, .. } = reply {
             self.held.insert(shard);
             self.open.remove(shard);
         }
         if !self.sources.contains_key(&peer) {
             return;
         }
-        let Some(pending) = self.release(peer, answer.request()) else {
+        let Some(pending) = self.release(peer, reply.request()) else {
             return self.drop_source(
                 peer,
                 Fault::Protocol {
-                    problem: "an answer to no request",
+                    problem: "a reply to no request",
                 },
             );
         };
-        match (answer, pending.asked) {
+        match (reply, pending.asked) {
             (
                 PeerReply::Held {
                     shards, chooser, ..
                 },
                 Asked::Have,
             ) => {
-                self.on_held(peer, &shards, chooser, now_ms);
+                self.on_bitmap(peer, &shards, chooser, now_ms);
             }
             (PeerReply::Shard { shard, .. }, Asked::Shard(asked)) if asked == shard => {
                 self.on_shard(peer, pending, now_ms);
@@ -269,13 +269,13 @@ impl FetchPlan {
             _ => self.drop_source(
                 peer,
                 Fault::Protocol {
-                    problem: "an answer to another request",
+                    problem: "a reply to another request",
                 },
             ),
         }
     }
 
-    /// What to do now.
+    /// The requests to send and the connections to end now.
     pub fn decide(&mut self, now_ms: u64) -> Vec<Action> {
         self.expire(now_ms);
         let mut actions = std::mem::take(&mut self.dropped);
@@ -283,21 +283,21 @@ impl FetchPlan {
             return actions;
         }
         let mut peers: Vec<PeerId> = self.sources.keys().copied().collect();
-        // Whoever comes first in the order of keys is not to be asked most by everybody.
+        // Otherwise all fetchers would send most requests to the peer with the smallest key.
         let first = self.rng.random_range(0..peers.len().max(1));
         peers.rotate_left(first);
         let mut turn = self.turn(now_ms);
-        // One request each and turn, so that the first peer does not take every shard.
+        // One request per peer and pass, so that the first peer does not get all of them.
         loop {
             let before = actions.len();
             for peer in &peers {
-                if let Some(ask) = self.next_ask(peer, &turn) {
-                    turn.fresh += usize::from(ask != PeerRequest::Have);
-                    let request = self.record(*peer, &ask, now_ms);
-                    actions.push(Action::PeerRequest {
-                        source: *peer,
+                if let Some(request) = self.next_request(peer, &turn) {
+                    turn.fresh += usize::from(request != PeerRequest::Have);
+                    let id = self.record(*peer, &request, now_ms);
+                    actions.push(Action::Send {
+                        peer: *peer,
+                        id,
                         request,
-                        ask,
                     });
                 }
             }
@@ -305,11 +305,18 @@ impl FetchPlan {
                 break;
             }
         }
-        debug_assert!(self.requests_in_flight() <= self.requests_max());
+        debug_assert!(
+            self.requests_in_flight() <= self.requests_max(),
+            "requests in flight are bounded"
+        );
+        debug_assert!(
+            self.sources.keys().all(|peer| !self.banned.contains(peer)),
+            "a banned peer is never asked"
+        );
         actions
     }
 
-    /// When [`Self::decide`] may have something to do though nothing was answered.
+    /// When to call [`Self::decide`] again if no reply arrives before.
     pub fn wake_at_ms(&self, now_ms: u64) -> Option<u64> {
         let (hedge_ms, timeout_ms) = (self.hedge_ms(), self.timeout_ms());
         let requests = self.requests.iter().flat_map(|pending| {
@@ -342,7 +349,7 @@ impl FetchPlan {
         }
     }
 
-    fn next_ask(&mut self, peer: &PeerId, turn: &Turn) -> Option<PeerRequest> {
+    fn next_request(&mut self, peer: &PeerId, turn: &Turn) -> Option<PeerRequest> {
         let now_ms = turn.now_ms;
         let source = self.sources.get(peer)?;
         if !source.is_polled && !source.held.is_full() && source.poll_at_ms <= now_ms {
@@ -374,8 +381,8 @@ impl FetchPlan {
         }
     }
 
-    /// Of the shards that this peer holds and nobody was asked for, the one that fewest hold; which of several is drawn,
-    /// so that peers which start together do not all fetch the same.
+    /// Of the shards that this peer holds and that are not requested, the one that the fewest peers hold. A draw decides among
+    /// several, so that peers which start together do not all fetch the same shard.
     fn rarest(&mut self, peer: &PeerId) -> Option<u32> {
         let source = self.sources.get(peer)?;
         let (mut best, mut fewest, mut ties) = (None, u16::MAX, 0u32);
@@ -393,7 +400,7 @@ impl FetchPlan {
         best
     }
 
-    /// A shard that another peer is overdue with, asked once and held by this one.
+    /// A shard that is overdue at another peer, requested once, and held by this one.
     fn overdue(&self, peer: &PeerId, turn: &Turn) -> Option<u32> {
         let source = self.sources.get(peer)?;
         let overdue = self
@@ -414,7 +421,7 @@ impl FetchPlan {
         overdue.min().map(|(_, shard)| shard)
     }
 
-    /// What is not needed from a peer that chooses; `None` when that is everything.
+    /// The shards that are not needed from a peer that chooses; `None` if it can bring no other.
     fn any_but(&self, turn: &Turn) -> Option<Bitmap> {
         let overdue: BTreeSet<PeerId> = self
             .requests
@@ -442,7 +449,7 @@ impl FetchPlan {
                 Asked::Have => {}
             }
         }
-        // Each request in flight for any shard will bring one of the rest.
+        // Each request in flight for any shard brings one of the rest.
         (except.length() - except.count() > asked_any).then_some(except)
     }
 
@@ -467,8 +474,8 @@ impl FetchPlan {
         self.patience.request_ms + WINDOW_MAX as u64 * self.shard_bytes / BYTES_PER_MS_MIN
     }
 
-    fn record(&mut self, peer: PeerId, ask: &PeerRequest, now_ms: u64) -> RequestId {
-        let asked = match ask {
+    fn record(&mut self, peer: PeerId, request: &PeerRequest, now_ms: u64) -> RequestId {
+        let asked = match request {
             PeerRequest::Have => Asked::Have,
             PeerRequest::Shard(shard) => Asked::Shard(*shard),
             PeerRequest::AnyBut(_) => Asked::Any,
@@ -492,7 +499,7 @@ impl FetchPlan {
         })
     }
 
-    /// Takes a request out of flight, if this peer was asked it.
+    /// Removes a request from those in flight; `None` if this peer has no such request.
     fn release(&mut self, peer: PeerId, request: RequestId) -> Option<Pending> {
         let pending = self.requests.take(&peer, request)?;
         let source = self.sources.get_mut(&peer)?;
@@ -507,13 +514,13 @@ impl FetchPlan {
         Some(pending)
     }
 
-    fn on_held(&mut self, peer: PeerId, shards: &[u8], chooser: Chooser, now_ms: u64) {
+    fn on_bitmap(&mut self, peer: PeerId, shards: &[u8], chooser: Chooser, now_ms: u64) {
         let Some(held) = Bitmap::from_bytes(shards, self.held.length()) else {
-            let problem = "a bitmap of another length";
+            let problem = "a bitmap of the wrong length";
             return self.drop_source(peer, Fault::Protocol { problem });
         };
-        // While shards keep coming, each peer is asked about once while each of the others brings one: what it has by then
-        // is enough to go on with, and asking more often would take a tenth of a home link.
+        // While shards keep arriving, a peer is polled about once per shard from each of the others. Its news by then are
+        // enough to continue with, and polling more often would use a tenth of a home link.
         let (shard_ms, peers) = (self.gap_us / 1_000, self.sources.len() as u64);
         let Some(source) = self.sources.get_mut(&peer) else {
             return;
@@ -567,16 +574,16 @@ impl FetchPlan {
         };
         match asked {
             Asked::Shard(shard) => {
-                source.refuse(now_ms);
+                source.on_refusal(now_ms);
                 if source.held.remove(shard) {
                     self.holders[shard as usize] -= 1;
                 }
             }
-            // It holds nothing of the object, or nothing that is missing here: what it said before is out of date. It is
-            // asked for shards again when it says something else.
+            // The peer holds nothing of the object, or nothing that is missing here, so its last bitmap is outdated. No shard is
+            // requested from it until it sends another.
             Asked::Have | Asked::Any => {
                 if asked == Asked::Any {
-                    source.refuse(now_ms);
+                    source.on_refusal(now_ms);
                 }
                 forget_held(&mut self.holders, &source.held);
                 source.held = Bitmap::empty(self.held.length());
@@ -592,14 +599,14 @@ impl FetchPlan {
             let longest_ms = match source.chooser {
                 Some(Chooser::Holder) => CHOOSER_MS_MAX,
                 Some(Chooser::Asker) | None => {
-                    source.refuse(now_ms);
+                    source.on_refusal(now_ms);
                     BUSY_MS_MAX
                 }
             };
             let wait_ms = u64::from(retry_ms).clamp(POLL_MS_MIN, longest_ms);
             source.busy_until_ms = source.busy_until_ms.max(now_ms + wait_ms);
         }
-        // They were sent it a moment ago: what they said they hold is out of date.
+        // These peers were sent the shard a moment ago, so their last bitmaps are outdated.
         for holder in holders {
             if let Some(source) = self.sources.get_mut(holder) {
                 source.poll_at_ms = source.poll_at_ms.min(now_ms);
@@ -631,14 +638,11 @@ impl FetchPlan {
 
     fn drop_source(&mut self, peer: PeerId, fault: Fault) {
         self.remove_source(&peer);
-        self.dropped.push(Action::Drop {
-            source: peer,
-            fault,
-        });
+        self.dropped.push(Action::Disconnect { peer, fault });
     }
 }
 
-/// Takes what a peer held out of the counts.
+/// Subtracts a peer's shards from the counts of holders.
 fn forget_held(holders: &mut [u16], held: &Bitmap) {
     held.iter().for_each(|shard| holders[shard as usize] -= 1);
 }

@@ -1,17 +1,17 @@
-//! An upload cap: how long each piece of an upload has to wait so that all together stay below a rate.
+//! An upload cap: how long each piece of an upload must wait so that all uploads together stay below a rate.
 //!
-//! A token bucket that may go into debt: whoever takes is told how long to wait before it sends, so that takers are served
-//! in the order in which they come. Pure: the time is handed in.
+//! A token bucket that may go into debt: each caller is told how long to wait before it sends, so callers are served in the
+//! order of their calls. Pure: the caller hands in the time.
 
 use std::num::NonZeroU64;
 
-/// How much is written before the bucket is asked again, so that many uploads share a rate evenly.
+/// Bytes written per call of [`TokenBucket::take`]; small, so that many uploads share the rate evenly.
 pub(crate) const PIECE_BYTES: usize = 16 << 10;
 
-/// The largest burst is this share of a second of the rate: short enough that a home link's other users do not notice.
+/// The largest burst, in seconds of the rate: too short for other users of a home link to notice.
 const BURST_SHARE: f64 = 0.05;
 
-/// A rate and what is left of it.
+/// A rate, and the tokens left of it.
 #[derive(Debug, Clone)]
 pub(crate) struct TokenBucket {
     bytes_per_ms: f64,
@@ -21,7 +21,7 @@ pub(crate) struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// A bucket that lets `bytes_per_second` through, full at `now_ms`.
+    /// A bucket with the rate `bytes_per_second`, full at `now_ms`.
     pub(crate) fn new(bytes_per_second: NonZeroU64, now_ms: u64) -> Self {
         let rate = bytes_per_second.get() as f64;
         let burst_bytes = rate * BURST_SHARE;
@@ -33,7 +33,7 @@ impl TokenBucket {
         }
     }
 
-    /// Takes `bytes` and says how many milliseconds to wait before they may be sent.
+    /// Takes `bytes`, and returns the milliseconds to wait before they may be sent.
     pub(crate) fn take(&mut self, bytes: usize, now_ms: u64) -> u64 {
         let passed_ms = now_ms.saturating_sub(self.filled_at_ms) as f64;
         self.filled_at_ms = self.filled_at_ms.max(now_ms);

@@ -1,8 +1,8 @@
-//! The serving half: accepts peers, has them prove who they are, and answers what they ask.
+//! The server of a peer: accepts connections, does the handshake, and answers requests.
 //!
-//! Shards of one connection leave one after the other, and of all connections a few at once ([`crate::swarm::slots`]). A peer that
-//! sends faster than it is answered waits in its own socket. Decides nothing about shards: that is [`crate::swarm::uploads`].
-//! Invariant: connections are bounded, in all and per peer, and so are their requests.
+//! The shards of one connection leave one after the other, and a few at once over all connections ([`crate::swarm::slots`]). A
+//! peer that sends requests faster than they are answered waits in its own socket. [`crate::swarm::uploads`] decides which
+//! shards to send. Invariant: connections are bounded, in all and per peer, and so are their requests.
 
 use std::num::NonZeroU32;
 use std::pin::pin;
@@ -23,11 +23,12 @@ use crate::swarm::connection_limits::{
 };
 use crate::swarm::metrics::Transfer;
 use crate::swarm::node::Node;
+use crate::swarm::plan::BYTES_PER_MS_MIN;
 use crate::swarm::rate::PIECE_BYTES;
 use crate::swarm::slots::{Slot, Slots};
 use crate::swarm::uploads::{SendOutcome, UploadDecision, WantedShard};
 use crate::transport::connection::{
-    Connection, ConnectionError, Side, misplaced, read_frame, write_message, write_shard,
+    Connection, ConnectionError, Side, read_frame, unexpected, write_message, write_shard,
 };
 use crate::transport::interface::{Arrival, Transport};
 use crate::transport::stream::{Reader, Writer};
@@ -35,18 +36,16 @@ use crate::transport::wire::{
     self, Chooser, Frame, MESSAGE_BYTES_MAX, Message, Refusal, RequestId,
 };
 
-/// How long a connection may ask nothing: a fetcher that needs nothing for so long can connect again.
+/// How long a connection may be idle: a fetcher that needs nothing for this long can connect again later.
 const IDLE: Duration = Duration::from_secs(60);
-/// How long a write may take, besides what its bytes need at the slowest rate: a reader that stops reading is gone.
+/// How long a write may take, besides the time of its bytes at [`BYTES_PER_MS_MIN`].
 const WRITE: Duration = Duration::from_secs(10);
-/// The slowest rate: 16 KiB/s, as in [`crate::swarm::plan`].
-const BYTES_PER_MS_MIN: u64 = 16;
-/// Requests of one connection waiting for their answers, of each kind; whoever asks more waits in its own socket.
+/// Most requests of one connection that wait for a reply, of each kind. Further ones wait in the peer's socket.
 const REQUESTS_MAX: usize = 32;
-/// How long to wait when the system has no socket left, before trying again.
+/// Pause after a failed accept, as when the system has no socket left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The serving half of a peer.
+/// The server of a peer.
 #[derive(Debug)]
 pub(crate) struct Server {
     pub(crate) node: Arc<Node>,
@@ -65,28 +64,28 @@ impl Server {
         }
     }
 
-    /// Accepts the peers that come by one way until the shutdown; each is served by a task of its own on `tracker`.
-    pub(crate) async fn run(self: Arc<Self>, way: Arc<dyn Transport>, tracker: TaskTracker) {
+    /// Accepts connections over one transport until the shutdown, and serves each in a task of its own on `tracker`.
+    pub(crate) async fn run(self: Arc<Self>, transport: Arc<dyn Transport>, tracker: TaskTracker) {
         let shutdown = self.node.shutdown.clone();
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                accepted = way.accept() => accepted,
+                accepted = transport.accept() => accepted,
             };
             match accepted {
                 Ok(arrival) => self.admit(arrival, &tracker),
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a peer");
+                    tracing::warn!(%error, "cannot accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
-        way.close().await;
+        transport.close().await;
     }
 
     fn admit(self: &Arc<Self>, arrival: Box<dyn Arrival>, tracker: &TaskTracker) {
-        let Ok(place) = Arc::clone(&self.limits.free).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.limits.free).try_acquire_owned() else {
             self.node.counters.count_refused_connection();
             return turn_away(arrival, self.limits.connections_max);
         };
@@ -96,11 +95,11 @@ impl Server {
             let served = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => Ok(()),
-                served = server.serve(arrival, place) => served,
+                served = server.serve(arrival, permit) => served,
             };
             if let Err(error) = served {
                 server.node.counters.count_refused_connection();
-                tracing::debug!(%error, "connection of a peer ended");
+                tracing::debug!(%error, "connection ended");
             }
         });
     }
@@ -108,12 +107,12 @@ impl Server {
     async fn serve(
         &self,
         arrival: Box<dyn Arrival>,
-        place: OwnedSemaphorePermit,
+        permit: OwnedSemaphorePermit,
     ) -> Result<(), ConnectionError> {
         let streams = arrival.open().await?;
         let mut connection =
             Connection::prove(streams, &self.node.identity, Side::Acceptor).await?;
-        let refusal = match ConnectionLimits::admit(&self.limits, connection.peer, place) {
+        let refusal = match ConnectionLimits::admit(&self.limits, connection.peer, permit) {
             _ if self.node.counters.is_banned(&connection.peer) => Refusal::Banned,
             None => Refusal::Full {
                 connections_max: CONNECTIONS_PER_PEER_MAX as u32,
@@ -124,86 +123,85 @@ impl Server {
         Err(ConnectionError::Refused(refusal))
     }
 
-    /// Reads requests and writes answers side by side, so that what a peer is told about us never waits behind the shards
-    /// that it asked for.
+    /// Reads requests and writes replies side by side, so that small replies never wait behind shards.
     async fn answer_all(
         &self,
         connection: Connection,
         permit: &ConnectionPermit,
     ) -> Result<(), ConnectionError> {
         let Connection { reader, writer, .. } = connection;
-        let (says, said) = mpsc::channel(REQUESTS_MAX);
-        let (wants, wanted) = mpsc::channel(REQUESTS_MAX);
-        // Neither half is started anew, so that a half that loses the race loses nothing that matters.
+        let (small_replies, to_say) = mpsc::channel(REQUESTS_MAX);
+        let (shard_requests, to_send) = mpsc::channel(REQUESTS_MAX);
+        // When one half ends, the connection ends, so the cancelled half loses nothing that matters.
         tokio::select! {
-            read = self.read_requests(reader, &says, &wants) => read,
-            written = self.write_answers(writer, permit.peer, said, wanted) => written,
+            read = self.read_requests(reader, &small_replies, &shard_requests) => read,
+            written = self.write_replies(writer, permit.peer, to_say, to_send) => written,
         }
     }
 
     async fn read_requests(
         &self,
         mut reader: Reader,
-        says: &mpsc::Sender<Message>,
-        wants: &mpsc::Sender<ShardRequest>,
+        small_replies: &mpsc::Sender<Message>,
+        shard_requests: &mpsc::Sender<ShardRequest>,
     ) -> Result<(), ConnectionError> {
         loop {
             let mut reading = pin!(read_frame(&mut reader, MESSAGE_BYTES_MAX));
             let frame = loop {
                 match timeout(IDLE, &mut reading).await {
-                    // It waits for us and not we for it.
-                    Err(_) if wants.capacity() < REQUESTS_MAX => {}
+                    // Not idle: the peer waits for shards.
+                    Err(_) if shard_requests.capacity() < REQUESTS_MAX => {}
                     Ok(Err(ConnectionError::Io(_))) | Err(_) => return Ok(()),
                     Ok(frame) => break frame?,
                 }
             };
-            let taken = match frame {
+            let queued = match frame {
                 Frame::Message(Message::Have { request, object }) => {
-                    let answer = self.held(request, &object);
-                    says.send(answer).await.is_ok()
+                    let reply = self.held(request, &object);
+                    small_replies.send(reply).await.is_ok()
                 }
-                other => wants.send(ShardRequest::of(other)?).await.is_ok(),
+                other => shard_requests.send(ShardRequest::of(other)?).await.is_ok(),
             };
-            if !taken {
+            if !queued {
                 return Ok(());
             }
         }
     }
 
-    async fn write_answers(
+    async fn write_replies(
         &self,
         mut writer: Writer,
         peer: PeerId,
-        mut said: mpsc::Receiver<Message>,
-        mut wanted: mpsc::Receiver<ShardRequest>,
+        mut to_say: mpsc::Receiver<Message>,
+        mut to_send: mpsc::Receiver<ShardRequest>,
     ) -> Result<(), ConnectionError> {
         loop {
-            let want = tokio::select! {
+            let request = tokio::select! {
                 biased;
-                Some(message) = said.recv() => {
+                Some(message) = to_say.recv() => {
                     self.say(&mut writer, &message).await?;
                     continue;
                 }
-                Some(want) = wanted.recv() => want,
+                Some(request) = to_send.recv() => request,
                 else => return Ok(()),
             };
-            let slot = self.wait(&mut writer, &mut said).await?;
-            self.grant(&mut writer, peer, want, slot).await?;
+            let slot = self.wait_for_slot(&mut writer, &mut to_say).await?;
+            self.answer(&mut writer, peer, &request, slot).await?;
         }
     }
 
-    /// Waits for a slot, and says meanwhile what there is to say. A slot that comes while a reader does not read goes on to
-    /// others after a while.
-    async fn wait(
+    /// Waits for a slot, and writes small replies meanwhile. A slot that comes while the peer does not read is given back after a
+    /// while.
+    async fn wait_for_slot(
         &self,
         writer: &mut Writer,
-        said: &mut mpsc::Receiver<Message>,
+        to_say: &mut mpsc::Receiver<Message>,
     ) -> Result<Slot<'_>, ConnectionError> {
         let mut slot = pin!(self.slots.take());
         loop {
             let message = tokio::select! {
                 biased;
-                Some(message) = said.recv() => message,
+                Some(message) = to_say.recv() => message,
                 slot = &mut slot => return Ok(slot),
             };
             let mut saying = pin!(self.say(writer, &message));
@@ -223,16 +221,16 @@ impl Server {
         }
     }
 
-    /// Answers a request for a shard; which one is sent is decided only now that it can leave at once.
-    async fn grant(
+    /// Answers a request for a shard. The shard is chosen only now that it can leave at once.
+    async fn answer(
         &self,
         writer: &mut Writer,
         peer: PeerId,
-        want: ShardRequest,
+        wanted: &ShardRequest,
         slot: Slot<'_>,
     ) -> Result<(), ConnectionError> {
-        let request = want.request;
-        match self.decide(peer, want.object, want.shard, &want.except)? {
+        let request = wanted.request;
+        match self.decide(peer, wanted)? {
             UploadDecision::Missing => {
                 drop(slot);
                 self.say(writer, &Message::Missing { request }).await
@@ -249,7 +247,7 @@ impl Server {
                 self.say(writer, &busy).await
             }
             UploadDecision::Send { shard } => {
-                let sending = self.send(writer, peer, request, (want.object, shard));
+                let sending = self.send(writer, peer, wanted, shard);
                 slot.hold(sending).await
             }
         }
@@ -272,44 +270,37 @@ impl Server {
     fn decide(
         &self,
         peer: PeerId,
-        object: ObjectId,
-        shard: Option<u32>,
-        except: &[u8],
+        wanted: &ShardRequest,
     ) -> Result<UploadDecision, ConnectionError> {
-        let (Some(description), Some(held)) = (
-            self.node.store.object(&object),
-            self.node.store.held(&object),
-        ) else {
+        let (store, object) = (&self.node.store, wanted.object);
+        let (Some(description), Some(held)) = (store.object(&object), store.held(&object)) else {
             return Ok(UploadDecision::Missing);
         };
-        let except = match shard {
-            Some(_) => None,
-            None => Some(Bitmap::from_bytes(except, shard_count(&description)).ok_or(
-                ConnectionError::Unexpected {
+        let except;
+        let shard = match &wanted.shard {
+            RequestedShard::Number(shard) => WantedShard::Shard(*shard),
+            RequestedShard::AnyBut(bytes) => {
+                let bitmap = Bitmap::from_bytes(bytes, shard_count(&description));
+                except = bitmap.ok_or(ConnectionError::Unexpected {
                     expected: "a bitmap of the object's shards",
-                    found: "a bitmap of another length",
-                },
-            )?),
-        };
-        let wanted = match (shard, &except) {
-            (Some(shard), _) => WantedShard::Shard(shard),
-            (None, Some(except)) => WantedShard::AnyBut(except),
-            (None, None) => return Ok(UploadDecision::Missing),
+                    found: "a bitmap of the wrong length",
+                })?;
+                WantedShard::AnyBut(&except)
+            }
         };
         let now_ms = self.node.now_ms();
-        Ok(self
-            .node
-            .uploads()
-            .decide(now_ms, peer, object, &held, wanted))
+        let mut uploads = self.node.uploads();
+        Ok(uploads.decide(now_ms, peer, object, &held, shard))
     }
 
     async fn send(
         &self,
         stream: &mut Writer,
         peer: PeerId,
-        request: RequestId,
-        (object, shard): (ObjectId, u32),
+        wanted: &ShardRequest,
+        shard: u32,
     ) -> Result<(), ConnectionError> {
+        let (request, object) = (wanted.request, wanted.object);
         let mut sending = Sending {
             node: &self.node,
             peer,
@@ -329,7 +320,7 @@ impl Server {
         Ok(())
     }
 
-    /// Writes a shard, in one piece or at the pace of the upload cap.
+    /// Writes a shard: whole, or in pieces at the pace of the upload cap.
     async fn upload(
         &self,
         stream: &mut Writer,
@@ -357,8 +348,8 @@ impl Server {
     }
 }
 
-/// A shard on its way. However its sending ends, also when the connection does, that is noted: what did not arrive was not
-/// sent, and goes to the next who asks.
+/// A shard being sent. Its drop records how sending ended, also when the connection breaks: a shard that did not leave whole
+/// counts as not sent, and goes to the next peer that asks.
 struct Sending<'a> {
     node: &'a Node,
     peer: PeerId,
@@ -381,36 +372,36 @@ impl Drop for Sending<'_> {
 struct ShardRequest {
     request: RequestId,
     object: ObjectId,
-    /// Which; any but `except` otherwise.
-    shard: Option<u32>,
-    except: Vec<u8>,
+    shard: RequestedShard,
+}
+
+#[derive(Debug)]
+enum RequestedShard {
+    Number(u32),
+    /// Any shard except those in this bitmap, as received.
+    AnyBut(Vec<u8>),
 }
 
 impl ShardRequest {
     fn of(frame: Frame) -> Result<Self, ConnectionError> {
-        match frame {
+        let (request, object, shard) = match frame {
             Frame::Message(Message::Want {
                 request,
                 object,
                 shard,
-            }) => Ok(Self {
-                request,
-                object,
-                shard: Some(shard),
-                except: Vec::new(),
-            }),
+            }) => (request, object, RequestedShard::Number(shard)),
             Frame::Message(Message::WantAny {
                 request,
                 object,
                 except,
-            }) => Ok(Self {
-                request,
-                object,
-                shard: None,
-                except,
-            }),
-            other => Err(misplaced("a request", &other)),
-        }
+            }) => (request, object, RequestedShard::AnyBut(except)),
+            other => return Err(unexpected("a request", &other)),
+        };
+        Ok(Self {
+            request,
+            object,
+            shard,
+        })
     }
 }
 
@@ -423,12 +414,12 @@ async fn in_time(
     timeout(limit, write)
         .await
         .map_err(|_| ConnectionError::Late {
-            step: "an answer",
+            step: "writing a reply",
             limit_ms,
         })?
 }
 
-/// Says why without waiting.
+/// Refuses a connection, and says why if that is possible without waiting.
 fn turn_away(arrival: Box<dyn Arrival>, connections_max: u32) {
     if let Ok(frame) = wire::encode_message(&Message::Refused(Refusal::Full { connections_max })) {
         arrival.turn_away(&frame);

@@ -1,10 +1,10 @@
-//! Upload slots: how many shards leave at once, of all connections.
+//! Upload slots: how many shards leave at once, over all connections.
 //!
-//! Two at a time keep an uplink busy on short paths, one being written while the other's last bytes leave, and each arrives
-//! early enough to be passed on; sixteen at a time would all arrive late. A shard that takes several times as long as usual
-//! gives its slot back while it goes on: its path is longer or slower than the uplink, which then has room for another, or
-//! its reader does not read, which is not to hold the others back. So the shards under way are as many as fill the uplink.
-//! Slots go to whoever has waited longest. Invariant: at most [`SLOTS`] shards hold a slot.
+//! Two shards at a time keep the uplink busy on short paths: one is written while the last bytes of the other leave. Each then
+//! arrives early enough to be passed on; sixteen at a time would all arrive late. A shard that takes several times as long as
+//! usual gives its slot back and continues without it. Its path is slower than the uplink, which has room for another shard,
+//! or its reader does not read, and must not delay other peers. So as many shards are in flight as fill the uplink. The
+//! longest-waiting connection gets the next free slot. Invariant: at most [`SLOTS`] shards hold a slot.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,18 +12,18 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
-/// Slots of a peer.
+/// Slots of all connections together.
 pub(crate) const SLOTS: usize = 2;
 /// A shard gives its slot back after this many times the usual time.
 const USUAL_TIMES: u64 = 3;
-/// Bounds of that time. The shortest is that of a scheduler on a busy machine.
+/// Bounds of that time, ms. The shortest covers the scheduler's delays on a busy machine.
 const LEASE_MS: std::ops::RangeInclusive<u64> = 50..=2_000;
 
 /// The slots of all connections.
 #[derive(Debug)]
 pub(crate) struct Slots {
     free: Semaphore,
-    /// Usual time that a shard takes to leave, ms: an average that forgets; 0 before the first.
+    /// Usual time that a shard takes to leave, ms, an exponential average; 0 before the first.
     usual_ms: AtomicU64,
 }
 
@@ -36,7 +36,7 @@ impl Default for Slots {
     }
 }
 
-/// A slot; it is free again when this is dropped.
+/// A slot, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Slot<'a> {
     slots: &'a Slots,
@@ -47,9 +47,9 @@ impl Slots {
     /// Waits for a slot.
     ///
     /// # Cancel safety
-    /// A cancelled call loses its place in the queue.
+    /// A cancelled call loses its position in the queue.
     pub(crate) async fn take(&self) -> Slot<'_> {
-        // Never closed, so that it never fails.
+        // The semaphore is never closed, so this never fails.
         let permit = self.free.acquire().await.ok();
         Slot {
             slots: self,
@@ -66,8 +66,8 @@ impl Slots {
         }
     }
 
-    fn took(&self, took_ms: u64) {
-        // One that was stuck says nothing about the uplink; a lost update of two at once does not matter.
+    fn record(&self, took_ms: u64) {
+        // The clamp leaves out stuck shards, which say nothing about the uplink. Two updates at once may lose one: harmless.
         let usual_ms = self.usual_ms.load(Ordering::Relaxed);
         let took_ms = took_ms.clamp(1, self.lease_ms());
         let average_ms = match usual_ms {
@@ -79,12 +79,12 @@ impl Slots {
 }
 
 impl Slot<'_> {
-    /// Whether it was not given back.
+    /// Whether the slot has not been given back.
     pub(crate) fn is_held(&self) -> bool {
         self.permit.is_some()
     }
 
-    /// Sends a shard in this slot, and without one when it takes long.
+    /// Sends a shard in this slot; if that takes long, gives the slot back and continues without it.
     pub(crate) async fn hold<T, E>(
         mut self,
         sending: impl Future<Output = Result<T, E>>,
@@ -92,12 +92,12 @@ impl Slot<'_> {
         let begun = Instant::now();
         let sent = self.lend(sending).await;
         if sent.is_ok() {
-            self.slots.took(begun.elapsed().as_millis() as u64);
+            self.slots.record(begun.elapsed().as_millis() as u64);
         }
         sent
     }
 
-    /// Has something done in this slot, and gives the slot back when that takes long.
+    /// Runs `doing` in this slot, and gives the slot back if that takes long.
     pub(crate) async fn lend<T>(&mut self, doing: impl Future<Output = T>) -> T {
         let lease = Duration::from_millis(self.slots.lease_ms());
         let mut doing = std::pin::pin!(doing);
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn readers_that_do_not_read_hold_nobody_back_for_long() {
+    async fn readers_that_do_not_read_do_not_delay_other_peers_for_long() {
         let slots = Slots::default();
         sends_in(&slots, 20).await;
         let stuck = async {
@@ -161,7 +161,7 @@ mod tests {
         };
         tokio::select! {
             _ = async { tokio::join!(stuck, slots.take().await.hold(pending::<Result<(), ()>>())) } => {
-                panic!("what never ends has ended")
+                panic!("a send that never ends has ended")
             }
             waited = others => assert!(waited.as_millis() <= 80, "{waited:?}"),
         }

@@ -1,5 +1,5 @@
-//! Who holds what: asks the peers that are known which shards of some objects they hold, and fetches nothing. What can be had is
-//! then known before anybody waits for it.
+//! Asks peers which shards of some objects they hold, without fetching any, so that a command can tell beforehand which versions
+//! can be fetched.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,28 +15,28 @@ use tokio::time::timeout;
 use crate::store::bitmap::Bitmap;
 use crate::store::object::shard_count;
 use crate::swarm::node::Node;
-use crate::transport::connection::{misplaced, read_frame, write_message};
+use crate::transport::connection::{read_frame, unexpected, write_message};
 use crate::transport::interface::DialError;
 use crate::transport::wire::{Frame, MESSAGE_BYTES_MAX, Message, RequestId};
 
-/// How long one peer may take to answer for all objects: whoever is slower is of little use to a fetch either.
+/// How long one peer may take to answer for all objects: a slower peer is of little use to a fetch.
 const PEER_WAIT: Duration = Duration::from_secs(5);
 
-/// Requests sent before their answers are read: far peers are not waited for one by one, and 16 answers of 8 KiB are fewer
-/// than sockets hold.
+/// Requests sent before their replies are read. Hides the round trips to distant peers; 16 replies of 8 KiB fit into a
+/// socket's buffers.
 const BATCH: usize = 16;
 
-/// Which shards of each object are held by some peer.
+/// The shards of each object that at least one peer holds.
 #[derive(Debug, Clone, Default)]
 pub struct Holdings(BTreeMap<ObjectId, Bitmap>);
 
 impl Holdings {
-    /// Whether every shard of an object is held by somebody.
+    /// Whether every shard of an object is held by some peer.
     pub fn are_whole(&self, object: &ObjectId) -> bool {
         self.0.get(object).is_some_and(Bitmap::is_full)
     }
 
-    /// Adds what one more peer holds.
+    /// Adds the shards that one more peer holds.
     pub(crate) fn join(&mut self, object: ObjectId, held: &Bitmap) {
         match self.0.get_mut(&object) {
             Some(known) => known.insert_all(held),
@@ -47,13 +47,13 @@ impl Holdings {
     }
 }
 
-/// Asks `peers`, all at once, for `objects`. Whoever does not answer holds nothing.
+/// Asks `peers`, all at once, which shards of `objects` they hold. A peer that does not answer counts as holding nothing.
 pub(crate) async fn survey(
     node: &Arc<Node>,
     peers: Vec<PeerRecord>,
     objects: &[Object],
 ) -> Holdings {
-    // Equal weights of two versions are one object.
+    // Two versions with equal weights share an object.
     let shards: BTreeMap<ObjectId, u32> = objects
         .iter()
         .map(|object| (object.id(), shard_count(object)))
@@ -63,15 +63,15 @@ pub(crate) async fn survey(
     for peer in peers.into_iter().take(PEERS_MAX) {
         let (node, shards) = (Arc::clone(node), Arc::clone(&shards));
         asked.spawn(async move {
-            // What was answered in time counts.
+            // Replies that came before a timeout or an error count.
             let mut held = Vec::new();
             match timeout(PEER_WAIT, ask(&node, &peer, &shards, &mut held)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    tracing::debug!(peer = %peer.handshake.short(), %error, "a peer does not say what it holds");
+                    tracing::debug!(peer = %peer.handshake.short(), %error, "survey of a peer failed");
                 }
                 Err(_) => {
-                    tracing::debug!(peer = %peer.handshake.short(), "a peer is too slow to say what it holds");
+                    tracing::debug!(peer = %peer.handshake.short(), "survey of a peer timed out");
                 }
             }
             held
@@ -109,12 +109,12 @@ async fn ask(
                     shards: bitmap,
                     ..
                 }) if answered == *request => {
-                    // A bitmap of another length is about another object.
+                    // A bitmap of the wrong length is ignored.
                     let bitmap = Bitmap::from_bytes(&bitmap, *shards);
                     held.extend(bitmap.map(|bitmap| (**object, bitmap)));
                 }
                 Frame::Message(Message::Missing { request: answered }) if answered == *request => {}
-                other => return Err(misplaced("what is held", &other).into()),
+                other => return Err(unexpected("a bitmap of held shards", &other).into()),
             }
         }
     }
@@ -150,29 +150,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_some_peer_holds_can_be_had_and_what_nobody_holds_cannot() {
+    async fn an_object_is_available_if_and_only_if_some_peer_holds_it() {
         let shutdown = CancellationToken::new();
         let (one, other) = (peer(&shutdown).await, peer(&shutdown).await);
         let [(first, first_bytes), (second, second_bytes), (third, _)] = [1, 2, 3].map(anchor);
         one.offer(&first, first_bytes).await.unwrap();
         other.offer(&second, second_bytes).await.unwrap();
-        let nobody = PeerRecord {
+        let absent = PeerRecord {
             handshake: Identity::generate().handshake_id(),
             addresses: vec!["127.0.0.1:1".to_owned()],
             issued: UnixMillis(0),
         };
-        // Somebody else's address: the key is not proved.
+        // The address of another peer, which cannot prove this key.
         let impostor = PeerRecord {
             addresses: one.peer_record().addresses,
-            ..nobody.clone()
+            ..absent.clone()
         };
         let objects = [first.clone(), second.clone(), third.clone()];
         let asker = peer(&shutdown).await;
-        let peers = vec![nobody.clone(), one.peer_record(), other.peer_record()];
+        let peers = vec![absent.clone(), one.peer_record(), other.peer_record()];
         let holdings = asker.survey(peers, &objects).await;
         assert!(holdings.are_whole(&first.id()) && holdings.are_whole(&second.id()));
         assert!(!holdings.are_whole(&third.id()));
-        let holdings = asker.survey(vec![nobody, impostor], &objects).await;
+        let holdings = asker.survey(vec![absent, impostor], &objects).await;
         assert!(!holdings.are_whole(&first.id()));
         shutdown.cancel();
     }

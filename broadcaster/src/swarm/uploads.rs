@@ -1,15 +1,19 @@
-//! Which shard to send to whom, and when to say that others have it: the seeder's side of the swarm, as pure decisions.
+//! The upload scheduler: which shard to send to which peer, and when to refer a peer to others. Pure decisions.
 //!
-//! Whoever holds an object chooses the shard that it has sent least, so that about one pass over the object puts every
-//! shard into the swarm ("super-seeding"; 1.13 to 1.15 of the object measured in `research/p2p-broadcast.md` §3.4). A
-//! learner goes further ([`Sharing::FirstCopies`]): what it has sent once it does not send again until the peers had time
-//! to exchange it among themselves. Two clocks bound that time, so that a swarm finishes even when every other peer is dead
-//! or lying. A peer gets a second copy once it has had nothing from others for a while: as long as it gets on, however slow
-//! its machine is, it needs none. And round r lets each shard go out r times, and opens no sooner than the round before it
-//! could have been passed on, so that many who claim to be stuck cannot drain the learner. A peer's own word about what it
-//! has from others can make nobody wait but itself, and can vouch for those that it was sent. Who keeps what it is sent to
-//! itself, while others pass on what they are sent, waits for them: else three liars of ten peers would draw a third of
-//! every round. Knows nothing of sockets; the time is handed in. Invariant: in round r no shard was sent more than r times.
+//! The sender chooses the shard that it has sent least often, so that about one pass over the object puts every shard into the
+//! swarm (the super-seeding of BitTorrent). A learner goes further ([`Sharing::FirstCopies`]): it sends a shard a second time
+//! only after the peers had time to exchange the first copy. Two clocks bound that time, so that a swarm finishes even if all
+//! other peers are dead or lie:
+//!
+//! * A peer gets a second copy once it has received nothing from other peers for a while. As long as it makes progress, however
+//!   slow its machine is, it needs none.
+//! * Round r lets each shard be sent r times. A round opens only after the shards of the round before could have been passed on,
+//!   so that many peers which claim to be stuck cannot drain the learner's uplink.
+//!
+//! A peer's claim about what it received from other peers can delay only that peer, and can prove that the peers which were
+//! sent those shards passed them on. A peer that passes nothing on, while other peers do, waits for them; otherwise three liars
+//! of ten peers would draw a third of every round. Knows nothing of sockets; the caller hands in the time.
+//! Invariant: in round r no shard was sent more than r times, shards that no peer passes on excepted.
 
 use std::collections::BTreeMap;
 
@@ -17,128 +21,127 @@ use muster_protocol::id::{ObjectId, PeerId};
 use serde::{Deserialize, Serialize};
 
 use crate::store::bitmap::Bitmap;
+use crate::swarm::bounded::make_room;
 use crate::transport::wire::HOLDERS_MAX;
 
-/// Shortest time that peers get to exchange a round's shards, and that a peer has to be stuck: many polls of one another and
-/// a transfer on a local net, on a machine whose processors have other work.
+/// Shortest time that peers get to exchange a round's shards, and that a peer must be without progress to count as stuck: many
+/// polls and a transfer on a local network, on a busy machine.
 pub const GRACE_MS_MIN: u64 = 1_000;
-/// Longest time: a peer whose partners are all gone waits no longer than this for the next round.
+/// Longest such time: a peer whose other peers are all gone waits this long for the next round.
 pub const GRACE_MS_MAX: u64 = 30_000;
-/// The grace doubles from round to round up to this factor: each round without need makes the next less likely to be one.
+/// The time between two rounds doubles with each round, up to this factor.
 const GRACE_FACTOR_MAX: u64 = 8;
-/// A peer that was sent a shard and asks for it again waits this long, and twice as long for each further pass, so that
-/// one that only drains us comes last and ever more rarely. One that restarted empty-handed waits once.
+/// A peer that requests a shard which it was sent before waits this long, and twice as long for each further pass, so that a
+/// peer which only drains the uplink comes last. A peer that restarted without its shards waits once.
 const REPEAT_MS: u64 = 2_400;
 /// The wait doubles at most this often, to about ten minutes.
 const REPEAT_DOUBLINGS_MAX: u32 = 8;
-/// Longest part of a pass in which nothing is sent that counts for its length: nobody asked then.
+/// Longest pause between two shards that counts for the length of the first pass: in a longer one no peer asked.
 const PAUSE_MS_MAX: u64 = 4_000;
-/// A peer that gets nothing from others is given up on after the time in which we sent this many shards.
+/// A peer counts as stuck after the time in which this many shards were sent in the first pass.
 const SHARDS_OF_PATIENCE: u64 = 8;
-/// One that gets on, but slowly, is left to the others for this many times as long as the first pass took, or as a stuck
-/// one: those it gets on with may be dripping on purpose.
+/// A peer that makes slow progress is left to other peers for this many times the longer of the first pass and the time after
+/// which a peer is stuck: the other peers may be slow on purpose.
 const PATIENCES_MAX: u64 = 8;
-/// A peer may keep so many shards to itself, and this many more for each that it passed on, before others come first. Its
-/// uplink may be several times as slow as ours, and what it was just sent is still on its way to others.
+/// A peer may keep this many shards to itself, plus `KEPT_FOR_EACH` for each one that it passed on, before other peers come first.
+/// Its uplink may be several times slower than this one, and the latest shards are still on their way to other peers.
 const KEPT_MAX: u32 = 8;
 const KEPT_FOR_EACH: u32 = 16;
-/// A peer that asked so many patiences ago still wants something: it was told to wait for about one.
+/// A peer that asked within this many times [`ObjectUploads::patience_ms`] still wants shards: it was told to wait for about one.
 const ASKING_PATIENCES: u64 = 4;
-/// Shortest wait asked of anybody.
+/// Shortest wait in a busy reply.
 const RETRY_MS_MIN: u64 = 10;
-/// Most peers remembered for an object; the one served longest ago is forgotten first.
+/// Most peers remembered per object; the one served longest ago is forgotten first.
 const PEERS_MAX: usize = 1_024;
 
 /// How freely shards are given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Sharing {
-    /// To whoever asks: workers and seeders.
+    /// To every peer that asks: workers and seeders.
     #[default]
     OnDemand,
-    /// Each shard once, and again only when the peers do not pass it on: the learner, whose uplink feeds everybody.
+    /// Each shard once, and again only if the peers do not pass it on: the learner, whose uplink feeds the whole swarm.
     FirstCopies,
 }
 
-/// What a peer asks for.
+/// The shard that a peer requests.
 #[derive(Debug, Clone, Copy)]
 pub enum WantedShard<'a> {
-    /// This shard.
+    /// The shard with this number.
     Shard(u32),
-    /// Any but these.
+    /// Any shard except these.
     AnyBut(&'a Bitmap),
 }
 
-/// What is done about it.
+/// The reply to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UploadDecision {
-    /// Send it. [`Uploads::finish`] must follow.
-    Send {
-        /// Which.
-        shard: u32,
-    },
-    /// Not now.
+    /// Send this shard. A call of [`Uploads::finish`] must follow.
+    Send { shard: u32 },
+    /// Do not send it now.
     Busy {
-        /// When to ask again.
+        /// When to ask again, from now.
         retry_ms: u64,
-        /// Who was sent it.
+        /// Peers that were sent the shard.
         holders: Vec<PeerId>,
     },
-    /// Nothing that is wanted is held.
+    /// No requested shard is held.
     Missing,
 }
 
 /// How sending a shard ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SendOutcome {
-    /// All of it left.
+    /// The whole shard was written.
     Sent,
-    /// The connection broke: it counts as never sent.
+    /// The connection broke, so the shard counts as not sent.
     Failed,
 }
 
+/// What one peer was sent.
 #[derive(Debug)]
 struct Served {
-    /// What it was sent since it last began from nothing.
+    /// Shards sent since the peer last started over.
     shards: Bitmap,
     at_ms: u64,
-    /// How often it began again.
+    /// How often it started over.
     repeats: u32,
-    /// Shards that it alone was sent and somebody else has.
+    /// Shards that only this peer was sent and another peer has.
     passed_on: u32,
-    /// Shards that had to be sent to others too, since nobody had them from it.
+    /// Shards that had to be sent to other peers too, because no peer had them from this one.
     withheld: u32,
 }
 
-/// How a peer gets on with the others.
+/// What a peer receives from other peers.
 #[derive(Debug, Clone, Copy)]
 struct Progress {
-    /// Most shards that it did not need from us and was not sent by us.
+    /// Most shards that it had and was not sent from here.
     elsewhere: u32,
-    /// When that grew last.
+    /// When `elsewhere` last grew.
     grew_at_ms: u64,
-    /// When it began to be left to the others.
+    /// When it first asked.
     since_ms: u64,
-    /// When it asked last.
+    /// When it last asked.
     asked_at_ms: u64,
 }
 
 #[derive(Debug)]
 struct ObjectUploads {
-    /// How often each shard was sent, those on their way included.
+    /// How often each shard was sent, sends in progress included.
     copies: Vec<u16>,
-    /// Shards that somebody has who was not sent them.
+    /// Shards that some peer has without having been sent them from here.
     spread: Bitmap,
     peers: BTreeMap<PeerId, Served>,
     progress: BTreeMap<PeerId, Progress>,
-    /// How long it took to send every shard once, so far.
+    /// Time spent so far on sending every shard once.
     first_pass_ms: u64,
-    /// When the round was opened; the first one counts from its last first copy.
+    /// When the round was opened; for the first round, when its last shard was sent.
     opened_at_ms: u64,
     round: u16,
 }
 
-/// What was sent of every object.
+/// The upload schedulers of all objects.
 #[derive(Debug)]
 pub struct Uploads {
     sharing: Sharing,
@@ -146,7 +149,6 @@ pub struct Uploads {
 }
 
 impl Uploads {
-    /// Nothing sent yet.
     pub fn new(sharing: Sharing) -> Self {
         Self {
             sharing,
@@ -154,7 +156,7 @@ impl Uploads {
         }
     }
 
-    /// Decides about one request of `peer`, where `held` are the shards that can be sent.
+    /// Decides the reply to one request of `peer`; `held` are the shards that can be sent.
     pub fn decide(
         &mut self,
         now_ms: u64,
@@ -170,7 +172,7 @@ impl Uploads {
         debug_assert_eq!(
             uploads.copies.len(),
             held.length() as usize,
-            "an object has one size"
+            "an object has one number of shards"
         );
         let Some(shard) = uploads.least_sent(&peer, held, wanted) else {
             return UploadDecision::Missing;
@@ -194,7 +196,7 @@ impl Uploads {
         UploadDecision::Send { shard }
     }
 
-    /// Notes how sending a shard ended.
+    /// Records how sending a shard ended.
     pub fn finish(
         &mut self,
         now_ms: u64,
@@ -213,7 +215,7 @@ impl Uploads {
         }
     }
 
-    /// Forgets objects that are no longer held.
+    /// Forgets the objects for which `is_held` is false.
     pub fn retain(&mut self, mut is_held: impl FnMut(&ObjectId) -> bool) {
         self.objects.retain(|object, _| is_held(object));
     }
@@ -238,7 +240,7 @@ impl ObjectUploads {
             .is_some_and(|served| served.shards.contains(shard))
     }
 
-    /// The shard that is wanted, held and sent least; one that this peer was sent before comes last.
+    /// Of the shards that are wanted and held, the one sent least often; those that this peer was sent before come last.
     fn least_sent(&self, peer: &PeerId, held: &Bitmap, wanted: WantedShard<'_>) -> Option<u32> {
         match wanted {
             WantedShard::Shard(shard) => held.contains(shard).then_some(shard),
@@ -249,7 +251,7 @@ impl ObjectUploads {
         }
     }
 
-    /// How long this peer has to wait for this shard; `None` when it may have it now. Opens the next round when it is due.
+    /// How long this peer must wait for this shard; `None` if it may have it now. Opens the next round when that is due.
     fn wait_ms(&mut self, now_ms: u64, peer: &PeerId, shard: u32) -> Option<u64> {
         if let Some(served) = self
             .peers
@@ -262,7 +264,7 @@ impl ObjectUploads {
                 return Some(due_ms - now_ms);
             }
         }
-        if let Some(wait_ms) = self.keeper_wait_ms(now_ms, peer) {
+        if let Some(wait_ms) = self.selfish_wait_ms(now_ms, peer) {
             return Some(wait_ms);
         }
         if self.copies[shard as usize] == 0 || self.is_kept_back(now_ms, shard) {
@@ -284,10 +286,10 @@ impl ObjectUploads {
         None
     }
 
-    /// How long a peer that keeps what it is sent to itself waits for those who pass it on, while they ask. Not for ever: it
-    /// may be one that nobody can reach.
-    fn keeper_wait_ms(&self, now_ms: u64, peer: &PeerId) -> Option<u64> {
-        if !self.is_keeper(now_ms, peer, self.peers.get(peer)?) {
+    /// How long a peer that passes nothing on waits while peers that do pass on are asking. The wait is bounded: the peer may be
+    /// one that no other peer can reach.
+    fn selfish_wait_ms(&self, now_ms: u64, peer: &PeerId) -> Option<u64> {
+        if !self.is_selfish(now_ms, peer, self.peers.get(peer)?) {
             return None;
         }
         let patience_ms = self.patience_ms();
@@ -301,9 +303,9 @@ impl ObjectUploads {
         (now_ms < longest_ms && self.peers.iter().any(passes_on)).then_some(patience_ms)
     }
 
-    /// Whether a peer was sent more shards that nobody has from it by now than its record allows. Not before it has been here
-    /// for long enough to pass them on.
-    fn is_keeper(&self, now_ms: u64, peer: &PeerId, served: &Served) -> bool {
+    /// Whether a peer keeps more shards to itself than its record allows. Never true of a peer that has not been here long enough to
+    /// pass them on.
+    fn is_selfish(&self, now_ms: u64, peer: &PeerId, served: &Served) -> bool {
         let is_new = |seen: &Progress| now_ms < seen.since_ms + self.patience_ms();
         if self.progress.get(peer).is_none_or(is_new) {
             return false;
@@ -313,7 +315,7 @@ impl ObjectUploads {
         kept > (KEPT_MAX + KEPT_FOR_EACH.saturating_mul(served.passed_on)) as usize
     }
 
-    /// Whether a shard that everybody could have by now went only to peers who keep what they are sent.
+    /// Whether a shard was sent only to peers that pass nothing on, while other peers do.
     fn is_kept_back(&self, now_ms: u64, shard: u32) -> bool {
         let mut sent = self
             .peers
@@ -321,10 +323,10 @@ impl ObjectUploads {
             .filter(|(_, served)| served.shards.contains(shard));
         !self.spread.contains(shard)
             && self.peers.values().any(|served| served.passed_on > 0)
-            && sent.all(|(peer, served)| self.is_keeper(now_ms, peer, served))
+            && sent.all(|(peer, served)| self.is_selfish(now_ms, peer, served))
     }
 
-    /// Notes which shards were passed on, by what a peer does not want and was not sent.
+    /// Records which shards were passed on: those that a peer has and was not sent from here.
     fn note_spread(&mut self, peer: &PeerId, wanted: WantedShard<'_>) {
         let WantedShard::AnyBut(except) = wanted else {
             return;
@@ -339,14 +341,14 @@ impl ObjectUploads {
                 .peers
                 .values_mut()
                 .filter(|served| served.shards.contains(shard));
-            // Of two who were sent it, either may have kept it.
+            // If two peers were sent the shard, either may have passed it on.
             if let (Some(only), None) = (sent.next(), sent.next()) {
                 only.passed_on += 1;
             }
         }
     }
 
-    /// Notes what a peer has from others by now: what it does not want, less what it was sent from here.
+    /// Records how many shards a peer has received from other peers: those that it does not want and was not sent from here.
     fn note_progress(&mut self, now_ms: u64, peer: PeerId, wanted: WantedShard<'_>) {
         let elsewhere = match wanted {
             WantedShard::Shard(_) => 0,
@@ -355,12 +357,7 @@ impl ObjectUploads {
                 u32::try_from(except.iter().filter(not_ours).count()).unwrap_or(u32::MAX)
             }
         };
-        if self.progress.len() >= PEERS_MAX && !self.progress.contains_key(&peer) {
-            let oldest = self.progress.iter().min_by_key(|(_, seen)| seen.grew_at_ms);
-            if let Some(oldest) = oldest.map(|(peer, _)| *peer) {
-                self.progress.remove(&oldest);
-            }
-        }
+        make_room(&mut self.progress, &peer, PEERS_MAX, |seen| seen.grew_at_ms);
         let progress = self.progress.entry(peer).or_insert(Progress {
             elsewhere,
             grew_at_ms: now_ms,
@@ -374,7 +371,7 @@ impl ObjectUploads {
         }
     }
 
-    /// When a peer that gets nothing from others any more counts as stuck, and is sent what others were sent.
+    /// When a peer counts as stuck. It is then sent shards that other peers were sent.
     fn stuck_at_ms(&self, now_ms: u64, peer: &PeerId) -> u64 {
         let Some(progress) = self.progress.get(peer) else {
             return now_ms;
@@ -383,14 +380,13 @@ impl ObjectUploads {
         stuck_ms.min(self.longest_wait_ms(progress))
     }
 
-    /// When a peer has been left to the others for long enough, whatever they do.
+    /// When a peer has been left to other peers for the longest time allowed.
     fn longest_wait_ms(&self, progress: &Progress) -> u64 {
         let longest_ms = PATIENCES_MAX * self.patience_ms().max(self.first_pass_ms);
         progress.since_ms.saturating_add(longest_ms)
     }
 
-    /// How long a peer may be without a shard from others while they have some that it lacks: they send about as fast as the
-    /// first pass did, with some luck.
+    /// How long a peer may go without a shard from other peers. Assumes that they send about as fast as the first pass did.
     fn patience_ms(&self) -> u64 {
         let shards = self.copies.len().max(1) as u64;
         let several_ms = self.first_pass_ms.saturating_mul(SHARDS_OF_PATIENCE) / shards;
@@ -398,14 +394,14 @@ impl ObjectUploads {
         patience_ms.clamp(GRACE_MS_MIN, GRACE_MS_MAX)
     }
 
-    /// Longer from round to round.
+    /// The time from one round to the next; it grows with each round.
     fn grace_ms(&self) -> u64 {
         let doubled = GRACE_FACTOR_MAX.min(1 << (self.round - 1).min(16));
         let grace_ms = self.patience_ms().max(GRACE_MS_MIN * doubled);
         grace_ms.min(GRACE_MS_MAX)
     }
 
-    /// Peers that were sent a shard, beginning after the asker, so that not all are pointed to the same ones.
+    /// Peers that were sent a shard, in the order of keys from the asker's on, so that not all askers get the same ones.
     fn holders(&self, asker: &PeerId, shard: u32) -> Vec<PeerId> {
         let after = self.peers.range(asker..);
         let before = self.peers.range(..asker);
@@ -436,12 +432,7 @@ impl ObjectUploads {
         }
         let copies = &mut self.copies[shard as usize];
         *copies = copies.saturating_add(1);
-        if self.peers.len() >= PEERS_MAX && !self.peers.contains_key(&peer) {
-            let oldest = self.peers.iter().min_by_key(|(_, served)| served.at_ms);
-            if let Some(oldest) = oldest.map(|(peer, _)| *peer) {
-                self.peers.remove(&oldest);
-            }
-        }
+        make_room(&mut self.peers, &peer, PEERS_MAX, |served| served.at_ms);
         let shards = self.copies.len() as u32;
         let served = self.peers.entry(peer).or_insert_with(|| Served {
             shards: Bitmap::empty(shards),

@@ -1,9 +1,9 @@
-//! One connection between two peers: the handshake that proves both keys, and whole frames in and out.
+//! One connection between two peers: the handshake that proves both keys, and reading and writing whole frames.
 //!
-//! The dialler greets, the other side greets and proves, the dialler proves. A proof signs a label, the side, both keys
-//! and both fresh nonces, so that it is worth nothing on another connection, in the other direction, or as a statement.
-//! Frames are in the clear: weights are public, every shard is checked against a hash, and whoever sits between two peers
-//! can at worst have them drop one another. Knows nothing of objects. Invariant: no byte of a body is read before its
+//! The dialler sends a greeting; the acceptor sends a greeting and a proof; the dialler sends a proof. A proof signs a label,
+//! the side, both keys and both fresh nonces, so it is worthless on another connection, in the other direction, or as a
+//! statement. Frames are not encrypted: weights are public and every shard is checked against a hash, so an attacker between
+//! two peers can at worst make them disconnect. Knows nothing of objects. Invariant: no byte of a body is read before its
 //! length was checked.
 
 use std::io;
@@ -19,11 +19,15 @@ use crate::transport::wire::{
     self, Frame, GREETING_BYTES_MAX, Message, Refusal, RequestId, WIRE_VERSIONS, WireError,
 };
 
-/// How long a handshake may take in all: three round trips over the worst link, and no slot held for longer.
+/// How long a handshake may take: three round trips over a slow link. It bounds how long a stranger occupies a connection.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What a proof's signature covers first.
+/// The first bytes that a proof signs.
 const HANDSHAKE_LABEL: &[u8] = b"muster-handshake-v1\0";
+
+/// Which side signs a proof.
+const DIALLER: u8 = 0;
+const ACCEPTOR: u8 = 1;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -32,43 +36,28 @@ pub enum ConnectionError {
     /// The socket failed or was closed.
     #[error("connection failed ({0})")]
     Io(#[from] io::Error),
-    /// What came is not a frame.
+    /// The bytes received are not a frame.
     #[error("{0}")]
     Wire(#[from] WireError),
-    /// The other side said goodbye.
+    /// The peer sent a refusal.
     #[error("peer refused the connection: {0}")]
     Refused(Refusal),
     /// The handshake, or another step, took too long.
     #[error("{step} took longer than {limit_ms} ms")]
-    Late {
-        /// What was waited for.
-        step: &'static str,
-        /// How long.
-        limit_ms: u64,
-    },
-    /// Somebody else answers at this address.
+    Late { step: &'static str, limit_ms: u64 },
+    /// Another peer answers at this address.
     #[error("peer {found} answered where {expected} was expected: its record is out of date")]
-    WrongPeer {
-        /// Whose record was dialled.
-        expected: PeerId,
-        /// Who answered.
-        found: PeerId,
-    },
-    /// The proof is not by the key of the greeting.
+    WrongPeer { expected: PeerId, found: PeerId },
+    /// The proof is not signed by the key in the greeting.
     #[error("peer did not prove that it holds the key {claimed}")]
-    BadProof {
-        /// The key of its greeting.
-        claimed: PeerId,
-    },
-    /// Our own address came back to us.
+    BadProof { claimed: PeerId },
+    /// The address is this peer's own.
     #[error("connected to itself")]
     Oneself,
-    /// A frame that has no place here.
+    /// A frame of another kind than the protocol allows here.
     #[error("peer sent {found} where {expected} was expected")]
     Unexpected {
-        /// What has a place.
         expected: &'static str,
-        /// What came.
         found: &'static str,
     },
 }
@@ -76,12 +65,10 @@ pub enum ConnectionError {
 /// Which side of a connection this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// Opened it, and knows whom it wants to reach.
+    /// The side that opened it; the peer must prove the key `expected`.
     Dialler {
-        /// The key that must answer.
         expected: PeerId,
     },
-    /// Accepted it.
     Acceptor,
 }
 
@@ -117,10 +104,11 @@ struct Greeting {
     nonce: [u8; 32],
 }
 
-/// Proves our key to the other side and has it prove its own, within [`HANDSHAKE_DEADLINE`].
+/// Proves this peer's key to the other side and verifies the other side's proof, within [`HANDSHAKE_DEADLINE`]. Returns the
+/// other side's key.
 ///
 /// # Errors
-/// When it proves nothing, or something else than expected.
+/// When the other side proves no key, or another one than expected.
 pub async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     identity: &Identity,
@@ -170,9 +158,6 @@ async fn prove_both<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(theirs.key)
 }
 
-const DIALLER: u8 = 0;
-const ACCEPTOR: u8 = 1;
-
 fn transcript(signer: u8, dialler: &Greeting, acceptor: &Greeting) -> Vec<u8> {
     let mut bytes = HANDSHAKE_LABEL.to_vec();
     bytes.push(signer);
@@ -209,7 +194,7 @@ async fn read_greeting<S: AsyncRead + AsyncWrite + Unpin>(
             key,
             nonce,
         }) => (versions, key, nonce),
-        other => return Err(misplaced("a greeting", &other)),
+        other => return Err(unexpected("a greeting", &other)),
     };
     if !versions
         .iter()
@@ -250,12 +235,12 @@ async fn check_proof<S: AsyncRead + Unpin>(
         Frame::Message(Message::Proof { .. }) => Err(ConnectionError::BadProof {
             claimed: theirs.key,
         }),
-        other => Err(misplaced("a proof", &other)),
+        other => Err(unexpected("a proof", &other)),
     }
 }
 
-/// The error for a frame that has no place here; a refusal speaks for itself.
-pub(crate) fn misplaced(expected: &'static str, found: &Frame) -> ConnectionError {
+/// The error for a frame of the wrong kind; a refusal becomes [`ConnectionError::Refused`].
+pub(crate) fn unexpected(expected: &'static str, found: &Frame) -> ConnectionError {
     let found = match found {
         Frame::Message(Message::Refused(refusal)) => {
             return ConnectionError::Refused(refusal.clone());
@@ -266,7 +251,7 @@ pub(crate) fn misplaced(expected: &'static str, found: &Frame) -> ConnectionErro
             "a request"
         }
         Frame::Message(Message::Held { .. } | Message::Missing { .. } | Message::Busy { .. }) => {
-            "an answer"
+            "a reply"
         }
         Frame::Shard { .. } => "a shard",
     };
@@ -276,10 +261,10 @@ pub(crate) fn misplaced(expected: &'static str, found: &Frame) -> ConnectionErro
 /// Reads one frame of at most `frame_bytes_max` bytes.
 ///
 /// # Cancel safety
-/// None: a frame that was begun is lost, so the connection is of no more use.
+/// Not safe: a frame read in part is lost, so the connection cannot be used any more.
 ///
 /// # Errors
-/// When the socket fails, or what comes is no frame or too large.
+/// When the socket fails, or the bytes are not a frame, or are too many.
 pub async fn read_frame<S: AsyncRead + Unpin>(
     stream: &mut S,
     frame_bytes_max: usize,
@@ -287,7 +272,7 @@ pub async fn read_frame<S: AsyncRead + Unpin>(
     read_expecting(stream, frame_bytes_max, |_, _| {}).await
 }
 
-/// [`read_frame`] where shards come: a frame of which little is there is left to the system until more is.
+/// Like [`read_frame`], for connections that carry shards: the system wakes the reader only when much of a frame is there.
 ///
 /// # Cancel safety
 /// As [`read_frame`].
@@ -302,7 +287,7 @@ pub(crate) async fn read_large_frame(
         reader.expect(bytes);
     });
     let frame = frame.await;
-    // What comes next may be small.
+    // The next frame may be small.
     reader.expect(1);
     frame
 }
@@ -338,7 +323,7 @@ pub async fn write_message<S: AsyncWrite + Unpin>(
     Ok(())
 }
 
-/// Writes one shard from where it is held, header and bytes in one system call where the system allows.
+/// Writes one shard without copying it, header and bytes in one system call where the system allows.
 ///
 /// # Errors
 /// When the socket fails.
@@ -384,7 +369,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_sides_learn_whom_they_talk_to() {
+    async fn both_sides_learn_the_other_sides_key() {
         let (a, b) = (Identity::generate(), Identity::generate());
         let (dialled, accepted) = meet(&a, b.handshake_id(), &b).await;
         assert_eq!(dialled.unwrap(), b.handshake_id());
@@ -392,7 +377,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn another_identity_than_expected_is_refused() {
+    async fn a_peer_with_another_key_than_expected_is_refused() {
         let (a, b, c) = (
             Identity::generate(),
             Identity::generate(),
@@ -430,7 +415,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_proof_sent_back_is_worth_nothing() {
+    async fn a_reflected_proof_is_refused() {
         let server = Identity::generate();
         let (mut a, mut b) = duplex(4_096);
         let reflecting = async {
@@ -470,7 +455,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn another_version_is_told_which_are_served() {
+    async fn a_peer_with_another_version_is_told_which_are_served() {
         let (mut a, mut b) = duplex(4_096);
         let hello = Message::Hello {
             versions: vec![9],

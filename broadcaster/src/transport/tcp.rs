@@ -1,4 +1,4 @@
-//! TCP: what every peer speaks. The system paces it; where it can, without taking a lost packet for a full link.
+//! The TCP transport, which every peer speaks. The system does the congestion control, with BBR on long paths where it has it.
 
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
@@ -21,21 +21,21 @@ use crate::transport::stream::{Incoming, Streams};
 
 mod options;
 
-/// How long one address may take to answer: beyond it another peer is the better choice.
+/// How long one address may take to answer. After that another peer is the better choice.
 const CONNECT: Duration = Duration::from_secs(3);
-/// Bytes that the system may hold of a connection and has not sent yet: a few milliseconds of a home link.
+/// Most unsent bytes that the system holds per connection: a few milliseconds of a home link.
 const UNSENT_BYTES_MAX: u32 = 32 << 10;
-/// Bytes that may lie ready before a reader who waits for more is woken: some packets, so that a shard costs a few wakings and
-/// not one for each packet, and half of what the system keeps at first for a connection.
+/// Most bytes that the system collects before it wakes a reader: some packets, so that a shard does not wake its reader for
+/// each one; and half of a connection's initial receive buffer.
 const WAKE_BYTES_MAX: u32 = 32 << 10;
-/// Bytes read at once where small messages are to be expected: many fit, and a shard passes by but for its first bytes.
+/// The read buffer: many small messages fit, and only the first bytes of a shard pass through it.
 const READ_BYTES: usize = 4 << 10;
-/// Congestion control for long paths, which does not take a lost packet for a full link; and for short ones, which does not
-/// overfill their queues. Where the system has them.
+/// Congestion control for long paths, where a lost packet does not mean a full link, and for short ones, whose queues BBR
+/// overfills. See [`LONG_PATH`].
 const LONG_PATH_CONTROL: &[u8] = b"bbr";
 const SHORT_PATH_CONTROL: &[u8] = b"cubic";
-/// Bytes sent until the system has seen a path often enough to tell its length from what waits in queues: while everybody
-/// connects at once, opening packets wait too. Until then it is taken for as long as these say.
+/// Bytes sent before the shortest round trip is trusted again. While all peers connect at once the first packets wait in queues,
+/// so that a short path looks long; until then the control chosen by the first packets stays.
 const PATH_KNOWN_BYTES: usize = 128 << 10;
 
 /// A listening socket, and dialling from any port.
@@ -47,7 +47,7 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    /// Listens on `listen`. Others are told `advertise`, or else that address, unless it stands for every interface.
+    /// Listens on `listen`. Other peers are told `advertise`, or by default that address unless it means every interface.
     ///
     /// # Errors
     /// When the address is taken or not ours.
@@ -65,7 +65,7 @@ impl Tcp {
         })
     }
 
-    /// Where it listens, the port chosen.
+    /// The listening address, with the port that the system chose.
     pub(crate) fn local_address(&self) -> SocketAddr {
         self.address
     }
@@ -75,7 +75,7 @@ impl Tcp {
 impl Transport for Tcp {
     async fn dial(&self, record: &PeerRecord) -> Result<Streams, DialError> {
         let mut failure = DialError::NoAddress;
-        // What names another way is not for this one.
+        // Addresses of the NAT transport have a prefix.
         let is_own = |address: &&String| !address.starts_with(SCHEME);
         for address in record.addresses.iter().filter(is_own) {
             let reason = match timeout(CONNECT, TcpStream::connect(address.as_str())).await {
@@ -115,7 +115,7 @@ impl Arrival for Accepted {
     }
 
     fn turn_away(self: Box<Self>, frame: &[u8]) {
-        // What does not fit into an empty socket's buffer is not said.
+        // The frame fits into the empty buffer of a new socket; if not, it is not sent.
         self.0.try_write(frame).ok();
     }
 }
@@ -133,7 +133,7 @@ fn streams(stream: TcpStream) -> Streams {
     tokio::io::join(Box::new(reader), Box::new(writer))
 }
 
-/// What goes out, and how many bytes of it until the path is known.
+/// The sending half, and the bytes until the path's length is known.
 #[derive(Debug)]
 struct TcpWriter {
     inner: OwnedWriteHalf,
@@ -190,7 +190,7 @@ impl AsyncWrite for TcpWriter {
     }
 }
 
-/// What comes in, and at how many bytes the system wakes its reader.
+/// The receiving half, and the number of bytes at which the system wakes its reader.
 #[derive(Debug)]
 struct TcpReader {
     inner: BufReader<OwnedReadHalf>,
@@ -217,21 +217,21 @@ impl Incoming for TcpReader {
         }
         match options::set_wakes_at(self.inner.get_ref().as_ref(), bytes) {
             Ok(()) => self.wakes_at = bytes,
-            Err(error) => tracing::debug!(%error, "the system wakes readers as it likes"),
+            Err(error) => tracing::debug!(%error, "cannot set when the system wakes readers"),
         }
     }
 }
 
-/// Has the system take a shard only as fast as the link does. With the usual buffers whole shards of every connection lie
-/// half sent in the system, and none of them can be passed on.
+/// Limits the system's send buffer, so that it takes a shard only as fast as the link does. With the default buffer a shard of
+/// every connection would lie half sent in the system, and no peer could pass one on yet.
 fn tune(stream: &TcpStream) {
     if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
-        tracing::debug!(%error, "the system keeps its own bound on unsent bytes");
+        tracing::debug!(%error, "cannot set the bound of unsent bytes");
     }
     control(stream);
 }
 
-/// Has the system control congestion as the path asks for, as far as it is known.
+/// Sets the congestion control that suits the path, as far as its length is known.
 fn control(stream: &TcpStream) {
     let is_long = |shortest| shortest >= LONG_PATH;
     let name = match options::shortest_round_trip(stream).is_some_and(is_long) {
@@ -239,6 +239,6 @@ fn control(stream: &TcpStream) {
         false => SHORT_PATH_CONTROL,
     };
     if let Err(error) = SockRef::from(stream).set_tcp_congestion(name) {
-        tracing::debug!(%error, "the system keeps its own congestion control");
+        tracing::debug!(%error, "cannot set the congestion control");
     }
 }

@@ -1,18 +1,18 @@
-//! What peers say to one another: frames of a bounded size, each a small message or a shard.
+//! The wire format between peers: frames of a bounded size, each a small message or a shard.
 //!
-//! A frame is its length (u32 LE, of all that follows), one byte of what it is, and its body: a [`Message`] in postcard,
-//! or for a shard its request (u32 LE), its number (u32 LE) and its bytes as they are. Every request carries a number that
-//! its answer repeats, so that a peer may answer out of order. Knows nothing of sockets; decoding never trusts a length.
+//! A frame is the length of the rest (u32 LE), one byte for its kind, and a body: a [`Message`] in postcard; or for a shard its
+//! request (u32 LE), its number (u32 LE) and its bytes. Each request has a number that its reply repeats, so a peer may reply
+//! out of order. Knows nothing of sockets; decoding never trusts a length.
 
 use bytes::{Buf, Bytes};
 use muster_protocol::id::{ObjectId, PeerId};
 use muster_protocol::message::version::{SHARD_BYTES_MAX, SHARDS_MAX};
 use serde::{Deserialize, Serialize};
 
-/// The versions of this conversation spoken here, newest last.
+/// The versions of the wire format that this build speaks, newest last.
 pub const WIRE_VERSIONS: &[u16] = &[1];
 
-/// Bytes in front of every body: its length and what it is.
+/// Bytes in front of every body: the length and the kind.
 pub const FRAME_HEADER_BYTES: usize = 5;
 
 /// Bytes in front of a shard in its frame: the kind, the request and the shard's number.
@@ -21,10 +21,10 @@ pub const SHARD_PREFIX_BYTES: usize = 9;
 /// Largest frame without a shard: a bitmap of 65,536 shards and room for ids.
 pub const MESSAGE_BYTES_MAX: usize = SHARDS_MAX / 8 + 512;
 
-/// Largest frame before the other side has proved its key: a greeting is under 120 bytes.
+/// Largest frame during the handshake; a greeting has fewer than 120 bytes.
 pub const GREETING_BYTES_MAX: usize = 256;
 
-/// Largest frame of all.
+/// Largest frame with a shard.
 pub const FRAME_BYTES_MAX: usize = SHARD_BYTES_MAX as usize + SHARD_PREFIX_BYTES;
 
 /// Most holders named in one [`Message::Busy`]: enough to find one that answers.
@@ -36,123 +36,101 @@ const VERSIONS_MAX: usize = 16;
 const KIND_MESSAGE: u8 = 1;
 const KIND_SHARD: u8 = 2;
 
-/// Ties an answer to its request.
+/// The number of a request, repeated by its reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RequestId(pub u32);
 
-/// Who decides which shard is sent next.
+/// The side that decides which shard is sent next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Chooser {
-    /// Whoever asks, by number.
+    /// The requester, by number.
     Asker,
-    /// Whoever holds: it knows which shards it has sent least, so that its upload is not spent on what is out already.
+    /// The sender. It knows which shards it has sent least often, and does not spend its uplink on shards that the swarm has.
     Holder,
 }
 
-/// Why a connection is refused after the greeting.
+/// Why a connection is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Refusal {
     /// No version in common.
     #[error("no wire version in common (served: {served:?}): upgrade muster")]
-    UpgradeRequired {
-        /// The versions served.
-        served: Vec<u16>,
-    },
-    /// All places are taken.
+    UpgradeRequired { served: Vec<u16> },
+    /// The limit of connections is reached, in all or of this peer.
     #[error("all {connections_max} connections are taken: try again later")]
-    Full {
-        /// How many there are.
-        connections_max: u32,
-    },
-    /// This peer served a bad shard before.
+    Full { connections_max: u32 },
+    /// The refused peer has served a bad shard.
     #[error("peer is banned here")]
     Banned,
 }
 
-/// Everything but a shard. Variants are only ever added at the end: their place is their number on the wire.
+/// A frame other than a shard. New variants go at the end: the position of a variant is its number on the wire.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
-    /// The first words of both sides.
+    /// The first message of both sides.
     Hello {
-        /// Wire versions spoken.
+        /// The wire versions that the sender speaks.
         versions: Vec<u16>,
-        /// The key that this side will prove.
+        /// The key that the sender will prove.
         key: PeerId,
-        /// What the other side signs, fresh for each connection.
+        /// Random bytes for the other side to sign, fresh for each connection.
         nonce: [u8; 32],
     },
     /// The signature over both nonces and keys.
     Proof {
-        /// By the key of the greeting.
+        /// Made with the key in the greeting.
         signature: serde_bytes::ByteArray<64>,
     },
-    /// Goodbye, with the reason.
+    /// The sender closes the connection.
     Refused(Refusal),
-    /// Which shards do you hold?
+    /// Request: which shards do you hold?
     Have {
-        /// Its number.
         request: RequestId,
-        /// Of which object.
         object: ObjectId,
     },
-    /// These.
+    /// Reply to [`Self::Have`].
     Held {
-        /// What it answers.
         request: RequestId,
         /// A bitmap, one bit per shard.
         #[serde(with = "serde_bytes")]
         shards: Vec<u8>,
-        /// How to ask for them.
+        /// How to request them.
         chooser: Chooser,
     },
-    /// Send this shard.
+    /// Request: send this shard.
     Want {
-        /// Its number.
         request: RequestId,
-        /// Of which object.
         object: ObjectId,
-        /// Which shard.
         shard: u32,
     },
-    /// Send any shard but these.
+    /// Request: send any shard except these.
     WantAny {
-        /// Its number.
         request: RequestId,
-        /// Of which object.
         object: ObjectId,
-        /// A bitmap of shards that are not needed from you.
+        /// A bitmap of the shards that the sender of this request does not want.
         #[serde(with = "serde_bytes")]
         except: Vec<u8>,
     },
-    /// Not held here (any more, or yet).
-    Missing {
-        /// What it answers.
-        request: RequestId,
-    },
-    /// Held, but others have it too: ask them first, or here again after a while.
+    /// Reply: the shard or object is not here.
+    Missing { request: RequestId },
+    /// Reply: other peers have the shard too; ask them first, or here again later.
     Busy {
-        /// What it answers.
         request: RequestId,
-        /// When to ask again.
+        /// When to ask again, from now.
         retry_ms: u32,
         /// Handshake keys of peers to whom the shard was sent.
         holders: Vec<PeerId>,
     },
 }
 
-/// A frame.
+/// A decoded frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frame {
-    /// A small message.
     Message(Message),
     /// A shard, not yet verified.
     Shard {
-        /// What it answers.
         request: RequestId,
-        /// Its number.
         shard: u32,
-        /// Its bytes.
         bytes: Bytes,
     },
 }
@@ -160,34 +138,22 @@ pub enum Frame {
 /// Why bytes are not a frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    /// The announced length is over what may come now.
+    /// The announced length is over the limit.
     #[error("frame of {bytes} bytes is over the limit of {limit} bytes here: send a smaller one")]
-    TooLarge {
-        /// As announced.
-        bytes: usize,
-        /// What may come now.
-        limit: usize,
-    },
-    /// Not even the byte that says what it is.
+    TooLarge { bytes: usize, limit: usize },
     #[error("frame is empty")]
     Empty,
-    /// Neither message nor shard.
+    /// The kind is neither message nor shard.
     #[error("frame kind {kind} is unknown: upgrade muster")]
-    UnknownKind {
-        /// As received.
-        kind: u8,
-    },
-    /// The body is not what the kind says.
+    UnknownKind { kind: u8 },
+    /// The body does not decode.
     #[error("frame cannot be decoded: {0}")]
     Malformed(String),
     /// A list is longer than its bound.
     #[error("{field} has {found} entries, at most {limit} are allowed")]
     TooMany {
-        /// Which list.
         field: &'static str,
-        /// Its length.
         found: usize,
-        /// Its bound.
         limit: usize,
     },
 }
@@ -195,7 +161,7 @@ pub enum WireError {
 /// Checks an announced length before anything is allocated for it.
 ///
 /// # Errors
-/// When it is over `limit`, or zero.
+/// When it is over `limit`, or 0.
 pub fn check_length(announced: u32, limit: usize) -> Result<usize, WireError> {
     let bytes = announced as usize;
     if bytes == 0 {
@@ -207,10 +173,10 @@ pub fn check_length(announced: u32, limit: usize) -> Result<usize, WireError> {
     Ok(bytes)
 }
 
-/// Decodes what follows the length. The shard's bytes are a slice of `frame`, not a copy.
+/// Decodes a frame without its length. A shard's bytes are a slice of `frame`, not a copy.
 ///
 /// # Errors
-/// When it is no frame.
+/// When the bytes are not a frame.
 pub fn decode(mut frame: Bytes) -> Result<Frame, WireError> {
     if frame.is_empty() {
         return Err(WireError::Empty);
@@ -267,7 +233,7 @@ fn decode_message(body: &[u8]) -> Result<Message, WireError> {
 /// The bytes of a message's frame, length included.
 ///
 /// # Errors
-/// When the message is over its bound, which only a wrong caller makes.
+/// When the message is over [`MESSAGE_BYTES_MAX`], a mistake of the caller.
 pub fn encode_message(message: &Message) -> Result<Vec<u8>, WireError> {
     let malformed = |error: postcard::Error| WireError::Malformed(error.to_string());
     let frame = vec![0, 0, 0, 0, KIND_MESSAGE];
@@ -283,7 +249,7 @@ pub fn encode_message(message: &Message) -> Result<Vec<u8>, WireError> {
     Ok(frame)
 }
 
-/// The bytes in front of a shard of `bytes` bytes: the shard itself follows from where it is held.
+/// The bytes in front of a shard of `bytes` bytes, length included.
 pub fn shard_header(request: RequestId, shard: u32, bytes: usize) -> [u8; 4 + SHARD_PREFIX_BYTES] {
     let mut header = [0; 4 + SHARD_PREFIX_BYTES];
     header[..4].copy_from_slice(&((SHARD_PREFIX_BYTES + bytes) as u32).to_le_bytes());
@@ -378,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_over_its_limit_is_refused_before_it_is_read() {
+    fn a_frame_over_the_limit_is_refused_before_it_is_read() {
         let error = check_length(u32::MAX, FRAME_BYTES_MAX).unwrap_err();
         assert_eq!(
             error,
@@ -423,7 +389,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
-            // Garbage may happen to be a message; whatever decodes must encode again.
+            // Random bytes may be a message; then it must encode again.
             if let Ok(Frame::Message(message)) = decode(Bytes::from(bytes)) {
                 prop_assert_eq!(round_trip(&message), message);
             }

@@ -1,124 +1,99 @@
-//! What goes into a plan and what comes out of it.
+//! The inputs and outputs of the download scheduler.
 
 use muster_protocol::id::PeerId;
 
 use crate::store::bitmap::Bitmap;
 use crate::transport::wire::{Chooser, RequestId};
 
-/// What a peer answers, as the plan sees it.
+/// A peer's reply to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerReply {
-    /// Which shards it holds.
+    /// The shards that it holds.
     Held {
-        /// What it answers.
         request: RequestId,
-        /// The bitmap as received.
+        /// A bitmap as received, not checked yet.
         shards: Vec<u8>,
-        /// How it wants to be asked.
+        /// How to request them.
         chooser: Chooser,
     },
-    /// A shard, looked at already.
+    /// A shard, already checked.
     Shard {
-        /// What it answers.
         request: RequestId,
-        /// Its number.
         shard: u32,
-        /// What it turned out to be.
         verdict: ShardVerdict,
     },
-    /// It does not hold that.
-    Missing {
-        /// What it answers.
-        request: RequestId,
-    },
-    /// Not now.
+    /// It does not hold the shard.
+    Missing { request: RequestId },
+    /// It does not send the shard now.
     Busy {
-        /// What it answers.
         request: RequestId,
-        /// When to ask again.
+        /// When to ask again, from now.
         retry_ms: u32,
-        /// Who has it.
+        /// Peers that have the shard.
         holders: Vec<PeerId>,
     },
 }
 
-/// From whom missing shards may come.
+/// Which peers may bring the missing shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Availability {
-    /// Peers that say they hold some, or were asked for some.
+    /// Peers that claim to hold some, or have a request for some.
     Holders,
-    /// Peers that have only what is here, and may come by more.
+    /// Peers that hold nothing that is missing here, and may receive more.
     Fetchers,
-    /// Nobody.
-    Nobody,
+    /// No connected peer.
+    Nowhere,
 }
 
-/// What became of a shard that arrived.
+/// Whether a shard that arrived is what its description says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShardVerdict {
-    /// Verified, or held already.
+    /// It matches its hash.
     Good,
-    /// Not the bytes described.
+    /// It does not match its hash.
     Bad,
 }
 
-/// What the plan wants done.
+/// What to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Send this request.
-    PeerRequest {
-        /// To whom.
-        source: PeerId,
-        /// Its number.
-        request: RequestId,
-        /// What to ask.
-        ask: PeerRequest,
+    /// Send a request.
+    Send {
+        peer: PeerId,
+        id: RequestId,
+        request: PeerRequest,
     },
-    /// End the connection; the plan has forgotten the peer already.
-    Drop {
-        /// With whom.
-        source: PeerId,
-        /// Why.
-        fault: Fault,
-    },
+    /// End the connection; the scheduler has removed the peer already.
+    Disconnect { peer: PeerId, fault: Fault },
 }
 
-/// A request.
+/// A request to a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerRequest {
     /// Which shards do you hold?
     Have,
-    /// This one, please.
+    /// Send this shard.
     Shard(u32),
-    /// Any but these, please.
+    /// Send any shard except these.
     AnyBut(Bitmap),
 }
 
-/// What a peer did wrong.
+/// Why a peer is dropped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// It is banned for it.
+    /// The peer is banned.
     #[error("served a bad shard {shard}")]
-    BadShard {
-        /// Which.
-        shard: u32,
-    },
-    /// It may be tried again later.
+    BadShard { shard: u32 },
+    /// The peer may be tried again later.
     #[error("did not answer within {waited_ms} ms")]
-    Slow {
-        /// How long it was waited for.
-        waited_ms: u64,
-    },
-    /// It may be tried again later.
+    Slow { waited_ms: u64 },
+    /// The peer may be tried again later.
     #[error("broke the protocol: {problem}")]
-    Protocol {
-        /// How.
-        problem: &'static str,
-    },
+    Protocol { problem: &'static str },
 }
 
 impl PeerReply {
-    /// The request that it answers.
+    /// The request that this replies to.
     pub fn request(&self) -> RequestId {
         match self {
             PeerReply::Held { request, .. }

@@ -1,4 +1,4 @@
-//! What was asked of whom and is not answered yet.
+//! The requests in flight of one fetch.
 //!
 //! Invariant: `copies` counts, for each shard, the requests in flight that name it.
 
@@ -8,7 +8,7 @@ use muster_protocol::id::PeerId;
 
 use crate::transport::wire::RequestId;
 
-/// What a request is about.
+/// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Asked {
     Have,
@@ -25,7 +25,7 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Whether it was asked at least `limit_ms` ago.
+    /// Whether it was sent at least `limit_ms` ago.
     pub(super) fn is_older_than(&self, limit_ms: u64, now_ms: u64) -> bool {
         self.asked_at_ms.saturating_add(limit_ms) <= now_ms
     }
@@ -57,7 +57,7 @@ impl Requests {
         self.by_id.values()
     }
 
-    /// Notes a request and numbers it.
+    /// Adds a request and gives it a number.
     pub(super) fn add(&mut self, pending: Pending) -> RequestId {
         let request = RequestId(self.next);
         self.next = self.next.wrapping_add(1);
@@ -68,28 +68,32 @@ impl Requests {
         request
     }
 
-    /// Takes a request out of flight, if this peer was asked it.
+    /// Removes a request; `None` if this peer has no such request.
     pub(super) fn take(&mut self, source: &PeerId, request: RequestId) -> Option<Pending> {
         let pending = *self
             .by_id
             .get(&request)
             .filter(|pending| pending.source == *source)?;
         self.by_id.remove(&request);
-        self.land(&pending);
+        self.uncount(&pending);
         Some(pending)
     }
 
-    /// Takes everything that this peer was asked out of flight, and returns it.
-    pub(super) fn forget(&mut self, source: &PeerId) -> Vec<Pending> {
-        let is_theirs = |pending: &Pending| pending.source == *source;
-        let gone: Vec<Pending> = self.by_id.values().copied().filter(is_theirs).collect();
-        self.by_id.retain(|_, pending| !is_theirs(pending));
-        gone.iter().for_each(|pending| self.land(pending));
-        gone
+    /// Removes and returns all requests to a peer.
+    pub(super) fn take_all(&mut self, source: &PeerId) -> Vec<Pending> {
+        let is_to_peer = |pending: &Pending| pending.source == *source;
+        let taken: Vec<Pending> = self.by_id.values().copied().filter(is_to_peer).collect();
+        self.by_id.retain(|_, pending| !is_to_peer(pending));
+        taken.iter().for_each(|pending| self.uncount(pending));
+        taken
     }
 
-    fn land(&mut self, pending: &Pending) {
+    fn uncount(&mut self, pending: &Pending) {
         if let Asked::Shard(shard) = pending.asked {
+            debug_assert!(
+                self.copies[shard as usize] > 0,
+                "copies count the requests in flight"
+            );
             self.copies[shard as usize] -= 1;
         }
     }

@@ -17,11 +17,7 @@ fn plan(shards: u32) -> FetchPlan {
 /// The requests of this peer among the actions.
 fn asks(actions: &[Action], of: PeerId) -> Vec<(RequestId, PeerRequest)> {
     let ask = |action: &Action| match action {
-        Action::PeerRequest {
-            source,
-            request,
-            ask,
-        } if *source == of => Some((*request, ask.clone())),
+        Action::Send { peer, id, request } if *peer == of => Some((*id, request.clone())),
         _ => None,
     };
     actions.iter().filter_map(ask).collect()
@@ -46,7 +42,7 @@ fn join(
         shards: held.as_bytes().to_vec(),
         chooser,
     };
-    plan.on_answer(peer(number), answer, now_ms);
+    plan.on_reply(peer(number), answer, now_ms);
     asks(&plan.decide(now_ms), peer(number))
 }
 
@@ -77,7 +73,7 @@ fn the_rarest_shard_is_asked_for_first() {
     let request = asks(&actions, peer(2))[0].0;
     // A peer that says what it holds and is then busy, so that it only makes shards less rare.
     let shards = common.as_bytes().to_vec();
-    plan.on_answer(
+    plan.on_reply(
         peer(2),
         PeerReply::Held {
             request,
@@ -97,7 +93,7 @@ fn a_bad_shard_bans_and_its_requests_go_to_others() {
     let (request, PeerRequest::Shard(shard)) = asked[0].clone() else {
         panic!("{asked:?}")
     };
-    plan.on_answer(
+    plan.on_reply(
         peer(1),
         PeerReply::Shard {
             request,
@@ -109,8 +105,8 @@ fn a_bad_shard_bans_and_its_requests_go_to_others() {
     let actions = plan.decide(5);
     assert_eq!(
         actions,
-        [Action::Drop {
-            source: peer(1),
+        [Action::Disconnect {
+            peer: peer(1),
             fault: Fault::BadShard { shard }
         }]
     );
@@ -146,8 +142,8 @@ fn a_peer_that_never_answers_is_dropped_and_asked_less_when_it_returns() {
     let fault = Fault::Slow { waited_ms: late_ms };
     assert_eq!(
         dropped,
-        [Action::Drop {
-            source: peer(1),
+        [Action::Disconnect {
+            peer: peer(1),
             fault
         }]
     );
@@ -167,7 +163,7 @@ fn a_peer_that_chooses_is_not_asked_for_what_a_quick_peer_has() {
     let (request, PeerRequest::Shard(shard)) = asked[0].clone() else {
         panic!("{asked:?}")
     };
-    plan.on_answer(
+    plan.on_reply(
         peer(1),
         PeerReply::Shard {
             request,
@@ -181,7 +177,7 @@ fn a_peer_that_chooses_is_not_asked_for_what_a_quick_peer_has() {
         panic!("{any:?}")
     };
     assert_eq!(except.iter().collect::<Vec<_>>(), [0, 1]);
-    plan.on_answer(
+    plan.on_reply(
         peer(2),
         PeerReply::Busy {
             request: *busy,
@@ -208,9 +204,9 @@ fn answers_to_nothing_and_bitmaps_of_another_length_end_a_connection() {
         let mut plan = plan(4);
         plan.add_source(peer(1), 0);
         plan.decide(0);
-        plan.on_answer(peer(1), answer, 1);
+        plan.on_reply(peer(1), answer, 1);
         let [
-            Action::Drop {
+            Action::Disconnect {
                 fault: Fault::Protocol { .. },
                 ..
             },
@@ -344,7 +340,7 @@ proptest! {
             }
             for action in plan.decide(now_ms) {
                 match action {
-                    Action::PeerRequest { source, request, ask } => {
+                    Action::Send { peer: source, id, request } => {
                         prop_assert!(!banned.contains(&source), "a banned peer is asked");
                         let (manner, delay_ms) = manners[&source];
                         let nth = counts.entry(source).and_modify(|n| *n += 1).or_insert(0);
@@ -354,10 +350,10 @@ proptest! {
                             continue;
                         }
                         sequence += 1;
-                        let answers = answer_of(manner, *nth, shards, request, &ask);
+                        let answers = answer_of(manner, *nth, shards, id, &request);
                         arriving.insert((now_ms + delay_ms, sequence), (source, answers));
                     }
-                    Action::Drop { source, fault } => {
+                    Action::Disconnect { peer: source, fault } => {
                         arriving.retain(|_, (from, _)| *from != source);
                         if matches!(fault, Fault::BadShard { .. }) {
                             banned.insert(source);
@@ -371,7 +367,7 @@ proptest! {
             now_ms = wake.into_iter().chain(next).min().expect("nothing will ever happen again").max(now_ms);
             while let Some(entry) = arriving.first_entry().filter(|entry| entry.key().0 <= now_ms) {
                 let (source, answers) = entry.remove();
-                answers.into_iter().for_each(|answer| plan.on_answer(source, answer, now_ms));
+                answers.into_iter().for_each(|answer| plan.on_reply(source, answer, now_ms));
             }
             steps += 1;
             prop_assert!(steps < 100_000 && now_ms < 600_000, "not finished at {now_ms} ms");

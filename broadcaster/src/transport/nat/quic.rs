@@ -1,9 +1,9 @@
-//! QUIC that finds its way through home routers: both sides send to where the other is seen from outside, so that each router
-//! takes what comes for an answer. Where they are seen, and when to start, they tell one another over a relay.
+//! QUIC through home routers by hole punching: both peers send to each other's outside address at the same time, so that each
+//! router takes the other's packets for replies. A relay tells them these addresses and when to start.
 //!
-//! The endpoint has a key of its own, derived from the machine's seed. A peer's signed record says which, TLS proves it, and the
-//! handshake over the streams then proves the peer's key as over TCP. Invariant: relays are those of this peer's configuration,
-//! never those that a record names.
+//! The endpoint has its own key, derived from the machine's seed. The peer's signed record names it, TLS proves it, and the
+//! handshake over the streams then proves the peer's key, as over TCP. Invariant: this peer connects only to the relays of its
+//! own configuration, never to others that a record names.
 
 use std::io;
 use std::net::SocketAddr;
@@ -36,23 +36,23 @@ use self::congestion::ByPath;
 
 mod congestion;
 
-/// What both sides say they speak.
+/// The protocol name in TLS.
 const ALPN: &[u8] = b"muster/1";
-/// Most places in one address: the interfaces of a machine and its outside.
+/// Most socket addresses and relays in one address of a record: a machine's interfaces and its outside address.
 const PLACES_MAX: usize = 16;
-/// Longest address of a relay, so that beside it an address of ours has room for places.
+/// Longest relay URL: leaves room for socket addresses in a record's address.
 const RELAY_BYTES_MAX: usize = 256;
-/// How long a connection may take: some round trips over a relay at the other end of the world, and a lost packet.
+/// How long connecting may take: some round trips over a distant relay, and a lost packet.
 const CONNECT: Duration = Duration::from_secs(10);
-/// How long a direct way is waited for before shards go over the relay, whose uplink is somebody else's.
+/// How long to wait for a direct path before shards go over the relay, whose bandwidth other peers need.
 const DIRECT: Duration = Duration::from_secs(5);
-/// How often it is looked at.
+/// How often to check for a direct path.
 const LOOK: Duration = Duration::from_millis(20);
-/// How long what was said last may take to arrive once nobody listens for an answer.
+/// How long the last bytes may take to arrive after this side has dropped the connection.
 const LINGER: Duration = Duration::from_secs(2);
-/// Bytes of a connection under way or waiting: 50 Mbit/s at 80 ms. More would lie half sent and could not be passed on.
+/// Send window of a connection: 50 Mbit/s at 80 ms. With more, shards would lie half sent and no peer could pass them on.
 const UNSENT_BYTES_MAX: u64 = 512 << 10;
-/// How long to wait after the endpoint's end before asking it again.
+/// Pause before accepting again after the endpoint has closed.
 const CLOSED_PAUSE: Duration = Duration::from_secs(1);
 
 /// A QUIC endpoint.
@@ -63,7 +63,7 @@ pub(crate) struct Quic {
 }
 
 impl Quic {
-    /// Listens; finds its relay and its outside address meanwhile.
+    /// Listens. The endpoint finds its relay and its outside address in the background.
     ///
     /// # Errors
     /// When the configuration or the address cannot be used.
@@ -102,8 +102,9 @@ impl Quic {
         Ok(Self { endpoint, relays })
     }
 
-    /// Where a record says that the peer is. Of relays only our own count: nobody sends us to a server of theirs.
-    fn whereabouts(&self, record: &PeerRecord) -> Option<(String, EndpointAddr)> {
+    /// The endpoint's address in a record, with the text that it was parsed from. Relays that are not configured here are left
+    /// out, so that no record can make this peer connect to a server of the record's choice.
+    fn endpoint_address(&self, record: &PeerRecord) -> Option<(String, EndpointAddr)> {
         let address = record
             .addresses
             .iter()
@@ -124,7 +125,7 @@ impl Quic {
 #[async_trait]
 impl Transport for Quic {
     async fn dial(&self, record: &PeerRecord) -> Result<Streams, DialError> {
-        let (address, place) = self.whereabouts(record).ok_or(DialError::NoAddress)?;
+        let (address, place) = self.endpoint_address(record).ok_or(DialError::NoAddress)?;
         let unreachable = |reason: String| DialError::Unreachable {
             address: address.clone(),
             reason,
@@ -140,7 +141,7 @@ impl Transport for Quic {
         let connected = timeout(CONNECT, connecting).await.map_err(late)?;
         let (connection, writer, reader) = connected.map_err(unreachable)?;
         if timeout(DIRECT, direct(&connection)).await.is_err() {
-            tracing::debug!(%address, "no direct way: shards go over a relay");
+            tracing::debug!(%address, "no direct path: shards go over a relay");
         }
         Ok(streams(connection, writer, reader))
     }
@@ -150,7 +151,7 @@ impl Transport for Quic {
             sleep(CLOSED_PAUSE).await;
             return Err(io::Error::from(io::ErrorKind::NotConnected));
         };
-        Ok(Box::new(Knock(incoming)))
+        Ok(Box::new(IncomingConnection(incoming)))
     }
 
     fn addresses(&self) -> Vec<String> {
@@ -174,16 +175,16 @@ impl Transport for Quic {
     }
 }
 
-/// What [`Quic::addresses`] says of a peer that is seen at `place` alone.
+/// The result of [`Quic::addresses`] for a peer whose only socket address is `place`.
 pub(crate) fn address(identity: &Identity, place: SocketAddr) -> String {
     let id = SecretKey::from_bytes(identity.transport_secret()).public();
     format!("{SCHEME}{id},{place}")
 }
 
-struct Knock(Incoming);
+struct IncomingConnection(Incoming);
 
 #[async_trait]
-impl Arrival for Knock {
+impl Arrival for IncomingConnection {
     async fn open(self: Box<Self>) -> Result<Streams, ConnectionError> {
         let opening = async {
             let connection = self.0.accept().map_err(io::Error::other)?;
@@ -192,19 +193,19 @@ impl Arrival for Knock {
             Ok(streams(connection, writer, reader))
         };
         let late = |_| ConnectionError::Late {
-            step: "the opening",
+            step: "opening the connection",
             limit_ms: (CONNECT + DIRECT).as_millis() as u64,
         };
         timeout(CONNECT + DIRECT, opening).await.map_err(late)?
     }
 
     fn turn_away(self: Box<Self>, _frame: &[u8]) {
-        // Before its handshake a QUIC connection can be told no, and no more.
+        // Before its handshake a QUIC connection can only be refused without a reason.
         self.0.refuse();
     }
 }
 
-/// One stream each way is all that peers open.
+/// QUIC with a single stream per direction.
 fn quic() -> QuicTransportConfig {
     QuicTransportConfig::builder()
         .congestion_controller_factory(Arc::new(ByPath))
@@ -229,7 +230,7 @@ async fn roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, NatError> {
     }
 }
 
-/// Returns when what is sent goes straight to the peer.
+/// Waits until the connection uses a direct path.
 async fn direct(connection: &Connection) {
     let is_direct = || {
         let paths = connection.paths();
@@ -247,8 +248,8 @@ fn streams(connection: Connection, stream: SendStream, reader: RecvStream) -> St
 
 impl stream::Incoming for RecvStream {}
 
-/// What goes out. Dropped, it still delivers what was said last, as a system does for a socket: a connection whose last handle
-/// is gone ends at once.
+/// The sending half. When dropped, it still delivers the last bytes, as the system does for a socket; without this, a connection
+/// ends at once with its last handle.
 struct Outgoing {
     stream: SendStream,
     connection: Connection,
@@ -274,7 +275,7 @@ impl AsyncWrite for Outgoing {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        // A stream that the other side has closed has nothing left to deliver.
+        // The other side has closed the stream already.
         if self.stream.finish().is_err() {
             return;
         }

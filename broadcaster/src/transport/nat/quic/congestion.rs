@@ -1,5 +1,5 @@
-//! How fast a connection sends: by BBR, which does not take a lost packet for a full link, until its path shows to be a short
-//! one; then by CUBIC, since BBR overfills the queues of short paths. So it is over TCP too.
+//! The congestion control of a QUIC connection: BBR until the path turns out to be short, then CUBIC, as over TCP. See
+//! [`LONG_PATH`].
 
 use std::any::Any;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use noq_proto::congestion::{Bbr3Config, CubicConfig};
 
 use crate::transport::interface::LONG_PATH;
 
-/// Makes the control of each path.
+/// Makes a congestion controller for each path.
 #[derive(Debug)]
 pub(super) struct ByPath;
 
@@ -20,7 +20,7 @@ impl ControllerFactory for ByPath {
     }
 }
 
-/// The control of one path.
+/// The congestion controller of one path.
 #[derive(Debug)]
 struct Chosen {
     real: Box<dyn Controller>,

@@ -113,16 +113,16 @@ async fn addresses_that_are_none_are_passed_over_and_relays_of_others_are_not_us
         issued: UnixMillis(0),
     };
     for address in ["", "nat:", "nat:00", "127.0.0.1:1", "nat:,,,"] {
-        let found = nat.whereabouts(&at(address.to_owned()));
+        let found = nat.endpoint_address(&at(address.to_owned()));
         assert!(found.is_none(), "{address:?}: {found:?}");
     }
     let many: String = (0..100).map(|host| format!(",10.0.0.{host}:1")).collect();
-    let (_, place) = nat.whereabouts(&at(format!("nat:{id}{many}"))).unwrap();
+    let (_, place) = nat.endpoint_address(&at(format!("nat:{id}{many}"))).unwrap();
     assert_eq!(place.ip_addrs().count(), PLACES_MAX);
     let record = at(format!(
         "nat:{id},https://elsewhere.example/,nonsense,[::1]:7"
     ));
-    let (_, place) = nat.whereabouts(&record).unwrap();
+    let (_, place) = nat.endpoint_address(&record).unwrap();
     assert_eq!(place.relay_urls().count(), 0);
     assert_eq!(place.ip_addrs().count(), 1);
 }
