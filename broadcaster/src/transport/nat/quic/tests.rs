@@ -43,7 +43,7 @@ fn without_tcp(mut record: PeerRecord) -> PeerRecord {
 }
 
 async fn dialler(identity: &Identity) -> Transports {
-    let nat = Nat::listen(&loopback(), identity).await.unwrap();
+    let nat = Quic::listen(&loopback(), identity).await.unwrap();
     Transports::new(vec![Arc::new(nat)])
 }
 
@@ -103,7 +103,7 @@ async fn the_key_of_the_record_is_proved_and_a_strangers_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn addresses_that_are_none_are_passed_over_and_relays_of_others_are_not_used() {
-    let nat = Nat::listen(&loopback(), &Identity::generate())
+    let nat = Quic::listen(&loopback(), &Identity::generate())
         .await
         .unwrap();
     let id = nat.endpoint.id();
@@ -133,7 +133,7 @@ async fn a_relay_that_is_no_address_is_named() {
         relays: vec!["not a relay".to_owned()],
         ..loopback()
     };
-    let error = Nat::listen(&config, &Identity::generate())
+    let error = Quic::listen(&config, &Identity::generate())
         .await
         .unwrap_err();
     assert!(error.to_string().contains("not a relay"), "{error}");
@@ -142,7 +142,7 @@ async fn a_relay_that_is_no_address_is_named() {
 #[tokio::test]
 async fn what_is_said_of_a_peer_beforehand_is_what_it_tells_itself() {
     let identity = Identity::generate();
-    let nat = Nat::listen(&loopback(), &identity).await.unwrap();
+    let nat = Quic::listen(&loopback(), &identity).await.unwrap();
     let told = nat.addresses().concat();
     let place = told.rsplit(',').next().unwrap().parse().unwrap();
     assert_eq!(address(&identity, place), told);
