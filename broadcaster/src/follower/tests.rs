@@ -16,9 +16,9 @@ use serde_bytes::ByteBuf;
 use tokio::time::{sleep, timeout};
 
 use super::*;
-use crate::object::describe_object;
-use crate::state::describe_state;
+use crate::store::object::describe_object;
 use crate::swarm::FetchError;
+use crate::version::state::describe_state;
 
 /// Objects that peers hold.
 #[derive(Debug, Default)]

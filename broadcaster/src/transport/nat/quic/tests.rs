@@ -117,7 +117,9 @@ async fn addresses_that_are_none_are_passed_over_and_relays_of_others_are_not_us
         assert!(found.is_none(), "{address:?}: {found:?}");
     }
     let many: String = (0..100).map(|host| format!(",10.0.0.{host}:1")).collect();
-    let (_, place) = nat.endpoint_address(&at(format!("nat:{id}{many}"))).unwrap();
+    let (_, place) = nat
+        .endpoint_address(&at(format!("nat:{id}{many}")))
+        .unwrap();
     assert_eq!(place.ip_addrs().count(), PLACES_MAX);
     let record = at(format!(
         "nat:{id},https://elsewhere.example/,nonsense,[::1]:7"
