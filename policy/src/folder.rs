@@ -99,7 +99,7 @@ impl ModelFolder {
     /// Names the first file that is missing, damaged or does not fit the other.
     pub fn read_text(folder: &Path) -> Result<(Config, Tokenizer), FolderError> {
         let mut config = read_config(folder)?;
-        let tokenizer = read_tokens(folder, &mut config)?;
+        let tokenizer = read_tokenizer(folder, &mut config)?;
         Ok((config, tokenizer))
     }
 
