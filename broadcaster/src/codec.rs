@@ -1,11 +1,11 @@
-//! Lossless deltas between two versions of the same weights: bytes close to the entropy of what changed.
+//! Lossless deltas between two versions of the same weights, close to the entropy of the changes.
 //!
-//! * [`delta`] is the object: every tensor in slices, each slice by the method that takes the fewest bytes.
-//! * [`patch`] codes where 16-bit weights changed, by how much; [`planes`] is XOR in byte planes under zstd, for the rest.
-//! * `rans`, `token` and `bits` are the entropy coder; `block` looks at 64 weights at a time.
+//! * [`delta`] is the object's format: it cuts tensors into slices, and codes each slice by the method with the fewest bytes.
+//! * [`patch`] codes which 16-bit weights changed and by how much; [`planes`] codes other slices as XOR in byte planes with zstd.
+//! * `rans`, `token` and `bits` are the entropy coder; `block` and `classes` sort weights by how likely they change.
 //!
-//! Pure: bytes in, bytes out. A delta is hostile until the root of what it leads to was compared with the signed one; here it
-//! may fail, but neither panic nor take more memory than the parent's own size asks for.
+//! Pure: bytes in, bytes out. A delta may come from a liar, so decoding may fail, but it neither panics nor takes more memory than
+//! the parent's size and a bounded rest. The caller compares the result's root with the signed one.
 
 mod bits;
 mod block;
@@ -17,29 +17,29 @@ mod rans;
 mod token;
 mod wide;
 
-/// Elements of a slice: the unit of parallel work, and what bounds the memory of a thread (32 MiB while encoding). Smaller
-/// slices would pay for their tables: these cost some 300 bytes, where a slice of a fine-tuning step has 30 KB.
+/// Elements of a slice, the unit of parallel work; a thread takes up to 32 MiB for one while encoding. The tables of a slice cost
+/// about 300 bytes, and the coded slice of a fine-tuning step 30 KB, so smaller slices would compress worse.
 pub const SLICE_ELEMENTS: usize = 4 << 20;
 
-/// What is wrong with the coded bytes of one slice.
+/// Why the coded bytes of a slice cannot be decoded. The message completes "slice 3 of tensor `a` …".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SliceError {
     /// The bytes end too early.
     #[error("ends too early")]
     Truncated,
-    /// Bytes are left over, or the coder's last state is not its first.
-    #[error("does not end where its content does")]
+    /// Bytes are left over, or the decoder does not end in the encoder's first state.
+    #[error("has bytes after its end")]
     Trailing,
-    /// A table of frequencies, or the range of classes, breaks a rule.
-    #[error("has an impossible table")]
+    /// A table of frequencies or the range of classes is invalid.
+    #[error("has an invalid table")]
     Table,
-    /// A change is said to lie behind the last weight.
-    #[error("changes weights behind the end of the slice")]
+    /// A change lies behind the last weight.
+    #[error("changes weights after its end")]
     Beyond,
-    /// A step that no pair of weights has.
-    #[error("has a step that no weight can take")]
+    /// No pair of weights differs by this step.
+    #[error("has a step that is too large")]
     Step,
-    /// A compressed plane is not one of this slice.
+    /// A compressed plane does not decompress to the slice's length.
     #[error("has a plane that cannot be decompressed")]
     Plane,
 }

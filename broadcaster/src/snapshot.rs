@@ -1,10 +1,9 @@
-//! A version as a Hugging Face folder that carries its own proof: the weights, the files beside them, and a manifest with
-//! what the learner signed.
+//! A snapshot: a version as a Hugging Face folder with its own proof. It holds the weights, the files beside them, and a manifest
+//! with the learner's signed statements.
 //!
-//! Weights are one file, or several with an index where one would be too large. Whatever is not covered by a hash in the
-//! signed statements is written from them, and verifying writes it again and compares: so no byte of any file in the folder
-//! can change unnoticed. The learner's checkpoints and what an evaluator pulls are written by the same code. Everything here
-//! blocks.
+//! Weights are one file, or several with an index if one would be too large. Bytes that no signed hash covers are generated from
+//! the signed statements; verification generates them again and compares. So no byte of any file can change unnoticed. The same
+//! code writes the learner's checkpoints and pulled snapshots. Every function here blocks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write as _};
@@ -35,27 +34,25 @@ pub use self::names::{INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 /// Default size limit of one file of weights: that of `huggingface_hub`, 5 GB.
 pub const FILE_BYTES_MAX: u64 = 5_000_000_000;
 
-/// What a snapshot is made of.
+/// The parts of a snapshot.
 #[derive(Debug, Clone, Copy)]
 pub struct Contents<'a> {
-    /// The run that the statements belong to.
     pub run: &'a RunId,
-    /// What the learner signed.
     pub version: &'a Signed<Version>,
-    /// The description of the weights' file, by whoever made it.
+    /// The description of the weights as one file, by any peer.
     pub anchor: &'a Signed<Object>,
     /// A safetensors file.
     pub weights: &'a [u8],
-    /// The files that the version names, by name.
+    /// The files beside the weights that the version names, by name.
     pub files: &'a BTreeMap<String, Bytes>,
-    /// Most bytes of a file of weights; a larger tensor has a file of its own.
+    /// Size limit of a file of weights; a larger tensor has a file of its own.
     pub file_bytes_max: u64,
 }
 
-/// Writes a snapshot, all of it or nothing, after checking that it is one.
+/// Verifies the parts, and writes a snapshot, whole or not at all.
 ///
 /// # Errors
-/// When the parts do not belong together, or the disk fails.
+/// When the parts do not fit together, or the disk fails.
 pub fn write(
     folder: &Path,
     contents: &Contents<'_>,
@@ -93,10 +90,10 @@ pub fn write(
     })
 }
 
-/// Copies a snapshot, all of it or nothing, in files of at most `file_bytes_max` bytes, however it lies now. Both are verified.
+/// Copies a snapshot, whole or not at all, into files of weights of at most `file_bytes_max` bytes. Verifies both.
 ///
 /// # Errors
-/// When the snapshot does not hold, or the disk fails.
+/// When the snapshot is not valid, or the disk fails.
 pub fn copy(
     from: &Path,
     to: &Path,
@@ -122,11 +119,10 @@ pub fn copy(
     })
 }
 
-/// What a folder's manifest says, after its signatures were checked. The other files are not looked at: their bytes are for
-/// [`verify`].
+/// Reads a folder's manifest and verifies its signatures. Does not read the other files; [`verify`] does.
 ///
 /// # Errors
-/// When the manifest does not hold, or the version is somebody else's.
+/// When the manifest is not valid, or another key than the learner's signed it.
 pub fn signed_contents(
     folder: &Path,
     learner: &PeerId,
@@ -135,11 +131,11 @@ pub fn signed_contents(
     Ok(Statements::read(folder, learner, run)?.report())
 }
 
-/// Checks a folder against the learner's key: signatures, root, and every byte of every file. One shard of the weights is
-/// in memory at a time.
+/// Verifies a folder against the learner's key: signatures, root, and every byte of every file. Holds one shard of the weights in
+/// memory at a time.
 ///
 /// # Errors
-/// Names the first file that is wrong and, where that is known, its bytes.
+/// Names the first wrong file and, if known, its wrong bytes.
 pub fn verify(folder: &Path, learner: &PeerId, run: &RunId) -> Result<Report, SnapshotError> {
     let found = check::list(folder)?;
     let statements = Statements::read(folder, learner, run)?;
@@ -147,10 +143,10 @@ pub fn verify(folder: &Path, learner: &PeerId, run: &RunId) -> Result<Report, Sn
     Ok(statements.report())
 }
 
-/// Bytes of the weights in a folder, in one file or several; nothing is checked.
+/// Bytes of the weights in a folder, in one file or several. Verifies nothing.
 ///
 /// # Errors
-/// When there are none, or the folder cannot be listed.
+/// When there are no weights, or the folder cannot be listed.
 pub fn weights_bytes(folder: &Path) -> Result<u64, SnapshotError> {
     let found = check::list(folder)?;
     let files = found.iter().filter(|entry| entry.kind == EntryKind::File);
@@ -161,7 +157,7 @@ pub fn weights_bytes(folder: &Path) -> Result<u64, SnapshotError> {
     }
 }
 
-/// Whether the files beside the weights are those that the version names.
+/// Checks that the files beside the weights are those that the version names.
 fn check_named(contents: &Contents<'_>) -> Result<(), SnapshotError> {
     let version = &contents.version.body;
     let named = version.files.iter().map(|file| file.name.as_str());
@@ -178,10 +174,10 @@ fn check_named(contents: &Contents<'_>) -> Result<(), SnapshotError> {
     Ok(())
 }
 
-/// What is to be written of weights that were checked.
+/// The generated files and the layout of verified weights.
 struct Draft {
     manifest: Vec<u8>,
-    /// Bytes of the image that are in none of the files.
+    /// Bytes at the start of the image that no file holds.
     head_bytes: u64,
     files: Vec<WeightFile>,
     index: Option<Vec<u8>>,
@@ -210,7 +206,7 @@ impl Draft {
         })
     }
 
-    /// Writes the weights, read from their beginning as one file, and what belongs to them.
+    /// Writes the weights, the index and the manifest. `image` is the weights as one file, read from its start.
     fn write(&self, new: &NewFolder, image: &mut impl Read) -> Result<(), SnapshotError> {
         pump(image, &mut io::sink(), self.head_bytes)?;
         for file in &self.files {

@@ -1,9 +1,9 @@
-//! What this machine holds of the objects of a run, shard by shard, for many threads to read and serve from.
+//! The objects that this peer holds, shard by shard, for many threads to read and serve.
 //!
-//! Held in memory; with a directory also on disk, one file per shard (`<object>/<shard>`, beside the description in
-//! `<object>/object.json`), so that a restart goes on with what was there: files are named by number but trusted by hash, and a
-//! torn one is a shard to fetch again. The last versions are kept, and what is pinned; the rest makes room. Invariants:
-//! every shard held is verified; declared sizes never exceed the bound. Methods that write may block.
+//! Objects lie in memory. With a directory they lie on disk too, one file per shard (`<object>/<shard>`, beside the description
+//! in `<object>/object.json`), so that a restart continues with them. A shard read from disk is verified by its hash; a torn
+//! file is removed, and the shard fetched again. The store keeps the newest versions and pinned objects, and drops others to
+//! make room. Invariants: shards are verified before use; declared sizes never exceed the bound. Methods that write may block.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -25,55 +25,47 @@ pub mod object;
 
 /// Most objects held: a few versions, each of at most sixteen objects.
 const OBJECTS_MAX: usize = 1_024;
-/// Most folders looked at when a directory is opened.
+/// Most folders read when a directory is opened.
 const FOLDERS_MAX: usize = 4 * OBJECTS_MAX;
-/// The file that describes an object, in JSON for whoever looks into the directory.
+/// The file that describes an object, in JSON so that people can read it.
 const DESCRIPTION: &str = "object.json";
-/// Largest description read: 65,536 shards of 67 characters each, and the rest.
+/// Largest description read: 65,536 shards of 67 characters each, and other fields.
 const DESCRIPTION_BYTES_MAX: u64 = 8 << 20;
 
-/// Why the store does not take or keep something.
+/// Why the store does not take or hold an object.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The description breaks a rule.
     #[error("object description is not valid: {0}")]
     Description(#[from] Invalid),
-    /// The bytes are not the object's.
     #[error("{0}")]
     Content(#[from] ObjectError),
-    /// The object is not one that the store has admitted.
+    /// The store has not admitted the object.
     #[error("object {} is not held here: fetch or offer it first", object.short())]
-    Unknown {
-        /// Which.
-        object: ObjectId,
-    },
-    /// No room, and nothing that may go.
+    Unknown { object: ObjectId },
+    /// There is no room, and no object may be dropped.
     #[error(
-        "object of {needed} bytes does not fit: {pinned} of at most {bytes_max} bytes are in use and must stay: raise the store's `bytes_max`"
+        "object of {needed} bytes does not fit: {pinned} of {bytes_max} bytes are in use and must stay; raise store.bytes_max"
     )]
     NoRoom {
-        /// Size of the object.
         needed: u64,
-        /// What must stay.
+        /// Bytes that must stay.
         pinned: u64,
-        /// The bound.
         bytes_max: u64,
     },
-    /// The disk failed.
     #[error("{0}")]
     Disk(#[from] DiskError),
 }
 
-/// How much is held, and where.
+/// `[store]`: how much a peer holds, and where.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct StoreConfig {
-    /// Where shards outlive the process; nowhere by default, since a worker fetches the newest version anyway.
+    /// Directory in which shards outlive the process. None by default: a worker fetches the newest version anyway.
     pub directory: Option<PathBuf>,
     /// Most bytes of objects held at once. 8 GiB: an anchor of 1.5 billion bf16 parameters, its predecessor and a delta.
     pub bytes_max: u64,
-    /// How many of the newest versions are kept. 4: the newest, the one before that others still fetch, and two on which
-    /// rollouts in flight still depend.
+    /// How many of the newest versions are kept. 4: the newest, its predecessor that other peers still fetch, and two on which
+    /// rollouts in flight depend.
     pub versions_kept: usize,
 }
 
@@ -87,24 +79,22 @@ impl Default for StoreConfig {
     }
 }
 
-/// What became of a shard that was handed in.
+/// Whether an inserted shard was new.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inserted {
-    /// It is held now.
     New,
-    /// It was held already.
     Duplicate,
 }
 
 #[derive(Debug)]
 struct Entry {
     object: Arc<Object>,
-    /// The newest version that needs it: equal bytes of two versions are one object.
+    /// The newest version that needs the object: equal bytes of two versions are one object.
     version: PolicyVersion,
     held: Bitmap,
     shards: Vec<Bytes>,
     whole: Option<Bytes>,
-    /// How many fetches or users need it to stay.
+    /// How many fetches need the object to stay.
     pins: usize,
 }
 
@@ -154,15 +144,15 @@ impl Entry {
 pub struct Store {
     config: StoreConfig,
     entries: DashMap<ObjectId, Entry>,
-    /// Admissions and removals are one at a time, so that the bound holds; reads never take it.
+    /// Serialises admissions and removals, so that the size bound holds. Reads do not take it.
     admission: Mutex<()>,
 }
 
 impl Store {
-    /// An empty store, or one with what its directory holds.
+    /// Opens a store with the objects of its directory, if it has one.
     ///
     /// # Errors
-    /// When the directory cannot be made or read. What is damaged in it is removed instead.
+    /// When the directory cannot be created or read. A damaged object is no error; it is removed.
     pub fn open(config: StoreConfig) -> Result<Self, StoreError> {
         let store = Self {
             config,
@@ -178,8 +168,8 @@ impl Store {
         Ok(store)
     }
 
-    /// Makes room for an object and begins to hold it, with no shard yet. The caller has checked that its version is one
-    /// that the learner signed: newer versions push out older ones.
+    /// Makes room for an object and adds it, without shards. The caller has checked that the learner signed its version: newer
+    /// versions push out older ones.
     ///
     /// # Errors
     /// When its description is not valid, or there is no room.
@@ -187,7 +177,7 @@ impl Store {
         self.admit_with(object, 0)
     }
 
-    /// [`Self::admit`], and pins it before anything else can push it out.
+    /// [`Self::admit`], and pins the object before another admission can push it out.
     ///
     /// # Errors
     /// As [`Self::admit`].
@@ -223,10 +213,10 @@ impl Store {
         Ok(id)
     }
 
-    /// Verifies a shard and holds it.
+    /// Verifies and adds a shard.
     ///
     /// # Errors
-    /// When it is not that shard, the object is not admitted, or the disk fails.
+    /// When the bytes are not that shard, the object is not admitted, or the disk fails.
     pub fn insert(&self, id: &ObjectId, shard: u32, bytes: Bytes) -> Result<Inserted, StoreError> {
         let (object, held) = self
             .entries
@@ -247,7 +237,7 @@ impl Store {
         Ok(entry.put(shard, bytes))
     }
 
-    /// Verifies a whole object and holds it, without a copy.
+    /// Verifies and adds a whole object, without a copy.
     ///
     /// # Errors
     /// When the bytes are not the object, there is no room, or the disk fails.
@@ -268,12 +258,12 @@ impl Store {
         Ok(id)
     }
 
-    /// What an object's description says, if it is held.
+    /// The description of an object that is held, at least in part.
     pub fn object(&self, id: &ObjectId) -> Option<Arc<Object>> {
         self.entries.get(id).map(|entry| Arc::clone(&entry.object))
     }
 
-    /// Which shards of an object are held.
+    /// The set of an object's shards that are held.
     pub fn held(&self, id: &ObjectId) -> Option<Bitmap> {
         self.entries.get(id).map(|entry| entry.held.clone())
     }
@@ -287,7 +277,7 @@ impl Store {
             .then(|| entry.shards[shard as usize].clone())
     }
 
-    /// The whole object, if every shard is held. The first call puts it together.
+    /// The whole object, if every shard is held. The first call concatenates the shards.
     pub fn whole(&self, id: &ObjectId) -> Option<Bytes> {
         let shards = {
             let entry = self.entries.get(id)?;
@@ -297,7 +287,7 @@ impl Store {
                 None => return None,
             }
         };
-        // Put together outside the lock: for a large object this takes as long as copying it does.
+        // Outside the lock: copying a large object takes long.
         let whole = assemble(&shards);
         if let Some(mut entry) = self.entries.get_mut(id) {
             entry.put_whole(whole.clone());
@@ -305,7 +295,7 @@ impl Store {
         Some(whole)
     }
 
-    /// Says that `version` needs an object, which is then kept as long as that version is. False when it is not held.
+    /// Keeps an object as long as `version` is kept. False if the object is not held.
     pub fn keep_for(&self, id: &ObjectId, version: PolicyVersion) -> bool {
         self.entries.get_mut(id).is_some_and(|mut entry| {
             entry.version = entry.version.max(version);
@@ -313,7 +303,7 @@ impl Store {
         })
     }
 
-    /// Keeps an object until it is unpinned as often. False when it is not held.
+    /// Keeps an object until it is unpinned as often. False if the object is not held.
     pub fn pin(&self, id: &ObjectId) -> bool {
         self.entries.get_mut(id).is_some_and(|mut entry| {
             entry.pins += 1;
@@ -321,7 +311,7 @@ impl Store {
         })
     }
 
-    /// Takes one pin away.
+    /// Removes one pin.
     pub fn unpin(&self, id: &ObjectId) {
         if let Some(mut entry) = self.entries.get_mut(id) {
             entry.pins = entry.pins.saturating_sub(1);
@@ -333,17 +323,17 @@ impl Store {
         self.config.directory.is_some()
     }
 
-    /// Whether an object is held, if only in part.
+    /// Whether an object is held, at least in part.
     pub fn contains(&self, id: &ObjectId) -> bool {
         self.entries.contains_key(id)
     }
 
-    /// Declared sizes of all that is held.
+    /// The sum of the declared sizes of the objects held.
     pub fn bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.object.bytes).sum()
     }
 
-    /// Names of all that is held, in order.
+    /// The ids of the objects held, sorted.
     pub fn objects(&self) -> Vec<ObjectId> {
         let mut ids: Vec<ObjectId> = self.entries.iter().map(|entry| *entry.key()).collect();
         ids.sort();
@@ -357,16 +347,16 @@ impl Store {
             .map(|directory| directory.join(id.to_string()))
     }
 
-    /// Lets go of what retention does not keep, then of the oldest until the newcomer fits.
+    /// Drops objects of versions that are not kept, then the oldest objects until the newcomer fits.
     fn make_room(&self, newcomer: &Object) -> Result<(), StoreError> {
-        let rows = self.entries.iter().map(|entry| Row {
+        let rows = self.entries.iter().map(|entry| Retention {
             id: *entry.key(),
             version: entry.version,
             bytes: entry.object.bytes,
             is_file: matches!(entry.object.content, Content::File { .. }),
             is_pinned: entry.pins > 0,
         });
-        let rows: Vec<Row> = rows.collect();
+        let rows: Vec<Retention> = rows.collect();
         for id in to_drop(rows, newcomer, &self.config)? {
             self.entries.remove(&id);
             tracing::debug!(object = %id.short(), "object dropped");
@@ -377,7 +367,7 @@ impl Store {
         Ok(())
     }
 
-    /// Takes back what a folder holds, and removes what is not whole.
+    /// Loads an object from its folder, and removes damaged shards.
     fn load(&self, name: &str) -> Result<(), StoreError> {
         let Some(directory) = &self.config.directory else {
             return Ok(());
@@ -408,7 +398,7 @@ impl Store {
     }
 }
 
-/// The description in a folder, when it is one and the folder is named after it.
+/// The description in a folder, if it is valid and the folder is named after it.
 fn described(folder: &std::path::Path, name: &str) -> Option<Object> {
     let bytes = disk::read_file(&folder.join(DESCRIPTION), DESCRIPTION_BYTES_MAX).ok()??;
     let object: Object = serde_json::from_slice(&bytes).ok()?;
@@ -416,9 +406,9 @@ fn described(folder: &std::path::Path, name: &str) -> Option<Object> {
     (object.id().to_string() == name).then_some(object)
 }
 
-/// What retention needs to know of an object held.
+/// The facts about a held object that decide whether it is dropped.
 #[derive(Debug, Clone)]
-struct Row {
+struct Retention {
     id: ObjectId,
     version: PolicyVersion,
     bytes: u64,
@@ -426,10 +416,10 @@ struct Row {
     is_pinned: bool,
 }
 
-/// Which objects to let go so that `newcomer` fits: first those of versions that are not kept, then the oldest. Small
-/// files stay whatever version they came with, since a tokenizer of version 0 serves them all, and go last.
+/// Chooses the objects to drop so that `newcomer` fits: first those of versions that are not kept, then the oldest. Files beside
+/// the weights are dropped last, whatever their version: a tokenizer of version 0 serves all versions.
 fn to_drop(
-    mut rows: Vec<Row>,
+    mut rows: Vec<Retention>,
     newcomer: &Object,
     config: &StoreConfig,
 ) -> Result<Vec<ObjectId>, StoreError> {
@@ -447,7 +437,7 @@ fn to_drop(
         .take(config.versions_kept.max(1))
         .next_back()
         .copied();
-    let outlived = |row: &Row| !row.is_file && Some(row.version) < oldest_kept;
+    let outlived = |row: &Retention| !row.is_file && Some(row.version) < oldest_kept;
     rows.sort_by_key(|row| (!outlived(row), row.is_file, row.version, row.id));
     let mut bytes: u64 = rows.iter().map(|row| row.bytes).sum();
     let mut count = rows.len();

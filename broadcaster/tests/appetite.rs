@@ -1,5 +1,5 @@
-//! What a delta makes its reader allocate: the result, which is as long as the parent, and a bounded rest. Whatever its bytes
-//! say, since they are believed only after the result's root was compared.
+//! Applying a delta allocates the result, which is as long as the parent, and a bounded rest, whatever the delta's bytes are: a
+//! delta is not trusted before the result's root was compared.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -10,35 +10,35 @@ use muster_broadcaster::codec::delta::{apply, encode};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
-/// Bytes that are allocated now, and the most there were.
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
+/// Bytes allocated now, and the largest value so far.
+static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
+static ALLOCATED_MAX: AtomicUsize = AtomicUsize::new(0);
 
-struct Counted;
+struct CountingAllocator;
 
-// SAFETY: every call goes to the system's allocator as it came.
+// SAFETY: every call is passed on to the system's allocator unchanged.
 #[allow(unsafe_code)]
-unsafe impl GlobalAlloc for Counted {
+unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        MOST.fetch_max(now, Ordering::Relaxed);
+        let now = ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        ALLOCATED_MAX.fetch_max(now, Ordering::Relaxed);
         // SAFETY: as the caller promised.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
+        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
         // SAFETY: as the caller promised.
         unsafe { System.dealloc(memory, layout) }
     }
 }
 
 #[global_allocator]
-static ALLOCATOR: Counted = Counted;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 const ELEMENTS: usize = 500_000;
-const THREADS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1);
-/// Tables of the slices in work, the directory, and a thread's own.
+const THREADS: NonZeroUsize = NonZeroUsize::new(2).unwrap();
+/// Tables of the slices in progress, the directory, and each thread's own bytes.
 const REST_BYTES: usize = 768 << 10;
 
 /// A safetensors file of one tensor of 16-bit weights and one of 32-bit.
@@ -52,16 +52,16 @@ fn file(half: &[u8], full: &[u8]) -> Vec<u8> {
     [&length[..], header.as_bytes(), half, full].concat()
 }
 
-/// What applying a delta allocated at most, at once.
-fn appetite(parent: &[u8], delta: &[u8]) -> (usize, bool) {
-    let before = NOW.load(Ordering::Relaxed);
-    MOST.store(before, Ordering::Relaxed);
+/// The most bytes allocated at once while a delta was applied, and whether it could be applied.
+fn allocated_while_applying(parent: &[u8], delta: &[u8]) -> (usize, bool) {
+    let before = ALLOCATED.load(Ordering::Relaxed);
+    ALLOCATED_MAX.store(before, Ordering::Relaxed);
     let is_applied = apply(parent, delta, THREADS).is_ok();
-    (MOST.load(Ordering::Relaxed) - before, is_applied)
+    (ALLOCATED_MAX.load(Ordering::Relaxed) - before, is_applied)
 }
 
 #[test]
-fn no_delta_makes_its_reader_allocate_more_than_the_result_and_a_bounded_rest() {
+fn applying_any_delta_allocates_the_result_and_a_bounded_rest() {
     let mut rng = ChaCha12Rng::seed_from_u64(7);
     let (mut half, mut full) = (vec![0; 2 * ELEMENTS], vec![0; 4 * ELEMENTS / 10]);
     rng.fill(&mut half[..]);
@@ -72,9 +72,9 @@ fn no_delta_makes_its_reader_allocate_more_than_the_result_and_a_bounded_rest() 
     let honest = encode(&parent, &file(&half, &full), THREADS).unwrap().bytes;
     let most = parent.len() + REST_BYTES;
 
-    let (allocated, is_applied) = appetite(&parent, &honest);
+    let (allocated, is_applied) = allocated_while_applying(&parent, &honest);
     assert!(is_applied && allocated >= parent.len() && allocated <= most);
-    // The directory and the tables lie in front, and there a byte can ask for most.
+    // The directory and the tables come first; there a byte can demand the most memory.
     for round in 0..600 {
         let mut delta = honest.clone();
         let front = if round % 2 == 0 { 64 } else { delta.len() };
@@ -85,11 +85,11 @@ fn no_delta_makes_its_reader_allocate_more_than_the_result_and_a_bounded_rest() 
             delta.truncate(rng.random_range(4..delta.len()));
         }
         if round % 5 == 0 {
-            // Numbers that go on for as long as a number may.
+            // The longest encoding of a number.
             let at = rng.random_range(4..16);
             delta.splice(at..at, [0xff; 8]);
         }
-        let (allocated, _) = appetite(&parent, &delta);
+        let (allocated, _) = allocated_while_applying(&parent, &delta);
         assert!(allocated <= most, "round {round}: {allocated} of {most}");
     }
 }

@@ -1,8 +1,8 @@
-//! Bits in bytes, lowest first: for the few tables before a slice's coded symbols, so written for clearness.
+//! Bits in bytes, lowest first. They hold the small tables before a slice's coded symbols, so the code is written for clarity, not
+//! for speed.
 
 use super::SliceError;
 
-/// Collects bits.
 #[derive(Debug, Default)]
 pub(super) struct BitWriter {
     bytes: Vec<u8>,
@@ -23,7 +23,7 @@ impl BitWriter {
         }
     }
 
-    /// The bytes; unused bits of the last are zero.
+    /// The bytes; the last byte's unused bits are zero.
     pub(super) fn finish(self) -> Vec<u8> {
         self.bytes
     }
@@ -53,7 +53,7 @@ impl<'a> BitReader<'a> {
         Ok(value)
     }
 
-    /// The bytes after the last one begun, whose unused bits must be zero: two encodings of one content would be two names.
+    /// The bytes after the last one begun. Its unused bits must be zero, so that a content has only one encoding.
     pub(super) fn rest(mut self) -> Result<&'a [u8], SliceError> {
         let padding = (8 - self.position % 8) % 8;
         if self.get(padding as u32)? != 0 {

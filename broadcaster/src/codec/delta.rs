@@ -1,9 +1,8 @@
-//! A delta as an object: what turns one safetensors file into another of the same layout.
+//! The format of a delta from one safetensors file to another of the same layout.
 //!
-//! The file's tensors are cut in slices of [`SLICE_ELEMENTS`], in the order of their bytes. A directory says for each slice
-//! by which method it is coded and in how many bytes; the coded slices follow. Methods are chosen by measured size, so a delta
-//! is never larger than the tensors and a few bytes a slice. Slices are independent: they are coded on several threads, and
-//! each needs the memory of one slice.
+//! Tensors are cut into slices of [`SLICE_ELEMENTS`], in the order of their bytes. A directory lists each slice's method and number
+//! of coded bytes; the coded slices follow. The encoder takes the method with the fewest bytes, so a delta is at most as large as
+//! the tensors and a few bytes per slice. Slices are independent: several threads code them, each with the memory of one slice.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -15,64 +14,49 @@ use super::patch::{self, Float};
 use super::{SLICE_ELEMENTS, SliceError, planes};
 use crate::version::state::{StateError, tensor_spans};
 
-/// What a delta begins with; another layout gets another name.
+/// A delta's first bytes; another format would have others.
 const MAGIC: &[u8; 4] = b"msd1";
-/// Planes are tried when a patch takes more than one in this many bytes of its slice. A patch of weights of which few change
-/// is several times smaller than planes, and finding that out anew would cost more time than the patch did.
+/// The encoder tries planes only if the patch has more than 1/16 of the slice's bytes. If few weights change, the patch is several
+/// times smaller than planes, and compressing planes would take longer than the patch did.
 const PLANES_WORTH_TRYING: usize = 16;
 
-/// Why there is no delta, or why one cannot be applied.
+/// Why a delta cannot be made or applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DeltaError {
-    /// Parent or child is no safetensors file.
+    /// Parent or child is not a safetensors file.
     #[error(transparent)]
     State(#[from] StateError),
-    /// Parent and child are laid out differently.
     #[error("two versions have different tensors or layouts: send the whole file")]
     Layout,
-    /// The object is no delta.
-    #[error("delta of {bytes} bytes is not readable ({problem}): fetch the anchor")]
-    Format {
-        /// Its size.
-        bytes: usize,
-        /// What is wrong.
-        problem: &'static str,
-    },
-    /// One of its slices cannot be applied.
-    #[error("delta's slice {slice} of tensor `{tensor}` {problem}: fetch the anchor")]
+    #[error("cannot read delta of {bytes} bytes ({problem}): fetch the anchor")]
+    Format { bytes: usize, problem: &'static str },
+    #[error("slice {slice} of tensor `{tensor}` in the delta {problem}: fetch the anchor")]
     Slice {
-        /// Which tensor.
         tensor: String,
-        /// Which slice of it.
+        /// The slice's number within the tensor.
         slice: usize,
-        /// What is wrong.
         problem: SliceError,
     },
-    /// The buffer for the result is not as long as the parent.
+    /// The result's buffer is not as long as the parent.
     #[error(
-        "the result takes {expected} bytes where there is room for {found}: give as many as the parent has"
+        "the result has {expected} bytes, but the buffer has {found}: pass a buffer as long as the parent"
     )]
-    Room {
-        /// Bytes of the parent.
-        expected: usize,
-        /// Bytes of the buffer.
-        found: usize,
-    },
-    /// Whoever wanted it wants it no more.
-    #[error("delta was given up before it was done: make it again")]
+    Room { expected: usize, found: usize },
+    /// The caller stopped the encoder.
+    #[error("encoding was stopped before the delta was complete")]
     GivenUp,
 }
 
-/// How a slice is coded.
+/// The coding of a slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Method {
-    /// Not at all: nothing changed.
+    /// Nothing changed, so no bytes.
     Same,
     /// [`super::patch`].
     Patch,
     /// [`super::planes`].
     Planes,
-    /// As it is.
+    /// The child's bytes.
     Raw,
 }
 
@@ -80,16 +64,15 @@ impl Method {
     const ALL: [Self; 4] = [Self::Same, Self::Patch, Self::Planes, Self::Raw];
 }
 
-/// A delta, and what it says about the step.
+/// A delta and its statistics.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delta {
-    /// The object.
     pub bytes: Vec<u8>,
-    /// Elements that changed.
+    /// Number of elements that changed.
     pub changed: u64,
-    /// Elements there are.
+    /// Number of elements in the file.
     pub elements: u64,
-    /// How many slices are coded by each of [`Method::Same`], [`Method::Patch`], [`Method::Planes`], [`Method::Raw`].
+    /// Number of slices by method, in the order of [`Method`].
     pub methods: [usize; 4],
 }
 
@@ -110,18 +93,18 @@ struct Coded {
     changed: u64,
 }
 
-/// Codes what turns `parent` into `child`, on up to `threads` threads.
+/// Codes the change from `parent` to `child`, on up to `threads` threads.
 ///
 /// # Errors
-/// When they are not two safetensors files with the same header.
+/// When the two are not safetensors files with the same header.
 pub fn encode(parent: &[u8], child: &[u8], threads: NonZeroUsize) -> Result<Delta, DeltaError> {
     encode_while(parent, child, threads, || true)
 }
 
-/// [`encode`], slice by slice: `goes_on` is asked before each, and may wait until the machine has nothing better to do.
+/// [`encode`] that calls `goes_on` before each slice. `goes_on` may block while other work goes first; it returns false to stop.
 ///
 /// # Errors
-/// As [`encode`], and when it was given up.
+/// As [`encode`], and when `goes_on` returned false.
 pub fn encode_while(
     parent: &[u8],
     child: &[u8],
@@ -174,18 +157,17 @@ pub fn encode_while(
     Ok(delta)
 }
 
-/// Makes the child of `parent` that `delta` leads to, on up to `threads` threads. Whether it is what somebody signed is for
-/// [`crate::version::state`] to say.
+/// Applies `delta` to `parent`, on up to `threads` threads. The caller verifies the result ([`crate::version::state`]).
 ///
 /// # Errors
-/// When the parent is no safetensors file, or the delta was not made for it.
+/// When the parent is not a safetensors file, or the delta does not fit it.
 pub fn apply(parent: &[u8], delta: &[u8], threads: NonZeroUsize) -> Result<Vec<u8>, DeltaError> {
     let mut child = vec![0; parent.len()];
     apply_into(parent, delta, &mut child, threads)?;
     Ok(child)
 }
 
-/// [`apply`] into a buffer as long as the parent. What it holds after an error is of no use.
+/// [`apply`] into a buffer as long as the parent. After an error the buffer's content is undefined.
 ///
 /// # Errors
 /// As [`apply`], and when the buffer has another length.
@@ -224,7 +206,7 @@ pub fn apply_into(
     Ok(())
 }
 
-/// Every slice of a file, in the order of its bytes.
+/// The slices of a file, in the order of their bytes.
 fn slices_of(file: &[u8]) -> Result<Vec<Slice>, StateError> {
     let mut spans = tensor_spans(file)?;
     spans.sort_by_key(|span| span.range.start);
@@ -323,7 +305,7 @@ fn directory(delta: &[u8], slices: usize) -> Result<Vec<(Method, &[u8])>, DeltaE
     let bad = |problem| DeltaError::Format { bytes, problem };
     let mut rest = delta
         .strip_prefix(MAGIC)
-        .ok_or_else(|| bad("it does not begin as one"))?;
+        .ok_or_else(|| bad("its first bytes are not `msd1`"))?;
     let mut entries = Vec::with_capacity(slices);
     for _ in 0..slices {
         let entry = take_number(&mut rest).ok_or_else(|| bad("its directory is cut short"))?;
@@ -355,7 +337,7 @@ fn put_number(bytes: &mut Vec<u8>, mut number: u64) {
 
 fn take_number(bytes: &mut &[u8]) -> Option<u64> {
     let mut number = 0;
-    // Eight bytes hold any size that an object may have.
+    // Eight bytes hold the size of any object.
     for shift in (0..56).step_by(7) {
         let (byte, rest) = bytes.split_first()?;
         *bytes = rest;
@@ -367,7 +349,7 @@ fn take_number(bytes: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// Does every job, on this thread and others, and gives them back in order. The first error ends it.
+/// Runs `work` on every job, on this thread and others. Returns the jobs in order, or the first error.
 fn in_parallel<J: Send>(
     jobs: VecDeque<J>,
     threads: NonZeroUsize,

@@ -1,11 +1,11 @@
-//! The exponent-bucketed patch of a slice of 16-bit weights: which changed, and by how many units in the last place.
+//! Codes which 16-bit weights of a slice changed, and by how many units in the last place.
 //!
-//! The decoder has the parent, so the chance that a weight changes is known from its exponent. Each class of exponents
-//! ([`super::classes`]) counts its own weights, and a change is coded as how many weights of its class were passed since the
-//! last change in it; then the step between the two weights in the order of their values. Both are tokens under tables of
-//! the class. The order of all 65,536 patterns is a bijection (−0 lies beside +0, NaN payloads behind the infinities), so a
-//! step is exact for whatever bits there are. The order of symbols is that in which the decoder meets them: blocks of 64
-//! weights, in a block class after class. After the last change of a class comes the gap "no more".
+//! The decoder has the parent, so it can infer from a weight's exponent how likely the weight changes. Weights are sorted into
+//! classes by exponent ([`super::classes`]). A change is coded as a gap (the number of weights of its class since the class's last
+//! change) and a step (the distance of the two weights in the order of their values). Gap and step are tokens, with tables for
+//! each class. The order of values is a bijection of all 65,536 bit patterns (−0 lies beside +0, NaNs beyond the infinities), so a
+//! step is exact for any bits. Symbols come in the order in which the decoder needs them: by blocks of 64 weights, and in a block by
+//! class. After its last change, a class has the gap "no more".
 
 use super::SLICE_ELEMENTS;
 use super::SliceError;
@@ -19,14 +19,14 @@ use super::rans::{Decoder, Encoder, Lookup, Table};
 use super::token::{TOKENS, base, split};
 use super::wide::{Loop, widest};
 
-/// The gap after which nothing more changes. Other gaps are coded as one more than they are.
+/// The coded gap "no more": the class has no further change. A gap of n weights is coded as n + 1.
 const NO_MORE: u32 = 0;
-/// A gap that no slice is long enough for.
+/// A gap longer than any slice.
 const NEVER: u32 = 1 << 30;
-/// Largest zigzag step less one: all pairs of different 16-bit patterns.
+/// Largest coded step. A step is coded in zigzag order, less one since it is never 0.
 const STEP_MAX: u32 = u16::MAX as u32 - 1;
 
-/// Bits below the exponent of a 16-bit float.
+/// The layout of a 16-bit float.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Float {
     /// 8 bits of exponent, 7 of mantissa.
@@ -47,14 +47,13 @@ impl Float {
 /// A coded slice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Patch {
-    /// The bytes.
     pub bytes: Vec<u8>,
-    /// How many weights changed.
+    /// Number of weights that changed.
     pub changed: u64,
 }
 
-/// Codes what turns `parent` into `child`: bytes of as many 16-bit floats, at most [`SLICE_ELEMENTS`]. `None` when the two
-/// do not have the same even length within that bound.
+/// Codes the change from `parent` to `child`, both of the same number of 16-bit floats, at most [`SLICE_ELEMENTS`]. `None` for other
+/// lengths.
 pub fn encode(parent: &[u8], child: &[u8], float: Float) -> Option<Patch> {
     if parent.len() != child.len()
         || !parent.len().is_multiple_of(2)
@@ -99,10 +98,10 @@ impl Loop for ScanBlocks<'_> {
     }
 }
 
-/// Copies `parent` to `child` and applies a patch to it on the way. Both are of the same even length.
+/// Copies `parent` to `child` and applies a patch in the same pass. Both have the same even length.
 ///
 /// # Errors
-/// When the patch was not made for a slice of this length, or was altered. What `child` holds then is of no use.
+/// When the patch is damaged, or made for a slice of another length. The content of `child` is then undefined.
 pub fn apply(
     patch: &[u8],
     parent: &[u8],
@@ -149,14 +148,14 @@ impl Loop for ApplyBlocks<'_, '_> {
     }
 }
 
-/// The last weights with zeros behind them, which never change.
+/// The slice's last weights, padded to a block with zeros that never change.
 fn padded(tail: &[u8]) -> [u8; BLOCK_BYTES] {
     let mut block = [0; BLOCK_BYTES];
     block[..tail.len()].copy_from_slice(tail);
     block
 }
 
-/// A 16-bit float's place in the order of values; a bijection.
+/// A 16-bit float's place in the order of values. A bijection; [`weight_at`] is its inverse.
 #[inline(always)]
 fn place(weight: u16) -> u16 {
     if weight & 0x8000 != 0 {
@@ -175,14 +174,14 @@ fn weight_at(place: u16) -> u16 {
     }
 }
 
-/// The step between two different weights: zigzag, less one.
+/// The coded step between two different weights: zigzag, less one.
 #[inline(always)]
 fn step_between(parent: u16, child: u16) -> u32 {
     let step = place(child).wrapping_sub(place(parent)) as i16;
     u32::from(((step << 1) ^ (step >> 15)) as u16) - 1
 }
 
-/// The weight that a step leads to, or `None` when it is no step.
+/// The weight at a coded step from `parent`, or `None` if the step is too large.
 #[inline(always)]
 fn stepped(parent: u16, step: u32) -> Option<u16> {
     if step > STEP_MAX {
@@ -193,12 +192,13 @@ fn stepped(parent: u16, step: u32) -> Option<u16> {
     Some(weight_at(place(parent).wrapping_add(step)))
 }
 
-/// A change: class, gap and step in one word, since there may be millions.
+/// A change's class, gap and step, in one word since there may be millions.
 #[derive(Debug, Clone, Copy)]
 struct Change(u64);
 
 impl Change {
     fn new(class: u8, gap: u32, step: u32) -> Self {
+        debug_assert!(step <= STEP_MAX, "a step between two 16-bit weights");
         Self(u64::from(class) << 56 | u64::from(gap) << 24 | u64::from(step))
     }
 
@@ -215,10 +215,10 @@ impl Change {
     }
 }
 
-/// First pass: finds the changes, and counts tokens.
+/// The encoder's first pass: finds the changes and counts tokens.
 struct Scan {
     classes: Classes,
-    /// Weights of each class since the last change in it.
+    /// Number of weights of each class since its last change.
     passed: [u32; CLASSES_MAX],
     changes: Vec<Change>,
     gaps: [[u32; TOKENS]; CLASSES_MAX],
@@ -249,8 +249,8 @@ impl Scan {
         }
     }
 
-    /// Notes a block's changes, class after class. What a class has passed is counted from the block's beginning meanwhile,
-    /// and so is below zero after a change, until the block is added.
+    /// Records a block's changes, by class. Meanwhile `passed` counts from the start of the block: after a change it is below zero
+    /// until the block's weights are added.
     #[inline(always)]
     fn changes_of(
         &mut self,
@@ -286,7 +286,7 @@ impl Scan {
         self.changes.push(Change::new(class, gap, step));
     }
 
-    /// Second pass, last change first.
+    /// The second pass: codes the changes, last first.
     fn finish(mut self) -> Patch {
         let classes = self.classes.len();
         let mut bits = BitWriter::default();
@@ -302,7 +302,7 @@ impl Scan {
         let gaps = self.gaps.map(|counts| Table::of_counts(&counts));
         let steps = self.steps.map(|counts| Table::of_counts(&counts));
         let mut coder = Encoder::new();
-        // The gap that follows each class's change, seen from the end.
+        // For each class, the coded gap after the change at hand.
         let mut next = [NO_MORE; CLASSES_MAX];
         for change in self.changes.iter().rev() {
             let class = change.class();
@@ -329,12 +329,12 @@ fn put(coder: &mut Encoder, table: &Table, value: u32) {
     coder.put(table, token);
 }
 
-/// The decoder: walks the parent's blocks and changes what the patch says.
+/// The decoder: copies the parent's blocks and applies the patch's changes.
 struct Applier<'a> {
     classes: Classes,
     gaps: Vec<Lookup>,
     steps: Vec<Lookup>,
-    /// Weights of each class to pass before its next change.
+    /// Number of weights of each class before its next change.
     until: [u32; CLASSES_MAX],
     coder: Decoder<'a>,
 }
@@ -379,7 +379,7 @@ impl<'a> Applier<'a> {
         }
     }
 
-    /// One block, of which only the first `length` weights exist.
+    /// Decodes a block, of which only the first `length` weights exist.
     #[inline(always)]
     fn block(
         &mut self,
@@ -452,7 +452,7 @@ impl<'a> Applier<'a> {
     }
 
     fn finish(self) -> Result<(), SliceError> {
-        // A slice is shorter than half of NEVER, so what was to come never is still larger than any gap.
+        // A slice is shorter than half of NEVER, so a class without further changes still counts more than that.
         if self.until.iter().any(|until| *until < NEVER / 2) {
             return Err(SliceError::Beyond);
         }

@@ -1,13 +1,13 @@
-//! XOR with the parent in byte planes under zstd: for weights of any width where most of them change a little. The high bytes
-//! of weights that moved by a few units are mostly equal, and equal bytes beside one another compress well.
+//! Codes a slice as XOR with the parent, in byte planes compressed with zstd. It suits weights of any width if most change a
+//! little: their high bytes are mostly equal, so the high planes are runs of zeros.
 
 use super::SliceError;
 
-/// Level of zstd: higher ones gain under 2 % on planes, and cost several times as long.
+/// zstd's level: higher levels save less than 2 % of a plane, and take several times as long.
 const LEVEL: i32 = 1;
 
-/// Codes what turns `parent` into `child`, both of weights of `width` bytes. `None` when they do not have the same length, a
-/// multiple of the width, or the compressor refuses.
+/// Codes the change from `parent` to `child`, both of weights of `width` bytes. `None` if their lengths differ or are no multiple
+/// of the width, or if compression fails.
 pub fn encode(parent: &[u8], child: &[u8], width: usize) -> Option<Vec<u8>> {
     if width == 0 || parent.len() != child.len() || !parent.len().is_multiple_of(width) {
         return None;
@@ -29,10 +29,10 @@ pub fn encode(parent: &[u8], child: &[u8], width: usize) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Writes to `child` what [`encode`] had for a child. Takes no more memory than a plane of the parent's length.
+/// Writes the child that was encoded to `child`. Allocates one plane of the parent.
 ///
 /// # Errors
-/// When the bytes are not planes of this length.
+/// When the bytes are not planes of this parent's length.
 pub fn apply(
     planes: &[u8],
     parent: &[u8],
@@ -52,7 +52,7 @@ pub fn apply(
             .split_at_checked(length)
             .ok_or(SliceError::Truncated)?;
         rest = after;
-        // Into a buffer of the right size: a stream that says it is larger fails instead of growing.
+        // Into a buffer of the right size: a stream that claims to be larger fails, and allocates nothing.
         let unpacked = zstd::bulk::decompress_to_buffer(packed, &mut plane[..]);
         if unpacked.ok() != Some(plane.len()) {
             return Err(SliceError::Plane);
@@ -76,7 +76,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_two_slices_return_and_no_shorter_planes_do(
+        fn any_child_comes_back_and_truncated_planes_are_refused(
             pairs in proptest::collection::vec((any::<u32>(), any::<u32>(), any::<bool>()), 0..300),
             width in prop::sample::select(vec![2usize, 4]),
         ) {
@@ -97,7 +97,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_bytes_come_the_decoder_ends_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_bytes_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let parent = [7; 64];
             let mut child = [0; 64];
             let _never_panics = apply(&bytes, &parent, &mut child, 4);

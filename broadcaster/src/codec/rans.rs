@@ -1,27 +1,27 @@
 //! Asymmetric numeral systems in their range variant (rANS, arXiv:1311.2540), one state of 64 bits, words of 32.
 //!
-//! Symbols are coded last to first and come back first to last. Raw bits go through the same state, so that there is one
-//! stream. Invariant: the decoder ends in the state that the encoder began with, and with no word left; whatever was
-//! altered on the way almost never does, and the root decides in the end.
+//! The encoder takes symbols last to first, and the decoder returns them first to last. Raw bits use the same state, so there is
+//! one stream. Invariant: the decoder ends in the encoder's first state, with no word left. An altered stream almost never does;
+//! the root of the result detects the rest.
 
 use super::SliceError;
 use super::bits::{BitReader, BitWriter};
 use super::token::TOKENS;
 
-/// Frequencies of a table add up to 2 to this.
+/// The frequencies of a table add up to 2^`SCALE_BITS`.
 const SCALE_BITS: u32 = 12;
 const SCALE: u32 = 1 << SCALE_BITS;
-/// The state is kept at or above this, and below it times 2 to 32.
+/// The state stays at or above this, and below 2^32 times this.
 const LOWEST: u64 = 1 << 31;
-/// Significant bits to which a frequency is written, after its length: at most 6 % from the best, which costs 0.1 %.
+/// Bits of a written frequency after its leading one. The rounding error of at most 6 % costs 0.1 % of the stream.
 const MANTISSA_BITS: u32 = 3;
-/// Bits of how long a frequency is: 0 for none, at most 13.
+/// Bits of the field that holds a frequency's length in bits: 0 for none, at most 13.
 const LENGTH_BITS: u32 = 4;
-/// Bits of how many tokens a table lists.
+/// Bits of the field that holds the number of tokens listed.
 const COUNT_BITS: u32 = 6;
 const _: () = assert!(TOKENS < 1 << COUNT_BITS);
 
-/// How often each token is to be expected. Either every frequency is zero, or they add up to [`SCALE`].
+/// The frequency of each token. The frequencies are all zero, or they add up to [`SCALE`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Table {
     frequency: [u16; TOKENS],
@@ -29,7 +29,7 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// The table for tokens that were counted, rounded as it will be written.
+    /// The table for counted tokens, rounded as [`Table::write`] rounds it.
     pub(super) fn of_counts(counts: &[u32; TOKENS]) -> Self {
         let total: u64 = counts.iter().map(|count| u64::from(*count)).sum();
         let rounded = counts.map(|count| {
@@ -42,7 +42,7 @@ impl Table {
         Self::of_weights(&rounded)
     }
 
-    /// Scales weights so that they add up; what rounding leaves over goes to the largest.
+    /// Scales weights so that they add up to [`SCALE`]; the largest one takes the rounding error.
     fn of_weights(weights: &[u32; TOKENS]) -> Self {
         let weights_sum: u32 = weights.iter().sum();
         let mut frequency = [0u16; TOKENS];
@@ -61,7 +61,7 @@ impl Table {
             }
         }
         if assigned > 0 {
-            // Of at most 48 tokens the largest has at least 1/48 of the scale, more than the others were rounded up by.
+            // The largest of at most 48 tokens has at least 1/48 of the scale: more than the others were rounded up by.
             let rest = SCALE as i32 - assigned as i32;
             frequency[largest] = (i32::from(frequency[largest]) + rest) as u16;
         }
@@ -76,12 +76,12 @@ impl Table {
         Self { frequency, start }
     }
 
-    /// Whether no token is expected at all.
+    /// Whether every frequency is zero.
     pub(super) fn is_empty(&self) -> bool {
         self.frequency.iter().all(|frequency| *frequency == 0)
     }
 
-    /// Writes the table for `counts`, which [`Table::read`] makes the same table of.
+    /// Writes the table for `counts`, so that [`Table::read`] returns the same table as [`Table::of_counts`].
     pub(super) fn write(counts: &[u32; TOKENS], bits: &mut BitWriter) {
         let total: u64 = counts.iter().map(|count| u64::from(*count)).sum();
         let listed = counts.iter().rposition(|count| *count > 0);
@@ -101,7 +101,6 @@ impl Table {
         }
     }
 
-    /// Reads a table.
     pub(super) fn read(bits: &mut BitReader) -> Result<Self, SliceError> {
         let listed = bits.get(COUNT_BITS)? as usize;
         let mut weights = [0u32; TOKENS];
@@ -125,13 +124,13 @@ impl Table {
     }
 }
 
-/// The share rounded down to the significant bits that are written.
+/// Rounds a share down to the bits that are written.
 fn round(share: u32) -> u32 {
     let dropped = share.ilog2().saturating_sub(MANTISSA_BITS);
     (share >> dropped) << dropped
 }
 
-/// A table, and which token each part of the scale belongs to.
+/// A table, and the token of each slot of the scale.
 #[derive(Debug)]
 pub(super) struct Lookup {
     table: Table,
@@ -153,7 +152,7 @@ impl Lookup {
     }
 }
 
-/// Takes symbols last to first.
+/// Codes symbols, last to first.
 #[derive(Debug)]
 pub(super) struct Encoder {
     state: u64,
@@ -168,9 +167,10 @@ impl Encoder {
         }
     }
 
-    /// Codes a token that the table expects.
+    /// Codes a token whose frequency is not zero.
     #[inline]
     pub(super) fn put(&mut self, table: &Table, token: usize) {
+        debug_assert!(table.frequency[token] > 0, "a token that the table has");
         let frequency = u64::from(table.frequency[token]).max(1);
         self.make_room(((LOWEST >> SCALE_BITS) << 32) * frequency);
         self.state = ((self.state / frequency) << SCALE_BITS)
@@ -178,7 +178,7 @@ impl Encoder {
             + u64::from(table.start[token]);
     }
 
-    /// Codes the lowest `count` bits of `value`; at most 30.
+    /// Codes the lowest `count` bits of `value`; `count` is at most 30.
     #[inline]
     pub(super) fn put_raw(&mut self, value: u32, count: u32) {
         self.make_room((LOWEST >> count) << 32);
@@ -193,7 +193,7 @@ impl Encoder {
         }
     }
 
-    /// Appends the state and the words, in the order in which they are read.
+    /// Appends the state and the words in the order of reading.
     pub(super) fn finish(self, bytes: &mut Vec<u8>) {
         bytes.extend(self.state.to_le_bytes());
         bytes.reserve(self.words.len() * 4);
@@ -203,7 +203,7 @@ impl Encoder {
     }
 }
 
-/// Gives symbols first to last.
+/// Decodes symbols, first to last.
 #[derive(Debug)]
 pub(super) struct Decoder<'a> {
     state: u64,
@@ -226,11 +226,11 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// The next token by a table that is not empty.
+    /// The next token. The table must not be empty; an empty one yields token 0, and [`Self::finish`] fails.
     #[inline]
     pub(super) fn get(&mut self, lookup: &Lookup) -> usize {
         let slot = (self.state & u64::from(SCALE - 1)) as usize;
-        // An empty table gives token 0, of frequency 0: the state becomes 0 and the end will not be as it must.
+        // In an empty table, token 0 has frequency 0: the state becomes 0, which is not a valid end.
         let token = lookup
             .token
             .get(slot)
@@ -262,14 +262,14 @@ impl<'a> Decoder<'a> {
                 self.words = rest;
             }
             None => {
-                // Goes on with a valid state, so that the caller's loop ends on its own; the end then tells.
+                // A valid state lets the caller's loop end normally; `finish` reports the error.
                 self.state |= LOWEST;
                 self.is_overrun = true;
             }
         }
     }
 
-    /// Whether the stream ended where its content did.
+    /// Checks that the stream ends where its symbols end.
     pub(super) fn finish(self) -> Result<(), SliceError> {
         if self.is_overrun {
             return Err(SliceError::Truncated);
@@ -324,7 +324,7 @@ mod tests {
         }
 
         #[test]
-        fn every_table_that_can_be_read_adds_up(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+        fn every_readable_table_adds_up(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             if let Ok(table) = Table::read(&mut BitReader::new(&bytes)) {
                 let total: u32 = table.frequency.iter().map(|f| u32::from(*f)).sum();
                 prop_assert!(total == SCALE || table.is_empty());

@@ -1,17 +1,17 @@
-//! Whole numbers as a token, which is entropy coded, and raw bits, which are as likely as not: small numbers have a token of
-//! their own, larger ones share two per octave. Half an octave is fine enough that the numbers within one are about equally
-//! likely (0.01 bit lost for a geometric distribution), and coarse enough that a table of tokens costs few bytes.
+//! Splits a whole number into a token, which is entropy coded, and raw bits. Small numbers have a token each; larger ones share two
+//! tokens per octave. The numbers in half an octave are about equally likely (this costs 0.01 bit for a geometric distribution),
+//! and there are few enough tokens that a table of them is small.
 
-/// Numbers below it are tokens.
+/// Smaller numbers are their own tokens.
 const DIRECT: u32 = 8;
-/// Largest number: a gap as long as a slice, and one.
+/// Largest number: one more than the longest gap, which is a slice less one weight.
 pub(super) const VALUE_MAX: u32 = super::SLICE_ELEMENTS as u32;
-/// How many tokens there are.
 pub(super) const TOKENS: usize = DIRECT as usize + 2 * (VALUE_MAX.ilog2() as usize - 2);
 
-/// The token of `value` (at most [`VALUE_MAX`]), its raw bits and how many these are.
+/// The token of `value` (at most [`VALUE_MAX`]), its raw bits, and the number of raw bits.
 #[inline]
 pub(super) fn split(value: u32) -> (usize, u32, u32) {
+    debug_assert!(value <= VALUE_MAX, "a value that has a token");
     if value < DIRECT {
         return (value as usize, 0, 0);
     }
@@ -22,7 +22,7 @@ pub(super) fn split(value: u32) -> (usize, u32, u32) {
     (token as usize, value & ((1 << raw_bits) - 1), raw_bits)
 }
 
-/// The smallest number of a token, and how many raw bits are added to it.
+/// The smallest number of a token, and the number of its raw bits.
 #[inline]
 pub(super) fn base(token: usize) -> (u32, u32) {
     let token = token as u32;
@@ -52,7 +52,7 @@ mod tests {
             assert_eq!(base(token).0 + raw, value);
             assert!(raw < 1 << raw_bits);
         }
-        // The last half octave lies behind the largest number, and is there since tokens come in pairs.
+        // Tokens come in pairs, so the last one lies above the largest number.
         assert_eq!(seen.iter().filter(|seen| **seen).count(), TOKENS - 1);
     }
 }

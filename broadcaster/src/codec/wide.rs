@@ -1,17 +1,15 @@
-//! A loop over blocks as compiled for the widest vectors that this machine has. The build's own target knows only the
-//! oldest ones; two thirds of the time over weights that did not change is saved by asking the processor.
+//! Compiles a loop over blocks several times, and runs the version for the widest vectors that this processor has. The build's
+//! target allows only the oldest vector instructions; the wider ones save two thirds of the time over unchanged weights.
 
-/// A loop of plain safe code. `run`, and what it calls per block, must be `#[inline(always)]`: only what is inlined is
+/// A loop of safe code. `run` and the functions that it calls for each block must be `#[inline(always)]`: only inlined code is
 /// compiled for the wider vectors.
 pub(super) trait Loop {
-    /// What comes of it.
     type Output;
 
-    /// The loop.
     fn run(self) -> Self::Output;
 }
 
-/// Runs a loop in the version for this machine.
+/// Runs the version of a loop for this processor.
 pub(super) fn widest<L: Loop>(work: L) -> L::Output {
     #[cfg(target_arch = "x86_64")]
     {
@@ -32,7 +30,7 @@ pub(super) fn widest<L: Loop>(work: L) -> L::Output {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        // Safety: the processor was asked for these very features; the loop itself is safe code.
+        // SAFETY: the processor has exactly these features; the loop itself is safe code.
         #[allow(unsafe_code)]
         if has_avx2 && has_avx512 {
             return unsafe { avx512(work) };

@@ -1,7 +1,7 @@
-//! The bytes of a folder against its manifest, read as a stream: the weights shard by shard, whatever files they lie in.
+//! Verifies a folder's bytes against its manifest, as a stream: one shard of the weights at a time.
 //!
-//! Weights in several files are read as the one file that was signed: its header from the manifest, its tensors from the files.
-//! Where a shard is wrong, the hashes of the tensors in it tell which file is.
+//! Weights in several files are read as the one signed file: its header comes from the manifest, its tensors from the files. If a
+//! shard is wrong, the hashes of the tensors in it tell which file is wrong.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Take};
@@ -20,17 +20,17 @@ use crate::store::disk::{self, EntryKind, FolderEntry};
 use crate::version::state::StateError;
 use crate::version::state::stream::{Checked, StreamError, verify_stream};
 
-/// Most names listed of a folder: one more than can be right shows that something is wrong.
+/// Most entries listed: more than any valid snapshot has.
 const ENTRIES_MAX: usize = FILES_MAX + FOLDER_FILES_MAX + 5;
-/// Bytes read at once where shards do not say how many.
+/// Buffer for copying and hashing files.
 const PIECE_BYTES: u64 = 256 << 10;
 
-/// The names in a folder.
+/// The entries of a folder.
 pub(super) fn list(folder: &Path) -> Result<Vec<FolderEntry>, SnapshotError> {
     Ok(disk::list_folder(folder, ENTRIES_MAX)?)
 }
 
-/// Checks every byte of every file but the manifest, and tells what the weights are made of.
+/// Verifies every byte of every file but the manifest. Returns the parts of the weights.
 pub(super) fn check_folder(
     folder: &Path,
     found: &[FolderEntry],
@@ -56,7 +56,7 @@ pub(super) fn check_folder(
     })
 }
 
-/// Whether a file beside the weights is what the version names.
+/// Checks that a file beside the weights is the one that the version names.
 pub(super) fn check_file(
     entry: &FileEntry,
     found: u64,
@@ -75,7 +75,7 @@ pub(super) fn check_file(
     Ok(())
 }
 
-/// An error about the weights as one about files.
+/// Maps an error about the weights to one about a file.
 pub(super) fn weights_error(error: StateError) -> SnapshotError {
     match error {
         StateError::Differs { range, place } => SnapshotError::Differs {
@@ -97,14 +97,14 @@ fn explained(folder: &Path, statements: &Statements, error: StateError) -> Snaps
     };
     match wrong_tensor(folder, statements, split, &range) {
         Ok(Some(named)) | Err(named) => named,
-        // What is left is the header and the description, which both are in the manifest.
+        // The header and the description are left, and both are in the manifest.
         Ok(None) => statements.refused(&format!(
-            "the tensors are as signed, but with the header it holds the weights are not those it describes ({error})"
+            "the tensors match their signed hashes, but its header does not match its description of the weights ({error})"
         )),
     }
 }
 
-/// The first tensor in a range of the image that is not the one whose hash follows from the signed root.
+/// The first tensor in a range of the image whose hash is wrong.
 fn wrong_tensor(
     folder: &Path,
     statements: &Statements,
@@ -133,7 +133,7 @@ fn wrong_tensor(
     Ok(None)
 }
 
-/// Whether the folder holds the files that it should, of the right size, and nothing else.
+/// Checks that the folder holds exactly the right files, each of the right size.
 fn check_listing(found: &[FolderEntry], statements: &Statements) -> Result<(), SnapshotError> {
     let expected = statements.report().files;
     for entry in found {
@@ -163,7 +163,7 @@ fn check_listing(found: &[FolderEntry], statements: &Statements) -> Result<(), S
     Ok(())
 }
 
-/// Whether a file begins with what was written for it.
+/// Checks that a file begins with `expected`.
 fn check_start(
     folder: &Path,
     name: &str,
@@ -191,7 +191,7 @@ fn hash_file(folder: &Path, name: &str, range: Range<u64>) -> Result<ContentHash
     Ok(ContentHash(*hasher.finalize().as_bytes()))
 }
 
-/// Passes on exactly so many bytes.
+/// Copies exactly `bytes` bytes.
 pub(super) fn pump(
     from: &mut impl Read,
     to: &mut impl io::Write,
@@ -208,7 +208,7 @@ pub(super) fn pump(
     Ok(())
 }
 
-/// A file from one of its bytes on.
+/// Opens a file at byte `start`.
 pub(super) fn open(path: &Path, start: u64) -> io::Result<File> {
     let opened = File::open(path).and_then(|mut file| {
         file.seek(SeekFrom::Start(start))?;
@@ -225,7 +225,7 @@ fn unread(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), problem)
 }
 
-/// The one file that was signed, read from the files that hold it.
+/// Reads the one signed file from the files that hold its bytes.
 pub(super) struct Joined<'a> {
     folder: &'a Path,
     head: &'a [u8],

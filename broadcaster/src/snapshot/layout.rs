@@ -1,8 +1,8 @@
-//! Weights as several files with an index, as Hugging Face libraries write and read large models: which tensor lies in which
-//! file, and every byte of the files that is no weight. Pure.
+//! Lays weights out in several files with an index, as Hugging Face libraries do for large models: which tensor lies in which file,
+//! and every byte of the files that is not a weight. Pure.
 //!
-//! The files are a view of the one file that was signed: tensors follow each other as they do there. Invariant: the same
-//! tensors and cuts always give the same bytes, so that a folder can be compared with what it should be.
+//! Tensors keep the order of the one signed file. Invariant: the same tensors and cuts always give the same bytes, so that
+//! verification can generate them again.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -18,25 +18,25 @@ use crate::version::state::{LENGTH_BYTES, StateError, TensorSpan, verify_root};
 /// Most files of weights: a seeder that serves the folder holds each open. At the default size they hold more than the largest
 /// object.
 pub const FOLDER_FILES_MAX: usize = 100;
-/// Where a header ends is a multiple of this, so that tensors are aligned.
+/// A header's length is a multiple of this, so that tensors are aligned.
 const ALIGNMENT: usize = 8;
-/// What libraries want to read in a header before they take a file for theirs.
+/// The first bytes of a header; libraries reject files without this format note.
 const HEADER_START: &str = r#"{"__metadata__":{"format":"pt"}"#;
 
 /// A file of weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct WeightFile {
     pub(super) name: String,
-    /// Its first bytes: the header's length and the header. None where they are part of the image.
+    /// The file's first bytes: the header's length and the header. Empty if the file is the whole image.
     pub(super) head: Vec<u8>,
-    /// The bytes of the image that follow.
+    /// The range of the image that follows.
     pub(super) data: Range<u64>,
-    /// How many tensors these are.
+    /// Number of tensors in that range.
     pub(super) tensors: usize,
 }
 
 impl WeightFile {
-    /// The image as it is.
+    /// A file that is the whole image.
     pub(super) fn whole(bytes: u64) -> Self {
         Self {
             name: WEIGHTS_FILE.to_owned(),
@@ -45,50 +45,48 @@ impl WeightFile {
             tensors: 0,
         }
     }
-
-    /// Its size.
     pub(super) fn bytes(&self) -> u64 {
         self.head.len() as u64 + (self.data.end - self.data.start)
     }
 
-    /// Where bytes of the image lie in it.
+    /// The place in this file of a range of the image.
     pub(super) fn place(&self, image: &Range<u64>) -> Range<u64> {
         let shift = |at: u64| self.head.len() as u64 + at.saturating_sub(self.data.start);
         shift(image.start)..shift(image.end)
     }
 }
 
-/// Weights in several files.
+/// The layout of weights in several files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Split {
-    /// The image's first bytes, which are in none of the files: the header's length and the header.
+    /// The image's first bytes, which no file holds: the header's length and the header.
     pub(super) head: Vec<u8>,
     /// Hashes of the tensors' bytes, in the order of the version's table.
     pub(super) hashes: Vec<ContentHash>,
-    /// The tensors, in the order of their bytes.
+    /// In the order of their bytes.
     pub(super) spans: Vec<TensorSpan>,
     /// In the order of their bytes.
     pub(super) files: Vec<WeightFile>,
-    /// The index's bytes.
+    /// The bytes of the index file.
     pub(super) index: Vec<u8>,
 }
 
-/// Why weights cannot be laid out in files.
+/// Why weights cannot be laid out in several files.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LayoutError {
     #[error("{0}")]
     State(#[from] StateError),
-    #[error("the number of tensors in each file is not one of 2 to {FOLDER_FILES_MAX} files")]
+    #[error("its files do not hold all tensors in 2 to {FOLDER_FILES_MAX} files")]
     Cuts,
-    #[error("more than {FOLDER_FILES_MAX} files would be needed")]
+    #[error("they need more than {FOLDER_FILES_MAX} files")]
     TooMany,
     #[error("the index cannot be written: {0}")]
     Index(#[from] serde_json::Error),
 }
 
 impl Split {
-    /// Weights that were checked, in files of at most `bytes_max` bytes; only a tensor larger than that has a larger file.
-    /// `None` when one file is enough.
+    /// Lays verified weights out in files of at most `bytes_max` bytes; a tensor larger than that has a larger file. `None` if one
+    /// file is enough.
     pub(super) fn plan(
         checked: &Checked,
         version: &Version,
@@ -110,7 +108,7 @@ impl Split {
         Self::open(head, hashes, &counts, version, anchor).map(Some)
     }
 
-    /// The files that hold `counts` tensors each, when these are those of the version.
+    /// The layout in files of `counts` tensors. Checks that the tensors are those of the version.
     pub(super) fn open(
         head: Vec<u8>,
         hashes: Vec<ContentHash>,
@@ -181,7 +179,7 @@ fn weight_file(spans: &[TensorSpan], number: usize, of: usize) -> WeightFile {
     }
 }
 
-/// A header as far as it is written.
+/// A header that is being written.
 struct Header {
     text: String,
     data_bytes: u64,
@@ -202,7 +200,7 @@ impl Header {
         self.data_bytes += span.range.len() as u64;
     }
 
-    /// Size of the file if this tensor were its last.
+    /// Size of the file if `span` were its last tensor.
     fn file_bytes_with(&self, span: &TensorSpan) -> u64 {
         let text = self.text.len() + self.entry(span).len() + "}".len();
         (LENGTH_BYTES + text.next_multiple_of(ALIGNMENT)) as u64
@@ -228,7 +226,7 @@ impl Header {
         )
     }
 
-    /// The header's length and the header, filled up with spaces.
+    /// The header's length and the header, padded with spaces.
     fn finish(mut self) -> Vec<u8> {
         self.text.push('}');
         let length = self.text.len().next_multiple_of(ALIGNMENT);

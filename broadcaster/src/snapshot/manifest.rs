@@ -1,8 +1,8 @@
-//! The manifest: signed statements in hexadecimal, and readable fields that are written from them.
+//! The manifest: signed statements in hexadecimal, and readable fields that are generated from them.
 //!
-//! Opening a manifest writes it again and compares, so that no byte of it can change unnoticed. Of weights in several files
-//! it holds what the statements do not say: the header of the one file that was signed, the hash of each tensor, from which
-//! the signed root follows, and how many tensors are in each file.
+//! Reading a manifest generates it again and compares, so that no byte of it can change unnoticed. For weights in several files it
+//! also holds the header of the one signed file, the hash of each tensor (the signed root follows from the hashes), and the number
+//! of tensors in each file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -23,9 +23,9 @@ use super::names::{INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use crate::store::disk;
 use crate::version::state::LENGTH_BYTES;
 
-/// What the manifest of weights in one file calls itself; another layout gets another name.
+/// The format's name for weights in one file; another format would have another name.
 const FORMAT: &str = "muster-snapshot-v1";
-/// What the manifest of weights in several files calls itself.
+/// The format's name for weights in several files.
 const FORMAT_SPLIT: &str = "muster-snapshot-v2";
 /// Largest manifest read: two envelopes of at most 1 MiB in hexadecimal, a parameter table and hashes of 16,384 rows, and a
 /// header of at most 8 MiB as a string.
@@ -45,14 +45,14 @@ pub struct Report {
     pub files: BTreeMap<String, u64>,
 }
 
-/// What a manifest holds, after all of it was checked.
+/// A verified manifest.
 #[derive(Debug)]
 pub(super) struct Statements {
     pub(super) version: Signed<Version>,
     pub(super) anchor: Signed<Object>,
-    /// How the weights lie in several files, where they do.
+    /// The layout of weights in several files; none for one file.
     pub(super) split: Option<Split>,
-    /// Size of the manifest.
+    /// Size of the manifest file.
     pub(super) manifest_bytes: u64,
 }
 
@@ -83,7 +83,7 @@ struct Weights<'a> {
     split: Option<Files<'a>>,
 }
 
-/// How weights lie in several files.
+/// The layout of weights in several files.
 #[derive(Debug, Serialize)]
 struct Files<'a> {
     files: Vec<File<'a>>,
@@ -106,14 +106,14 @@ struct Envelopes {
     anchor: String,
 }
 
-/// The part of a manifest that is believed: all else follows from it.
+/// The fields of a manifest that are read; the others are generated from them.
 #[derive(Debug, Deserialize)]
 struct Proof {
     format: String,
     envelopes: Envelopes,
 }
 
-/// The part that is believed where weights are in several files, and checked against the statements.
+/// The fields that are read for weights in several files. They are checked against the statements.
 #[derive(Debug, Deserialize)]
 struct SplitProof {
     weights: WeightsProof,
@@ -137,7 +137,7 @@ struct FileProof {
 }
 
 impl Statements {
-    /// The statements of a folder's manifest, every byte of which was checked.
+    /// Reads and verifies a folder's manifest.
     pub(super) fn read(
         folder: &Path,
         learner: &PeerId,
@@ -165,7 +165,7 @@ impl Statements {
         weight_files(&self.anchor.body, self.split.as_ref())
     }
 
-    /// What the folder should be.
+    /// The files that the folder should have.
     pub(super) fn report(&self) -> Report {
         let (version, anchor) = (&self.version, &self.anchor);
         let named = version.body.files.iter();
@@ -197,7 +197,7 @@ impl Statements {
     }
 }
 
-/// The files that weights are written to.
+/// The files that hold the weights, in the order of their bytes.
 pub(super) fn weight_files(anchor: &Object, split: Option<&Split>) -> Vec<WeightFile> {
     match split {
         Some(split) => split.files.clone(),
@@ -205,7 +205,7 @@ pub(super) fn weight_files(anchor: &Object, split: Option<&Split>) -> Vec<Weight
     }
 }
 
-/// The run that a folder says it belongs to: no more than a claim until [`super::verify`] has been asked about that run.
+/// The run that a folder claims to belong to; [`super::verify`] checks the claim.
 ///
 /// # Errors
 /// When the manifest is missing or names no run.
@@ -224,7 +224,7 @@ pub fn run_named(folder: &Path) -> Result<RunId, SnapshotError> {
         })
 }
 
-/// Whether both statements speak of the same weights, and the files can lie beside them.
+/// Checks that both statements describe the same weights, and that no file names collide.
 pub(super) fn check(
     version: &Signed<Version>,
     anchor: &Signed<Object>,
@@ -238,7 +238,7 @@ pub(super) fn check(
         root: version.body.root,
     };
     if anchor.body.content != content || anchor.body.version != version.body.version {
-        return refused("the anchor it holds is not one of the version it holds".to_owned());
+        return refused("its anchor is not an anchor of its version".to_owned());
     }
     let mut names = BTreeSet::from([WEIGHTS_FILE, MANIFEST_FILE]);
     if let Some(split) = split {
@@ -301,7 +301,7 @@ fn open_split(proof: FilesProof, version: &Version, anchor: &Object) -> Result<S
     Split::open(head, proof.hashes, &counts, version, anchor).map_err(|error| error.to_string())
 }
 
-/// The manifest's bytes: always the same for the same envelopes and the same files.
+/// The manifest's bytes. The same envelopes and files always give the same bytes.
 pub(super) fn render(
     run: &RunId,
     version: &Signed<Version>,

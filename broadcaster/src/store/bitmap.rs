@@ -1,4 +1,4 @@
-//! Which shards of an object somebody holds: one bit per shard.
+//! The set of an object's shards that a peer holds: one bit per shard.
 //!
 //! Invariant: bits past the last shard are zero, so that equal sets have equal bytes and a count is a count of shards.
 
@@ -11,7 +11,7 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
-    /// No shard of `length`.
+    /// The empty set over `length` shards.
     pub fn empty(length: u32) -> Self {
         Self {
             bits: vec![0; length.div_ceil(8) as usize],
@@ -20,7 +20,7 @@ impl Bitmap {
         }
     }
 
-    /// Every shard of `length`.
+    /// The set of all `length` shards.
     pub fn full(length: u32) -> Self {
         let mut bitmap = Self::empty(length);
         (0..length).for_each(|shard| {
@@ -29,7 +29,7 @@ impl Bitmap {
         bitmap
     }
 
-    /// Reads what a peer sent. `None` when the length or the padding is not that of `length` shards.
+    /// Decodes a set from the wire. `None` if the bytes or the padding do not fit `length` shards.
     pub fn from_bytes(bytes: &[u8], length: u32) -> Option<Self> {
         if bytes.len() != length.div_ceil(8) as usize {
             return None;
@@ -46,12 +46,12 @@ impl Bitmap {
         })
     }
 
-    /// What travels: bit `i % 8` of byte `i / 8` is shard `i`.
+    /// The wire format: bit `i % 8` of byte `i / 8` is shard `i`.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bits
     }
 
-    /// How many shards there are.
+    /// How many shards the object has.
     pub fn length(&self) -> u32 {
         self.length
     }
@@ -66,12 +66,12 @@ impl Bitmap {
         self.ones == self.length
     }
 
-    /// Whether `shard` is in the set; a number out of range never is.
+    /// Whether `shard` is in the set; false for a number out of range.
     pub fn contains(&self, shard: u32) -> bool {
         shard < self.length && self.bits[(shard / 8) as usize] >> (shard % 8) & 1 == 1
     }
 
-    /// Adds `shard`; false when it was there already or is out of range.
+    /// Adds `shard`. False if the set had it already or it is out of range.
     pub fn insert(&mut self, shard: u32) -> bool {
         if shard >= self.length || self.contains(shard) {
             return false;
@@ -92,7 +92,7 @@ impl Bitmap {
         self.ones = self.bits.iter().map(|byte| byte.count_ones()).sum();
     }
 
-    /// Takes `shard` out; false when it was not there.
+    /// Removes `shard`. False if the set did not have it.
     pub fn remove(&mut self, shard: u32) -> bool {
         if !self.contains(shard) {
             return false;

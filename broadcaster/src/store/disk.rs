@@ -1,67 +1,51 @@
-//! The crate's calls to the file system: bounded reads, files and folders that are seen whole or not at all, and errors
-//! that say what is missing.
-//!
-//! Everything here blocks. Knows nothing of shards or versions.
+//! The crate's calls to the file system: reads with a bound, and writes after which a reader sees the whole file or folder or
+//! nothing of it. Every function here blocks. Knows nothing of shards or versions.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Why the disk did not do what was asked.
+/// Why the file system refused a call.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// No room.
     #[error("no space to write {}: {needed} bytes are needed and {free} are free: free some or choose another directory", path.display())]
     Full {
-        /// What was to be written.
         path: PathBuf,
-        /// How much was to be written.
+        /// Bytes to be written.
         needed: u64,
-        /// What the file system has left.
+        /// Bytes that the file system has left.
         free: u64,
     },
-    /// A file is larger than anything that belongs there.
-    #[error("{} has more than {limit} bytes: it is not what was written there", path.display())]
-    TooLarge {
-        /// Which.
-        path: PathBuf,
-        /// Its bound.
-        limit: u64,
-    },
-    /// Something is there already.
+    /// A file is larger than its bound.
+    #[error("{} has more than {limit} bytes, so muster did not write it: remove it", path.display())]
+    TooLarge { path: PathBuf, limit: u64 },
     #[error("{} exists already: remove it or choose another directory", path.display())]
-    Exists {
-        /// Which.
-        path: PathBuf,
-    },
-    /// Anything else.
+    Exists { path: PathBuf },
+    /// Any other failure.
     #[error("cannot {action} {} ({source}): check the path and its permissions", path.display())]
     Io {
-        /// What was tried.
         action: &'static str,
-        /// On what.
         path: PathBuf,
-        /// What the system said.
         source: io::Error,
     },
 }
 
-/// Whether what was written must survive a loss of power.
+/// Whether a written file must survive a power failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// The next reader checks a hash, so a torn file is only a file to fetch again.
+    /// It need not: the next reader checks a hash, and fetches a torn file again.
     Cache,
-    /// Flushed to the device before it is seen.
+    /// It must: the file is flushed to the device before a reader can see it.
     Durable,
 }
 
-/// What to do when a folder is there already.
+/// What to do when the folder exists already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing {
-    /// Leave it and refuse.
+    /// Leave it, and return an error.
     Refuse,
-    /// Put the new one in its place.
+    /// Replace it with the new one.
     Replace,
 }
 
@@ -73,11 +57,10 @@ pub fn create_directory(path: &Path) -> Result<(), DiskError> {
     fs::create_dir_all(path).map_err(|source| failed("create directory", path, 0, source))
 }
 
-/// Writes a file beside its place and renames it, so that a reader, or a process killed at any moment, finds all of it or
-/// nothing.
+/// Writes a file beside its place and renames it. A reader, even after a crash, finds the whole file or none.
 ///
 /// # Errors
-/// When there is no room or the system refuses; nothing is left behind then.
+/// When there is no room or the system refuses. No partial file stays behind.
 pub fn write_file(path: &Path, bytes: &[u8], durability: Durability) -> Result<(), DiskError> {
     let temporary = beside(path, "partial");
     let failed = |source| {
@@ -93,14 +76,13 @@ pub fn write_file(path: &Path, bytes: &[u8], durability: Durability) -> Result<(
     Ok(())
 }
 
-/// A folder that nobody sees yet.
+/// A folder under its temporary name, which no reader looks for.
 #[derive(Debug)]
 pub struct NewFolder {
     path: PathBuf,
 }
 
 impl NewFolder {
-    /// Where it is meanwhile.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -121,11 +103,11 @@ impl NewFolder {
     }
 }
 
-/// Makes a whole folder of files beside its place, flushed, and renames it when `fill` has succeeded; gives what `fill` gave.
+/// Writes a folder of files beside its place, flushes it, and renames it after `fill` has succeeded. Returns the result of
+/// `fill`.
 ///
 /// # Errors
-/// When something is there already and is to stay, there is no room, the system refuses, or `fill` fails; nothing is left
-/// behind then.
+/// When the folder exists and must stay, there is no room, the system refuses, or `fill` fails. No partial folder stays behind.
 pub fn write_folder<T, E: From<DiskError>>(
     path: &Path,
     existing: Existing,
@@ -157,8 +139,8 @@ pub fn write_folder<T, E: From<DiskError>>(
     written
 }
 
-/// Puts a finished folder in its place. A folder cannot be renamed over another one that holds files, so an old one moves
-/// aside first; killed in between, the old one lies beside the place under its temporary name.
+/// Renames a finished folder to its place. A folder cannot be renamed over one that holds files, so the old one is renamed
+/// first. If the process is killed in between, the old folder stays beside the place under its temporary name.
 fn swap_in(temporary: &Path, path: &Path, occupied: bool) -> Result<(), DiskError> {
     let rename = |from: &Path, to: &Path| {
         fs::rename(from, to).map_err(|source| failed("rename to", to, 0, source))
@@ -178,7 +160,7 @@ fn swap_in(temporary: &Path, path: &Path, occupied: bool) -> Result<(), DiskErro
     Ok(())
 }
 
-/// Reads a file of at most `bytes_max` bytes. `None` when it is not there.
+/// Reads a file of at most `bytes_max` bytes. `None` if the file does not exist.
 ///
 /// # Errors
 /// When it is larger, or the system refuses.
@@ -196,7 +178,7 @@ pub fn read_file(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, DiskErr
         });
     }
     let mut bytes = Vec::with_capacity(expected as usize);
-    // One byte more, so that a file that grows meanwhile is seen.
+    // One byte more shows that the file has grown since.
     file.take(bytes_max + 1)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
@@ -209,32 +191,29 @@ pub fn read_file(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, DiskErr
     Ok(Some(bytes))
 }
 
-/// What a name in a folder stands for.
+/// The kind of an entry of a folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum EntryKind {
-    /// A file, or a link to one: caches of models are folders of links.
+    /// A file, or a link to a file: model caches are folders of links.
     File,
-    /// A folder itself, no link to one.
+    /// A folder, but not a link to one.
     Folder,
-    /// A device, a link to a folder or to nothing.
+    /// A device, a link to a folder, or a broken link.
     Other,
 }
 
-/// A name in a folder, and what it stands for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FolderEntry {
-    /// Its name; what is not UTF-8 is written with replacements.
+    /// Invalid UTF-8 is replaced.
     pub name: String,
-    /// What it stands for.
     pub kind: EntryKind,
-    /// Its size.
     pub bytes: u64,
 }
 
-/// What is in a folder, in the order of the names. Reads at most `entries_max`.
+/// The entries of a folder, sorted by name. Reads at most `entries_max` of them.
 ///
 /// # Errors
-/// When it is not there or the system refuses.
+/// When the folder does not exist or the system refuses.
 pub fn list_folder(path: &Path, entries_max: usize) -> Result<Vec<FolderEntry>, DiskError> {
     let failed = |source| failed("list", path, 0, source);
     let mut entries = Vec::new();
@@ -258,7 +237,7 @@ pub fn list_folder(path: &Path, entries_max: usize) -> Result<Vec<FolderEntry>, 
     Ok(entries)
 }
 
-/// Removes a file or a folder with all that is in it; that it is gone already is no error.
+/// Removes a file, or a folder with its content. It is no error if the path does not exist.
 ///
 /// # Errors
 /// When the system refuses.
@@ -274,7 +253,7 @@ pub fn remove(path: &Path) -> Result<(), DiskError> {
     }
 }
 
-/// Cleans up after a failure that is being reported already; what stays is seen in the log.
+/// Removes a temporary file after a failure that the caller reports; a second failure is only logged.
 fn remove_quietly(path: &Path) {
     if let Err(error) = remove(path) {
         tracing::warn!(%error, "temporary file stays behind");
@@ -310,7 +289,7 @@ fn parent_of(path: &Path) -> Option<&Path> {
     }
 }
 
-/// A hidden name beside `path`. The process and a counter keep two writers apart.
+/// A hidden name beside `path`. The process id and a counter keep the names of two writers apart.
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -333,9 +312,9 @@ fn failed(action: &'static str, path: &Path, needed: u64, source: io::Error) -> 
     }
 }
 
-/// What the file system of `path` has left for us; zero when it does not say.
+/// Bytes that the file system of `path` has left for this user; 0 if it does not say.
 fn free_bytes(path: &Path) -> u64 {
-    // A file that is not there yet has the file system of the first directory above it that is.
+    // A new file lies in the file system of the nearest directory above it that exists.
     path.ancestors()
         .find_map(|place| nix::sys::statvfs::statvfs(place).ok())
         .map_or(0, |stat| {

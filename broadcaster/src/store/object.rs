@@ -1,6 +1,6 @@
-//! An object's bytes cut in shards, each checked alone, so that any peer may pass it on.
+//! Cuts an object's bytes into shards. Each shard has its own hash, so that any peer may relay it.
 //!
-//! Knows sizes and hashes, not what the bytes mean. Invariant: shards of a described object tile its bytes.
+//! Knows sizes and hashes, not the meaning of the bytes. Invariant: shards of a described object tile its bytes.
 
 use std::ops::Range;
 
@@ -8,14 +8,14 @@ use bytes::Bytes;
 use muster_protocol::id::{ContentHash, PolicyVersion};
 use muster_protocol::message::version::{Codec, Content, Object, SHARD_BYTES_MAX, SHARD_BYTES_MIN};
 
-/// Shards that a small object is cut in, about: enough that peers can trade, few enough that frames cost little.
+/// About how many shards a small object has: enough that peers can trade them, few enough that frames cost little.
 const SHARDS_AIM: u64 = 48;
-/// Shards that a large object is cut in, about. A shard is passed on only when it is whole, so that the last of many peers
-/// waits for as many shards as hands it goes through; and each costs a hash in the description.
+/// About how many shards a large object has. A peer relays a shard only when it has all of it, so large shards delay a long
+/// chain of peers; and each shard costs a hash in the description.
 const LARGE_SHARDS_AIM: u64 = 1_024;
-/// Smaller shards than this are only worth it in small objects: frames and requests would cost what they save.
+/// Only small objects have smaller shards than this: elsewhere their frames and requests cost more than they save.
 const MEDIUM_SHARD_BYTES: u64 = 64 << 10;
-/// Shards of a large object are not larger while their number allows it.
+/// Largest shard while the number of shards is within its limit.
 const LARGE_SHARD_BYTES: u32 = 1 << 20;
 /// Most shards of an object described here: 32 bytes each, so that its description fills at most half of the 1 MiB that an
 /// announcement may have.
@@ -24,39 +24,19 @@ const DESCRIBED_SHARDS_MAX: u64 = 16_384;
 /// Why bytes are not an object, or not a shard of it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ObjectError {
-    /// There is nothing to send.
-    #[error("an object of 0 bytes cannot be described: give it content")]
+    #[error("cannot describe an object of 0 bytes: give it content")]
     Empty,
-    /// More than shards of the largest size can hold.
+    /// More than [`DESCRIBED_SHARDS_MAX`] shards of the largest size can hold.
     #[error("an object of {bytes} bytes is over the limit of {limit} bytes: split it")]
-    TooLarge {
-        /// Its size.
-        bytes: u64,
-        /// Largest size.
-        limit: u64,
-    },
-    /// The whole has another size than described.
-    #[error("object has {found} bytes where its description says {expected}: fetch it again")]
-    Size {
-        /// As described.
-        expected: u64,
-        /// As found.
-        found: u64,
-    },
-    /// No such shard.
+    TooLarge { bytes: u64, limit: u64 },
+    #[error("object has {found} bytes, but its description says {expected}: fetch it again")]
+    Size { expected: u64, found: u64 },
     #[error("shard {shard} does not exist in an object of {shards} shards")]
-    NoShard {
-        /// Number asked for.
-        shard: u32,
-        /// How many there are.
-        shards: u32,
-    },
-    /// The bytes are not those described.
+    NoShard { shard: u32, shards: u32 },
     #[error("bytes {}..{} (shard {shard}) differ from the object's description: fetch them again", range.start, range.end)]
     Differs {
-        /// Which shard.
         shard: u32,
-        /// Its bytes in the object.
+        /// The shard's bytes within the object.
         range: Range<u64>,
     },
 }
@@ -84,10 +64,10 @@ pub fn shard_bytes(bytes: u64) -> Result<u32, ObjectError> {
     Ok(u32::try_from(size).unwrap_or(SHARD_BYTES_MAX))
 }
 
-/// Describes `bytes` as an object. Hashes all of them: large ones belong on a thread that may block.
+/// Describes `bytes` as an object. Hashes all bytes: call it for large objects on a thread that may block.
 ///
 /// # Errors
-/// When they are none or too many.
+/// When there are no bytes or too many.
 pub fn describe_object(
     content: Content,
     version: PolicyVersion,
@@ -126,13 +106,15 @@ pub fn shard_range(object: &Object, shard: u32) -> Result<Range<u64>, ObjectErro
         return Err(ObjectError::NoShard { shard, shards });
     }
     let start = u64::from(shard) * u64::from(object.shard_bytes);
-    Ok(start..(start + u64::from(object.shard_bytes)).min(object.bytes))
+    let end = (start + u64::from(object.shard_bytes)).min(object.bytes);
+    debug_assert!(start < end, "shards tile the object");
+    Ok(start..end)
 }
 
-/// Whether `bytes` are shard number `shard`.
+/// Checks that `bytes` are shard number `shard`.
 ///
 /// # Errors
-/// When they are not.
+/// When they are not, or there is no such shard.
 pub fn verify_shard(object: &Object, shard: u32, bytes: &[u8]) -> Result<(), ObjectError> {
     let range = shard_range(object, shard)?;
     let expected = &object.shards[shard as usize];
@@ -142,7 +124,7 @@ pub fn verify_shard(object: &Object, shard: u32, bytes: &[u8]) -> Result<(), Obj
     Ok(())
 }
 
-/// Whether `bytes` are the whole object.
+/// Checks that `bytes` are the whole object.
 ///
 /// # Errors
 /// Names the size, or the first byte range that differs.
@@ -159,7 +141,7 @@ pub fn verify_object(object: &Object, bytes: &[u8]) -> Result<(), ObjectError> {
     Ok(())
 }
 
-/// The whole, put together from its shards in order. One shard is handed through without a copy.
+/// Concatenates an object's shards. A single shard is returned without a copy.
 pub fn assemble(shards: &[Bytes]) -> Bytes {
     if let [only] = shards {
         return only.clone();

@@ -1,6 +1,5 @@
-//! Taking over one version: open what was announced, fetch its bytes by the cheapest objects, check them against the root that
-//! the learner signed. Weights that are held are left as they are: deltas are applied to a copy, which is checked before
-//! anybody sees it.
+//! Adopts one version: opens its announcement, fetches its bytes by the cheapest objects, and verifies them against the root that
+//! the learner signed. Deltas are applied to a copy of the parent's weights, and the copy is verified before it is used.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -24,81 +23,68 @@ use crate::version::adoptions::Adoptions;
 use crate::version::route::cheapest;
 use crate::version::state::{HEADER_BYTES_MAX, describe_state, verify_state};
 
-/// Most threads that apply a delta: the machine has other work, and eight keep up with any network.
-const APPLY_THREADS_MAX: usize = 8;
-/// How often it is looked whether somebody holds what a member described.
+/// Most threads that apply a delta. Eight keep up with any network, and the machine has other work.
+const APPLY_THREADS_MAX: NonZeroUsize = NonZeroUsize::new(8).unwrap();
+/// How often [`fetch`] checks that some peer holds an object that a member described.
 const FORSAKEN_LOOK: Duration = Duration::from_millis(500);
 
-/// A version whose bytes are here and were checked against the signed root.
+/// A version whose weights were verified against the signed root.
 #[derive(Debug, Clone)]
 pub struct Held {
-    /// What the learner signed.
     pub version: Signed<Version>,
-    /// The description of the bytes as a whole, when one was announced.
+    /// The description of the weights as a whole, if one was announced.
     pub anchor: Option<Signed<Object>>,
-    /// Descriptions of the objects that were known to lead here.
+    /// The known objects that lead to this version.
     pub objects: Vec<Signed<Object>>,
-    /// The files beside the weights that the version names, as descriptions.
+    /// Descriptions of the files beside the weights.
     pub files: Vec<Signed<Object>>,
     /// The weights: a safetensors file in canonical layout.
     pub image: Bytes,
 }
 
-/// Why a version could not be taken over.
+/// Why a version could not be adopted.
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
-    /// The announcement is not one.
-    #[error("an announcement cannot be used: {0}")]
+    #[error("cannot open an announcement: {0}")]
     Envelope(#[from] EnvelopeError),
-    /// Somebody else's version.
     #[error("version {0} is not signed by the run's learner")]
     NotTheLearner(PolicyVersion),
-    /// No object leads to it.
-    #[error("version {0} was announced without objects that lead to it from nothing")]
+    #[error(
+        "version {0} was announced without an anchor, or without the deltas from an anchor to it"
+    )]
     NoRoute(PolicyVersion),
-    /// The version names no file of this name, or it was announced without a description.
+    /// The version names no such file, or the announcement does not describe it.
     #[error("version {version} has no file {name}")]
     NoFile {
-        /// Which version.
         version: PolicyVersion,
-        /// Which file.
         name: String,
     },
-    /// Nobody within reach holds an object that a member described.
-    #[error("object {} was described by a member and nobody holds it: another route is tried", object.short())]
-    Forsaken {
-        /// Which.
-        object: ObjectId,
-    },
-    /// The bytes did not come.
+    /// No reachable peer holds an object that a member described.
+    #[error("object {} was described by a member, but no reachable peer holds it", object.short())]
+    Forsaken { object: ObjectId },
     #[error(transparent)]
     Fetch(#[from] FetchError),
-    /// The bytes are not what was signed.
-    #[error("the bytes of version {version} are not what the learner signed: {problem}")]
+    #[error("the bytes of version {version} differ from what the learner signed: {problem}")]
     Bytes {
-        /// Which version.
         version: PolicyVersion,
-        /// Where they differ.
         problem: String,
     },
-    /// Dispatch cannot be asked.
     #[error(transparent)]
     Dispatch(#[from] DispatchClientError),
 }
 
-/// An announcement whose signatures and authors were checked.
+/// An announcement whose signatures and authors were verified.
 #[derive(Debug, Clone)]
 pub struct Opened {
-    /// What the learner signed.
     pub version: Signed<Version>,
-    /// Descriptions of anchors and deltas, by which the weights are reached.
+    /// Descriptions of anchors and deltas that lead to the weights.
     pub objects: Vec<Signed<Object>>,
     /// Descriptions of the files beside the weights.
     pub files: Vec<Signed<Object>>,
 }
 
 impl Opened {
-    /// The description of the weights as a whole, when one was announced.
+    /// The description of the weights as a whole, if one was announced.
     pub fn anchor(&self) -> Option<&Signed<Object>> {
         let content = Content::Anchor {
             root: self.version.body.root,
@@ -108,8 +94,8 @@ impl Opened {
             .find(|object| object.body.content == content)
     }
 
-    /// Leaves out the objects that no peer holds whole. Whether the version can be had from the rest: by some route to its
-    /// weights, with the files beside them.
+    /// Removes the objects that no peer holds whole. Returns whether the other objects suffice: a route to the weights, and the
+    /// files beside them.
     pub fn keep_held(&mut self, holdings: &Holdings) -> bool {
         let is_held = |object: &Signed<Object>| holdings.are_whole(&object.body.id());
         self.objects.retain(is_held);
@@ -121,7 +107,7 @@ impl Opened {
         self.version.body.files.iter().all(has_file) && self.route(None).is_some()
     }
 
-    /// The objects that lead here with the fewest bytes, from nothing or from a state that is held.
+    /// The objects that lead to this version with the fewest bytes, from nothing or from `held`.
     pub(crate) fn route(&self, held: Option<StateRoot>) -> Option<Vec<&Signed<Object>>> {
         let objects: Vec<&Object> = self.objects.iter().map(|object| &object.body).collect();
         let route = cheapest(&objects, held, self.version.body.root)?;
@@ -132,8 +118,8 @@ impl Opened {
         route.into_iter().map(signed).collect()
     }
 
-    /// Adds deltas that members described, by which a shorter route may lead here. Nothing is believed of them; those of
-    /// `source`'s struck members, and what is larger than the weights, are left out.
+    /// Adds deltas that members described, since they may shorten the route. Ignores deltas of members that `source` distrusts, and
+    /// deltas larger than the weights.
     pub fn add_squashed(&mut self, source: &dyn ObjectSource, deltas: Vec<Signed<Object>>) {
         let version = &self.version.body;
         let whole = version.parameter_bytes().saturating_add(HEADER_BYTES_MAX);
@@ -149,23 +135,28 @@ impl Opened {
         }
     }
 
-    /// Leaves an object out, and with it all by a member who described what is not so.
-    fn leave_out(&mut self, source: &dyn ObjectSource, culprit: &Signed<Object>, stray: &Stray) {
+    /// Removes an object; if its description is false, removes all objects of its author.
+    fn leave_out(
+        &mut self,
+        source: &dyn ObjectSource,
+        culprit: &Signed<Object>,
+        failure: &RouteFailure,
+    ) {
         let author = culprit.author;
-        let is_liar = stray.is_untrue && author != self.version.author;
+        let is_liar = failure.is_false && author != self.version.author;
         if is_liar {
-            source.distrust(author, &culprit.body, &stray.error.to_string());
+            source.distrust(author, &culprit.body, &failure.error.to_string());
         }
         self.objects
             .retain(|object| object.body != culprit.body && !(is_liar && object.author == author));
     }
 }
 
-/// Opens an announcement, believing only `client`'s learner about the version. Objects may be described by anybody: their
-/// bytes are checked against what the learner signed.
+/// Opens an announcement. Only the learner of `client`'s run may sign the version. Any member may describe objects: their bytes are
+/// verified against the learner's root.
 ///
 /// # Errors
-/// When it is not the learner's, or a newcomer could not reach the version by what is in it.
+/// When the learner did not sign it, or its objects do not lead from nothing to the version.
 pub fn open_announcement(
     client: &DispatchClient,
     announcement: &Announcement,
@@ -175,7 +166,7 @@ pub fn open_announcement(
     if version.author != client.learner() {
         return Err(FollowError::NotTheLearner(number));
     }
-    // Objects are described by anybody: what is larger than the weights and a header leads nowhere faster.
+    // Any member may describe objects. An object larger than the weights and a header is never useful.
     let whole = version
         .body
         .parameter_bytes()
@@ -193,7 +184,7 @@ pub fn open_announcement(
                 opened.objects.push(object);
             }
             Content::Anchor { .. } | Content::Delta { .. } => {
-                warn!(author = %object.author, bytes = object.body.bytes, "an object larger than the weights is ignored");
+                warn!(author = %object.author, bytes = object.body.bytes, "ignored an object larger than the weights");
             }
         }
     }
@@ -203,12 +194,12 @@ pub fn open_announcement(
     Ok(opened)
 }
 
-/// Fetches a version's bytes and checks them against its root, by the objects that take the fewest bytes: from nothing, or
-/// from the weights of `parent`, which are left as they are. An object that does not come, or leads elsewhere than it says, is
-/// left out and the next best route taken; a member whose description was not true is struck.
+/// Fetches a version by the objects with the fewest bytes, from nothing or from the weights of `parent`, and verifies it. If an
+/// object cannot be fetched, or does not lead where its description says, the next best route without it is taken; a member whose
+/// description was false is distrusted.
 ///
 /// # Errors
-/// When the bytes do not come or are not what was signed.
+/// When no route is left, or the bytes are not what the learner signed.
 pub async fn fetch(
     source: &dyn ObjectSource,
     mut opened: Opened,
@@ -221,11 +212,11 @@ pub async fn fetch(
     loop {
         let route = opened.route(root).ok_or(FollowError::NoRoute(number))?;
         let route: Vec<Signed<Object>> = route.into_iter().cloned().collect();
-        let stray = match travel(source, &opened.version, &route, held.as_ref()).await {
+        let failure = match follow_route(source, &opened.version, &route, held.as_ref()).await {
             Ok(image) => {
                 let is_whole = matches!(&route[..], [only] if only.body.delta().is_none());
                 if let Some(anchor) = anchor.as_ref().filter(|_| !is_whole) {
-                    pass_on(source, &anchor.body, &image).await;
+                    offer_anchor(source, &anchor.body, &image).await;
                 }
                 for object in &opened.objects {
                     source.keep_for(&object.body, number);
@@ -242,63 +233,63 @@ pub async fn fetch(
                     image,
                 });
             }
-            Err(stray) => stray,
+            Err(failure) => failure,
         };
-        // An empty route leads from the weights that are held to themselves: nothing can be left out of it.
-        let Some(culprit) = route.get(stray.at) else {
-            return Err(stray.error);
+        // The parent has the version's root already: its empty route has no object to leave out.
+        let Some(culprit) = route.get(failure.at) else {
+            return Err(failure.error);
         };
-        opened.leave_out(source, culprit, &stray);
+        opened.leave_out(source, culprit, &failure);
         if opened.route(root).is_none() {
-            return Err(stray.error);
+            return Err(failure.error);
         }
-        warn!(version = %number, error = %stray.error, "an object did not lead to the weights: going on without it");
+        warn!(version = %number, error = %failure.error, "an object did not lead to the weights; continuing without it");
     }
 }
 
-/// Where a route did not lead on.
-struct Stray {
-    /// By which of its objects.
+/// The object of a route that failed.
+struct RouteFailure {
+    /// Index in the route.
     at: usize,
-    /// Whether all of that object came, so that its description is not true.
-    is_untrue: bool,
+    /// Whether the object was fetched whole, so that its description is false.
+    is_false: bool,
     error: FollowError,
 }
 
-/// Goes by the objects of a route, and checks where it led.
-async fn travel(
+/// Fetches and applies the objects of a route, and verifies the result.
+async fn follow_route(
     source: &dyn ObjectSource,
     version: &Signed<Version>,
     route: &[Signed<Object>],
     held: Option<&(StateRoot, Bytes)>,
-) -> Result<Bytes, Stray> {
+) -> Result<Bytes, RouteFailure> {
     let number = version.body.version;
     let adoptions = source.adoptions();
     let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
-    let mut failure = None;
+    let mut problem_at = None;
     for (at, object) in route.iter().enumerate() {
-        let bytes = come_by(source, object, version.author).await;
-        let bytes = bytes.map_err(|error| Stray {
+        let bytes = fetch_object(source, object, version.author).await;
+        let bytes = bytes.map_err(|error| RouteFailure {
             at,
-            is_untrue: false,
+            is_false: false,
             error,
         })?;
-        match step(&adoptions, image.clone(), bytes, &object.body).await {
+        match apply_object(&adoptions, image.clone(), bytes, &object.body).await {
             Ok(next) => image = next,
             Err(problem) => {
-                failure = Some((at, problem));
+                problem_at = Some((at, problem));
                 break;
             }
         }
     }
-    let (at, problem) = match failure {
-        Some(failure) => failure,
-        None => match arrive(&adoptions, &image, version, route).await {
+    let (at, problem) = match problem_at {
+        Some(problem_at) => problem_at,
+        None => match verify_result(&adoptions, &image, version, route).await {
             Ok(()) => return Ok(image),
             Err(problem) => (route.len().saturating_sub(1), problem),
         },
     };
-    // What is wrong may have become so before it was seen.
+    // An earlier object may have caused a failure that shows only now.
     let earlier = match at {
         0 => None,
         at => first_untrue(source, &route[..at], held).await,
@@ -307,15 +298,15 @@ async fn travel(
         version: number,
         problem,
     };
-    Err(Stray {
+    Err(RouteFailure {
         at: earlier.unwrap_or(at),
-        is_untrue: true,
+        is_false: true,
         error,
     })
 }
 
-/// An object's bytes. What the learner described is waited for; what others did only while somebody holds it.
-async fn come_by(
+/// Fetches an object. Waits for the learner's objects; gives a member's object up if no reachable peer holds it.
+async fn fetch_object(
     source: &dyn ObjectSource,
     object: &Signed<Object>,
     learner: PeerId,
@@ -335,8 +326,8 @@ async fn come_by(
     }
 }
 
-/// Where an object leads from `image`; a problem in words when it leads nowhere.
-async fn step(
+/// Applies an object to `image`. The error is a sentence.
+async fn apply_object(
     adoptions: &Adoptions,
     image: Bytes,
     bytes: Bytes,
@@ -354,14 +345,14 @@ async fn step(
     applied.map_err(|error| error.to_string())
 }
 
-/// Whether `image`, to which `route` led, is what the learner signed.
-async fn arrive(
+/// Checks that `image`, the result of `route`, is what the learner signed.
+async fn verify_result(
     adoptions: &Adoptions,
     image: &Bytes,
     version: &Signed<Version>,
     route: &[Signed<Object>],
 ) -> Result<(), String> {
-    // Shard hashes say where a whole file is wrong. What a delta made has only its root.
+    // An anchor's shard hashes tell where the file is wrong. The result of a delta has only a root.
     let object = match route {
         [only] if only.body.delta().is_none() => Some(only.body.clone()),
         _ => None,
@@ -377,7 +368,7 @@ async fn arrive(
         .map_err(|error| error.to_string())
 }
 
-/// Goes by a route again, looking at every step where it led: the first object whose description is not true.
+/// Applies a route again, and compares the root after every object: finds the first false description.
 async fn first_untrue(
     source: &dyn ObjectSource,
     route: &[Signed<Object>],
@@ -387,7 +378,7 @@ async fn first_untrue(
     let mut image = held.map(|(_, image)| image.clone()).unwrap_or_default();
     for (at, object) in route.iter().enumerate() {
         let bytes = source.fetch(&object.body).await.ok()?;
-        image = match step(&adoptions, image, bytes, &object.body).await {
+        image = match apply_object(&adoptions, image, bytes, &object.body).await {
             Ok(next) => next,
             Err(_) => return Some(at),
         };
@@ -409,21 +400,21 @@ async fn first_untrue(
 }
 
 fn apply_threads() -> NonZeroUsize {
-    let most = NonZeroUsize::MIN.saturating_add(APPLY_THREADS_MAX - 1);
-    std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |threads| threads.min(most))
+    let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    threads.min(APPLY_THREADS_MAX)
 }
 
-/// Whoever got a version by deltas can serve it as a whole, where it was described so.
-async fn pass_on(source: &dyn ObjectSource, anchor: &Object, image: &Bytes) {
+/// Offers the weights that deltas led to as the announced anchor.
+async fn offer_anchor(source: &dyn ObjectSource, anchor: &Object, image: &Bytes) {
     if let Err(error) = source.offer(anchor, image.clone()).await {
-        debug!(%error, "the weights are not passed on as a whole");
+        debug!(%error, "could not offer the weights as a whole");
     }
 }
 
 /// Fetches one of the files that a version names.
 ///
 /// # Errors
-/// When the version has no such file, or its bytes do not come.
+/// When the version has no such file, or it cannot be fetched.
 pub async fn fetch_file(
     source: &dyn ObjectSource,
     opened: &Opened,
@@ -445,7 +436,7 @@ pub async fn fetch_file(
         .ok_or_else(missing)?;
     let bytes = source.fetch(&object.body).await?;
     if ContentHash::of(&bytes) != entry.hash {
-        let problem = format!("{name} has another hash");
+        let problem = format!("{name} has another hash than the signed one");
         return Err(FollowError::Bytes { version, problem });
     }
     Ok(bytes)

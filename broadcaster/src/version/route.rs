@@ -1,5 +1,5 @@
-//! By which objects a state is reached with the fewest bytes: anchors lead there from nothing, deltas from another state. A
-//! shortest path, over the few objects that announcements name. Pure.
+//! Finds the objects that lead to a state with the fewest bytes: an anchor leads to a state from nothing, a delta from another
+//! state. It is a shortest path over the few objects that announcements name. Pure.
 
 use std::collections::BTreeMap;
 
@@ -7,16 +7,16 @@ use muster_protocol::id::StateRoot;
 use muster_protocol::message::version::{Content, Object};
 
 /// The objects that lead to `target` with the fewest bytes, in the order in which they are applied, from nothing or from
-/// the state that is held. Empty when the target is held; `None` when no object leads there.
+/// `held`. Empty if the target is held; `None` if no objects lead to it.
 pub fn cheapest<'a>(
     objects: &[&'a Object],
     held: Option<StateRoot>,
     target: StateRoot,
 ) -> Option<Vec<&'a Object>> {
-    // Of every state that can be reached, the fewest bytes and the object that led there.
+    // For every state reached so far: the fewest bytes, and the object that leads to it.
     let mut reached: BTreeMap<StateRoot, (u64, Option<&'a Object>)> = BTreeMap::new();
     reached.extend(held.map(|root| (root, (0, None))));
-    // Each round settles at least one more state, so there are no more rounds than objects.
+    // Each round settles at least one more state, so there are at most as many rounds as objects.
     for _ in 0..=objects.len() {
         let mut is_settled = true;
         for object in objects {
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_holds_the_parent_takes_the_delta_and_a_newcomer_the_anchor() {
+    fn a_holder_of_the_parent_takes_the_delta_and_a_newcomer_the_anchor() {
         let objects = [delta(1, 2, 10), anchor(2, 1_000)];
         assert_eq!(costs(&objects, Some(1), 2), Some(vec![10]));
         assert_eq!(costs(&objects, None, 2), Some(vec![1_000]));
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_way_there_is_none_and_circles_end() {
+    fn an_unreachable_state_has_no_route_and_circles_end() {
         assert_eq!(costs(&[delta(1, 2, 1)], None, 2), None);
         assert_eq!(costs(&[], Some(1), 2), None);
         let circle = [

@@ -1,9 +1,9 @@
-//! Who makes which squashed delta, and whether it is worth it: what leads over several versions at once, for those who come
-//! late. Pure.
+//! Decides which member makes which squashed delta (a delta over several versions, for peers that are behind), and whether the
+//! delta is worth its bytes. Pure.
 //!
-//! Whoever holds both versions can make one, and one is enough. Members take turns in an order that each can tell alone
-//! (rendezvous hashing: by a hash of the step and the member), so that the work is shared among them and falls to another
-//! when one does not do it.
+//! Any member that holds both versions can make the delta, and one is enough. Members take turns by rendezvous hashing: each
+//! orders all members by a hash of the step and the member. So the work is shared, and if one member does not do it, the next
+//! one does.
 
 use std::num::NonZeroU64;
 
@@ -13,19 +13,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::version::route::cheapest;
 
-/// How long a member's turn is before the next one's begins: about what 4 GiB of weights take on one thread.
+/// Time between the starts of two members' turns: about the time to encode 4 GiB of weights on one thread.
 const TURN_MS: u64 = 5_000;
-/// The first turn begins this long after the version is here: dispatch is to have heard of it too, and others may fetch it.
+/// Time from a version's arrival to the first turn. Meanwhile dispatch hears of the version, and other peers fetch it.
 const FIRST_MS: u64 = 500;
-/// Most turns: of more members the last ones are not needed.
+/// Most members that get a turn; the others are not needed.
 const TURNS_MAX: usize = 8;
 
-/// How much of a member is lent to squashed deltas.
+/// `[squash]`: how much memory a member lends to squashed deltas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SquashConfig {
-    /// Most bytes of weights kept beside those in use; none are made where that is too little for two versions. 1 GiB:
-    /// a model of 0.17 billion bf16 parameters for both strides, of 0.26 for the short one.
+    /// Most bytes of older weights kept in memory. A member that cannot keep two versions makes no deltas. 1 GiB: enough for
+    /// both strides at 0.17 billion bf16 parameters, and for the short stride at 0.26 billion.
     pub bytes_max: u64,
 }
 
@@ -35,8 +35,8 @@ impl Default for SquashConfig {
     }
 }
 
-/// The strides of the deltas to `version` that a member can make whose weights have `image_bytes`. A delta needs both its
-/// versions, and two that end at the same version share that one.
+/// The strides of the deltas to `version` that a member can make of weights of `image_bytes`. A delta needs both its versions
+/// in memory; deltas to the same version share that version.
 pub fn strides_to(
     version: PolicyVersion,
     image_bytes: NonZeroU64,
@@ -45,14 +45,14 @@ pub fn strides_to(
     squash_strides(version).take(strides_kept(image_bytes, config))
 }
 
-/// Of how many strides, the shortest first, the beginnings are kept.
+/// For how many strides, shortest first, a member keeps the first version.
 pub fn strides_kept(image_bytes: NonZeroU64, config: SquashConfig) -> usize {
     let images = config.bytes_max / image_bytes;
     usize::try_from(images.saturating_sub(1)).unwrap_or(usize::MAX)
 }
 
-/// How long after the version is here `own` turn at the delta from `from` to `to` begins, among `others` who could make it
-/// too. `None` when so many come before that it is never.
+/// Milliseconds from the version's arrival to the turn of `own` at the delta from `from` to `to`, where `others` could make it
+/// too. `None` if [`TURNS_MAX`] others come first.
 pub fn turn_ms(
     from: StateRoot,
     to: StateRoot,
@@ -65,7 +65,7 @@ pub fn turn_ms(
     (turn < TURNS_MAX).then(|| FIRST_MS + turn as u64 * TURN_MS)
 }
 
-/// BLAKE3("muster-squash-v1\0" ‖ from ‖ to ‖ member): the least comes first.
+/// BLAKE3("muster-squash-v1\0" ‖ from ‖ to ‖ member). The member with the lowest hash comes first.
 fn weight(from: StateRoot, to: StateRoot, member: &PeerId) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"muster-squash-v1\0");
@@ -73,8 +73,8 @@ fn weight(from: StateRoot, to: StateRoot, member: &PeerId) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// Bytes that a delta from `from` to `to` has to be smaller than: of the single steps between them. `None` when it is not
-/// known by which deltas the learner went there, as where it made none.
+/// Bytes of the learner's single steps from `from` to `to`: a squashed delta must be smaller. `None` if the steps are not known,
+/// for instance because the learner made no deltas.
 pub fn chain_bytes(objects: &[&Object], from: StateRoot, to: StateRoot) -> Option<u64> {
     let deltas: Vec<&Object> = objects
         .iter()
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_held_against_the_learners_single_steps_and_no_anchor() {
+    fn a_squashed_delta_competes_with_the_learners_single_steps_and_no_anchor() {
         let object = |content, bytes| Object {
             content,
             version: PolicyVersion(1),

@@ -1,8 +1,8 @@
-//! Makes squashed deltas of the versions that this member holds, and tells dispatch of them: while the machine has nothing
-//! better to do, on one thread, when it is this member's turn ([`crate::version::squash`]) and nobody has done it yet.
+//! Makes squashed deltas of the versions that this member holds, and registers them with dispatch. A delta is made on one
+//! thread, while the peer adopts no version, on this member's turn ([`crate::version::squash`]) if no other member has made it.
 //!
-//! Knows only versions that were checked against the learner's root. Invariants: at most one delta is being made; of older
-//! weights at most those are kept that `bytes_max` has room for; at most [`MADE_MAX`] deltas are offered.
+//! Knows only verified versions. Invariants: it makes at most one delta at a time; it keeps at most `bytes_max` bytes of older
+//! weights; it offers at most [`MADE_MAX`] deltas.
 
 use std::collections::VecDeque;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -29,9 +29,9 @@ use crate::swarm::{ObjectSource as _, Swarm};
 use crate::version::adopt::Held;
 use crate::version::squash::{SquashConfig, chain_bytes, strides_kept, strides_to, turn_ms};
 
-/// Most deltas of this member's own that are offered at once, the newest.
+/// Most deltas that this member offers at once; the oldest is dropped.
 const MADE_MAX: usize = 8;
-/// How long work waits before it looks again whether a version is being taken over.
+/// Pause before the encoder checks again whether an adoption is under way.
 const YIELD: Duration = Duration::from_millis(5);
 
 /// Why a delta was not made.
@@ -47,28 +47,26 @@ enum SquashError {
     Dispatch(#[from] muster_protocol::dispatch_client::DispatchClientError),
     #[error(transparent)]
     Envelope(#[from] muster_protocol::envelope::EnvelopeError),
-    #[error("the thread that made it ended: {0}")]
+    #[error("the encoder's thread failed: {0}")]
     Thread(#[from] tokio::task::JoinError),
-    #[error("it has {bytes} bytes where the single steps have {chain}")]
+    #[error("it has {bytes} bytes, and the single steps have {chain}")]
     NotSmaller { bytes: u64, chain: u64 },
 }
 
-/// Weights that a delta begins or ends with.
+/// The weights at one end of a delta.
 #[derive(Debug, Clone)]
 struct Weights {
     version: PolicyVersion,
     root: StateRoot,
     image: Bytes,
 }
-
-/// A delta to be made.
 #[derive(Debug)]
 struct Job {
     from: Weights,
     to: Weights,
-    /// Bytes of the single steps.
+    /// Bytes of the learner's single steps.
     chain: u64,
-    /// When this member's turn begins.
+    /// The start of this member's turn.
     due: Instant,
 }
 
@@ -105,11 +103,11 @@ struct Squasher {
     swarm: Swarm,
     newest: watch::Receiver<Option<Arc<Held>>>,
     config: SquashConfig,
-    /// Where the next deltas begin: the newest version of each stride.
+    /// The newest version of each stride, at which the next deltas begin.
     kept: Vec<Weights>,
-    /// What to make of the newest version that ends a stride.
+    /// Deltas that end at the newest version, by due time.
     jobs: VecDeque<Job>,
-    /// What was made, oldest first.
+    /// Oldest first.
     made: VecDeque<Signed<Object>>,
     shutdown: CancellationToken,
 }
@@ -133,7 +131,7 @@ impl Squasher {
         }
     }
 
-    /// Takes note of a version: what ends with it, and that it begins the next.
+    /// Schedules the deltas that end at a new version, and keeps the version as the start of later ones.
     fn on_version(&mut self) {
         let Some(held) = self.newest.borrow_and_update().clone() else {
             return;
@@ -155,7 +153,7 @@ impl Squasher {
             root: body.root,
             image: held.image.clone(),
         };
-        // A version that came again begins anew; an older turn that was not used is another's by now.
+        // Unused turns at an older version have passed to other members by now.
         self.jobs.clear();
         for stride in strides_to(body.version, bytes, self.config) {
             self.jobs.extend(self.job(&held, &to, stride));
@@ -171,7 +169,8 @@ impl Squasher {
         self.kept.retain(|known| needed.contains(&known.version));
     }
 
-    /// The delta over `stride` versions to `to`, if its beginning is here, the learner went there by deltas and there is a turn.
+    /// The delta over `stride` versions to `to`, if this member keeps its first version and has a turn, and the learner's steps are
+    /// known.
     fn job(&self, held: &Held, to: &Weights, stride: u64) -> Option<Job> {
         let begins = to.version.0.checked_sub(stride)?;
         let mut kept = self.kept.iter();
@@ -200,7 +199,7 @@ impl Squasher {
             to: job.to.root,
         };
         if known.iter().any(|delta| delta.body.content == content) {
-            return debug!(%from, %to, "somebody else has made this delta");
+            return debug!(%from, %to, "another member has made this delta");
         }
         match self.make(job, content).await {
             Ok(delta) => {
@@ -211,11 +210,11 @@ impl Squasher {
                     self.made.pop_front();
                 }
             }
-            Err(error) => debug!(%from, %to, %error, "a squashed delta was not made"),
+            Err(error) => debug!(%from, %to, %error, "could not make a squashed delta"),
         }
     }
 
-    /// A dispatch that has started again knows nothing of what was described before.
+    /// Registers earlier deltas again: a restarted dispatch has forgotten them.
     async fn tell_again(&self, known: &[Signed<Object>]) {
         let is_known = |delta: &&Signed<Object>| known.iter().any(|known| known.body == delta.body);
         for delta in self.made.iter().filter(|delta| !is_known(delta)) {
@@ -224,7 +223,7 @@ impl Squasher {
                 .deltas(PolicyVersion(0), Some(&delta.bytes))
                 .await
             {
-                debug!(%error, "an earlier squashed delta is not wanted any more");
+                debug!(%error, "dispatch refused an earlier squashed delta");
             }
         }
     }
@@ -251,7 +250,7 @@ impl Squasher {
         let describing =
             tokio::task::spawn_blocking(move || describe_object(content, version, &hashed));
         let object = describing.await??;
-        // Offered before it is described, so that whoever hears of it finds it.
+        // Offer before registering, so that a peer that hears of the delta can fetch it.
         self.swarm.offer(&object, delta).await?;
         let signed = self.client.sign(object)?;
         let from = PolicyVersion(0);

@@ -1,9 +1,9 @@
-//! The weights of a version as bytes: from a safetensors file to the parameter table and the Merkle root that the learner
-//! signs, and back to the question whether a file holds exactly those weights.
+//! Computes the parameter table and the Merkle root that the learner signs from a safetensors file, and checks that a file holds
+//! exactly the weights of a signed version.
 //!
 //! The tree has the shape of RFC 6962 §2.1 (the left subtree is the largest full one), with BLAKE3 and labels that keep
 //! leaves and nodes apart. A leaf covers a tensor's name, type, shape and bytes. The table is in the order of the names,
-//! so that the root depends on the weights and not on how a file lays them out. Knows nothing of what tensors mean.
+//! so that the root depends on the weights and not on a file's layout. Does not know what a tensor means.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,7 +22,7 @@ pub mod stream;
 
 /// Largest header read: 16,384 tensors of under 512 bytes each.
 pub const HEADER_BYTES_MAX: u64 = 8 << 20;
-/// Most entries of a header's own metadata: `format` and a few notes.
+/// Most metadata entries in a header: `format` and a few notes.
 const METADATA_ENTRIES_MAX: usize = 256;
 /// Bytes of the header's length at the start of a file.
 pub(crate) const LENGTH_BYTES: usize = 8;
@@ -30,92 +30,57 @@ pub(crate) const LENGTH_BYTES: usize = 8;
 const LEAF_LABEL: &[u8] = b"muster-tensor-v1\0";
 const NODE_LABEL: &[u8] = b"muster-node-v1\0";
 
-/// Why a file is not readable as weights, or not the weights of a version.
+/// Why a file holds no weights, or not those of a version.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
-    /// The file ends before its header, or before or after its tensors.
-    #[error("safetensors file has {found} bytes where it needs {needed}: fetch it again")]
-    Length {
-        /// Bytes that the header asks for.
-        needed: u64,
-        /// Bytes that are there.
-        found: u64,
-    },
-    /// The header is no safetensors header.
-    #[error("safetensors header is not readable ({problem}): fetch the file again")]
-    Header {
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// One tensor's entry breaks a rule.
+    /// The file does not end where its header or tensors end.
+    #[error("safetensors file has {found} bytes, but its header needs {needed}: fetch it again")]
+    Length { needed: u64, found: u64 },
+    #[error("cannot read safetensors header ({problem}): fetch the file again")]
+    Header { problem: String },
     #[error("tensor `{name}` {problem}: write the file again")]
-    Tensor {
-        /// Its name.
-        name: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The version lists a tensor that the file lacks.
+    Tensor { name: String, problem: String },
     #[error("tensor `{name}` of the version is missing: fetch the file again")]
-    Missing {
-        /// Its name.
-        name: String,
-    },
-    /// The file has a tensor that the version does not list.
+    Missing { name: String },
     #[error("tensor `{name}` is not in the version: fetch the file again")]
-    Unexpected {
-        /// Its name.
-        name: String,
-    },
-    /// Name, type or shape of a tensor differ.
-    #[error("tensor `{name}` is {found} where the version says {expected}: fetch the file again")]
+    Unexpected { name: String },
+    #[error("tensor `{name}` is {found}, but the version says {expected}: fetch the file again")]
     Shape {
-        /// Its name.
         name: String,
-        /// As signed.
         expected: String,
-        /// As found.
         found: String,
     },
-    /// The bytes differ from the anchor's description.
     #[error("bytes {}..{} ({place}) differ from the signed description: fetch the file again", range.start, range.end)]
     Differs {
-        /// Where in the file.
         range: Range<u64>,
-        /// The first tensor there, or the header.
+        /// The first tensor in the range, or the header.
         place: String,
     },
-    /// Every shard is as described, or no description is known, and still the root is another.
+    /// The root differs, although every shard matches the description if there is one.
     #[error(
-        "weights have root {found} where the version says {expected}: fetch the file from another peer"
+        "weights have root {found}, but the version says {expected}: fetch the file from another peer"
     )]
     Root {
-        /// As signed.
         expected: ContentHash,
-        /// As found.
         found: ContentHash,
     },
-    /// A version of several parts.
-    #[error("version has {parts} parts, one base part is understood here: upgrade muster")]
-    Parts {
-        /// How many.
-        parts: usize,
-    },
+    /// The version has other parts than one base part.
+    #[error("version has {parts} parts, but this muster reads only one base part: upgrade muster")]
+    Parts { parts: usize },
 }
 
-/// A tensor of a file: its row of the parameter table and where its bytes are.
+/// A tensor's row of the parameter table, and the place of its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpan {
-    /// Its row.
     pub parameter: Parameter,
-    /// Its bytes within the file.
+    /// The tensor's bytes within the file.
     pub range: Range<usize>,
 }
 
-/// The parameter table and the base part of the state in a safetensors file. Hashes all of it.
+/// The parameter table and the base part of the state in a safetensors file. Hashes the whole file.
 ///
 /// # Errors
-/// Names what is wrong with the file.
+/// When the file is not a valid safetensors file.
 pub fn describe_state(bytes: &[u8]) -> Result<(Vec<Parameter>, Part), StateError> {
     let spans = tensor_spans(bytes)?;
     let leaves: Vec<ContentHash> = spans
@@ -134,8 +99,8 @@ pub fn describe_state(bytes: &[u8]) -> Result<(Vec<Parameter>, Part), StateError
     Ok((spans.into_iter().map(|span| span.parameter).collect(), part))
 }
 
-/// Whether a safetensors file holds exactly the weights of `version`. `anchor`, when known, describes the same file: its
-/// shard hashes say where a wrong file differs, which the root alone cannot.
+/// Checks that a safetensors file holds exactly the weights of `version`. `anchor`, if known, describes the same file: its
+/// shard hashes tell where a wrong file differs, which the root alone cannot.
 ///
 /// # Errors
 /// Names the first difference.
@@ -154,7 +119,7 @@ pub fn verify_state(
     verify_root(&hashes.collect::<Vec<_>>(), version)
 }
 
-/// Whether tensors whose bytes have these hashes, in the order of the version's table, are the weights of `version`.
+/// Checks that tensors with these hashes, in the order of the version's table, are the weights of `version`.
 ///
 /// # Errors
 /// When they are not.
@@ -186,7 +151,7 @@ pub fn verify_root(hashes: &[ContentHash], version: &Version) -> Result<(), Stat
 /// The tensors of a safetensors file, in the order of their names.
 ///
 /// # Errors
-/// When the header is not readable, or its tensors do not tile the file exactly.
+/// When the header cannot be read, or its tensors do not tile the file exactly.
 pub fn tensor_spans(bytes: &[u8]) -> Result<Vec<TensorSpan>, StateError> {
     let found = bytes.len() as u64;
     let short = |needed| StateError::Length { needed, found };
@@ -210,7 +175,7 @@ pub fn tensor_spans(bytes: &[u8]) -> Result<Vec<TensorSpan>, StateError> {
 /// The tensors that a file's header lists, in the order of their names, before `data_bytes` of data.
 ///
 /// # Errors
-/// When the header is not readable, or its tensors do not tile the data exactly.
+/// When the header cannot be read, or its tensors do not tile the data exactly.
 pub fn header_spans(header: &[u8], data_bytes: u64) -> Result<Vec<TensorSpan>, StateError> {
     let refused = |problem: String| StateError::Header { problem };
     let data_start = (LENGTH_BYTES + header.len()) as u64;
@@ -223,8 +188,8 @@ pub fn header_spans(header: &[u8], data_bytes: u64) -> Result<Vec<TensorSpan>, S
     tile(header, data_bytes, data_start)
 }
 
-/// Root over `leaves` (RFC 6962 §2.1): of one leaf the leaf itself, of more the node over both halves, where the left half
-/// is the largest power of two below their number. No leaf at all has the hash of nothing.
+/// The root over `leaves` (RFC 6962 §2.1): a single leaf is its own root; more leaves have the node over both parts, where the
+/// left part is the largest power of two below their number. The root of no leaves is the hash of no bytes.
 pub fn merkle_root(leaves: &[ContentHash]) -> ContentHash {
     match leaves {
         [] => ContentHash::of(b""),
@@ -262,7 +227,7 @@ fn node(left: &ContentHash, right: &ContentHash) -> ContentHash {
     ContentHash(*hasher.finalize().as_bytes())
 }
 
-/// The tensors in the order of the version's table, of which each must be one.
+/// Sorts the tensors by the version's table, and checks that both list the same tensors.
 fn by_table(spans: Vec<TensorSpan>, table: &[Parameter]) -> Result<Vec<TensorSpan>, StateError> {
     let mut spans: BTreeMap<String, TensorSpan> = spans
         .into_iter()
@@ -313,8 +278,8 @@ fn verify_against_anchor(
     }
 }
 
-/// The first tensor that lies in a byte range. The file is wrong somewhere, so its header is believed only while every
-/// tensor in it is one of the version.
+/// The first tensor in a byte range. The file is wrong somewhere, so the header's name is used only if the version has the
+/// same tensor.
 fn place_of(bytes: &[u8], version: &Version, range: &Range<u64>) -> String {
     let Ok(mut spans) = tensor_spans(bytes) else {
         return "header".to_owned();
@@ -340,7 +305,7 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-/// A header's tensors by name. Read by hand since a map would let a name appear twice and keep the last.
+/// A header's tensors by name. A derived map would accept a name twice and keep the last.
 struct Header(BTreeMap<String, Entry>);
 
 impl<'de> Deserialize<'de> for Header {
@@ -380,8 +345,8 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 }
 
-/// Checks every entry, and that together they cover the data without gap or overlap: a byte outside every tensor would
-/// be a byte that no root covers.
+/// Checks every entry, and that the tensors cover the data without gap or overlap: no root would cover a byte outside the
+/// tensors.
 fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSpan>, StateError> {
     if header.0.is_empty() {
         return Err(StateError::Header {
@@ -398,7 +363,7 @@ fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSp
     let mut covered = 0;
     for (start, end, parameter) in &spans {
         if *start != covered {
-            let problem = format!("starts at {start} where the one before it ends at {covered}");
+            let problem = format!("starts at {start}, but the one before it ends at {covered}");
             return Err(StateError::Tensor {
                 name: parameter.name.clone(),
                 problem,
@@ -413,7 +378,7 @@ fn tile(header: Header, data_bytes: u64, data_start: u64) -> Result<Vec<TensorSp
         );
         return Err(StateError::Length { needed, found });
     }
-    // Every offset is at most the file's size, which the caller has found to be addressable, so the casts hold.
+    // The caller has checked that the file's size fits in a usize, and no offset is larger, so the casts hold.
     let mut spans: Vec<TensorSpan> = spans
         .into_iter()
         .map(|(start, end, parameter)| TensorSpan {

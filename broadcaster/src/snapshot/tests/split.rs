@@ -228,7 +228,8 @@ fn more_files_than_a_folder_may_have_are_refused() {
     let parent = tempfile::tempdir().unwrap();
     let folder = parent.path().join("7");
     let error = write(&folder, &fixture.contents(), Existing::Refuse).unwrap_err();
-    let expected = "cannot be put in files of 1 bytes (more than 100 files would be needed): allow larger files";
+    let expected =
+        "cannot be put in files of 1 bytes (they need more than 100 files): allow larger files";
     assert!(error.to_string().ends_with(expected), "{error}");
     assert!(!folder.exists());
     fixture.file_bytes_max = 250;

@@ -14,19 +14,19 @@ use crate::store::bitmap::Bitmap;
 use crate::store::object::{describe_object, shard_count};
 use crate::version::state::describe_state;
 
-/// A run of versions whose objects lie on a shelf, and what was taken from it.
+/// The objects of a run's versions, in memory, and a record of the calls.
 #[derive(Debug, Default)]
-struct Shelf {
+struct MemorySource {
     objects: BTreeMap<ObjectId, Bytes>,
-    taken: Mutex<Vec<u64>>,
+    fetched_bytes: Mutex<Vec<u64>>,
     offered: Mutex<Vec<ObjectId>>,
-    struck: Mutex<Vec<PeerId>>,
+    distrusted: Mutex<Vec<PeerId>>,
 }
 
 #[async_trait]
-impl ObjectSource for Shelf {
+impl ObjectSource for MemorySource {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
-        self.taken.lock().unwrap().push(object.bytes);
+        self.fetched_bytes.lock().unwrap().push(object.bytes);
         let found = self.objects.get(&object.id()).cloned();
         found.ok_or(FetchError::Stopped)
     }
@@ -37,11 +37,11 @@ impl ObjectSource for Shelf {
     }
 
     fn distrust(&self, maker: PeerId, _object: &Object, _reason: &str) {
-        self.struck.lock().unwrap().push(maker);
+        self.distrusted.lock().unwrap().push(maker);
     }
 
     fn is_distrusted(&self, maker: &PeerId) -> bool {
-        self.struck.lock().unwrap().contains(maker)
+        self.distrusted.lock().unwrap().contains(maker)
     }
 }
 
@@ -60,11 +60,11 @@ fn root_of(version: u64) -> StateRoot {
     state_root(&[part])
 }
 
-/// The run's learner, who also describes the objects.
+/// The run's learner, which also describes the objects.
 struct Author {
     identity: Identity,
     run: RunId,
-    shelf: Shelf,
+    source: MemorySource,
 }
 
 impl Author {
@@ -72,13 +72,13 @@ impl Author {
         Self {
             identity: Identity::generate(),
             run: "test".parse().unwrap(),
-            shelf: Shelf::default(),
+            source: MemorySource::default(),
         }
     }
 
     fn object(&mut self, content: Content, version: u64, bytes: Vec<u8>) -> Signed<Object> {
         let object = describe_object(content, PolicyVersion(version), &bytes).unwrap();
-        self.shelf.objects.insert(object.id(), bytes.into());
+        self.source.objects.insert(object.id(), bytes.into());
         seal(&self.identity, &self.run, 1, object).unwrap()
     }
 
@@ -161,11 +161,14 @@ async fn whoever_holds_the_parent_fetches_the_delta_and_can_serve_the_anchor() {
     let (delta, anchor) = (author.delta(1, 2), author.anchor(2));
     let opened = author.opened(2, &[&anchor, &delta]);
     let parent = author.held(1);
-    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let held = fetch(&author.source, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(2));
     assert_eq!(parent.image, weights(1), "the parent stays as it is");
-    assert_eq!(*author.shelf.taken.lock().unwrap(), [delta.body.bytes]);
-    assert_eq!(*author.shelf.offered.lock().unwrap(), [anchor.body.id()]);
+    assert_eq!(
+        *author.source.fetched_bytes.lock().unwrap(),
+        [delta.body.bytes]
+    );
+    assert_eq!(*author.source.offered.lock().unwrap(), [anchor.body.id()]);
 }
 
 #[tokio::test]
@@ -173,10 +176,10 @@ async fn a_newcomer_goes_by_the_last_anchor_and_the_deltas_since() {
     let mut author = Author::new();
     let objects = [author.anchor(1), author.delta(1, 2), author.delta(2, 3)];
     let opened = author.opened(3, &objects.each_ref());
-    let held = fetch(&author.shelf, opened, None).await.unwrap();
+    let held = fetch(&author.source, opened, None).await.unwrap();
     assert_eq!(held.image, weights(3));
     assert!(held.anchor.is_none());
-    assert_eq!(author.shelf.taken.lock().unwrap().len(), 3);
+    assert_eq!(author.source.fetched_bytes.lock().unwrap().len(), 3);
 }
 
 #[tokio::test]
@@ -188,9 +191,12 @@ async fn a_late_peer_takes_the_squashed_delta() {
     let objects: Vec<&Signed<Object>> = objects.iter().collect();
     let opened = author.opened(5, &objects);
     let parent = author.held(1);
-    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let held = fetch(&author.source, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(5));
-    assert_eq!(*author.shelf.taken.lock().unwrap(), [objects[4].body.bytes]);
+    assert_eq!(
+        *author.source.fetched_bytes.lock().unwrap(),
+        [objects[4].body.bytes]
+    );
 }
 
 #[tokio::test]
@@ -202,9 +208,9 @@ async fn a_delta_that_leads_elsewhere_than_it_says_is_refused_and_the_anchor_tak
     let anchor = author.anchor(2);
     let opened = author.opened(2, &[&lie, &garbage, &anchor]);
     let parent = author.held(1);
-    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let held = fetch(&author.source, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(2));
-    let taken = author.shelf.taken.lock().unwrap().clone();
+    let taken = author.source.fetched_bytes.lock().unwrap().clone();
     assert_eq!(taken, [lie.body.bytes, 300, anchor.body.bytes]);
 }
 
@@ -215,7 +221,7 @@ async fn without_an_anchor_a_lying_delta_is_an_error_and_no_weights() {
     let lie = author.named(1, 2, elsewhere.bytes);
     let opened = author.opened(2, &[&lie]);
     let parent = author.held(1);
-    let refused = fetch(&author.shelf, opened, Some(&parent))
+    let refused = fetch(&author.source, opened, Some(&parent))
         .await
         .unwrap_err();
     assert!(matches!(refused, FollowError::Bytes { .. }), "{refused}");
@@ -227,12 +233,12 @@ async fn a_version_that_is_held_is_not_fetched_again() {
     let anchor = author.anchor(2);
     let opened = author.opened(2, &[&anchor]);
     let parent = author.held(2);
-    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let held = fetch(&author.source, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(2));
-    assert!(author.shelf.taken.lock().unwrap().is_empty());
+    assert!(author.source.fetched_bytes.lock().unwrap().is_empty());
 }
 
-/// Another member of the run, who describes deltas.
+/// Another member of the run, which describes deltas.
 impl Author {
     fn squashed(&mut self, maker: &Identity, from: u64, to: u64, bytes: Vec<u8>) -> Signed<Object> {
         let described = self.named(from, to, bytes).body;
@@ -252,7 +258,7 @@ impl Author {
     ) -> Opened {
         let objects: Vec<&Signed<Object>> = objects.iter().collect();
         let mut opened = self.opened(version, &objects);
-        opened.add_squashed(&self.shelf, squashed.to_vec());
+        opened.add_squashed(&self.source, squashed.to_vec());
         opened
     }
 }
@@ -270,19 +276,19 @@ async fn a_late_peer_takes_members_squashed_deltas_beside_the_learners_and_fewer
     let squashed = author.squashed(&maker, 4, 8, coded(4, 8));
     let parent = author.held(3);
     let opened = author.opened_with(9, &chain, &[]);
-    fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
-    let single: u64 = author.shelf.taken.lock().unwrap().drain(..).sum();
+    fetch(&author.source, opened, Some(&parent)).await.unwrap();
+    let single: u64 = author.source.fetched_bytes.lock().unwrap().drain(..).sum();
     let opened = author.opened_with(9, &chain, std::slice::from_ref(&squashed));
-    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let held = fetch(&author.source, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(9));
-    let taken = author.shelf.taken.lock().unwrap().clone();
+    let taken = author.source.fetched_bytes.lock().unwrap().clone();
     let expected = [&chain[2], &squashed, &chain[7]].map(|object| object.body.bytes);
     assert_eq!(taken, expected);
     assert!(
         taken.iter().sum::<u64>() < single,
         "{taken:?} against {single}"
     );
-    assert!(author.shelf.struck.lock().unwrap().is_empty());
+    assert!(author.source.distrusted.lock().unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -306,18 +312,18 @@ async fn a_squashed_delta_with_one_wrong_bit_or_another_root_is_left_out_and_its
         let squashed = [first, second];
         let parent = author.held(0);
         let opened = author.opened_with(8, &chain, &squashed);
-        let held = fetch(&author.shelf, opened.clone(), Some(&parent))
+        let held = fetch(&author.source, opened.clone(), Some(&parent))
             .await
             .unwrap();
         assert_eq!(held.image, weights(8), "{lie}");
-        let struck = author.shelf.struck.lock().unwrap().clone();
-        assert_eq!(struck, [liar.peer_id()], "{lie}");
+        let distrusted = author.source.distrusted.lock().unwrap().clone();
+        assert_eq!(distrusted, [liar.peer_id()], "{lie}");
         let mut known = held.objects.iter();
         assert!(known.all(|object| object.author != liar.peer_id()), "{lie}");
         // From then on it is not even taken in; another member's is.
         let true_one = author.squashed(&honest, 0, 4, coded(0, 4));
         let mut again = author.opened_with(8, &chain, &squashed);
-        again.add_squashed(&author.shelf, vec![true_one]);
+        again.add_squashed(&author.source, vec![true_one]);
         let makers: Vec<PeerId> = again.objects[8..]
             .iter()
             .map(|object| object.author)
@@ -336,10 +342,10 @@ async fn a_lie_early_on_the_way_is_found_though_the_end_is_wrong_and_the_honest_
     ];
     let parent = author.held(0);
     let opened = author.opened_with(9, &chain, &squashed);
-    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let held = fetch(&author.source, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(9));
-    assert_eq!(*author.shelf.struck.lock().unwrap(), [liar.peer_id()]);
-    let taken = author.shelf.taken.lock().unwrap().clone();
+    assert_eq!(*author.source.distrusted.lock().unwrap(), [liar.peer_id()]);
+    let taken = author.source.fetched_bytes.lock().unwrap().clone();
     assert_eq!(taken.last_chunk::<6>().unwrap(), &{
         let singles = chain[..4].iter().chain([&squashed[1], &chain[8]]);
         let bytes: Vec<u64> = singles.map(|object| object.body.bytes).collect();
@@ -352,12 +358,12 @@ async fn a_squashed_delta_that_does_not_come_is_left_out_and_nobody_struck() {
     let (mut author, maker) = (Author::new(), Identity::generate());
     let chain = author.chain(0, 4);
     let squashed = author.squashed(&maker, 0, 4, coded(0, 4));
-    author.shelf.objects.remove(&squashed.body.id());
+    author.source.objects.remove(&squashed.body.id());
     let parent = author.held(0);
     let opened = author.opened_with(4, &chain, &[squashed]);
-    let held = fetch(&author.shelf, opened, Some(&parent)).await.unwrap();
+    let held = fetch(&author.source, opened, Some(&parent)).await.unwrap();
     assert_eq!(held.image, weights(4));
-    assert!(author.shelf.struck.lock().unwrap().is_empty());
+    assert!(author.source.distrusted.lock().unwrap().is_empty());
 }
 
 #[test]

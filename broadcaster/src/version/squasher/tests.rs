@@ -77,7 +77,7 @@ async fn answer(mut requests: Requests, run: RunId, desks: Arc<Mutex<Desks>>) {
                     desks.described.extend(mine);
                     Reply::Deltas(desks.described.clone())
                 }
-                other => panic!("nobody asks {other:?} here"),
+                other => panic!("unexpected request {other:?}"),
             }
         };
         let answer = seal(&identity, &run, 1, answer).unwrap();
@@ -305,7 +305,7 @@ async fn a_step_that_somebody_has_described_is_not_made_again() {
             until(|| Some(()).filter(|()| run.desks.lock().unwrap().asked > 0)).await;
         }
     }
-    // The next step is made after its turn, so the first was left to who had made it.
+    // The member makes the next delta after its turn, so it left the first to the other member.
     let described = until(|| Some(run.described()).filter(|described| described.len() > 1)).await;
     let made: Vec<Content> = described[1..]
         .iter()

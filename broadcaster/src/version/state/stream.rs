@@ -1,7 +1,7 @@
-//! Weights checked as they are read: one shard of a file is in memory at a time, whatever the size of the file.
+//! Verifies weights while they are read, with one shard of the file in memory at a time.
 //!
-//! The shards' hashes and the tensors' are computed in one pass over the bytes, side by side where shards are large enough
-//! to be worth a thread. Invariant: a header is not looked at before the shards that it lies in were found to be as described.
+//! One pass computes the hashes of shards and tensors, on two threads if shards are large. Invariant: a header is parsed only
+//! after the shards that hold it were verified.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -16,21 +16,19 @@ use super::{
 };
 use crate::store::object::{ObjectError, shard_count, shard_range, verify_shard};
 
-/// Smaller shards are hashed on one thread: starting another takes tens of microseconds.
+/// Smaller shards are hashed on one thread: starting a second takes tens of microseconds.
 const ALONGSIDE_BYTES_MIN: usize = 256 << 10;
 
-/// Why weights that are read are not those of a version.
+/// Why a stream does not hold the weights of a version.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// They are others.
     #[error("{0}")]
     State(#[from] StateError),
-    /// They cannot be read.
-    #[error("weights cannot be read: {0}")]
+    #[error("cannot read the weights: {0}")]
     Read(#[from] io::Error),
 }
 
-/// What weights that were read are made of.
+/// The parts of verified weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checked {
     /// The file's first bytes: the header's length and the header.
@@ -39,11 +37,11 @@ pub struct Checked {
     pub hashes: Vec<ContentHash>,
 }
 
-/// Reads a safetensors file to its end and tells whether it is as `anchor` describes it and holds exactly the weights of
+/// Reads a safetensors file to its end. Checks that it matches the description in `anchor` and holds exactly the weights of
 /// `version`.
 ///
 /// # Errors
-/// Names the first difference, or why nothing more could be read.
+/// At the first difference, or when the reader fails.
 pub fn verify_stream(
     reader: &mut impl Read,
     version: &Version,
@@ -61,16 +59,16 @@ pub fn verify_stream(
     Ok(pass.finish()?)
 }
 
-/// How far the reading has come.
+/// The state of one pass over a file.
 struct Pass<'a> {
     version: &'a Version,
     anchor: &'a Object,
     head: Vec<u8>,
-    /// In the order of their bytes; none while the header is not whole.
+    /// In the order of their bytes; empty until the header is complete.
     spans: Vec<TensorSpan>,
-    /// Of the tensors that were read to their ends.
+    /// One for each complete tensor, in the order of `spans`.
     hashes: Vec<ContentHash>,
-    /// Bytes taken of the file.
+    /// Bytes of the file read so far.
     taken: usize,
     hasher: blake3::Hasher,
 }
@@ -98,7 +96,7 @@ impl<'a> Pass<'a> {
         let (taken, verified) = thread::scope(|scope| {
             let other = thread::Builder::new().spawn_scoped(scope, verify);
             let taken = self.take(bytes);
-            // Without another thread the same is done here.
+            // If the thread cannot start, this one does its work.
             let verified = match other.map(thread::ScopedJoinHandle::join) {
                 Ok(Ok(verified)) => verified,
                 Ok(Err(_)) | Err(_) => verify(),
@@ -109,7 +107,7 @@ impl<'a> Pass<'a> {
         taken
     }
 
-    /// Takes the next bytes of the file.
+    /// Hashes the next bytes of the file.
     fn take(&mut self, mut bytes: &[u8]) -> Result<(), StateError> {
         while self.spans.is_empty() && !bytes.is_empty() {
             let lacking = self.head_bytes()?.saturating_sub(self.head.len());
@@ -122,7 +120,7 @@ impl<'a> Pass<'a> {
             }
         }
         while !bytes.is_empty() {
-            // The tensors tile the file, so that its last byte is the last one's.
+            // The tensors tile the file, so a byte after the header lies in one of them.
             let span = self.spans.get(self.hashes.len());
             let end = span.map_or(usize::MAX, |span| span.range.end);
             let (now, rest) = bytes.split_at((end - self.taken).min(bytes.len()));
@@ -138,7 +136,7 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    /// Where the header ends, or what it takes to know that.
+    /// Where the header ends; before its length is known, the bytes that hold the length.
     fn head_bytes(&self) -> Result<usize, StateError> {
         let Some(length) = self.head.first_chunk::<LENGTH_BYTES>() else {
             return Ok(LENGTH_BYTES);
@@ -194,10 +192,10 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// The tensors of a file with this beginning, in the order of their bytes, when they are those of `version`.
+/// The tensors of a file that begins with `head`, in the order of their bytes. Checks that they are those of `version`.
 ///
 /// # Errors
-/// When the header is not readable, or lists other tensors or other sizes than the version and the description.
+/// When the header cannot be read, or lists other tensors or other sizes than the version and the description.
 pub fn image_spans(
     head: &[u8],
     version: &Version,

@@ -183,7 +183,7 @@ fn hostile_headers_are_refused_with_the_reason() {
     refused(format!(r#"{{"a":{}}}"#, at("[4,8]")), "starts at 4");
     refused(
         format!(r#"{{"a":{}}}"#, at("[0,4]")),
-        "has 70 bytes where it needs 66",
+        "has 70 bytes, but its header needs 66",
     );
     refused(format!(r#"{{"a":{}}}"#, at("[8,4]")), "not the size");
     refused(
