@@ -227,8 +227,8 @@ impl TicketTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use muster_protocol::id::DescriptorHash;
     use muster_protocol::message::ticket::SamplingRules;
+    use muster_protocol::testing;
 
     fn table() -> TicketTable {
         TicketTable::new(Budget {
@@ -241,18 +241,15 @@ mod tests {
     fn ticket(id: u64) -> Ticket {
         Ticket {
             id: TicketId(id),
-            descriptor: DescriptorHash([0; 32]),
             item: id,
-            prompt: vec![1],
-            group_size: 4,
             sampling: SamplingRules {
                 temperature: 1.0,
                 tokens_max: 8,
                 stop_ids: vec![0],
                 stop_strings: Vec::new(),
             },
-            oldest_version: PolicyVersion(0),
             deadline: UnixMillis(1_000),
+            ..testing::ticket()
         }
     }
 
