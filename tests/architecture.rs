@@ -9,6 +9,11 @@ use std::process::Command;
 
 use serde_json::Value;
 
+#[path = "architecture/modules.rs"]
+mod modules;
+
+use modules::Modules;
+
 /// Each crate and the crates of ours that it may import, in the order of the table in ARCHITECTURE.md.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("muster-protocol", &[]),
@@ -231,15 +236,62 @@ fn sources() -> Vec<PathBuf> {
     files
 }
 
-/// A file's code: what stands before its tests, without comments.
+/// A file's code, without comments and without the items that only tests have.
 fn code(path: &Path) -> String {
     let text = fs::read_to_string(root().join(path))
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let shipped = text.split("#[cfg(test)]").next().unwrap_or_default();
-    let lines = shipped
+    let lines = text
         .lines()
         .map(|line| line.split("//").next().unwrap_or_default());
-    lines.collect::<Vec<_>>().join("\n")
+    without_tests(&lines.collect::<Vec<_>>().join("\n"))
+}
+
+/// Leaves out each item under `#[cfg(test)]`: up to its `;`, or to the brace that closes its body.
+fn without_tests(code: &str) -> String {
+    let mut parts = code.split("#[cfg(test)]");
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let mut depth = 0_usize;
+        let end = part.char_indices().find(|(_, c)| {
+            match c {
+                '{' => depth += 1,
+                '}' => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            depth == 0 && matches!(c, '}' | ';')
+        });
+        kept.push_str(end.map_or("", |(at, _)| &part[at + 1..]));
+    }
+    kept
+}
+
+#[test]
+fn what_follows_the_tests_of_a_file_is_seen() {
+    let code = "fn a() {}\n#[cfg(test)]\nmod tests { fn t() { {} } }\nfn b() {}\n#[cfg(test)]\nuse x::y;\nfn c() {}";
+    let seen = without_tests(code);
+    assert!(!seen.contains("fn t") && !seen.contains("x::y"), "{seen}");
+    assert!(seen.contains("fn b") && seen.contains("fn c"), "{seen}");
+}
+
+#[test]
+fn no_modules_use_one_another_in_a_circle() {
+    let mut crates: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
+    for path in sources().iter().filter(|path| is_shipped(path)) {
+        let text = path.to_str().unwrap();
+        if let Some((name, file)) = text.split_once("src/") {
+            let files = crates.entry(name.to_owned()).or_default();
+            files.insert(file.to_owned(), code(path));
+        }
+    }
+    assert!(
+        crates.len() >= 11,
+        "every crate was found: {:?}",
+        crates.keys()
+    );
+    for (name, files) in crates {
+        let circles = Modules::of_crate(&files).circles();
+        assert!(circles.is_empty(), "{name}src/ has circles: {circles:#?}");
+    }
 }
 
 fn is_shipped(path: &Path) -> bool {
