@@ -10,6 +10,7 @@ mod kernels;
 mod learner;
 mod local;
 mod logprobs;
+mod member_args;
 mod model;
 mod rewards;
 mod rollout;
@@ -20,15 +21,10 @@ mod trainer;
 mod warmup;
 
 use std::io::IsTerminal as _;
-use std::num::NonZeroU64;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-
-use muster_broadcaster::SwarmConfig;
-use muster_broadcaster::transport::nat::NatConfig;
 
 /// An asynchronous RL post-training swarm.
 #[derive(Debug, Parser)]
@@ -75,76 +71,6 @@ enum Command {
     /// Whether this machine has what Muster needs
     Doctor(doctor::DoctorArgs),
 }
-
-/// What every member of a run takes.
-#[derive(Debug, Clone, Args)]
-pub struct MemberArgs {
-    /// The member's credentials
-    #[arg(long, value_name = "FILE")]
-    creds: PathBuf,
-    /// Where the bus is, instead of what the credentials say
-    #[arg(long, value_name = "URL")]
-    nats: Option<String>,
-    /// Where to listen for peers, `host:port`; port 0 for any free one
-    #[arg(long, value_name = "ADDRESS")]
-    listen: Option<std::net::SocketAddr>,
-    /// Under which `host:port` other peers reach this one, when it is not the address listened on
-    #[arg(long, value_name = "ADDRESS")]
-    advertise: Vec<String>,
-    /// Most megabits per second to upload; no limit by default
-    #[arg(long, value_name = "X")]
-    upload_mbps: Option<NonZeroU64>,
-    #[command(flatten)]
-    nat: NatArgs,
-    /// Most bytes of older weights kept to make deltas over several versions for late peers; 0 makes none [default: 1 GiB]
-    #[arg(long, value_name = "N")]
-    squash_bytes_max: Option<u64>,
-}
-
-impl MemberArgs {
-    /// How this member takes part in the swarm.
-    fn swarm(&self) -> SwarmConfig {
-        let mut swarm = SwarmConfig {
-            advertise: self.advertise.clone(),
-            ..SwarmConfig::default()
-        };
-        swarm.squash.bytes_max = self.squash_bytes_max.unwrap_or(swarm.squash.bytes_max);
-        swarm.listen = self.listen.unwrap_or(swarm.listen);
-        swarm.upload_bytes_per_second = self
-            .upload_mbps
-            .map(|mbps| mbps.saturating_mul(BYTES_PER_MEGABIT));
-        swarm.nat = self.nat.config();
-        swarm
-    }
-}
-
-/// How peers behind home routers are reached, by whoever takes a seat in a run.
-#[derive(Debug, Clone, Args)]
-pub struct NatArgs {
-    /// Reach peers behind home routers too, and be reached; needs a build with the feature `nat`
-    #[arg(long, requires = "creds")]
-    nat: bool,
-    /// Where peers behind routers meet, `https://host`; all members of a run name the same
-    #[arg(long, value_name = "URL", requires = "nat")]
-    nat_relay: Vec<String>,
-    /// The PEM file by which such a relay is known, for one of your own; the public certificates by default
-    #[arg(long, value_name = "FILE", requires = "nat_relay")]
-    nat_relay_roots: Option<PathBuf>,
-}
-
-impl NatArgs {
-    /// What was asked for; nothing by default.
-    fn config(&self) -> Option<NatConfig> {
-        self.nat.then(|| NatConfig {
-            relays: self.nat_relay.clone(),
-            relay_roots: self.nat_relay_roots.clone(),
-            ..NatConfig::default()
-        })
-    }
-}
-
-/// 10⁶ bits.
-const BYTES_PER_MEGABIT: NonZeroU64 = NonZeroU64::MIN.saturating_add(124_999);
 
 /// Carries out a command.
 ///

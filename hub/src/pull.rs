@@ -7,33 +7,26 @@
 
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::api::sync::ApiBuilder;
 use hf_hub::{Cache, Repo, RepoType};
 
-use muster_policy::{Config, ModelConfigError, WeightsError, weight_file_names};
+use muster_policy::{Config, weight_file_names};
 
 use self::client::Client;
 
 mod cached;
 mod client;
+mod error;
+mod files;
+mod request;
+
+pub use self::error::HubError;
+pub use self::request::{Ask, Pulled, Wanted};
+
+use self::files::{INDEX, NEEDED, OPTIONAL, SINGLE, read};
 
 /// Where models are when nobody says otherwise.
 pub const ENDPOINT: &str = "https://huggingface.co";
-
-/// The one weight file of a model that is not split, and the list of files of one that is.
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-
-/// Files that a model cannot do without, besides its weights.
-const NEEDED: [&str; 2] = ["config.json", "tokenizer.json"];
-
-/// Files that are taken along when they are there.
-const OPTIONAL: [&str; 4] = [
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
 
 /// Largest file that is not weights: the longest tokenizers have about 35 MB.
 const TEXT_BYTES_MAX: u64 = 256 << 20;
@@ -43,175 +36,6 @@ const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
 
 /// Longest id or revision: what the hub allows, and some more.
 const NAME_BYTES_MAX: usize = 200;
-
-/// Why a model was not pulled.
-#[derive(Debug, thiserror::Error)]
-pub enum HubError {
-    /// Not an id or a revision.
-    #[error("{what} `{found}` is none of a hub: {expected}")]
-    Name {
-        /// `the id` or `the revision`.
-        what: &'static str,
-        /// What was given.
-        found: String,
-        /// What would be accepted.
-        expected: &'static str,
-    },
-    /// Not an address.
-    #[error("the endpoint `{found}` is no address: give one that begins with https:// or http://")]
-    Endpoint {
-        /// What was given.
-        found: String,
-    },
-    /// The cache has no place.
-    #[error("there is no home folder to keep the cache in: name one with --cache")]
-    NoCache,
-    /// The hub does not know the repository.
-    #[error(
-        "{endpoint} has no model `{id}` that you may see: correct the id, or set HF_TOKEN if the model is private"
-    )]
-    NoModel {
-        /// Who was asked.
-        endpoint: String,
-        /// What for.
-        id: String,
-    },
-    /// The hub does not know the revision.
-    #[error("model `{id}` has no revision `{revision}`: name a branch, a tag or a commit")]
-    NoRevision {
-        /// Of which model.
-        id: String,
-        /// What was asked for.
-        revision: String,
-    },
-    /// A file that the model needs is not there.
-    #[error(
-        "model `{id}` has no {file}: take one that is published as safetensors with a tokenizer.json"
-    )]
-    NoFile {
-        /// Of which model.
-        id: String,
-        /// Which.
-        file: String,
-    },
-    /// The hub wants to know who asks.
-    #[error(
-        "{endpoint} refuses {file} (status {status}): set HF_TOKEN to a token that may read the model"
-    )]
-    Denied {
-        /// Who was asked.
-        endpoint: String,
-        /// What for.
-        file: String,
-        /// 401 or 403.
-        status: u16,
-    },
-    /// Any other refusal.
-    #[error("{endpoint} answers {status} for {file}: try again later")]
-    Status {
-        /// Who was asked.
-        endpoint: String,
-        /// What for.
-        file: String,
-        /// As it came.
-        status: u16,
-    },
-    /// The hub was not reached, or broke off.
-    #[error(
-        "{file} was not received: {reason}; what has come is kept, so run the same command again"
-    )]
-    Broken {
-        /// What was asked for.
-        file: String,
-        /// What the connection said.
-        reason: String,
-    },
-    /// An answer that is not the hub's.
-    #[error("{endpoint} does not speak the hub's protocol: {problem}; correct the endpoint")]
-    Protocol {
-        /// Who was asked.
-        endpoint: String,
-        /// What was wrong.
-        problem: String,
-    },
-    /// Bytes that are not those announced.
-    #[error(
-        "{file} came with the SHA-256 {found}, announced was {expected}: it was dropped, run the same command again"
-    )]
-    Hash {
-        /// Which.
-        file: String,
-        /// Of what came.
-        found: String,
-        /// What the hub said.
-        expected: String,
-    },
-    /// Someone else is fetching the same file.
-    #[error(
-        "{file} is being fetched by another process: wait for it, then run the same command again"
-    )]
-    Busy {
-        /// Which.
-        file: String,
-    },
-    /// The model does not run here.
-    #[error("model `{id}` does not run here: {reason}")]
-    Config {
-        /// Which.
-        id: String,
-        /// Why.
-        reason: ModelConfigError,
-    },
-    /// The list of weight files is none.
-    #[error(transparent)]
-    Weights(#[from] WeightsError),
-    /// The `hf-hub` crate could not be set up.
-    #[error("the hub's client cannot be set up: {0}")]
-    Client(#[from] ApiError),
-    /// The disk refused.
-    #[error("{} cannot be written or read: {source}; check its permissions and the free space", path.display())]
-    Disk {
-        /// Where.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-}
-
-/// What is to be pulled, and from where.
-#[derive(Debug, Clone)]
-pub struct Wanted {
-    /// `OWNER/NAME`
-    pub id: String,
-    /// A branch, a tag or a commit.
-    pub revision: String,
-    /// Where the hub is.
-    pub endpoint: String,
-    /// Where files are kept; the place of Hugging Face's own tools by default.
-    pub cache: Option<PathBuf>,
-    /// Whether the hub is asked even if the cache has the model.
-    pub ask: Ask,
-}
-
-/// When the hub is asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ask {
-    /// Not if the cache has everything.
-    IfNeeded,
-    /// In any case: a branch may have moved.
-    Always,
-}
-
-/// A model in the cache.
-#[derive(Debug, Clone)]
-pub struct Pulled {
-    /// Names and where their bytes are; weights last.
-    pub files: Vec<(String, PathBuf)>,
-    /// The commit that they belong to.
-    pub commit: String,
-    /// Bytes that came from the hub this time.
-    pub received: u64,
-}
 
 /// Brings a model into the cache; `tell` hears of each file's progress: name, bytes there, bytes in all.
 ///
@@ -341,13 +165,6 @@ fn check_name(what: &'static str, name: &str) -> Result<(), HubError> {
         what,
         found: name.chars().take(80).collect(),
         expected: "letters, digits, `-`, `_` and `.`, with a `/` after the owner",
-    })
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, HubError> {
-    std::fs::read(path).map_err(|source| HubError::Disk {
-        path: path.to_owned(),
-        source,
     })
 }
 

@@ -4,6 +4,7 @@
 
 mod frame;
 mod plain;
+mod status;
 
 use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
@@ -14,6 +15,8 @@ use muster_protocol::record::JsonLinesError;
 
 use crate::record::{RecordReader, RunRecord};
 use plain::Plain;
+
+pub use status::{Process, ProcessState, Status};
 
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,39 +38,6 @@ impl ScreenMode {
             Self::Plain
         }
     }
-}
-
-/// Whether a child process is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ProcessState {
-    /// Started, or not needed to be seen yet.
-    Up,
-    /// Ended by itself, to be started again.
-    Restarting,
-    /// Ended as it should.
-    Ended,
-}
-
-/// A child process as its parent knows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Process {
-    /// Role and number: `rollout-2`.
-    pub name: String,
-    /// Whether it is there.
-    pub state: ProcessState,
-    /// How often it was started again.
-    pub restarts: u64,
-}
-
-/// What the files do not tell.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Status {
-    /// Steps that the run will take; 0 when it has no end.
-    pub steps_total: u64,
-    /// What goes on before the first step, in a few words; empty when nothing needs to be said.
-    pub phase: String,
-    /// The parent's children; empty for a process without any.
-    pub processes: Vec<Process>,
 }
 
 /// The display. Owned by one task, which calls [`Screen::tick`] a few times a second.

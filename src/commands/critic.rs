@@ -10,8 +10,8 @@ use muster_protocol::subject::Role;
 use muster_rewards::critic::scorer::PolicyScorer;
 use muster_rewards::critic::{Critic, CriticParts};
 
-use super::MemberArgs;
 use super::kernels::Kernels;
+use super::member_args::MemberArgs;
 use crate::seat::Seat;
 
 /// Versions that a critic keeps beyond the async level: groups may come while the next version is on its way.

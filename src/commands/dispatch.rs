@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::MemberArgs;
+use super::member_args::MemberArgs;
 use crate::config::RunConfig;
 use crate::prompts::{PromptForm, TaskPrompts};
 use crate::run_dir::RunDir;

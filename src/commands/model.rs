@@ -1,6 +1,7 @@
 //! `muster model`: model folders from elsewhere, as Hugging Face folders that runs start from.
 
 mod import;
+mod out_folder;
 mod pull;
 
 use anyhow::Result;
@@ -27,21 +28,4 @@ pub fn run(args: &ModelArgs) -> Result<()> {
         What::Import(args) => import::run(args),
         What::Pull(args) => pull::run(args),
     }
-}
-
-/// Refuses a folder that holds a model, which would otherwise be half of one and half of another if this ends early.
-fn refuse_model(folder: &std::path::Path) -> Result<()> {
-    for name in [
-        "config.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-    ] {
-        if folder.join(name).try_exists().unwrap_or(false) {
-            anyhow::bail!(
-                "{} holds a model already: name a new folder",
-                folder.display()
-            );
-        }
-    }
-    Ok(())
 }

@@ -11,8 +11,8 @@ use muster_protocol::subject::Role;
 use muster_rollout::engine::{PolicyAnswerer, Task};
 use muster_rollout::worker::{Worker, WorkerParts};
 
-use super::MemberArgs;
 use super::kernels::Kernels;
+use super::member_args::MemberArgs;
 use crate::seat::Seat;
 
 const MIB: NonZeroU64 = NonZeroU64::MIN.saturating_add((1 << 20) - 1);

@@ -6,7 +6,7 @@ use clap::Args;
 use muster_broadcaster::follower::Follow;
 use muster_protocol::subject::Role;
 
-use super::MemberArgs;
+use super::member_args::MemberArgs;
 use crate::seat::Seat;
 
 /// What `seed` takes.

@@ -17,7 +17,7 @@ use muster_protocol::id::{PeerId, PolicyVersion, RunId, StateRoot};
 use muster_protocol::record::{EvalLine, Line as _, read_all};
 
 use self::live::LiveRun;
-use super::NatArgs;
+use super::member_args::NatArgs;
 use crate::run_dir::RunDir;
 use muster_monitor::output::say;
 use muster_monitor::record::newest_checkpoint;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::MemberArgs;
+use super::member_args::MemberArgs;
 use crate::descriptor::{describe, run_files};
 use crate::run_dir::RunDir;
 use crate::seat::Seat;

@@ -6,7 +6,9 @@ use hf_hub::{Cache, Repo};
 
 use muster_policy::weight_file_names;
 
-use super::{HubError, INDEX, NEEDED, OPTIONAL, Pulled, SINGLE, read};
+use super::error::HubError;
+use super::files::{INDEX, NEEDED, OPTIONAL, SINGLE, read};
+use super::request::Pulled;
 
 /// The files of a revision, if none is missing.
 pub(super) fn whole(cache: &Cache, repo: &Repo) -> Result<Option<Pulled>, HubError> {

@@ -15,7 +15,8 @@ use ureq::Agent;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{HeaderMap, StatusCode, Uri};
 
-use super::{HubError, Wanted};
+use super::error::HubError;
+use super::request::Wanted;
 
 /// How long a connection may take to come about, and a server to send its next bytes.
 const CONNECT_WAIT: Duration = Duration::from_secs(20);

@@ -2,7 +2,7 @@
 
 use muster_protocol::record::{EvalLine, StepMetrics};
 
-use super::{Process, ProcessState, Status};
+use super::status::{Process, ProcessState, Status};
 use crate::record::RunRecord;
 use crate::summary;
 use crate::text::{duration, percent, plural, short, sparkline};

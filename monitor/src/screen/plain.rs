@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Status, frame};
+use super::frame;
+use super::status::Status;
 use crate::record::{Added, RunRecord};
 
 /// Shortest time between two lines about steps: a run of an hour stays readable.
@@ -70,7 +71,7 @@ impl Plain {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Process, ProcessState};
+    use super::super::status::{Process, ProcessState};
     use super::*;
 
     fn status(phase: &str, restarts: u64) -> Status {

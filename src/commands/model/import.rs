@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use muster_policy::{Storage, import_gguf};
 
-use super::refuse_model;
+use super::out_folder::refuse_model;
 use muster_monitor::output::say;
 use muster_monitor::text::count;
 

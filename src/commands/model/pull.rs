@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::refuse_model;
+use super::out_folder::refuse_model;
 use muster_hub::pull::{Ask, ENDPOINT, Wanted, place, pull};
 use muster_monitor::output::say;
 use muster_monitor::text::short;

@@ -16,7 +16,7 @@ use muster_protocol::id::PeerId;
 use super::live::LiveRun;
 use super::live_versions::LiveVersions;
 use super::parse_file_bytes;
-use crate::commands::NatArgs;
+use crate::commands::member_args::NatArgs;
 use crate::run_dir::RunDir;
 use crate::signals::cancel_on_signal;
 use muster_hub::gateway::Gateway;

@@ -1,0 +1,20 @@
+//! The folder that a model is written to.
+
+use anyhow::{Result, bail};
+
+/// Refuses a folder that holds a model, which would otherwise be half of one and half of another if this ends early.
+pub(super) fn refuse_model(folder: &std::path::Path) -> Result<()> {
+    for name in [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ] {
+        if folder.join(name).try_exists().unwrap_or(false) {
+            bail!(
+                "{} holds a model already: name a new folder",
+                folder.display()
+            );
+        }
+    }
+    Ok(())
+}
