@@ -142,7 +142,7 @@ fn a_method_that_a_tensor_cannot_have_is_refused_by_name() {
     let refused = apply(&parent, &delta, TWO).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "delta's slice 0 of tensor `norm` has an impossible table: fetch the anchor"
+        "slice 0 of tensor `norm` in the delta has an invalid table: fetch the anchor"
     );
 }
 

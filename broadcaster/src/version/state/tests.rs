@@ -171,7 +171,7 @@ fn hostile_headers_are_refused_with_the_reason() {
     };
     let at = |range: &str| entry(range);
     refused("{}".to_owned(), "no tensor");
-    refused("[".to_owned(), "not readable");
+    refused("[".to_owned(), "cannot read safetensors header");
     refused(
         format!(r#"{{"a":{},"a":{}}}"#, at("[0,4]"), at("[4,8]")),
         "appears twice",
