@@ -4,7 +4,6 @@
 //! everything or nothing; a parameter without a finite derivative is an error; saving and loading the state changes no bit of
 //! later steps.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use rand::SeedableRng;
@@ -277,22 +276,6 @@ impl Master {
             sum += squares;
         }
         Ok(sum.sqrt() as f32)
-    }
-
-    /// Writes weights, moments and update count to one file, atomically.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<(), OptimizerError> {
-        state::save(self, path)
-    }
-
-    /// Reads a file written by [`Master::save`].
-    ///
-    /// # Errors
-    /// If the file is missing, truncated or damaged.
-    pub fn load(path: &Path) -> Result<Self, OptimizerError> {
-        state::load(path)
     }
 }
 

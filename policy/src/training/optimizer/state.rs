@@ -22,51 +22,70 @@ const CHUNK: usize = 1 << 14;
 
 const SECTIONS: [&str; 3] = ["values", "first", "second"];
 
-pub(super) fn save(master: &Master, path: &Path) -> Result<(), OptimizerError> {
-    let sections = [&master.values, &master.first, &master.second];
-    let mut hasher = blake3::Hasher::new();
-    // Hashing cannot fail, and a file that was not written is reported below.
-    for_each_chunk(&sections, |bytes| {
-        hasher.update(bytes);
-        Ok(())
-    })
-    .ok();
-    let digest = hasher.finalize().to_hex();
-    let config = master.config.to_json(Storage::F32.torch_name());
-    let updates = master.updates.to_string();
-    let metadata = [
-        ("format", FORMAT),
-        ("updates", &updates),
-        ("blake3", digest.as_str()),
-        ("config", &config),
-    ];
-    let parameters = master.layout.parameters();
-    let section_bytes = master.layout.len() * 4;
-    let names: Vec<String> = SECTIONS
-        .iter()
-        .flat_map(|section| {
-            parameters
-                .iter()
-                .map(move |p| format!("{section}.{}", p.name))
+impl Master {
+    /// Writes weights, moments and update count to one file, atomically.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<(), OptimizerError> {
+        let sections = [&self.values, &self.first, &self.second];
+        let mut hasher = blake3::Hasher::new();
+        // Hashing cannot fail, and a file that was not written is reported below.
+        for_each_chunk(&sections, |bytes| {
+            hasher.update(bytes);
+            Ok(())
         })
-        .collect();
-    let tensors = names.iter().enumerate().map(|(index, name)| {
-        let parameter = &parameters[index % parameters.len()];
-        let start = index / parameters.len() * section_bytes + parameter.offset * 4;
-        let offsets = start..start + parameter.len() * 4;
-        HeaderTensor {
-            name,
-            storage: Storage::F32,
-            shape: &parameter.shape,
-            offsets,
-        }
-    });
-    let header = write_header(&metadata, tensors);
-    write_atomically(path, |file| {
-        file.write_all(&header)?;
-        for_each_chunk(&sections, |bytes| file.write_all(bytes))
-    })?;
-    Ok(())
+        .ok();
+        let digest = hasher.finalize().to_hex();
+        let config = self.config.to_json(Storage::F32.torch_name());
+        let updates = self.updates.to_string();
+        let metadata = [
+            ("format", FORMAT),
+            ("updates", &updates),
+            ("blake3", digest.as_str()),
+            ("config", &config),
+        ];
+        let parameters = self.layout.parameters();
+        let section_bytes = self.layout.len() * 4;
+        let names: Vec<String> = SECTIONS
+            .iter()
+            .flat_map(|section| {
+                parameters
+                    .iter()
+                    .map(move |p| format!("{section}.{}", p.name))
+            })
+            .collect();
+        let tensors = names.iter().enumerate().map(|(index, name)| {
+            let parameter = &parameters[index % parameters.len()];
+            let start = index / parameters.len() * section_bytes + parameter.offset * 4;
+            let offsets = start..start + parameter.len() * 4;
+            HeaderTensor {
+                name,
+                storage: Storage::F32,
+                shape: &parameter.shape,
+                offsets,
+            }
+        });
+        let header = write_header(&metadata, tensors);
+        write_atomically(path, |file| {
+            file.write_all(&header)?;
+            for_each_chunk(&sections, |bytes| file.write_all(bytes))
+        })?;
+        Ok(())
+    }
+
+    /// Reads a file written by [`Master::save`].
+    ///
+    /// # Errors
+    /// If the file is missing, truncated or damaged.
+    pub fn load(path: &Path) -> Result<Self, OptimizerError> {
+        let hint = "a checkpoint that can be resumed holds the optimizer's state";
+        let bytes = read_file(path, WEIGHTS_BYTES_MAX, hint)?;
+        restore(&bytes).map_err(|reason| OptimizerError::Damaged {
+            path: path.display().to_string(),
+            reason,
+        })
+    }
 }
 
 fn for_each_chunk(
@@ -82,15 +101,6 @@ fn for_each_chunk(
         }
     }
     Ok(())
-}
-
-pub(super) fn load(path: &Path) -> Result<Master, OptimizerError> {
-    let hint = "a checkpoint that can be resumed holds the optimizer's state";
-    let bytes = read_file(path, WEIGHTS_BYTES_MAX, hint)?;
-    restore(&bytes).map_err(|reason| OptimizerError::Damaged {
-        path: path.display().to_string(),
-        reason,
-    })
 }
 
 fn restore(bytes: &[u8]) -> Result<Master, String> {
