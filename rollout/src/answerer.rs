@@ -17,6 +17,12 @@ use muster_protocol::message::lease::Lease;
 #[error("{0}")]
 pub struct AnswerError(pub String);
 
+impl AnswerError {
+    pub(crate) fn new(reason: impl std::fmt::Display) -> Self {
+        Self(reason.to_string())
+    }
+}
+
 /// An answered lease: one rollout per number of its range, in order, drawn as its seed prescribes.
 pub type AnsweredLease = (LeaseId, Vec<Rollout>);
 

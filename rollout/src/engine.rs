@@ -11,15 +11,17 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
 use muster_broadcaster::follower::Held;
-use muster_policy::{Config, Device, EngineConfig, KernelSet, Policy, Threads, Tokenizer};
+use muster_policy::{Config, Device, EngineConfig, KernelSet, Policy, Threads};
 use muster_protocol::id::LeaseId;
 use muster_protocol::message::group::Rollout;
 use muster_protocol::message::lease::Lease;
 
 use crate::answerer::{AnswerError, AnsweredLease, Answerer};
 use runner::{Command, Runner};
+pub use task::Task;
 
 mod runner;
+mod task;
 
 /// Most commands, and most answers, between worker and engine. Each belongs to a lease or a version, and a worker holds
 /// fewer of those.
@@ -27,15 +29,6 @@ const UNDERWAY_MAX: usize = 1_024;
 
 /// One rollout waits in the engine for every `RESERVE` rows that decode.
 const RESERVE: u32 = 4;
-
-/// The run's rules for every answer.
-#[derive(Debug, Clone)]
-pub struct Task {
-    /// Longest answer in tokens.
-    pub tokens_max: u32,
-    /// Finds stop strings.
-    pub tokenizer: Tokenizer,
-}
 
 /// The policy as an [`Answerer`].
 #[derive(Debug)]
@@ -94,7 +87,7 @@ impl PolicyAnswerer {
     }
 
     async fn send(&mut self, command: Command) -> Result<(), AnswerError> {
-        let no_weights = || failed("no weights were adopted yet");
+        let no_weights = || AnswerError::new("no weights were adopted yet");
         let thread = self.thread.as_ref().ok_or_else(no_weights)?;
         thread.commands.send(command).await.map_err(|_| ended())
     }
@@ -117,7 +110,7 @@ impl PolicyAnswerer {
             }
         };
         let thread = std::thread::Builder::new().name("engine".to_owned());
-        thread.spawn(run).map_err(failed)?;
+        thread.spawn(run).map_err(AnswerError::new)?;
         let rows = measured.await.map_err(|_| ended())??;
         self.thread = Some(Thread {
             commands,
@@ -128,12 +121,8 @@ impl PolicyAnswerer {
     }
 }
 
-fn failed(error: impl std::fmt::Display) -> AnswerError {
-    AnswerError(error.to_string())
-}
-
 fn ended() -> AnswerError {
-    failed("the engine has ended; start the worker again")
+    AnswerError::new("the engine has ended; start the worker again")
 }
 
 #[async_trait]
@@ -143,9 +132,10 @@ impl Answerer for PolicyAnswerer {
         let (device, image) = (self.device.clone(), held.image.clone());
         let threads = Threads::one();
         let built = tokio::task::spawn_blocking(move || {
-            Policy::for_inference(&config, &image, kernels, &device, &threads).map_err(failed)
+            Policy::for_inference(&config, &image, kernels, &device, &threads)
+                .map_err(AnswerError::new)
         });
-        let policy = built.await.map_err(failed)??;
+        let policy = built.await.map_err(AnswerError::new)??;
         let version = held.version.body.version.0;
         match &self.thread {
             None => self.start(policy, version).await,

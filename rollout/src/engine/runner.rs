@@ -16,7 +16,7 @@ use muster_protocol::id::PolicyVersion;
 use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::lease::{Lease, WeightsRule};
 
-use super::{Task, failed};
+use super::task::Task;
 use crate::answerer::{AnswerError, AnsweredLease};
 use crate::capacity::{Bounds, Timing, rows};
 
@@ -56,13 +56,13 @@ impl Runner {
         config: &EngineConfig,
         task: Task,
     ) -> Result<(Self, u32), AnswerError> {
-        let carried = measure(&policy, config, task.tokens_max).map_err(failed)?;
+        let carried = measure(&policy, config, task.tokens_max).map_err(AnswerError::new)?;
         let slots = NonZeroUsize::new(carried as usize).unwrap_or(NonZeroUsize::MIN);
         let config = EngineConfig {
             slots,
             ..config.clone()
         };
-        let engine = Engine::new(policy, version, &config).map_err(failed)?;
+        let engine = Engine::new(policy, version, &config).map_err(AnswerError::new)?;
         tracing::info!(rows = carried, kv_bytes = engine.kv_bytes(), "measured");
         let runner = Self {
             engine,
@@ -95,14 +95,16 @@ impl Runner {
 
     fn obey(&mut self, command: Command) -> Result<(), AnswerError> {
         match command {
-            Command::Adopt(policy, version) => self.engine.swap(policy, version).map_err(failed),
+            Command::Adopt(policy, version) => {
+                self.engine.swap(policy, version).map_err(AnswerError::new)
+            }
             Command::Take(leases) => leases.into_iter().try_for_each(|lease| self.take(lease)),
         }
     }
 
     fn take(&mut self, lease: Lease) -> Result<(), AnswerError> {
         let requests = self.requests_of(&lease);
-        let group = self.engine.submit(requests).map_err(failed)?;
+        let group = self.engine.submit(requests).map_err(AnswerError::new)?;
         self.leases.insert(group, lease);
         Ok(())
     }
@@ -142,7 +144,7 @@ impl Runner {
     }
 
     fn step(&mut self) -> Result<Vec<AnsweredLease>, AnswerError> {
-        let answered = self.engine.step().map_err(failed)?;
+        let answered = self.engine.step().map_err(AnswerError::new)?;
         let lease_of = |Answered { group, completions }: Answered| {
             let lease = self.leases.remove(&group)?;
             let rollouts = completions
