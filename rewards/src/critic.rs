@@ -19,6 +19,7 @@ use muster_policy::{StopAt, TokenScore};
 use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{GroupHash, LeaseId, PolicyVersion};
+use muster_protocol::life;
 use muster_protocol::limits::FINDINGS_MAX;
 use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::critique::CritiqueLease;
@@ -38,8 +39,6 @@ use scorer::{ScoreRequest, Scorer, ScorerError};
 
 /// Pause after a request that the bus lost.
 const ASK_RETRY: Duration = Duration::from_millis(250);
-/// Log target of the stages in a group's life, the same in all processes.
-const LIFE: &str = "muster::life";
 /// Groups whose draws are remembered, to recognise repeated answers; about 5 MB.
 const REMEMBERED_MAX: usize = 65_536;
 
@@ -305,7 +304,7 @@ impl Critic {
         let name = GroupHash::of(&critique.group.bytes);
         let finding = findings.first().map(tracing::field::display);
         debug!(
-            target: LIFE, ticket = %group.ticket, lease = %group.lease, group = %name.short(),
+            target: life::TARGET, ticket = %group.ticket, lease = %group.lease, group = %name.short(),
             version = %group.version.version, audited = scored.is_some(), ?decision, finding, "critiqued"
         );
         Ok(Verdict {
