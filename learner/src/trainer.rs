@@ -12,10 +12,14 @@ pub mod announce;
 mod archive;
 mod batch;
 mod checkpoint;
+mod error;
 mod intake;
 mod logs;
 pub mod objects;
+mod opener;
 mod replay;
+mod settings;
+mod state;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,102 +27,36 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::task::JoinError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use muster_broadcaster::snapshot;
-use muster_protocol::bus::{BusError, Delivery};
 use muster_protocol::credentials::Roster;
 use muster_protocol::dispatch_client::DispatchClient;
-use muster_protocol::envelope::{EnvelopeError, Signed, open};
-use muster_protocol::id::{Generation, GroupHash, PolicyVersion, StateRoot, TicketId};
-use muster_protocol::message::control::{ControlEvent, ControlState, Phase};
+use muster_protocol::id::{Generation, PolicyVersion, StateRoot};
+use muster_protocol::message::control::{ControlEvent, Phase};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
-use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
-use muster_protocol::record::JsonLinesError;
 use muster_protocol::subject::{Log, Role};
 
-use crate::advantage::{AdvantageConfig, AdvantageError};
-use crate::resolver::{Candidate, ResolveConfig, Resolver, Selected};
-use crate::stepper::{StepError, Stepper};
+use crate::resolver::{Resolver, Selected};
+use crate::stepper::Stepper;
 
 use announce::{Announced, Announcer, Outlet, RunFile};
-use archive::{Archive, ArchiveError};
+use archive::Archive;
 use batch::Intake;
-use intake::Opener;
+pub use error::TrainerError;
 use logs::{RunLogs, StepRecord, StepTimes};
-use objects::BroadcastConfig;
+use opener::Opener;
 use replay::{open_run, restore_state};
+pub use settings::TrainerSettings;
+pub use state::Trainer;
+use state::{RETRY, acknowledge, fate_of};
 
-/// Most groups taken from the queue at once.
-const CHUNK: usize = 64;
 /// How long the trainer waits for a group before it reads the logs again.
 const TAKE_WAIT: Duration = Duration::from_millis(500);
 /// How long a turn that has begun may take after the shutdown signal.
 const GRACE: Duration = Duration::from_secs(3);
-/// Pause after a call to the bus that timed out.
-const RETRY: Duration = Duration::from_millis(500);
-
-/// Why the trainer ended.
-#[derive(Debug, thiserror::Error)]
-pub enum TrainerError {
-    /// The bus failed in a way that a retry does not mend.
-    #[error("the trainer lost its bus: {0}")]
-    Bus(#[from] BusError),
-    /// A statement could not be signed, or a durable one could not be read.
-    #[error("a message of the run cannot be used: {0}")]
-    Envelope(#[from] EnvelopeError),
-    #[error(transparent)]
-    Archive(#[from] ArchiveError),
-    #[error(transparent)]
-    Lines(#[from] JsonLinesError),
-    #[error("step {step} failed: {source}")]
-    Step {
-        /// The version that the step was to make.
-        step: PolicyVersion,
-        source: StepError,
-    },
-    /// A version could not be described or offered.
-    #[error("a version could not be announced: {0}")]
-    Announce(String),
-    /// Work on a thread of its own panicked or was cancelled.
-    #[error("a thread of the trainer failed: {0}; start the trainer again")]
-    Thread(#[from] JoinError),
-    /// The manifest of a step holds a group that no trainer would select.
-    #[error("step {step} cannot be replayed: in its manifest, {source} (ticket {ticket})")]
-    Replay {
-        step: PolicyVersion,
-        ticket: TicketId,
-        source: AdvantageError,
-    },
-    /// A checkpoint folder could not be written.
-    #[error(transparent)]
-    Snapshot(#[from] snapshot::SnapshotError),
-    #[error("another trainer has started for this run: this one stops")]
-    Replaced,
-    /// The configuration is not the one that the run was opened with.
-    #[error(
-        "the run was opened with another {what} than the configuration now says: \
-         go back to the old one, or start a new run in another --dir"
-    )]
-    Changed { what: &'static str },
-}
-
-/// The part of the configuration that the trainer reads.
-#[derive(Debug, Clone, Copy)]
-pub struct TrainerSettings {
-    /// Groups per batch, B.
-    pub batch_groups: usize,
-    /// Steps of the run.
-    pub steps: u64,
-    /// Steps between two full states, each with a checkpoint folder.
-    pub checkpoint_every: u64,
-    pub advantage: AdvantageConfig,
-    pub broadcast: BroadcastConfig,
-}
 
 /// What the trainer needs to start.
 pub struct TrainerParts {
@@ -136,42 +74,6 @@ pub struct TrainerParts {
     /// Files that travel with the weights.
     pub files: Vec<RunFile>,
     pub settings: TrainerSettings,
-}
-
-/// The trainer, connected.
-pub struct Trainer {
-    client: DispatchClient,
-    opener: Arc<Opener>,
-    dir: PathBuf,
-    /// None while a step runs.
-    stepper: Option<Box<dyn Stepper>>,
-    outlet: Arc<dyn Outlet>,
-    descriptor: Signed<Descriptor>,
-    files: Vec<RunFile>,
-    settings: TrainerSettings,
-    generation: Generation,
-    archive: Archive,
-    logs: RunLogs,
-    resolver: Resolver<Group>,
-    announcer: Announcer,
-    /// Groups of earlier manifests.
-    trained: BTreeMap<TicketId, GroupHash>,
-    /// Deliveries of groups that wait in the resolver, not yet acknowledged.
-    held: BTreeMap<TicketId, Delivery>,
-    /// Newest sequence read of the batches log.
-    batches_read: u64,
-    /// Newest sequence read of the fates log.
-    fates_read: u64,
-    control: ControlState,
-    /// Newest sequence read of the control log.
-    control_read: u64,
-    /// The version of the newest full state on disk.
-    saved: PolicyVersion,
-    /// State root of the newest version.
-    root: StateRoot,
-    step_ended: Instant,
-    /// Completion tokens that arrived since `step_ended`.
-    tokens_arrived: u64,
 }
 
 impl Trainer {
@@ -295,28 +197,6 @@ impl Trainer {
         Ok(())
     }
 
-    async fn append_fate(&self, record: FateRecord) -> Result<(), TrainerError> {
-        let key = record.key();
-        let signed = self.client.sign(record)?;
-        loop {
-            let bytes = signed.bytes.clone();
-            match self
-                .client
-                .bus()
-                .append(Log::Fates, &key, None, bytes)
-                .await
-            {
-                Ok(_) => return Ok(()),
-                Err(error) if error.is_transient() => {
-                    // Giving up here would lose the decision: it is stored nowhere else.
-                    warn!(%error, "a fate is not confirmed; trying again");
-                    tokio::time::sleep(RETRY).await;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
     /// Writes the manifest, takes the step, stores the image and announces the version, in this order. Once the manifest
     /// is stored, fates and acknowledgements can be repeated at any time, so they are sent while the step runs.
     async fn resolve(&mut self, batch: Vec<Selected<Group>>) -> Result<(), TrainerError> {
@@ -364,19 +244,6 @@ impl Trainer {
         }
     }
 
-    fn write_lines(&mut self, record: &StepRecord<'_>) -> Result<(), TrainerError> {
-        let temperature = self.descriptor.body.sampling.temperature;
-        let line = self.logs.step(record, temperature)?;
-        info!(
-            step = line.step,
-            reward = format!("{:.3}", line.reward_mean),
-            staleness = format!("{:.2}", line.staleness_mean),
-            seconds = format!("{:.2}", line.time_step),
-            "step"
-        );
-        Ok(())
-    }
-
     async fn advance(&mut self, version: PolicyVersion) -> Result<(), TrainerError> {
         for (refusal, candidate) in self.resolver.advance(version) {
             let reason = refusal.to_string();
@@ -388,18 +255,6 @@ impl Trainer {
         }
         self.assert_held_are_waiting();
         Ok(())
-    }
-
-    fn assert_held_are_waiting(&self) {
-        debug_assert_eq!(
-            self.held.len(),
-            self.resolver.waiting(),
-            "every delivery held belongs to a group that waits"
-        );
-    }
-
-    fn stepper(&mut self, step: PolicyVersion) -> Result<&mut Box<dyn Stepper>, TrainerError> {
-        self.stepper.as_mut().ok_or_else(|| lost(step))
     }
 
     async fn finish(&mut self) -> Result<(), TrainerError> {
@@ -421,71 +276,6 @@ impl Trainer {
         self.control.phase = Phase::Finished;
         info!(%step, uploaded = self.outlet.uploaded(), "the run is finished");
         Ok(())
-    }
-
-    async fn read_logs(&mut self) -> Result<(), TrainerError> {
-        let bus = self.client.bus().clone();
-        for record in bus.read(Log::Control, self.control_read, CHUNK).await? {
-            self.control_read = record.sequence;
-            let event = open::<ControlEvent>(record.payload, self.client.run())?;
-            self.control.apply(record.sequence, event.body);
-        }
-        if self.control.trainer > self.generation {
-            return Err(TrainerError::Replaced);
-        }
-        loop {
-            let records = bus.read(Log::Fates, self.fates_read, 4 * CHUNK).await?;
-            let Some(last) = records.last() else {
-                return Ok(());
-            };
-            self.fates_read = last.sequence;
-            for record in records {
-                let fate = open::<FateRecord>(record.payload, self.client.run())?.body;
-                self.logs.fate(&fate)?;
-            }
-        }
-    }
-}
-
-impl TrainerSettings {
-    fn resolve_config(&self, async_level: u64) -> ResolveConfig {
-        ResolveConfig {
-            batch_groups: self.batch_groups,
-            async_level,
-            advantage: self.advantage,
-        }
-    }
-}
-
-/// A step that was abandoned still has the model.
-fn lost(step: PolicyVersion) -> TrainerError {
-    let source = StepError("an earlier step did not end: restart the trainer".to_owned());
-    TrainerError::Step { step, source }
-}
-
-/// A delivery whose acknowledgement is lost comes again; the trainer recognises its ticket then.
-async fn acknowledge(delivery: &Delivery) {
-    if let Err(error) = delivery.ack().await {
-        warn!(%error, "an acknowledgement was not confirmed");
-    }
-}
-
-fn fate_of(
-    candidate: &Candidate<Group>,
-    fate: Fate,
-    reason: String,
-    step: Option<PolicyVersion>,
-) -> FateRecord {
-    FateRecord {
-        ticket: candidate.ticket,
-        group: Some(candidate.group),
-        lease: Some(candidate.carried.lease),
-        worker: Some(candidate.worker),
-        policy_version: Some(candidate.version),
-        fate,
-        reason,
-        audited: candidate.audited,
-        step,
     }
 }
 

@@ -19,7 +19,7 @@ use muster_protocol::message::version::{
 };
 use muster_protocol::subject::Log;
 
-use super::TrainerError;
+use super::error::TrainerError;
 use super::objects::{BroadcastConfig, Described, describe_weights};
 
 /// Hands a version's bytes to the swarm.

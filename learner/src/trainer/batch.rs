@@ -18,7 +18,8 @@ use muster_protocol::message::fate::Fate;
 use muster_protocol::message::group::{Group, Segment};
 use muster_protocol::subject::Log;
 
-use super::{RETRY, Trainer, TrainerError, acknowledge, fate_of, lost};
+use super::error::{TrainerError, lost};
+use super::state::{RETRY, Trainer, acknowledge, fate_of};
 use crate::resolver::Selected;
 use crate::stepper::{StepInput, StepOutput, TrainRollout};
 

@@ -8,7 +8,8 @@ use muster_broadcaster::store::disk::Existing;
 use muster_protocol::id::PolicyVersion;
 
 use super::announce::Announced;
-use super::{Trainer, TrainerError};
+use super::error::TrainerError;
+use super::state::Trainer;
 
 impl Trainer {
     /// Saves the state and writes a folder, if one is due at this step.

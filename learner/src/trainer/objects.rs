@@ -12,7 +12,7 @@ use muster_broadcaster::version::state::describe_state;
 use muster_protocol::id::{PolicyVersion, StateRoot};
 use muster_protocol::message::version::{Content, Object, Parameter, Part, state_root};
 
-use super::TrainerError;
+use super::error::TrainerError;
 
 /// Most versions from one anchor to the next: a version is announced with all objects since the anchor, and an announcement
 /// holds at most sixteen, the files included.

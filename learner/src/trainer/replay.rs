@@ -18,7 +18,9 @@ use muster_protocol::subject::{Log, Queue};
 
 use super::archive::Archive;
 use super::batch::Intake;
-use super::{CHUNK, StepRecord, StepTimes, Trainer, TrainerError};
+use super::error::TrainerError;
+use super::logs::{StepRecord, StepTimes};
+use super::state::{CHUNK, Trainer};
 use crate::resolver::{Candidate, Resolver, Selected};
 use crate::stepper::Stepper;
 

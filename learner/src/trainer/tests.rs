@@ -6,16 +6,22 @@ use std::path::Path;
 use async_trait::async_trait;
 use serde_bytes::ByteBuf;
 
+use super::objects::BroadcastConfig;
+use super::state::CHUNK;
 use super::*;
-use crate::stepper::{StepInput, StepOutput, StepStats};
+use crate::advantage::AdvantageConfig;
+use crate::stepper::{StepError, StepInput, StepOutput, StepStats};
 use muster_protocol::bus::memory::{MemoryBus, MemoryConfig};
 use muster_protocol::credentials::Member;
-use muster_protocol::envelope::{Statement, seal};
-use muster_protocol::id::{ContentHash, DescriptorHash, LeaseId, RunId, UnixMillis};
+use muster_protocol::envelope::{Signed, Statement, open, seal};
+use muster_protocol::id::{
+    ContentHash, DescriptorHash, GroupHash, LeaseId, RunId, TicketId, UnixMillis,
+};
 use muster_protocol::identity::{Identity, MachineSeed};
 use muster_protocol::message::batch::{Batch, BatchEntry};
 use muster_protocol::message::critique::Joined;
 use muster_protocol::message::descriptor::Thresholds;
+use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange, WeightsRule};
 use muster_protocol::message::ticket::{SamplingRules, Ticket};
