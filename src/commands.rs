@@ -9,22 +9,21 @@ mod generate;
 mod kernels;
 mod learner;
 mod local;
+mod logging;
 mod logprobs;
 mod member_args;
 mod model;
 mod rewards;
 mod rollout;
+mod runtime;
 mod seed;
 pub(crate) mod snapshot;
 mod status;
 mod trainer;
 mod warmup;
 
-use std::io::IsTerminal as _;
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 /// An asynchronous RL post-training swarm.
 #[derive(Debug, Parser)]
@@ -98,54 +97,8 @@ pub fn run(cli: Cli) -> Result<()> {
     }
 }
 
-/// Logs on stderr. `MUSTER_LOG` chooses what; the default is `info` of our own crates and, if stderr is a file, the life of each
-/// group.
-fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("MUSTER_LOG").unwrap_or_else(|_| {
-        let mut filter = LOG_FILTER.to_owned();
-        if !std::io::stderr().is_terminal() {
-            filter += &format!(",{}=debug", muster_protocol::life::TARGET);
-        }
-        EnvFilter::new(filter)
-    });
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false);
-    if subscriber.try_init().is_err() {
-        eprintln!("muster: logs were set up twice");
-    }
-}
-
-/// Logs above the display, so that lines do not tear it.
-fn log_to_screen(screen: &muster_monitor::screen::Screen) {
-    let filter =
-        EnvFilter::try_from_env("MUSTER_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
-    let writer = screen.log_writer();
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(move || writer.clone())
-        .with_ansi(false);
-    if subscriber.try_init().is_err() {
-        eprintln!("muster: logs were set up twice");
-    }
-}
-
-/// What is logged unless `MUSTER_LOG` says otherwise.
-const LOG_FILTER: &str = "warn,muster=info,muster_protocol=info,muster_rollout=info,muster_rewards=info,\
-                          muster_dispatch=info,muster_learner=info,muster_broadcaster=info";
-
 /// Runs a role to its end on a runtime of its own.
 fn in_process(role: impl Future<Output = Result<()>>) -> Result<()> {
-    log_to_stderr();
-    runtime()?.block_on(role)
-}
-
-/// One thread for talking: tensor work runs on threads of its own, and a small machine has few.
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .context("the runtime cannot be started")
+    logging::to_stderr();
+    runtime::start()?.block_on(role)
 }

@@ -55,6 +55,24 @@ impl RunDir {
         self.root.join("roster.json")
     }
 
+    /// The versions that have a checkpoint, in order.
+    pub fn checkpoint_versions(&self) -> Result<Vec<u64>> {
+        let folder = self.root.join("checkpoints");
+        let mut versions = Vec::new();
+        for entry in folder
+            .read_dir()
+            .with_context(|| format!("{} cannot be read", folder.display()))?
+        {
+            let name = entry
+                .with_context(|| format!("{} cannot be read", folder.display()))?
+                .file_name();
+            // A checkpoint that is being written has another name.
+            versions.extend(name.to_str().and_then(|name| name.parse::<u64>().ok()));
+        }
+        versions.sort_unstable();
+        Ok(versions)
+    }
+
     /// A member's secret.
     pub fn credentials(&self, name: &str) -> PathBuf {
         self.root.join("credentials").join(format!("{name}.json"))

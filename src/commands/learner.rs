@@ -46,8 +46,8 @@ pub fn run(args: LearnerArgs) -> Result<()> {
         }
     }
     let screen = Screen::new(dir.root(), ScreenMode::of_stderr())?;
-    super::log_to_screen(&screen);
-    super::runtime()?.block_on(tend(args, config, dir, screen))
+    super::logging::to_screen(&screen);
+    super::runtime::start()?.block_on(tend(args, config, dir, screen))
 }
 
 async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Screen) -> Result<()> {

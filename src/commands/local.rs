@@ -140,8 +140,8 @@ pub fn run(args: LocalArgs) -> Result<()> {
         ScreenMode::of_stderr()
     };
     let screen = Screen::new(dir.root(), mode)?;
-    crate::commands::log_to_screen(&screen);
-    super::runtime()?.block_on(swarm(args, config, dir, screen))
+    super::logging::to_screen(&screen);
+    super::runtime::start()?.block_on(swarm(args, config, dir, screen))
 }
 
 async fn swarm(args: LocalArgs, config: RunConfig, dir: RunDir, mut screen: Screen) -> Result<()> {

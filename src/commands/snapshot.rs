@@ -23,6 +23,7 @@ use muster_monitor::output::say;
 use muster_monitor::record::newest_checkpoint;
 use muster_monitor::text::{count, percent, short};
 
+mod file_bytes;
 mod live;
 mod live_versions;
 mod progress;
@@ -88,7 +89,7 @@ struct PullArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Most bytes of one file of weights; larger ones are split, with an index. A larger tensor has a file of its own
-    #[arg(long, value_name = "N", default_value_t = FILE_BYTES_MAX, value_parser = parse_file_bytes)]
+    #[arg(long, value_name = "N", default_value_t = FILE_BYTES_MAX, value_parser = file_bytes::parse)]
     file_bytes_max: u64,
     #[command(flatten)]
     from: From,
@@ -110,19 +111,6 @@ struct VerifyArgs {
     /// Print one JSON line
     #[arg(long)]
     json: bool,
-}
-
-/// Smaller files than this are a mistake in the unit: even their headers would be a burden.
-const FILE_BYTES_MIN: u64 = 16 << 10;
-
-fn parse_file_bytes(text: &str) -> Result<u64, String> {
-    let number = text.parse().ok();
-    let number = number.filter(|bytes| *bytes >= FILE_BYTES_MIN);
-    number.ok_or_else(|| {
-        format!(
-            "give a number of bytes without a unit, at least {FILE_BYTES_MIN}; {FILE_BYTES_MAX} is usual"
-        )
-    })
 }
 
 /// A version as a person names it.
@@ -231,7 +219,7 @@ fn list_checkpoints(args: &ListArgs) -> Result<()> {
     let dir = RunDir::named(args.from.run.as_deref())?;
     dir.load_config()?;
     let evals = read_all::<EvalLine>(&dir.root().join(EvalLine::FILE))?;
-    for policy_version in versions_on_disk(&dir)? {
+    for policy_version in dir.checkpoint_versions()? {
         let path = dir.checkpoint(policy_version);
         let bytes = weights_bytes(&path).with_context(|| path.display().to_string())?;
         let accuracy = evals
@@ -258,24 +246,6 @@ fn list_checkpoints(args: &ListArgs) -> Result<()> {
     Ok(())
 }
 
-/// Versions that have a checkpoint, in order.
-pub(crate) fn versions_on_disk(dir: &RunDir) -> Result<Vec<u64>> {
-    let folder = dir.root().join("checkpoints");
-    let mut versions = Vec::new();
-    for entry in folder
-        .read_dir()
-        .with_context(|| format!("{} cannot be read", folder.display()))?
-    {
-        let name = entry
-            .with_context(|| format!("{} cannot be read", folder.display()))?
-            .file_name();
-        // What is being written beside its place has another name.
-        versions.extend(name.to_str().and_then(|name| name.parse::<u64>().ok()));
-    }
-    versions.sort_unstable();
-    Ok(versions)
-}
-
 /// Copies a checkpoint, verified before and after, without holding it in memory.
 fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
     let dir = RunDir::named(args.from.run.as_deref())?;
@@ -290,7 +260,11 @@ fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
         })?,
     };
     if !folder.is_dir() {
-        let versions: Vec<String> = versions_on_disk(&dir)?.iter().map(u64::to_string).collect();
+        let versions: Vec<String> = dir
+            .checkpoint_versions()?
+            .iter()
+            .map(u64::to_string)
+            .collect();
         bail!(
             "{} has no checkpoint of that version: choose one of {}, or pull from the live run with --creds",
             dir.root().display(),

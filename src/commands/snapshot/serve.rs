@@ -13,9 +13,9 @@ use tokio_util::task::TaskTracker;
 use muster_broadcaster::snapshot::{FILE_BYTES_MAX, run_named};
 use muster_protocol::id::PeerId;
 
+use super::file_bytes;
 use super::live::LiveRun;
 use super::live_versions::LiveVersions;
-use super::parse_file_bytes;
 use crate::commands::member_args::NatArgs;
 use crate::run_dir::RunDir;
 use crate::signals::cancel_on_signal;
@@ -55,7 +55,7 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "N", default_value = "4")]
     keep: NonZeroUsize,
     /// Most bytes of one file of weights in the versions that it pulls; larger ones are split, with an index [default: 5000000000]
-    #[arg(long, value_name = "N", requires = "creds", value_parser = parse_file_bytes)]
+    #[arg(long, value_name = "N", requires = "creds", value_parser = file_bytes::parse)]
     file_bytes_max: Option<u64>,
     /// Where to listen, `host:port`; port 0 for any free one
     #[arg(long, value_name = "ADDRESS", default_value_t = LISTEN)]
@@ -150,7 +150,7 @@ async fn open(args: &ServeArgs) -> Result<(Box<dyn VersionSource>, Trust, Cancel
 
 /// The checkpoint folders of a run, oldest first.
 fn checkpoints(dir: &RunDir) -> Result<Vec<PathBuf>> {
-    let versions = super::versions_on_disk(dir)?;
+    let versions = dir.checkpoint_versions()?;
     if versions.is_empty() {
         bail!(
             "{} has no checkpoint yet: wait for the first, or serve the live run with --creds",

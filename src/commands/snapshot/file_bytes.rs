@@ -1,0 +1,16 @@
+//! `--file-bytes-max`: the size of one file of weights.
+
+use muster_broadcaster::snapshot::FILE_BYTES_MAX;
+
+/// Smaller files than this are a mistake in the unit: even their headers would be a burden.
+const FILE_BYTES_MIN: u64 = 16 << 10;
+
+pub(super) fn parse(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|bytes| *bytes >= FILE_BYTES_MIN);
+    number.ok_or_else(|| {
+        format!(
+            "give a number of bytes without a unit, at least {FILE_BYTES_MIN}; {FILE_BYTES_MAX} is usual"
+        )
+    })
+}
