@@ -4,6 +4,7 @@
 //! So a kill at any instant loses nothing: whatever was not acknowledged is handed out again and decided again, and
 //! everything stored is stored under a key.
 
+mod flush;
 mod logs;
 mod lookups;
 mod outgoing;
