@@ -485,3 +485,6 @@ impl Submission {
         Ok(Submitted::Late)
     }
 }
+
+#[cfg(test)]
+mod tests;
