@@ -14,7 +14,7 @@ use muster_dispatch::reviews::CritiqueConfig;
 use muster_learner::advantage::AdvantageConfig;
 use muster_learner::policy_stepper::TrainConfig;
 use muster_learner::trainer::objects::BroadcastConfig;
-use muster_policy::{KernelSet, Storage};
+use muster_policy::{Architecture, Config, KernelSet, Storage};
 use muster_protocol::id::RunId;
 use muster_protocol::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 use muster_protocol::message::descriptor::Thresholds;
@@ -30,19 +30,15 @@ pub enum ConfigError {
     /// No such file, or unreadable.
     #[error("configuration {path} cannot be read: {source}; check the path")]
     Read {
-        /// Which.
         path: PathBuf,
-        /// Why.
         source: std::io::Error,
     },
     /// Not what it should be.
     #[error("{path}:{line}: {problem}")]
     Malformed {
-        /// Which file.
         path: PathBuf,
-        /// Where.
         line: usize,
-        /// What is wrong, and the way out.
+        /// The fault and its remedy.
         problem: String,
     },
     /// Sections that do not fit one another.
@@ -144,6 +140,23 @@ pub struct WarmupSection {
     /// Greedy accuracy on the development split at which warm-up stops: low enough to leave room, high enough that
     /// sampled groups are sometimes right.
     pub stop_accuracy: f64,
+}
+
+impl WarmupSection {
+    /// The model that a warm-up trains, without its special tokens.
+    pub fn shape(&self) -> Config {
+        Config {
+            vocab_size: self.vocabulary.get(),
+            hidden_size: self.hidden.get(),
+            intermediate_size: self.intermediate.get(),
+            num_hidden_layers: self.layers.get(),
+            num_attention_heads: self.heads.get(),
+            num_key_value_heads: self.kv_heads.get(),
+            max_position_embeddings: self.positions.get(),
+            tie_word_embeddings: true,
+            ..Architecture::Qwen2.defaults()
+        }
+    }
 }
 
 impl Default for WarmupSection {

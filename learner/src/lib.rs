@@ -9,3 +9,4 @@ pub mod resolver;
 pub mod schedule;
 pub mod stepper;
 pub mod trainer;
+pub mod warmup;

@@ -1,4 +1,4 @@
-//! `muster warmup`: a small starting policy from scratch.
+//! `muster warmup`: trains a small starting policy from scratch.
 
 use std::path::PathBuf;
 
@@ -8,20 +8,18 @@ use clap::Args;
 use crate::config::RunConfig;
 use crate::start_model::warm_up;
 
-/// What `warmup` takes.
 #[derive(Debug, Args)]
 pub struct WarmupArgs {
     /// The run's configuration
     config: PathBuf,
-    /// Where to write the model folder
+    /// The model folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Seed, instead of the configuration's
+    /// Seed that replaces the configuration's
     #[arg(long)]
     seed: Option<u64>,
 }
 
-/// Warms up and writes the folder.
 pub fn run(args: &WarmupArgs) -> Result<()> {
     let mut config = RunConfig::load(&args.config)?;
     config.run.seed = args.seed.unwrap_or(config.run.seed);
@@ -34,10 +32,10 @@ pub fn run(args: &WarmupArgs) -> Result<()> {
         &args.out,
         &mut |progress| {
             tracing::info!(
-                updates = progress.updates,
-                loss = format!("{:.3}", progress.loss),
-                accuracy = format!("{:.3}", progress.accuracy),
-                seconds = format!("{:.1}", progress.seconds),
+                updates = progress.check.updates,
+                loss = format!("{:.3}", progress.check.loss),
+                accuracy = format!("{:.3}", progress.check.accuracy),
+                seconds = format!("{:.1}", progress.elapsed.as_secs_f64()),
                 "warm-up"
             );
         },
