@@ -29,11 +29,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use muster_protocol::credentials::Roster;
 use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::id::{Generation, PolicyVersion, StateRoot};
+use muster_protocol::life;
 use muster_protocol::message::control::{ControlEvent, Phase};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::group::Group;
@@ -239,7 +240,11 @@ impl Trainer {
                     warn!(%error, %version, "a version is not announced yet; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
-                done => return done.map(|()| announced),
+                done => {
+                    done?;
+                    debug!(target: life::TARGET, %version, bytes = announced.bytes, "version announced");
+                    return Ok(announced);
+                }
             }
         }
     }

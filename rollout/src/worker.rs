@@ -22,6 +22,7 @@ use muster_protocol::clock::SharedClock;
 use muster_protocol::dispatch_client::{DispatchClient, DispatchClientError};
 use muster_protocol::envelope::{EnvelopeError, Signed, open};
 use muster_protocol::id::{DescriptorHash, LeaseId, PeerId};
+use muster_protocol::life;
 use muster_protocol::message::ask::{Ask, Reply, WaitReason};
 use muster_protocol::message::descriptor::{Descriptor, descriptor_hash};
 use muster_protocol::message::fate::{Fate, FateRecord};
@@ -349,6 +350,14 @@ impl Worker {
         let bodies = leases.iter().map(|lease| lease.body.clone()).collect();
         self.parts.answerer.take(bodies).await?;
         for lease in leases {
+            debug!(
+                target: life::TARGET,
+                ticket = %lease.body.ticket.id,
+                lease = %lease.body.id,
+                worker = %lease.body.worker.short(),
+                version = %lease.body.version.version,
+                "lease taken"
+            );
             let taken_twice = self.underway.insert(lease.body.id, lease);
             debug_assert!(taken_twice.is_none(), "a lease is taken once");
         }
@@ -464,7 +473,15 @@ impl Submission {
                 group: ByteBuf::from(self.group.bytes.to_vec()),
             };
             match self.client.ask(ask).await {
-                Ok(Reply::Accepted { .. }) => {
+                Ok(Reply::Accepted { group }) => {
+                    debug!(
+                        target: life::TARGET,
+                        ticket = %lease.ticket.id,
+                        lease = %lease.id,
+                        group = %group.short(),
+                        worker = %lease.worker.short(),
+                        "submitted"
+                    );
                     return Ok(Submitted::Accepted {
                         tokens: self.tokens,
                     });

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use muster_broadcaster::blocking::off_loop_if_large;
 use muster_protocol::bus::Delivery;
+use muster_protocol::life;
 use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::{Group, Rollout};
 use muster_protocol::subject::Queue;
@@ -96,8 +97,10 @@ impl Trainer {
         }
         let drawn = candidate.carried.rollouts.iter().map(Rollout::drawn_tokens);
         self.tokens_arrived += drawn.sum::<u64>();
+        let (group, lease) = (candidate.group, candidate.carried.lease);
         match self.resolver.admit(candidate) {
             Ok(()) => {
+                debug!(target: life::TARGET, %ticket, %lease, group = %group.short(), "waits for a step");
                 self.held.insert(ticket, delivery);
                 return;
             }

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use muster_protocol::bus::Delivery;
 use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::{Signed, open};
 use muster_protocol::id::{Generation, GroupHash, PolicyVersion, StateRoot, TicketId};
+use muster_protocol::life;
 use muster_protocol::message::control::{ControlEvent, ControlState};
 use muster_protocol::message::descriptor::Descriptor;
 use muster_protocol::message::fate::{Fate, FateRecord};
@@ -103,7 +104,18 @@ impl Trainer {
                 .append(Log::Fates, &key, None, bytes)
                 .await
             {
-                Ok(_) => return Ok(()),
+                Ok(_) => {
+                    let record = &signed.body;
+                    debug!(
+                        target: life::TARGET,
+                        ticket = %record.ticket,
+                        group = record.group.map(|group| group.short()),
+                        fate = %record.fate,
+                        reason = record.reason,
+                        "ended by the trainer"
+                    );
+                    return Ok(());
+                }
                 Err(error) if error.is_transient() => {
                     // Giving up here would lose the decision: it is stored nowhere else.
                     warn!(%error, "a fate is not confirmed; trying again");
