@@ -648,3 +648,48 @@ fn the_doctor_names_what_is_missing_with_the_way_out() {
     assert!(findings[0]["found"].as_str().unwrap().contains("./setup"));
     assert!(findings.len() >= 6);
 }
+
+#[test]
+fn the_doctor_measures_speed_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = muster(folder.path(), &["doctor", "--speed", "--json"]);
+    let lines = json_lines(&String::from_utf8_lossy(&output.stdout));
+    let speed = lines.iter().find(|line| line["what"] == "speed").unwrap();
+    for key in [
+        "read_bytes_per_second",
+        "multiply_adds_per_second",
+        "decode_tokens_per_second",
+    ] {
+        assert!(speed[key].as_f64().unwrap() > 0.0, "{key}: {speed}");
+    }
+}
+
+#[test]
+fn status_prints_the_life_of_one_group_in_order() {
+    let folder = finished();
+    let lines = fs::read_to_string(folder.join("run/selections.jsonl")).unwrap();
+    let lines = json_lines(&lines);
+    let trained = lines.iter().find(|line| line["fate"] == "trained").unwrap();
+    let ticket = trained["ticket"].to_string();
+    let words = ["status", "--run", "run", "--group", &ticket];
+    let life = result(&muster(folder, &words));
+    let mut rest = life.as_str();
+    for stage in [
+        "issued",
+        "leased",
+        "admitted",
+        "critiqued",
+        "ready for the trainer",
+        "waits for a step",
+        "fate=trained",
+    ] {
+        let at = rest.find(stage);
+        rest =
+            &rest[at.unwrap_or_else(|| panic!("no {stage} after its predecessor in:\n{life}"))..];
+    }
+    for stage in ["lease taken", "submitted"] {
+        assert!(life.contains(stage), "no {stage} in:\n{life}");
+    }
+    let words = ["status", "--run", "run", "--group", "no-such-group"];
+    assert!(refusal(&muster(folder, &words)).contains("no-such-group"));
+}

@@ -1,4 +1,6 @@
-//! `muster status`: one screenful about a run, from its directory alone, whether it is running or not.
+//! `muster status`: the state of a run, read from its directory; the run may have ended.
+
+mod life;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,7 +17,6 @@ use muster_monitor::output::say;
 use muster_monitor::record::{RecordReader, RunRecord};
 use muster_monitor::screen::{Process, ProcessState, Status, still};
 
-/// What `status` takes.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// The run directory; the only one under runs/ by default
@@ -24,11 +25,14 @@ pub struct StatusArgs {
     /// Print one JSON line
     #[arg(long)]
     json: bool,
+    /// Print the life of one group instead: a ticket's number or a group's hash
+    #[arg(long, value_name = "ID", conflicts_with = "json")]
+    group: Option<String>,
 }
 
-/// A run at a glance.
+/// The line that `--json` prints.
 #[derive(Debug, Serialize)]
-struct Glance<'a> {
+struct StatusLine<'a> {
     run: &'a str,
     dir: &'a Path,
     running: bool,
@@ -42,10 +46,10 @@ struct Glance<'a> {
     rollout_tokens_per_second: Option<f64>,
     groups: BTreeMap<String, u64>,
     rejections: Vec<Rejection<'a>>,
-    processes: Vec<Member>,
+    processes: Vec<RunningProcess>,
 }
 
-/// Why groups were rejected.
+/// A reason of rejections and one group's sentence for it.
 #[derive(Debug, Serialize)]
 struct Rejection<'a> {
     count: u64,
@@ -54,14 +58,16 @@ struct Rejection<'a> {
 
 /// A process of the run on this machine.
 #[derive(Debug, Serialize)]
-struct Member {
+struct RunningProcess {
     name: String,
     pid: u32,
 }
 
-/// Prints the screenful.
 pub fn run(args: &StatusArgs) -> Result<()> {
     let dir = RunDir::named(args.run.as_deref())?;
+    if let Some(id) = &args.group {
+        return life::print(&dir, id);
+    }
     let config = dir.load_config()?;
     let mut reader = RecordReader::new(dir.root());
     reader.read_new()?;
@@ -71,20 +77,20 @@ pub fn run(args: &StatusArgs) -> Result<()> {
     let steps = config.run.steps.get();
     if args.json {
         let name = config.run.name.as_str();
-        let glance = glance(&record, name, dir.root(), steps, runner, processes);
-        return say(&serde_json::to_string(&glance)?);
+        let line = status_line(&record, name, dir.root(), steps, runner, processes);
+        return say(&serde_json::to_string(&line)?);
     }
     let phase = match runner {
         Some(pid) => format!("run by process {pid}"),
         None => "not running".to_owned(),
     };
-    let shown = |member: Member| Process {
-        name: member.name,
+    let shown = |process: RunningProcess| Process {
+        name: process.name,
         state: ProcessState::Up,
         restarts: 0,
     };
     let status = Status {
-        steps_total: steps,
+        steps_total: Some(steps),
         phase,
         processes: processes.into_iter().map(shown).collect(),
     };
@@ -96,17 +102,17 @@ pub fn run(args: &StatusArgs) -> Result<()> {
     say(&lines.join("\n"))
 }
 
-fn glance<'a>(
+fn status_line<'a>(
     record: &'a RunRecord,
     run: &'a str,
     dir: &'a Path,
     steps: u64,
     runner: Option<u32>,
-    processes: Vec<Member>,
-) -> Glance<'a> {
+    processes: Vec<RunningProcess>,
+) -> StatusLine<'a> {
     let last = record.steps.last();
     let rejections = record.fates.reasons_of(Fate::Rejected);
-    Glance {
+    StatusLine {
         run,
         dir,
         running: runner.is_some(),
@@ -133,8 +139,8 @@ fn glance<'a>(
     }
 }
 
-/// The members that a process has started, by the names on their credentials; the NATS server by its program's.
-fn processes_of(pid: u32) -> Vec<Member> {
+/// The children of process `pid`: members under the names of their credentials files, the NATS server under its program's.
+fn processes_of(pid: u32) -> Vec<RunningProcess> {
     let named = |words: &[String]| {
         let creds = words.iter().position(|word| word == "--creds");
         let path = match creds {
@@ -147,7 +153,7 @@ fn processes_of(pid: u32) -> Vec<Member> {
     children_of(pid)
         .into_iter()
         .filter_map(|(pid, words)| {
-            Some(Member {
+            Some(RunningProcess {
                 name: named(&words)?,
                 pid,
             })
