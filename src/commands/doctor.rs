@@ -1,4 +1,6 @@
-//! `muster doctor`: whether this machine has what Muster needs, line by line, with the way out where it has not.
+//! `muster doctor`: checks line by line whether this machine can run Muster, and says how to mend what is missing.
+
+mod speed;
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -11,24 +13,27 @@ use serde::Serialize;
 
 use muster_protocol::nats_server;
 
+use self::speed::Speed;
 use crate::machine::disk_free;
 use muster_monitor::machine::{load_average, memory_available};
 use muster_monitor::output::say;
 use muster_monitor::text::short;
 
-/// Cores below which the swarm of the quickstart takes its turns on one.
+/// On fewer cores the processes of the quickstart wait for each other.
 const CORES_MIN: usize = 2;
-/// Memory that the quickstart's seven processes take, twice over.
+/// Twice the memory that the quickstart's seven processes take.
 const MEMORY_MIN: u64 = 1 << 30;
-/// Room for a run of the quickstart with all its rollouts, several times over.
+/// Several times the size of a run directory of the quickstart with all its rollouts.
 const DISK_MIN: u64 = 1 << 30;
 
-/// What `doctor` takes.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// The nats-server program, instead of the one found
+    /// The nats-server program to use instead of the one on the PATH or in .venv
     #[arg(long, value_name = "FILE")]
     nats_server: Option<PathBuf>,
+    /// Also measure memory, arithmetic and decoding speed; takes a few seconds
+    #[arg(long)]
+    speed: bool,
     /// Print JSON lines
     #[arg(long)]
     json: bool,
@@ -38,15 +43,14 @@ pub struct DoctorArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum State {
-    /// As it should be.
     Good,
-    /// Muster runs without it.
+    /// Muster runs, but slower or with less convenience.
     Lacking,
-    /// Muster does not run without it.
+    /// Muster cannot run.
     Bad,
 }
 
-/// A thing looked at.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Finding {
     what: &'static str,
@@ -88,7 +92,7 @@ impl Finding {
     }
 }
 
-/// Looks at everything.
+/// Makes all checks and prints a line for each.
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let here = std::env::current_dir().context("the working directory is not known")?;
     let findings = [
@@ -104,6 +108,14 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
             serde_json::to_string(finding)?
         } else {
             finding.line()
+        })?;
+    }
+    if args.speed {
+        let speed = Speed::measure()?;
+        say(&if args.json {
+            serde_json::to_string(&speed)?
+        } else {
+            speed.line()
         })?;
     }
     let bad: Vec<&str> = findings
@@ -126,7 +138,7 @@ fn server(named: Option<&Path>, here: &Path) -> Finding {
             "nats-server",
             format!("{} ({})", path.display(), version(&path)),
         ),
-        // Its own sentence names the way out.
+        // The error itself says what to do.
         Err(error) => Finding {
             state: State::Bad,
             ..Finding::good("nats-server", error.to_string())
@@ -134,7 +146,7 @@ fn server(named: Option<&Path>, here: &Path) -> Finding {
     }
 }
 
-/// What a program says of its version, on one line.
+/// The program's `--version` output, on one line.
 fn version(program: &Path) -> String {
     let ran = Command::new(program)
         .arg("--version")
@@ -162,10 +174,8 @@ fn cores() -> Finding {
                 finding
             }
         }
-        Err(error) => Finding::good("cores", format!("not known ({error})")).not(
-            State::Lacking,
-            "the work is shared out as if there were one",
-        ),
+        Err(error) => Finding::good("cores", format!("not known ({error})"))
+            .not(State::Lacking, "Muster uses one thread"),
     }
 }
 
@@ -173,7 +183,7 @@ fn memory(available: Option<u64>) -> Finding {
     let Some(bytes) = available else {
         return Finding::good("memory", "not known".to_owned()).not(
             State::Lacking,
-            "see that 1 GB is free before a run is started",
+            "check that 1 GB is free before you start a run",
         );
     };
     let finding = Finding::good("memory", format!("{}B available", short(bytes as f64)));
@@ -194,29 +204,29 @@ fn disk(here: &Path) -> Finding {
             if bytes < DISK_MIN {
                 finding.not(
                     State::Bad,
-                    "a run needs 1 GB: free some, or start runs elsewhere with --dir",
+                    "a run needs 1 GB: free some space, or choose another disk with --dir",
                 )
             } else {
                 finding
             }
         }
         Err(error) => Finding::good("disk", format!("{}: {error}", here.display()))
-            .not(State::Bad, "work in a folder that can be used"),
+            .not(State::Bad, "change to a folder that exists and can be read"),
     }
 }
 
-/// Whether a process may listen where the members of a local run do.
+/// Checks that a process may listen on 127.0.0.1, as the members of a local run do.
 fn ports() -> Finding {
     match TcpListener::bind((Ipv4Addr::LOCALHOST, 0)) {
         Ok(_) => Finding::good("ports", "free ones on 127.0.0.1".to_owned()),
         Err(error) => Finding::good("ports", format!("none on 127.0.0.1 ({error})")).not(
             State::Bad,
-            "allow programs to listen there; members of a run talk over it",
+            "allow programs to listen on 127.0.0.1; the members of a local run connect through it",
         ),
     }
 }
 
-/// The environment that `./setup` makes where no server was on the PATH.
+/// Checks the Python environment that `./setup` makes if the PATH has no NATS server.
 fn python(here: &Path) -> Finding {
     let program = here.join(".venv/bin/python");
     if program.is_file() {
@@ -225,7 +235,7 @@ fn python(here: &Path) -> Finding {
     }
     Finding::good("python", format!("no .venv in {}", here.display())).not(
         State::Lacking,
-        "needed only to fetch a NATS server with ./setup where the PATH has none",
+        "./setup needs it to fetch a NATS server; not needed if the PATH has one",
     )
 }
 
@@ -234,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_is_named_with_its_way_out() {
+    fn a_missing_thing_is_named_with_its_remedy() {
         let folder = tempfile::tempdir().unwrap();
         let nowhere = folder.path().join("nowhere");
         let found = server(Some(&nowhere), folder.path());
@@ -247,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_told_in_one_line() {
+    fn a_good_finding_is_one_line() {
         assert_eq!(
             memory(Some(8 << 30)).line(),
             "ok   memory       8.59GB available"
