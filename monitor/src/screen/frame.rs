@@ -78,20 +78,20 @@ fn nothing_yet() -> String {
     "–".to_owned()
 }
 
-fn steps_of(step: u64, total: u64) -> String {
-    if total == 0 {
-        format!("step {step}")
-    } else {
-        format!("step {step}/{total}")
+fn steps_of(step: u64, total: Option<u64>) -> String {
+    match total {
+        Some(total) => format!("step {step}/{total}"),
+        None => format!("step {step}"),
     }
 }
 
 fn progress(record: &RunRecord, status: &Status, elapsed: f64) -> String {
     let taken = record.steps_taken();
     let mut parts = vec![steps_of(taken, status.steps_total)];
-    if status.steps_total > 0 {
-        let done = taken.min(status.steps_total);
-        let filled = (done as f64 / status.steps_total as f64 * BAR_WIDTH as f64) as usize;
+    if let Some(total) = status.steps_total {
+        debug_assert!(total > 0, "a run takes at least one step");
+        let done = taken.min(total);
+        let filled = (done as f64 / total as f64 * BAR_WIDTH as f64) as usize;
         let bar = "━".repeat(filled) + &"─".repeat(BAR_WIDTH as usize - filled);
         parts.push(bar);
     }
@@ -106,7 +106,7 @@ fn progress(record: &RunRecord, status: &Status, elapsed: f64) -> String {
 /// Seconds until the last step at the present pace; `None` before the first step and after the last.
 fn time_left(record: &RunRecord, status: &Status) -> Option<f64> {
     let steps_left = status
-        .steps_total
+        .steps_total?
         .checked_sub(record.steps_taken())
         .filter(|&left| left > 0)?;
     let recent = &record.steps[record.steps.len().saturating_sub(PACE_STEPS)..];
@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn the_display_tells_how_the_run_goes() {
         let status = Status {
-            steps_total: 140,
+            steps_total: Some(140),
             phase: String::new(),
             processes: vec![
                 process("nats", ProcessState::Up, 0),
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn before_the_first_step_the_display_has_as_many_lines_and_says_what_goes_on() {
         let status = Status {
-            steps_total: 140,
+            steps_total: Some(140),
             phase: "warm-up: development accuracy 31 %".to_owned(),
             processes: vec![],
         };
@@ -306,13 +306,13 @@ mod tests {
         let endless = Status::default();
         assert_eq!(time_left(&some_record(), &endless), None);
         let done = Status {
-            steps_total: 35,
+            steps_total: Some(35),
             ..Status::default()
         };
         assert_eq!(time_left(&some_record(), &done), None);
         assert!(progress(&some_record(), &done, 1.0).contains(&"━".repeat(BAR_WIDTH as usize)));
         let fewer = Status {
-            steps_total: 10,
+            steps_total: Some(10),
             ..Status::default()
         };
         assert!(progress(&some_record(), &fewer, 1.0).contains(&"━".repeat(BAR_WIDTH as usize)));
@@ -322,7 +322,7 @@ mod tests {
     fn a_step_and_an_evaluation_fit_one_line_each() {
         let record = some_record();
         let status = Status {
-            steps_total: 140,
+            steps_total: Some(140),
             ..Status::default()
         };
         assert_eq!(

@@ -81,7 +81,7 @@ mod tests {
             restarts,
         };
         Status {
-            steps_total: 140,
+            steps_total: Some(140),
             phase: phase.to_owned(),
             processes: vec![worker],
         }

@@ -25,8 +25,8 @@ pub struct Process {
 /// What the files do not tell.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Status {
-    /// Steps that the run will take; 0 when it has no end.
-    pub steps_total: u64,
+    /// Steps that the run will take; `None` while the number does not matter yet.
+    pub steps_total: Option<u64>,
     /// What goes on before the first step, in a few words; empty when nothing needs to be said.
     pub phase: String,
     /// The parent's children; empty for a process without any.
