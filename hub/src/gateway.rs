@@ -38,19 +38,18 @@ const NEWEST: &str = "main";
 /// What stands for the size of a pointer file, which hubs have for large files and we do not.
 const POINTER_BYTES: u64 = 134;
 
-/// What is served.
+/// The versions of one run, served over HTTP.
 #[derive(Debug, Clone)]
 pub struct Gateway {
     pub run: RunId,
     pub versions: VersionCache,
 }
 
-/// What changes when a newer version comes.
-type Said = ([(HeaderName, &'static str); 1], Json<Value>);
+/// A reply that changes with each new version, so clients must not cache it.
+type JsonReply = ([(HeaderName, &'static str); 1], Json<Value>);
 
 impl Gateway {
-    /// Answers on `listener`, to at most so many connections at once, until `shutdown`; others wait their turn in the
-    /// system's queue.
+    /// Serves at most `connections_max` connections at once on `listener`, until `shutdown`. Others wait in the system's queue.
     pub async fn serve(
         self,
         listener: TcpListener,
@@ -83,13 +82,13 @@ impl Gateway {
         Ok(self.versions.find(revision).await?)
     }
 
-    async fn model(&self, run: &str, revision: &str) -> Result<Said, Refusal> {
+    async fn model(&self, run: &str, revision: &str) -> Result<JsonReply, Refusal> {
         let edition = self.find(run, revision).await?;
         let report = &edition.report;
         let siblings = edition.leaves.iter();
         let siblings =
             siblings.map(|(name, leaf)| json!({ "rfilename": name, "size": leaf.bytes }));
-        Ok(say(json!({
+        Ok(uncached(json!({
             "id": run,
             "modelId": run,
             "sha": edition.commit(),
@@ -107,8 +106,8 @@ impl Gateway {
     }
 }
 
-/// The run, and the versions that can be had.
-async fn home(State(gateway): State<Arc<Gateway>>) -> Said {
+/// The run and its available versions.
+async fn home(State(gateway): State<Arc<Gateway>>) -> JsonReply {
     let inventory = gateway.versions.inventory();
     let versions = inventory.listed.iter().map(|listed| {
         json!({
@@ -117,7 +116,7 @@ async fn home(State(gateway): State<Arc<Gateway>>) -> Said {
             "commit": listed.commit,
         })
     });
-    say(json!({
+    uncached(json!({
         "run": gateway.run,
         "versions": versions.collect::<Vec<Value>>(),
     }))
@@ -127,7 +126,7 @@ async fn home(State(gateway): State<Arc<Gateway>>) -> Said {
 async fn newest(
     State(gateway): State<Arc<Gateway>>,
     Path(run): Path<String>,
-) -> Result<Said, Refusal> {
+) -> Result<JsonReply, Refusal> {
     gateway.model(&run, NEWEST).await
 }
 
@@ -135,7 +134,7 @@ async fn newest(
 async fn model(
     State(gateway): State<Arc<Gateway>>,
     Path((run, revision)): Path<(String, String)>,
-) -> Result<Said, Refusal> {
+) -> Result<JsonReply, Refusal> {
     gateway.model(&run, &revision).await
 }
 
@@ -143,7 +142,7 @@ async fn model(
 async fn tree(
     State(gateway): State<Arc<Gateway>>,
     Path((run, revision)): Path<(String, String)>,
-) -> Result<Said, Refusal> {
+) -> Result<JsonReply, Refusal> {
     let edition = gateway.find(&run, &revision).await?;
     let entries = edition.leaves.iter().map(|(name, leaf)| {
         json!({
@@ -154,7 +153,7 @@ async fn tree(
             "lfs": { "oid": leaf.sha256, "size": leaf.bytes, "pointerSize": POINTER_BYTES },
         })
     });
-    Ok(say(Value::Array(entries.collect())))
+    Ok(uncached(Value::Array(entries.collect())))
 }
 
 /// A file.
@@ -167,6 +166,6 @@ async fn file(
     file::answer(&asked, edition, &revision, file)
 }
 
-fn say(value: Value) -> Said {
+fn uncached(value: Value) -> JsonReply {
     ([(CACHE_CONTROL, "no-cache")], Json(value))
 }

@@ -21,7 +21,7 @@ mod files;
 mod request;
 
 pub use self::error::HubError;
-pub use self::request::{Ask, Pulled, Wanted};
+pub use self::request::{CachePolicy, Pulled, PullRequest};
 
 use self::files::{INDEX, NEEDED, OPTIONAL, SINGLE, read};
 
@@ -37,43 +37,50 @@ const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
 /// Longest id or revision: what the hub allows, and some more.
 const NAME_BYTES_MAX: usize = 200;
 
-/// Brings a model into the cache; `tell` hears of each file's progress: name, bytes there, bytes in all.
+/// Downloads a model into the cache. `tell` receives each file's progress: name, received bytes, all bytes.
 ///
 /// # Errors
-/// In one sentence: what the hub, the connection or the disk refused, and the way out.
-pub fn pull(wanted: &Wanted, tell: &mut dyn FnMut(&str, u64, u64)) -> Result<Pulled, HubError> {
-    check_name("the id", &wanted.id)?;
-    check_name("the revision", &wanted.revision)?;
+/// The hub, the connection or the disk fails; the error says how to mend it.
+pub fn pull(
+    request: &PullRequest,
+    tell: &mut dyn FnMut(&str, u64, u64),
+) -> Result<Pulled, HubError> {
+    check_name("the id", &request.id)?;
+    check_name("the revision", &request.revision)?;
     let is_address = |scheme: &str| {
-        wanted
+        request
             .endpoint
             .strip_prefix(scheme)
             .is_some_and(|rest| !rest.is_empty())
     };
     if !(is_address("https://") || is_address("http://")) {
         return Err(HubError::Endpoint {
-            found: wanted.endpoint.clone(),
+            found: request.endpoint.clone(),
         });
     }
-    let cache = cache(wanted.cache.clone())?;
-    let repo = Repo::with_revision(wanted.id.clone(), RepoType::Model, wanted.revision.clone());
-    if wanted.ask == Ask::IfNeeded
+    let cache = cache(request.cache.clone())?;
+    let repo = Repo::with_revision(
+        request.id.clone(),
+        RepoType::Model,
+        request.revision.clone(),
+    );
+    if request.cache_policy == CachePolicy::Trust
         && let Some(pulled) = cached::whole(&cache, &repo)?
     {
         return Ok(pulled);
     }
     let api = ApiBuilder::from_cache(cache.clone())
-        .with_endpoint(wanted.endpoint.trim_end_matches('/').to_owned())
+        .with_endpoint(request.endpoint.trim_end_matches('/').to_owned())
         .with_progress(false)
         .build()?;
-    let mut client = Client::new(wanted, cache, api, repo);
+    let mut client = Client::new(request, cache, api, repo);
     let mut files = Vec::new();
-    // First of all, and read at once: nobody wants to wait for weights that do not run.
+    // The configuration comes first: a model that does not run here fails before its weights are downloaded.
     let config = client.file("config.json", TEXT_BYTES_MAX, tell)?;
     let config = config.ok_or_else(|| client.no_file("config.json"))?;
     let text = read(&config)?;
     Config::parse(&String::from_utf8_lossy(&text)).map_err(|reason| HubError::Config {
-        id: wanted.id.clone(),
+        id: request.id.clone(),
         reason,
     })?;
     files.push(("config.json".to_owned(), config));
@@ -115,10 +122,10 @@ fn weights(
     Ok(files)
 }
 
-/// Puts a pulled model into a folder. Weights are linked where the disk allows it, so that they lie there once.
+/// Puts a pulled model into a folder. Weights are hard links if the file system permits it, so that they take no more space.
 ///
 /// # Errors
-/// When the disk refuses.
+/// A file cannot be read or written.
 pub fn place(pulled: &Pulled, folder: &Path) -> Result<(), HubError> {
     let refused = |path: &Path| {
         let path = path.to_owned();
@@ -141,7 +148,7 @@ fn cache(named: Option<PathBuf>) -> Result<Cache, HubError> {
     let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     match named {
         Some(path) => Ok(Cache::new(path)),
-        // The crate ends the process when it finds no home.
+        // `from_env` panics if neither is set.
         None if is_set("HF_HOME") || is_set("HOME") => Ok(Cache::from_env()),
         None => Err(HubError::NoCache),
     }
@@ -190,14 +197,14 @@ mod tests {
 
     #[test]
     fn an_endpoint_without_a_scheme_is_refused() {
-        let wanted = Wanted {
+        let request = PullRequest {
             id: "a/b".to_owned(),
             revision: "main".to_owned(),
             endpoint: "localhost:80".to_owned(),
             cache: Some("nowhere".into()),
-            ask: Ask::Always,
+            cache_policy: CachePolicy::Revalidate,
         };
-        let error = pull(&wanted, &mut |_, _, _| ()).unwrap_err();
+        let error = pull(&request, &mut |_, _, _| ()).unwrap_err();
         assert!(matches!(error, HubError::Endpoint { .. }));
     }
 }

@@ -16,7 +16,7 @@ use ureq::config::RedirectAuthHeaders;
 use ureq::http::{HeaderMap, StatusCode, Uri};
 
 use super::error::HubError;
-use super::request::Wanted;
+use super::request::PullRequest;
 
 /// How long a connection may take to come about, and a server to send its next bytes.
 const CONNECT_WAIT: Duration = Duration::from_secs(20);
@@ -57,7 +57,7 @@ struct Facts {
 }
 
 impl Client {
-    pub(super) fn new(wanted: &Wanted, cache: Cache, api: Api, repo: Repo) -> Self {
+    pub(super) fn new(request: &PullRequest, cache: Cache, api: Api, repo: Repo) -> Self {
         let named = std::env::var("HF_TOKEN")
             .ok()
             .filter(|token| !token.is_empty());
@@ -65,19 +65,19 @@ impl Client {
             Agent::config_builder()
                 .http_status_as_error(false)
                 // A store that a secure hub points to must be secure too.
-                .https_only(wanted.endpoint.starts_with("https://"))
+                .https_only(request.endpoint.starts_with("https://"))
                 .redirect_auth_headers(RedirectAuthHeaders::SameHost)
                 .timeout_connect(Some(CONNECT_WAIT))
                 .timeout_per_read(Some(READ_WAIT))
         };
         let asking = settings().max_redirects(0).max_redirects_will_error(false);
         Self {
-            endpoint: wanted.endpoint.clone(),
+            endpoint: request.endpoint.clone(),
             token: named.or_else(|| cache.token()),
             cache,
             api,
             repo,
-            id: wanted.id.clone(),
+            id: request.id.clone(),
             agent: settings().build().into(),
             asking: asking.build().into(),
             commit: None,

@@ -2,34 +2,33 @@
 
 use std::path::PathBuf;
 
-/// What is to be pulled, and from where.
+/// A model and the hub that has it.
 #[derive(Debug, Clone)]
-pub struct Wanted {
+pub struct PullRequest {
     /// `OWNER/NAME`
     pub id: String,
     /// A branch, a tag or a commit.
     pub revision: String,
-    /// Where the hub is.
+    /// The hub's address.
     pub endpoint: String,
-    /// Where files are kept; the place of Hugging Face's own tools by default.
+    /// Folder of downloaded files; the cache of Hugging Face's tools by default.
     pub cache: Option<PathBuf>,
-    /// Whether the hub is asked even if the cache has the model.
-    pub ask: Ask,
+    pub cache_policy: CachePolicy,
 }
 
-/// When the hub is asked.
+/// Whether a model in the cache is used without asking the hub.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ask {
-    /// Not if the cache has everything.
-    IfNeeded,
-    /// In any case: a branch may have moved.
-    Always,
+pub enum CachePolicy {
+    /// Use the cache if it has every file.
+    Trust,
+    /// Ask the hub first, since a branch may have moved.
+    Revalidate,
 }
 
 /// A model in the cache.
 #[derive(Debug, Clone)]
 pub struct Pulled {
-    /// Names and where their bytes are; weights last.
+    /// Names and paths; weights last.
     pub files: Vec<(String, PathBuf)>,
     /// The commit that they belong to.
     pub commit: String,

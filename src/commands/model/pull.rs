@@ -1,4 +1,4 @@
-//! `muster model pull`: a model of a hub as a folder of its own.
+//! `muster model pull`: downloads a model from a hub into a folder.
 
 use std::path::PathBuf;
 
@@ -6,11 +6,10 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::out_folder::refuse_model;
-use muster_hub::pull::{Ask, ENDPOINT, Wanted, place, pull};
+use muster_hub::pull::{CachePolicy, ENDPOINT, PullRequest, place, pull};
 use muster_monitor::output::say;
 use muster_monitor::text::short;
 
-/// What `pull` takes.
 #[derive(Debug, Args)]
 pub struct PullArgs {
     /// The model's id, `OWNER/NAME`
@@ -19,13 +18,13 @@ pub struct PullArgs {
     /// A branch, a tag or a commit
     #[arg(long, value_name = "R", default_value = "main")]
     revision: String,
-    /// The hub's address; that of HF_ENDPOINT if it is set, else Hugging Face's
+    /// Address of the hub; HF_ENDPOINT if it is set, else Hugging Face's
     #[arg(long, value_name = "URL")]
     endpoint: Option<String>,
-    /// A new folder
+    /// The folder to make
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Where files are kept and looked for first; the cache of Hugging Face's own tools by default
+    /// Folder of downloaded files, searched first; the cache of Hugging Face's tools by default
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
     /// Ask the hub even if the cache has the model, since a branch may have moved
@@ -33,28 +32,27 @@ pub struct PullArgs {
     fresh: bool,
 }
 
-/// Pulls.
 pub fn run(args: &PullArgs) -> Result<()> {
     refuse_model(&args.out)?;
     let named = args.endpoint.clone();
-    // Where every other tool of the hub looks, so that a mirror is named once.
+    // The hub's other tools read this variable too, so that a user names a mirror once.
     let named = named.or_else(|| {
         std::env::var("HF_ENDPOINT")
             .ok()
             .filter(|url| !url.is_empty())
     });
-    let wanted = Wanted {
+    let request = PullRequest {
         id: args.id.clone(),
         revision: args.revision.clone(),
         endpoint: named.unwrap_or_else(|| ENDPOINT.to_owned()),
         cache: args.cache.clone(),
-        ask: if args.fresh {
-            Ask::Always
+        cache_policy: if args.fresh {
+            CachePolicy::Revalidate
         } else {
-            Ask::IfNeeded
+            CachePolicy::Trust
         },
     };
-    let pulled = pull(&wanted, &mut |name, at, size| {
+    let pulled = pull(&request, &mut |name, at, size| {
         eprintln!("{name}: {}B of {}B", short(at as f64), short(size as f64));
     })
     .with_context(|| format!("model {} was not pulled", args.id))?;
