@@ -1,35 +1,34 @@
-//! Ctrl-C and SIGTERM: the first drains, the second stops at once. A child is sent SIGTERM when its parent dies, and must
-//! not outlive it by more than a moment.
+//! Ctrl-C and SIGTERM: the first signal makes the process finish its work and exit, the second ends it at once. The system
+//! sends a child SIGTERM when its parent dies; the child then ends within [`ORPHAN_DRAIN`].
 
 use std::os::unix::process::parent_id;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
-/// How long a process drains whose parent is gone: nobody is left to end it, and what it waits for may have gone as well.
+/// An orphaned process ends after this time, since no parent is left to kill it and its peers may be gone too.
 const ORPHAN_DRAIN: Duration = Duration::from_secs(3);
-/// How often it is looked whether the parent is still there.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// Exit code of a process that was told twice to stop, as shells count it.
+/// Interval between checks of the parent.
+const CHECK_EVERY: Duration = Duration::from_millis(200);
+/// Exit code after two signals, the shells' code for SIGINT.
 const EXIT_INTERRUPTED: i32 = 130;
 
-/// Cancels `shutdown` at the first Ctrl-C or SIGTERM; ends the process at the second, or when its parent is gone and it has
-/// had its time.
-pub fn cancel_on_signal(tracker: &TaskTracker, shutdown: &CancellationToken) {
+/// Cancels `shutdown` at the first Ctrl-C or SIGTERM. Ends the process at the second, or [`ORPHAN_DRAIN`] after its parent
+/// died.
+pub fn cancel_on_signal(shutdown: &CancellationToken) {
     let shutdown = shutdown.clone();
     let (interrupt, terminate) = (
         signal(SignalKind::interrupt()),
         signal(SignalKind::terminate()),
     );
     let (Ok(mut interrupt), Ok(mut terminate)) = (interrupt, terminate) else {
-        tracing::warn!("signals cannot be heard: stop this process with SIGKILL");
+        tracing::warn!("this process cannot receive Ctrl-C or SIGTERM: stop it with SIGKILL");
         return;
     };
     let parent = parent_id();
-    // Not on the tracker: it waits for a second signal while the tracker's tasks end.
-    let watch = async move {
+    // On no tracker: this task waits for a second signal while tracked tasks end.
+    tokio::spawn(async move {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
@@ -41,15 +40,13 @@ pub fn cancel_on_signal(tracker: &TaskTracker, shutdown: &CancellationToken) {
             () = orphaned(parent) => {}
         }
         exit_now();
-    };
-    drop(tracker.clone());
-    tokio::spawn(watch);
+    });
 }
 
-/// Returns when a process whose parent was `parent` has outlived it long enough.
+/// Returns [`ORPHAN_DRAIN`] after the death of the process `parent`.
 async fn orphaned(parent: u32) {
     while parent_id() == parent {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(CHECK_EVERY).await;
     }
     tokio::time::sleep(ORPHAN_DRAIN).await;
 }

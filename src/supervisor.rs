@@ -1,7 +1,7 @@
-//! Child processes of one machine's run: started, watched, started again with growing pauses, stopped together.
+//! Supervises the child processes of a run on one machine: starts them, restarts those that fail, and stops them together.
 //!
-//! A child is the same binary with the arguments that a person would type on another machine. It dies with this process.
-//! One that ends with success is done; one that keeps failing is given up with its own last words.
+//! A child is this binary with the arguments of a member on another machine. It dies with this process. A child that exits with
+//! success is not restarted; one that fails too often ends the run with the last line of its log.
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
@@ -11,31 +11,33 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use muster_protocol::child::{Child, ChildEnd};
+use muster_protocol::subject::Role;
 
 use crate::machine::disk_free;
 use muster_monitor::screen::{Process, ProcessState};
 
-/// First pause before a child is started again; each further one is twice as long.
+/// Pause before the first restart; each further one is twice as long.
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
-/// Longest pause.
+/// Longest pause before a restart.
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
-/// A child that ran this long is healthy: its pauses begin anew.
+/// After this time a child counts as healthy, and its pauses start again from the shortest.
 const HEALTHY: Duration = Duration::from_secs(20);
-/// Failures in a row after which a child is given up.
+/// Failures in a row that end the run.
 const FAILURES_MAX: u32 = 8;
-/// What a process says that ended because the disk is full: starting it again frees none of it.
+/// Text of ENOSPC in the last line of a child. A restart would not free any space.
 const DISK_FULL: &str = "No space left on device";
-/// With fewer bytes free a process cannot even print why it ended.
+/// With fewer bytes free a child cannot write its last line.
 const DISK_FREE_MIN: u64 = 64 << 10;
-/// How long children may take to drain before they are killed.
+/// Longest wait for children to end before they are killed.
 const DRAIN: Duration = Duration::from_secs(4);
-/// How much of a log's end is searched for last words.
+/// Bytes at the end of a log that are searched for the last line.
 const LAST_WORDS_BYTES: usize = 8 << 10;
 
-/// A child process and how to start it.
+/// A child process and its command line.
 #[derive(Debug)]
 pub struct Supervised {
     name: String,
+    role: Role,
     arguments: Vec<String>,
     log: PathBuf,
     state: State,
@@ -51,14 +53,20 @@ enum State {
 }
 
 impl Supervised {
-    /// Starts a child that prints to `log`.
+    /// Starts a child whose output goes to `log`.
     ///
     /// # Errors
-    /// When it cannot be started.
-    pub async fn start(name: &str, arguments: Vec<String>, log: PathBuf) -> Result<Self> {
+    /// The child cannot be started.
+    pub async fn start(
+        name: &str,
+        role: Role,
+        arguments: Vec<String>,
+        log: PathBuf,
+    ) -> Result<Self> {
         let child = spawn(name, &arguments, &log).await?;
         Ok(Self {
             name: name.to_owned(),
+            role,
             arguments,
             log,
             state: State::Up {
@@ -70,10 +78,10 @@ impl Supervised {
         })
     }
 
-    /// Looks after the child: starts it again when its pause is over.
+    /// Restarts the child if it failed and its pause is over.
     ///
     /// # Errors
-    /// When it failed too often, with its last words.
+    /// The child failed too often, or the disk is full; the error has its last line.
     pub async fn tend(&mut self) -> Result<()> {
         match &self.state {
             State::Up { child, since } if child.has_ended() => {
@@ -109,14 +117,14 @@ impl Supervised {
             .filter(|free| *free < DISK_FREE_MIN)
         {
             bail!(
-                "{} stopped: {DISK_FULL}: {free} bytes are free where {} lies: free some and give the same command again",
+                "{} stopped: {DISK_FULL}: the disk of {} has {free} bytes left; free some space and run the same command again",
                 self.name,
                 self.log.display()
             );
         }
         if self.failures > FAILURES_MAX {
             bail!(
-                "{} failed {} times in a row; its last words: {words} (all of them: {})",
+                "{} failed {} times in a row; last line of its log: {words} (log: {})",
                 self.name,
                 self.failures,
                 self.log.display()
@@ -129,7 +137,7 @@ impl Supervised {
             process = self.name,
             %end,
             ?pause,
-            "ended: it is started again"
+            "process ended; restarting it"
         );
         self.state = State::Waiting {
             until: Instant::now() + pause,
@@ -137,7 +145,7 @@ impl Supervised {
         Ok(())
     }
 
-    /// What the screen shows of it.
+    /// The child's state for the display.
     pub fn shown(&self) -> Process {
         let state = match &self.state {
             State::Up { .. } => ProcessState::Up,
@@ -151,7 +159,11 @@ impl Supervised {
         }
     }
 
-    /// Whether it has ended with success.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Whether the child has ended with success.
     pub fn is_done(&self) -> bool {
         matches!(self.state, State::Done)
     }
@@ -164,7 +176,7 @@ impl Supervised {
     }
 }
 
-/// Asks children to end, and ends those that do not within a few seconds.
+/// Sends SIGTERM to all children, and SIGKILL to those that have not ended after [`DRAIN`].
 pub async fn stop(children: &[Supervised]) {
     for child in children.iter().filter_map(Supervised::child) {
         child.terminate();
@@ -200,12 +212,12 @@ async fn spawn(name: &str, arguments: &[String], log: &Path) -> Result<Child> {
         .with_context(|| format!("{name} cannot be started"))
 }
 
-/// The last line that a process printed.
+/// The last error line of a log, else its last line that is not empty.
 fn last_words(log: &Path) -> Option<String> {
     let text = std::fs::read(log).ok()?;
     let tail = &text[text.len().saturating_sub(LAST_WORDS_BYTES)..];
     let tail = String::from_utf8_lossy(tail).into_owned();
-    let said = tail.lines().rev().find(|line| line.starts_with("muster: "));
-    let line = said.or_else(|| tail.lines().rev().find(|line| !line.trim().is_empty()))?;
+    let error = tail.lines().rev().find(|line| line.starts_with("muster: "));
+    let line = error.or_else(|| tail.lines().rev().find(|line| !line.trim().is_empty()))?;
     Some(line.trim_start_matches("muster: ").to_owned())
 }
