@@ -1,4 +1,4 @@
-//! The commands: what each takes, and where it is carried out.
+//! The command line: the commands, the arguments that several of them share, and logs.
 
 mod critic;
 mod ctl;
@@ -37,44 +37,44 @@ pub struct Cli {
 enum Command {
     /// Run the whole swarm on this machine and watch held-out accuracy rise; the same command resumes
     Local(local::LocalArgs),
-    /// Train a small starting policy from scratch by supervision
+    /// Train a small starting policy from scratch, by supervision
     Warmup(warmup::WarmupArgs),
-    /// Run dispatch and the trainer, and a NATS server unless one is named
+    /// Run dispatch and the trainer on a NATS server that runs already
     Learner(learner::LearnerArgs),
-    /// Dispatch alone: tickets, leases, intake
+    /// Run dispatch alone: tickets, leases, admission, critiques
     Dispatch(dispatch::DispatchArgs),
-    /// The trainer alone: batches, steps, versions
+    /// Run the trainer alone: batches, steps, versions
     Trainer(trainer::TrainerArgs),
-    /// A worker: answers tickets with the current policy
+    /// Run a worker: it answers tickets with the current policy
     Rollout(rollout::RolloutArgs),
-    /// A critic: computes rewards and re-checks answers
+    /// Run a critic: it computes rewards and audits answers
     Critic(critic::CriticArgs),
-    /// A seeder: passes weights on
+    /// Run a seeder: it passes weights on to other peers
     Seed(seed::SeedArgs),
-    /// Accuracy on the held-out set, of a folder or of a run as it goes
+    /// Measure accuracy on the held-out set, of a model folder or of a run's versions
     Eval(eval::EvalArgs),
-    /// List a run's versions, pull one as a Hugging Face folder, verify one
+    /// List a run's versions; pull, verify or serve them as Hugging Face folders
     Snapshot(snapshot::SnapshotArgs),
-    /// Try a reward before anybody trains on it
+    /// Check a reward before you train on it
     Rewards(rewards::RewardsArgs),
     /// Answer a prompt with a model folder
     Generate(generate::GenerateArgs),
-    /// Log-probabilities that a model folder gives to tokens
+    /// Print the log-probabilities that a model folder gives to tokens
     Logprobs(logprobs::LogprobsArgs),
-    /// Bring a model from elsewhere: import a GGUF file, pull from a hub
+    /// Import a model from a GGUF file, or pull one from a hub
     Model(model::ModelArgs),
-    /// One screenful about a run, from its directory
+    /// Show the state of a run, or the life of one of its groups
     Status(status::StatusArgs),
     /// Pause, resume or stop a run
     Ctl(ctl::CtlArgs),
-    /// Whether this machine has what Muster needs
+    /// Check whether this machine has what Muster needs, and how fast it is
     Doctor(doctor::DoctorArgs),
 }
 
-/// Carries out a command.
+/// Runs a command.
 ///
 /// # Errors
-/// What the command could not do, in words that name the way out.
+/// The command failed; the error says how to mend it.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Local(args) => local::run(args),

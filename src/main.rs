@@ -1,7 +1,7 @@
 //! Muster: an asynchronous RL post-training swarm in one binary.
 //!
-//! The command line wires roles together and decides nothing. One file per command under `commands/`; the rest is what
-//! commands share: configuration, run directory, a member's seat, child processes, screen and report.
+//! The command line connects roles and decides nothing. Each command has a file under `commands/`. The other files are what
+//! commands share: configuration, run directory, a member's connections, child processes.
 #![allow(unreachable_pub)] // a binary has no outside: `pub` here means "for the other modules"
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -10,9 +10,9 @@ mod config;
 mod descriptor;
 mod evaluate;
 mod machine;
+mod member;
 mod prompts;
 mod run_dir;
-mod seat;
 mod signals;
 mod start_model;
 mod supervisor;
@@ -21,8 +21,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Training passes allocate and free large buffers all the time; the system's allocator gives them back to the kernel
-/// and pays for page faults again (`policy`'s measurements).
+/// Training passes allocate and free large buffers all the time. The system's allocator would return them to the kernel and
+/// pay for page faults each time.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error and its causes as one sentence, without repeating what a cause says again.
+/// An error and its causes as one line. A cause whose text is there already is left out.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {

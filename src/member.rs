@@ -1,5 +1,5 @@
-//! A member's place in a run: connected to the bus under its own credentials, known to the peers, ready to play its part.
-//! Every role takes its seat this way, on the lab's machines and on a volunteer's.
+//! A member of a run: its connection to the bus under its own credentials, and its peers. Every role joins this way, on the
+//! lab's machines and on a volunteer's.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,34 +23,29 @@ use muster_protocol::id::ContentHash;
 use muster_protocol::identity::Identity;
 use muster_protocol::subject::Role;
 
-/// How long tasks may take to end after the role itself has ended.
+/// Longest wait for tasks to end after the role has ended.
 const CLOSE_WAIT: Duration = Duration::from_secs(2);
 
-/// A member, connected.
-pub struct Seat {
-    /// What the member holds.
+/// A connected member.
+pub struct Member {
     pub credentials: Credentials,
-    /// Its keys.
     pub identity: Identity,
-    /// Its way to dispatch.
     pub client: DispatchClient,
-    /// Its place among the peers.
     pub swarm: Swarm,
     squash: SquashConfig,
-    /// Time.
     pub clock: SharedClock,
-    /// Tasks that end with the seat.
+    /// The member's background tasks.
     pub tracker: TaskTracker,
-    /// Told when the process is to end.
+    /// Cancelled when the process must end.
     pub shutdown: CancellationToken,
 }
 
-impl Seat {
-    /// Connects under the credentials in `path`, which must be for `role`. `nats` overrides where the bus is.
+impl Member {
+    /// Connects under the credentials in `path`, which must be for `role`. `nats` replaces the server's address in them.
     ///
     /// # Errors
-    /// When the credentials, the bus or the address to listen on cannot be used.
-    pub async fn take(
+    /// The credentials, the bus or the address to listen on cannot be used.
+    pub async fn join(
         path: &Path,
         role: Role,
         nats: Option<&str>,
@@ -97,7 +92,7 @@ impl Seat {
             &tracker,
             shutdown.child_token(),
         );
-        crate::signals::cancel_on_signal(&tracker, &shutdown);
+        crate::signals::cancel_on_signal(&shutdown);
         Ok(Self {
             credentials,
             identity,
@@ -110,15 +105,15 @@ impl Seat {
         })
     }
 
-    /// Where this member's weights come from.
+    /// The source of this member's weights.
     pub fn source(&self) -> Arc<dyn ObjectSource> {
         Arc::new(self.swarm.clone())
     }
 
-    /// Starts following the run's versions, and makes squashed deltas of them where the role stays to pass weights on.
+    /// Starts to follow the run's versions, and to make squashed deltas of them if the role does so.
     ///
     /// # Errors
-    /// When the credentials may not hear of them.
+    /// The credentials do not permit it.
     pub async fn follow(&self, follow: Follow) -> Result<Follower> {
         let shutdown = self.shutdown.child_token();
         let (client, source) = (self.client.clone(), self.source());
@@ -138,10 +133,10 @@ impl Seat {
         Ok(follower)
     }
 
-    /// The run's model, without its weights: fetched from the peers, and checked against what the learner signed.
+    /// Fetches the run's model without its weights from the peers, and checks it against the run's descriptor.
     ///
     /// # Errors
-    /// When the files do not come, or are not what the run's descriptor says.
+    /// A file is not received, or has another hash than the descriptor's.
     pub async fn model(&self) -> Result<(Config, Tokenizer, Opened)> {
         let descriptor = self.client.descriptor().await?;
         let opened = first_version(&self.client).await?;
@@ -167,7 +162,7 @@ impl Seat {
         String::from_utf8(bytes.to_vec()).with_context(|| format!("{name} is not text"))
     }
 
-    /// Ends the seat's tasks and its connection.
+    /// Ends the member's tasks and closes its connection.
     pub async fn leave(self) {
         self.shutdown.cancel();
         self.tracker.close();
@@ -185,7 +180,7 @@ fn check_hash(name: &str, text: &str, expected: ContentHash) -> Result<()> {
     let found = ContentHash::of(text.as_bytes());
     if found != expected {
         bail!(
-            "{name} of the run has hash {}, its descriptor says {}",
+            "{name} of the run has hash {}, the run's descriptor says {}",
             found.short(),
             expected.short()
         );

@@ -63,7 +63,6 @@ pub(super) struct CodecArgs {
 /// A pair that was measured.
 #[derive(Debug, Serialize)]
 struct Row {
-    /// Which.
     what: String,
     load_average: Option<f64>,
     #[serde(flatten)]

@@ -1,4 +1,4 @@
-//! `muster critic`: rewards and audits.
+//! `muster critic`: runs a critic, which computes rewards and audits answers.
 
 use std::num::NonZeroU32;
 
@@ -12,28 +12,27 @@ use muster_rewards::critic::{Critic, CriticParts};
 
 use super::kernels::Kernels;
 use super::member_args::MemberArgs;
-use crate::seat::Seat;
+use crate::member::Member;
 
-/// Versions that a critic keeps beyond the async level: groups may come while the next version is on its way.
+/// Versions kept beyond the async level, for groups that arrive while newer versions are announced.
 const VERSIONS_BEYOND: usize = 3;
 
-/// What `critic` takes.
 #[derive(Debug, Args)]
 pub struct CriticArgs {
     #[command(flatten)]
     member: MemberArgs,
-    /// Groups judged together
+    /// Most groups critiqued together
     #[arg(long, default_value = "16")]
     groups_max: NonZeroU32,
-    /// Where to compute: `cpu` or `cuda:N`
+    /// Device: `cpu` or `cuda:N`
     #[arg(long, default_value = "cpu")]
     device: String,
 }
 
-/// Judges until the run is over or told to stop.
+/// Critiques until the run is over or a signal stops it.
 pub async fn run(args: CriticArgs) -> Result<()> {
     let device = muster_policy::device(&args.device)?;
-    let seat = Seat::take(
+    let member = Member::join(
         &args.member.creds,
         Role::Critic,
         args.member.nats.as_deref(),
@@ -41,17 +40,17 @@ pub async fn run(args: CriticArgs) -> Result<()> {
     )
     .await?;
     let joined = async {
-        let (config, tokenizer, _) = seat.model().await?;
-        let descriptor = seat.client.descriptor().await?;
+        let (config, tokenizer, _) = member.model().await?;
+        let descriptor = member.client.descriptor().await?;
         let kept = descriptor.body.async_level as usize + VERSIONS_BEYOND;
         let kernels = Kernels::for_device(&device);
         let class = kernels.class(&device)?;
         let scorer = PolicyScorer::new(config, kernels.set(), device, tokenizer, kept)
             .for_classes(&descriptor.body.classes);
         let critic = Critic::start(CriticParts {
-            client: seat.client.clone(),
+            client: member.client.clone(),
             scorer: Box::new(scorer),
-            follower: seat.follow(Follow::Every).await?,
+            follower: member.follow(Follow::Every).await?,
             class,
             groups_max: args.groups_max.get(),
         });
@@ -59,9 +58,12 @@ pub async fn run(args: CriticArgs) -> Result<()> {
     };
     let critic = tokio::select! {
         critic = joined => critic?,
-        () = seat.shutdown.cancelled() => return Ok(()),
+        () = member.shutdown.cancelled() => return Ok(()),
     };
-    critic.run(seat.shutdown.clone()).await.context("critic")?;
-    seat.leave().await;
+    critic
+        .run(member.shutdown.clone())
+        .await
+        .context("critic")?;
+    member.leave().await;
     Ok(())
 }

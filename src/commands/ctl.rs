@@ -1,6 +1,6 @@
-//! `muster ctl`: the lab's hand on a run. Pausing and resuming are records of the control log, written under the
-//! credentials of dispatch in the run directory, so they hold across restarts; stopping is a signal to the process that
-//! runs the directory, which drains as at Ctrl-C.
+//! `muster ctl`: pauses, resumes or stops a run. Pausing and resuming are records of the control log, written under the
+//! credentials of dispatch, so they hold across restarts. Stopping is a signal to the process that runs the directory, which
+//! then ends as at Ctrl-C.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -18,12 +18,10 @@ use crate::machine::interrupt;
 use crate::run_dir::RunDir;
 use muster_monitor::output::say;
 
-/// How long dispatch may take to follow an order, and the run to drain.
+/// Longest time for dispatch to follow an order, and for the run to end.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often it is looked whether they have.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// What `ctl` takes.
 #[derive(Debug, Args)]
 pub struct CtlArgs {
     #[command(subcommand)]
@@ -39,15 +37,14 @@ struct Which {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Give no new leases; what is under way is finished
+    /// Give no new leases; groups under way are finished
     Pause(Which),
     /// Give leases again
     Resume(Which),
-    /// Drain and end the processes; the same `muster local` goes on later
+    /// Finish the work under way and end the processes; the same `muster local` resumes the run
     Stop(Which),
 }
 
-/// Gives the order and waits until it is followed.
 pub async fn run(args: CtlArgs) -> Result<()> {
     match args.what {
         What::Pause(which) => switch(&which, Phase::Paused, ControlEvent::Paused).await,
@@ -73,7 +70,7 @@ async fn switch(which: &Which, wanted: Phase, event: ControlEvent) -> Result<()>
     let news = switched.with_context(|| {
         let seconds = PATIENCE.as_secs();
         format!(
-            "dispatch did not follow within {seconds} s: see whether it runs with `muster status`"
+            "dispatch did not follow within {seconds} s: check with `muster status` whether it runs"
         )
     })??;
     say(&format!("the run in {} {news}", dir.root().display()))

@@ -1,4 +1,4 @@
-//! `muster dispatch`: tickets, leases, intake, verdicts.
+//! `muster dispatch`: runs dispatch, which gives out tickets and leases and admits groups.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -9,19 +9,18 @@ use clap::Args;
 
 use super::member_args::MemberArgs;
 use crate::config::RunConfig;
+use crate::member::Member;
 use crate::prompts::{PromptForm, TaskPrompts};
 use crate::run_dir::RunDir;
-use crate::seat::Seat;
 use muster_dispatch::service::{DispatchParts, DispatchService, DispatchSettings};
 use muster_policy::ModelFolder;
 use muster_protocol::credentials::Roster;
 use muster_protocol::id::PeerId;
 use muster_protocol::subject::Role;
 
-/// Label under which dispatch derives the secret that nonces and audits are drawn from.
+/// Context from which dispatch derives the secret that draws nonces and audits.
 const SECRET_CONTEXT: &str = "muster 2026-11 dispatch draws v1";
 
-/// What `dispatch` takes.
 #[derive(Debug, Args)]
 pub struct DispatchArgs {
     #[command(flatten)]
@@ -31,7 +30,7 @@ pub struct DispatchArgs {
     run: PathBuf,
 }
 
-/// Serves until told to stop.
+/// Serves until a signal stops it.
 pub async fn run(args: DispatchArgs) -> Result<()> {
     let dir = RunDir::at(&args.run);
     let config = dir.load_config()?;
@@ -48,39 +47,39 @@ pub async fn run(args: DispatchArgs) -> Result<()> {
     )?;
     let roster = Roster::load(&dir.roster())?;
     let trusted = trusted(&config, &roster)?;
-    let seat = Seat::take(
+    let member = Member::join(
         &args.member.creds,
         Role::Dispatch,
         args.member.nats.as_deref(),
         args.member.swarm(),
     )
     .await?;
-    let secret = blake3_derive(seat.credentials.seed.secret_bytes());
+    let secret = blake3_derive(member.credentials.seed.secret_bytes());
     let service = DispatchService::start(DispatchParts {
-        bus: seat.client.bus().clone(),
-        identity: seat.identity.clone(),
-        run: seat.credentials.run.clone(),
-        learner: seat.credentials.learner,
+        bus: member.client.bus().clone(),
+        identity: member.identity.clone(),
+        run: member.credentials.run.clone(),
+        learner: member.credentials.learner,
         roster,
         prompts: Arc::new(prompts),
-        clock: seat.clock.clone(),
+        clock: member.clock.clone(),
         settings: settings(&config),
         secret,
     });
     let service = tokio::select! {
         started = service => started?,
-        () = seat.shutdown.cancelled() => return Ok(()),
+        () = member.shutdown.cancelled() => return Ok(()),
     };
     service
         .trusting(trusted)
-        .run(seat.shutdown.clone())
+        .run(member.shutdown.clone())
         .await
         .context("dispatch")?;
-    seat.leave().await;
+    member.leave().await;
     Ok(())
 }
 
-/// The workers whom the configuration lets change weights in mid-answer.
+/// The workers that the configuration allows to change weights within an answer.
 fn trusted(config: &RunConfig, roster: &Roster) -> Result<BTreeSet<PeerId>> {
     let peer = |name: &String| {
         let worker = roster
@@ -88,7 +87,7 @@ fn trusted(config: &RunConfig, roster: &Roster) -> Result<BTreeSet<PeerId>> {
             .iter()
             .find(|member| member.role == Role::Worker && member.name == *name);
         worker.map(|worker| worker.peer).with_context(|| {
-            format!("`dispatch.in_flight` names {name:?}, which is no worker of this run: correct the name or take it out")
+            format!("`dispatch.in_flight` names {name:?}, which is not a worker of this run: correct or remove the name")
         })
     };
     config.dispatch.in_flight.iter().map(peer).collect()

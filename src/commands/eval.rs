@@ -1,4 +1,4 @@
-//! `muster eval`: accuracy on the held-out set, of a folder, or of a run's versions as they come.
+//! `muster eval`: measures accuracy on the held-out set, of a model folder or of a run's versions as they are announced.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,14 +21,13 @@ use muster_rewards::{Split, Task};
 use crate::config::RunConfig;
 use crate::descriptor::sampling_rules;
 use crate::evaluate::{Ends, Examination, Outcome};
+use crate::member::Member;
 use crate::prompts::PromptForm;
 use crate::run_dir::RunDir;
-use crate::seat::Seat;
 
-/// How often a follower looks whether the run is over.
+/// Interval between checks whether the run is over.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// What `eval` takes.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
     /// A configuration with the task and the reward
@@ -42,13 +41,13 @@ pub struct EvalArgs {
     /// Print one JSON line
     #[arg(long)]
     json: bool,
-    /// Evaluate a run's versions as they come, into its eval.jsonl
+    /// Evaluate a run's versions as they are announced, and append to its eval.jsonl
     #[arg(long, requires = "run", requires = "creds")]
     follow: bool,
     /// The run directory
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
-    /// Where the bus is, instead of what the credentials say
+    /// Address of the NATS server, instead of the one in the credentials
     #[arg(long, value_name = "URL", requires = "follow")]
     nats: Option<String>,
     /// An evaluator's credentials
@@ -56,7 +55,6 @@ pub struct EvalArgs {
     creds: Option<PathBuf>,
 }
 
-/// Evaluates.
 pub async fn run(args: EvalArgs) -> Result<()> {
     match (&args.run, &args.creds, &args.model) {
         (Some(run), Some(creds), None) if args.follow => {
@@ -119,18 +117,18 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
     let dir = RunDir::at(run);
     let config = dir.load_config()?;
     let prepared = config.rewards().prepare(dir.root())?;
-    let seat = Seat::take(creds, Role::Evaluator, nats, Default::default()).await?;
+    let member = Member::join(creds, Role::Evaluator, nats, Default::default()).await?;
     let joined = async {
-        let (model, tokenizer, _) = seat.model().await?;
-        let descriptor = seat.client.descriptor().await?;
+        let (model, tokenizer, _) = member.model().await?;
+        let descriptor = member.client.descriptor().await?;
         let ends = Ends::of(&descriptor.body.sampling, &tokenizer);
         Ok::<_, anyhow::Error>((model, tokenizer, ends))
     };
     let (model, tokenizer, ends) = tokio::select! {
         joined = joined => joined?,
-        () = seat.shutdown.cancelled() => return Ok(()),
+        () = member.shutdown.cancelled() => return Ok(()),
     };
-    let mut follower = seat.follow(Follow::Every).await?;
+    let mut follower = member.follow(Follow::Every).await?;
     let lines = JsonLines::<EvalLine>::open(&dir.root().join("eval.jsonl"), |_| true)?;
     let mut evaluator = Evaluator {
         done: evaluated(dir.root())?,
@@ -145,7 +143,7 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
         reward: prepared.reward,
         ends,
     };
-    // The start is read where it lies: who joins a run that has taken a step already is not told of version 0 any more.
+    // Version 0 is read from the run directory: dispatch may have forgotten it.
     if evaluator.is_due(PolicyVersion(0)) {
         let image = starting_image(&dir, config.model.storage)?;
         evaluator = evaluator.on_version(PolicyVersion(0), image).await?;
@@ -153,10 +151,10 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
     loop {
         tokio::select! {
             biased;
-            () = seat.shutdown.cancelled() => break,
+            () = member.shutdown.cancelled() => break,
             () = follower.changed() => { follower.latest(); }
             () = tokio::time::sleep(LOOK_EVERY) => {
-                let finished = matches!(seat.client.control().await, Ok(state) if state.phase == Phase::Finished);
+                let finished = matches!(member.client.control().await, Ok(state) if state.phase == Phase::Finished);
                 if finished && evaluator.done.contains(&evaluator.steps) {
                     break;
                 }
@@ -167,7 +165,7 @@ async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
             evaluator = evaluator.on_version(version, held.image.clone()).await?;
         }
     }
-    seat.leave().await;
+    member.leave().await;
     Ok(())
 }
 

@@ -16,25 +16,24 @@ use muster_protocol::message::group::FinishReason;
 
 use muster_monitor::output::say;
 
-/// What `generate` takes.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
     /// A Hugging Face folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// What to answer
+    /// The prompt to answer
     #[arg(long, value_name = "TEXT")]
     prompt: String,
-    /// Put the prompt as a user's message, in the words of the model's chat template
+    /// Put the prompt as a user's message into the model's chat template
     #[arg(long)]
     chat: bool,
-    /// Longest answer in tokens; what the prompt leaves of the model's context by default
+    /// Longest answer in tokens; by default the rest of the model's context
     #[arg(long, value_name = "N")]
     max_tokens: Option<NonZeroUsize>,
-    /// Divides the logits; 0 takes the likeliest token each time
+    /// Sampling temperature; 0 takes the likeliest token each time
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     temperature: f32,
-    /// Of the draws; equal seeds give equal answers
+    /// Seed of the draws; equal seeds give equal answers
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
     /// Threads to compute with; all processors by default
@@ -56,7 +55,6 @@ struct Answer {
     finish_reason: FinishReason,
 }
 
-/// Answers.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let kernels = if args.int8 {
         KernelSet::Int8

@@ -1,4 +1,4 @@
-//! `--kernels`: which operations compute, where they can, and the class that their answers are of.
+//! `--kernels`: the operations that compute, and the numeric class of their answers.
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -6,7 +6,6 @@ use clap::ValueEnum;
 use muster_policy::{Device, KernelSet};
 use muster_protocol::message::lease::NumericClass;
 
-/// Which operations compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Kernels {
     /// Weights as they are stored
@@ -18,7 +17,7 @@ pub(super) enum Kernels {
 }
 
 impl Kernels {
-    /// The fastest that change no weight.
+    /// The fastest kernels of the device that do not round weights.
     pub(super) fn for_device(device: &Device) -> Self {
         match device.is_cpu() {
             true => Self::Fused,
@@ -34,10 +33,10 @@ impl Kernels {
         }
     }
 
-    /// The class of what they compute on a device.
+    /// The class of answers computed with these kernels on `device`.
     ///
     /// # Errors
-    /// When they do not run there.
+    /// The kernels do not run on `device`.
     pub(super) fn class(self, device: &Device) -> Result<NumericClass> {
         Ok(match (self, device.is_cpu()) {
             (Self::Fused | Self::Candle, true) => NumericClass::F32Cpu,
@@ -45,7 +44,7 @@ impl Kernels {
             (Self::Candle, false) => NumericClass::F32Cuda,
             (Self::Fused | Self::Int8, false) => {
                 bail!(
-                    "`--kernels fused` and `int8` run on the cpu only; on this device leave `--kernels` out"
+                    "`--kernels fused` and `int8` run on the CPU only: leave out `--kernels` on this device"
                 )
             }
         })

@@ -1,4 +1,4 @@
-//! `muster learner`: the lab's side of a run: dispatch and trainer as two processes, and a NATS server unless one is named.
+//! `muster learner`: runs dispatch and the trainer as two processes, the lab's side of a run.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -6,31 +6,29 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use crate::config::RunConfig;
 use crate::run_dir::RunDir;
 use crate::start_model::prepare;
 use crate::supervisor::{Supervised, stop};
 use muster_monitor::screen::{Screen, ScreenMode, Status};
+use muster_protocol::subject::Role;
 
-/// How often children and files are looked at.
+/// Interval between checks of children and files.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// What `learner` takes.
 #[derive(Debug, Args)]
 pub struct LearnerArgs {
     /// The run's configuration
     config: PathBuf,
-    /// Where the bus is
+    /// Address of the NATS server
     #[arg(long, value_name = "URL")]
     nats: String,
-    /// The run directory: roster and credentials of dispatch and trainer are read from here
+    /// The run directory, with the roster and the credentials of dispatch and the trainer
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
 }
 
-/// Runs dispatch and the trainer until told to stop.
 pub fn run(args: LearnerArgs) -> Result<()> {
     let mut config = RunConfig::load(&args.config)?;
     config.resolve_paths(args.config.parent().unwrap_or_else(|| Path::new(".")))?;
@@ -52,7 +50,7 @@ pub fn run(args: LearnerArgs) -> Result<()> {
 
 async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Screen) -> Result<()> {
     let shutdown = CancellationToken::new();
-    crate::signals::cancel_on_signal(&TaskTracker::new(), &shutdown);
+    crate::signals::cancel_on_signal(&shutdown);
     let prepared = config.rewards().prepare(dir.root())?;
     prepare(
         &config,
@@ -62,12 +60,15 @@ async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Scr
         &mut |_| {},
     )?;
     let mut children = Vec::new();
-    for name in ["dispatch", "trainer"] {
-        let creds = dir.credentials(name).display().to_string();
+    for role in [Role::Dispatch, Role::Trainer] {
+        let name = role.to_string();
+        let creds = dir.credentials(&name).display().to_string();
         let run = dir.root().display().to_string();
-        let words = [name, "--creds", &creds, "--run", &run, "--nats", &args.nats];
+        let words = [
+            &name, "--creds", &creds, "--run", &run, "--nats", &args.nats,
+        ];
         let arguments = words.iter().map(|word| (*word).to_owned()).collect();
-        children.push(Supervised::start(name, arguments, dir.log(name)).await?);
+        children.push(Supervised::start(&name, role, arguments, dir.log(&name)).await?);
     }
     let steps_total = config.run.steps.get();
     let mut told = false;
@@ -87,7 +88,7 @@ async fn tend(args: LearnerArgs, config: RunConfig, dir: RunDir, mut screen: Scr
         screen.tick(
             Instant::now(),
             &Status {
-                steps_total,
+                steps_total: Some(steps_total),
                 phase: String::new(),
                 processes,
             },

@@ -1,5 +1,5 @@
-//! `muster local`: the whole swarm on one machine. The roles are separate processes of this same binary, each under its own
-//! credentials, as they would be on other machines.
+//! `muster local`: runs the whole swarm on one machine. Each role is a process of this binary with its own credentials, as it
+//! would be on another machine.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use crate::config::{QUICKSTART, RunConfig};
 use crate::machine::project;
@@ -20,20 +19,19 @@ use muster_monitor::{report, summary};
 use muster_protocol::nats_server::{self, Member as ServerMember, NatsServer, ServerConfig};
 use muster_protocol::subject::Role;
 
-/// How often children and files are looked at.
+/// Interval between checks of children and files.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// How long the children may take to end by themselves once the run is finished.
+/// Longest wait for children to end by themselves after the run has finished.
 const GOODBYE: Duration = Duration::from_secs(3);
 
-/// What `local` takes.
 #[derive(Debug, Args)]
 pub struct LocalArgs {
-    /// The run's configuration; the quickstart without one
+    /// The run's configuration; the quickstart's by default
     config: Option<PathBuf>,
-    /// Rollout workers
+    /// Number of workers
     #[arg(long)]
     workers: Option<usize>,
-    /// Critics
+    /// Number of critics
     #[arg(long)]
     critics: Option<usize>,
     /// Steps to take
@@ -48,12 +46,12 @@ pub struct LocalArgs {
     /// Print only the summary
     #[arg(long)]
     quiet: bool,
-    /// The nats-server program, instead of the one found
+    /// The nats-server program to use instead of the one on the PATH or in .venv
     #[arg(long, value_name = "FILE")]
     nats_server: Option<PathBuf>,
 }
 
-/// A run's members on this machine, by name.
+/// Names and roles of the run's members on this machine.
 fn members(config: &RunConfig) -> Vec<(String, Role)> {
     let mut members = vec![
         ("dispatch".to_owned(), Role::Dispatch),
@@ -69,7 +67,7 @@ fn members(config: &RunConfig) -> Vec<(String, Role)> {
     members
 }
 
-/// The arguments by which this binary plays a member's part.
+/// The command line of a member.
 fn arguments(config: &RunConfig, dir: &RunDir, name: &str, role: Role) -> Vec<String> {
     let creds = dir.credentials(name).display().to_string();
     let run = dir.root().display().to_string();
@@ -119,7 +117,6 @@ fn resolve(args: &LocalArgs) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// Runs the swarm to its end.
 pub fn run(args: LocalArgs) -> Result<()> {
     let config = resolve(&args)?;
     let root = args
@@ -146,7 +143,7 @@ pub fn run(args: LocalArgs) -> Result<()> {
 
 async fn swarm(args: LocalArgs, config: RunConfig, dir: RunDir, mut screen: Screen) -> Result<()> {
     let shutdown = CancellationToken::new();
-    crate::signals::cancel_on_signal(&TaskTracker::new(), &shutdown);
+    crate::signals::cancel_on_signal(&shutdown);
     if is_complete(&config, &dir)? {
         screen.note(&format!(
             "the run in {} is finished already",
@@ -154,7 +151,7 @@ async fn swarm(args: LocalArgs, config: RunConfig, dir: RunDir, mut screen: Scre
         ));
         return conclude(&dir, screen);
     }
-    nats_server::program(args.nats_server.as_deref(), &project())?; // better missed now than after the warm-up
+    nats_server::program(args.nats_server.as_deref(), &project())?; // a missing program fails here and not after the warm-up
     start_policy(&config, &dir, &mut screen)?;
     let mut server = start_server(&args, &config, &dir).await?;
     let mut children = Vec::new();
@@ -170,19 +167,15 @@ async fn swarm(args: LocalArgs, config: RunConfig, dir: RunDir, mut screen: Scre
     conclude(&dir, screen)
 }
 
-/// The starting policy, made here if it is not there yet.
+/// Makes the starting policy if the run has none.
 fn start_policy(config: &RunConfig, dir: &RunDir, screen: &mut Screen) -> Result<()> {
     let prepared = config.rewards().prepare(dir.root())?;
     let mut tell = |progress: Progress| {
-        let Progress {
-            updates,
-            accuracy,
-            seconds,
-            ..
-        } = progress;
         let phase = format!(
-            "warm-up: {updates} updates, {:.0} % right on the development split, {seconds:.0} s",
-            100.0 * accuracy
+            "warm-up: {} updates, {:.0} % right on the development split, {:.0} s",
+            progress.check.updates,
+            100.0 * progress.check.accuracy,
+            progress.elapsed.as_secs_f64()
         );
         if let Err(error) = screen.tick(
             Instant::now(),
@@ -223,7 +216,7 @@ async fn start_server(args: &LocalArgs, config: &RunConfig, dir: &RunDir) -> Res
     Ok(server)
 }
 
-/// Keeps everybody running until the run is complete.
+/// Starts the members and restarts those that fail, until the run is complete.
 async fn tend(
     args: &LocalArgs,
     config: &RunConfig,
@@ -234,7 +227,7 @@ async fn tend(
 ) -> Result<()> {
     for (name, role) in members(config) {
         let arguments = arguments(config, dir, &name, role);
-        children.push(Supervised::start(&name, arguments, dir.log(&name)).await?);
+        children.push(Supervised::start(&name, role, arguments, dir.log(&name)).await?);
     }
     let mut goodbye = None;
     loop {
@@ -253,31 +246,26 @@ async fn tend(
             child.tend().await?;
         }
         let processes = children.iter().map(Supervised::shown).collect();
-        let steps_total = config.run.steps.get();
         screen.tick(
             Instant::now(),
             &Status {
-                steps_total,
+                steps_total: Some(config.run.steps.get()),
                 phase: String::new(),
                 processes,
             },
         )?;
         if is_complete(config, dir)? {
             let since = *goodbye.get_or_insert_with(Instant::now);
-            let volunteers = children
-                .iter()
-                .filter(|child| !child.shown().name.starts_with("trainer"));
-            let gone = volunteers
-                .filter(|c| !c.shown().name.starts_with("dispatch"))
-                .all(Supervised::is_done);
-            if gone || since.elapsed() > GOODBYE {
+            // Dispatch and the trainer serve until they are stopped; the others end with the run.
+            let mut volunteers = children.iter().filter(|child| !child.role().is_lab());
+            if volunteers.all(Supervised::is_done) || since.elapsed() > GOODBYE {
                 return Ok(());
             }
         }
     }
 }
 
-/// Whether the last step was taken and evaluated, and its checkpoint written.
+/// Whether the last version is written and evaluated.
 fn is_complete(config: &RunConfig, dir: &RunDir) -> Result<bool> {
     let steps = config.run.steps.get();
     if !dir
@@ -294,7 +282,7 @@ fn is_complete(config: &RunConfig, dir: &RunDir) -> Result<bool> {
     Ok(lines.iter().any(|line| line.policy_version.0 == steps))
 }
 
-/// Report and summary.
+/// Writes the report and prints the summary.
 #[allow(clippy::print_stdout)]
 fn conclude(dir: &RunDir, screen: Screen) -> Result<()> {
     screen.finish();

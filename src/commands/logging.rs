@@ -37,6 +37,6 @@ pub(super) fn to_screen(screen: &muster_monitor::screen::Screen) {
     }
 }
 
-/// What is logged unless `MUSTER_LOG` says otherwise.
+/// The filter of logs unless `MUSTER_LOG` is set.
 const LOG_FILTER: &str = "warn,muster=info,muster_protocol=info,muster_rollout=info,muster_rewards=info,\
                           muster_dispatch=info,muster_learner=info,muster_broadcaster=info";

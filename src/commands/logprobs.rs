@@ -1,4 +1,4 @@
-//! `muster logprobs`: what a model folder thinks of tokens, for comparison with other implementations.
+//! `muster logprobs`: the log-probabilities that a model gives to tokens, for comparison with other implementations.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read as _};
@@ -17,13 +17,12 @@ const LINE_BYTES_MAX: u64 = 8 << 20;
 /// Lines scored together.
 const ROWS_AT_ONCE: usize = 64;
 
-/// What `logprobs` takes.
 #[derive(Debug, Args)]
 pub struct LogprobsArgs {
     /// A Hugging Face folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Lines {"tokens": [ids]}; each gives {"logprobs": […]}: in nats, at temperature 1, of every token but the first
+    /// File of lines {"tokens": [ids]}. Each gives a line {"logprobs": […]}, in nats, at temperature 1, without the first token
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
 }
@@ -38,7 +37,7 @@ struct Scored {
     logprobs: Vec<f32>,
 }
 
-/// Scores a file, line by line. What stands before a bad line is scored.
+/// Scores a file line by line; a bad line ends it after all lines before are printed.
 pub fn run(args: &LogprobsArgs) -> Result<()> {
     let policy = Policy::load(&args.model, KernelSet::Fused, &Device::Cpu, &Threads::one())
         .with_context(|| args.model.display().to_string())?;

@@ -14,27 +14,26 @@ pub struct MemberArgs {
     /// The member's credentials
     #[arg(long, value_name = "FILE")]
     pub creds: PathBuf,
-    /// Where the bus is, instead of what the credentials say
+    /// Address of the NATS server, instead of the one in the credentials
     #[arg(long, value_name = "URL")]
     pub nats: Option<String>,
-    /// Where to listen for peers, `host:port`; port 0 for any free one
+    /// Address on which to listen for peers, `host:port`; port 0 takes any free port
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<std::net::SocketAddr>,
-    /// Under which `host:port` other peers reach this one, when it is not the address listened on
+    /// Address, `host:port`, under which peers reach this member, if it differs from the one in --listen
     #[arg(long, value_name = "ADDRESS")]
     pub advertise: Vec<String>,
-    /// Most megabits per second to upload; no limit by default
+    /// Upload limit in megabits per second; no limit by default
     #[arg(long, value_name = "X")]
     pub upload_mbps: Option<NonZeroU64>,
     #[command(flatten)]
     pub nat: NatArgs,
-    /// Most bytes of older weights kept to make deltas over several versions for late peers; 0 makes none [default: 1 GiB]
+    /// Most bytes of older weights kept, from which deltas over several versions are made for late peers; 0 makes none [default: 1 GiB]
     #[arg(long, value_name = "N")]
     pub squash_bytes_max: Option<u64>,
 }
 
 impl MemberArgs {
-    /// How this member takes part in the swarm.
     pub fn swarm(&self) -> SwarmConfig {
         let mut swarm = SwarmConfig {
             advertise: self.advertise.clone(),
@@ -53,13 +52,13 @@ impl MemberArgs {
 /// How a member reaches peers behind home routers.
 #[derive(Debug, Clone, Args)]
 pub struct NatArgs {
-    /// Reach peers behind home routers too, and be reached; needs a build with the feature `nat`
+    /// Connect to peers behind home routers, and accept connections behind one; needs a build with the feature `nat`
     #[arg(long, requires = "creds")]
     pub nat: bool,
-    /// Where peers behind routers meet, `https://host`; all members of a run name the same
+    /// Relay through which peers behind routers find each other, `https://host`; the same for all members of a run
     #[arg(long, value_name = "URL", requires = "nat")]
     pub nat_relay: Vec<String>,
-    /// The PEM file by which such a relay is known, for one of your own; the public certificates by default
+    /// PEM file of root certificates for a relay of your own; the public roots by default
     #[arg(long, value_name = "FILE", requires = "nat_relay")]
     pub nat_relay_roots: Option<PathBuf>,
 }

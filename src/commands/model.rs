@@ -1,4 +1,4 @@
-//! `muster model`: model folders from elsewhere, as Hugging Face folders that runs start from.
+//! `muster model`: makes Hugging Face folders of GGUF files and of models on a hub, for runs to start from.
 
 mod import;
 mod out_folder;
@@ -7,7 +7,6 @@ mod pull;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
-/// What `model` takes.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     #[command(subcommand)]
@@ -16,13 +15,12 @@ pub struct ModelArgs {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// A GGUF file as a Hugging Face folder
+    /// Convert a GGUF file to a Hugging Face folder
     Import(import::ImportArgs),
-    /// A model of a hub, by its id
+    /// Download a model from a hub
     Pull(pull::PullArgs),
 }
 
-/// Does it.
 pub fn run(args: &ModelArgs) -> Result<()> {
     match &args.what {
         What::Import(args) => import::run(args),

@@ -1,4 +1,4 @@
-//! `muster rewards`: a task and a reward tried out before anybody trains on them.
+//! `muster rewards`: checks a task and a reward before a run trains on them.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -13,7 +13,6 @@ use crate::config::RunConfig;
 use muster_monitor::output::say;
 use muster_monitor::text::plural;
 
-/// What `rewards` takes.
 #[derive(Debug, Args)]
 pub struct RewardsArgs {
     #[command(subcommand)]
@@ -22,9 +21,9 @@ pub struct RewardsArgs {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Explain a reward, and try cheap hacks on it; exits with 1 when one of them pays
+    /// Explain a reward and try cheap hacks on it; exits with 1 if a hack pays
     Check(CheckArgs),
-    /// What answers in a file are worth, line by line
+    /// Score the answers in a file, line by line
     Score(ScoreArgs),
 }
 
@@ -48,7 +47,6 @@ struct ScoreArgs {
     json: bool,
 }
 
-/// Checks or scores.
 pub fn run(args: &RewardsArgs) -> Result<()> {
     match &args.what {
         What::Check(args) => check_reward(args),

@@ -1,4 +1,4 @@
-//! `muster rollout`: a worker.
+//! `muster rollout`: runs a worker.
 
 use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 
@@ -13,36 +13,35 @@ use muster_rollout::worker::{Worker, WorkerParts};
 
 use super::kernels::Kernels;
 use super::member_args::MemberArgs;
-use crate::seat::Seat;
+use crate::member::Member;
 
-const MIB: NonZeroU64 = NonZeroU64::MIN.saturating_add((1 << 20) - 1);
+const MIB: NonZeroU64 = NonZeroU64::new(1 << 20).unwrap();
 
-/// What `rollout` takes.
 #[derive(Debug, Args)]
 pub struct RolloutArgs {
     #[command(flatten)]
     member: MemberArgs,
-    /// Most rollouts decoded together; the worker measures itself and takes no more than pay and end in time
+    /// Most rollouts decoded together; the worker measures its speed and takes fewer if more would be late
     #[arg(long, default_value = "64")]
     rollouts_max: NonZeroU32,
-    /// Memory for keys and values in MiB; half of what the device has free by default
+    /// Memory for keys and values in MiB; half of the device's free memory by default
     #[arg(long, value_name = "MIB")]
     kv_mib: Option<NonZeroU64>,
-    /// Where to compute: `cpu` or `cuda:N`
+    /// Device: `cpu` or `cuda:N`
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Which operations answer; `fused` on a cpu and `candle` elsewhere by default. `int8` keeps weights in about half the memory
-    /// of bf16; a run takes such answers if its `dispatch.classes` list "int8-cpu"
+    /// Operations that decode; `fused` on a CPU and `candle` elsewhere by default. `int8` takes about half the memory of bf16,
+    /// and a run accepts its answers if its `dispatch.classes` has "int8-cpu"
     #[arg(long, value_enum)]
     kernels: Option<Kernels>,
 }
 
-/// Works until the run is over or told to stop.
+/// Answers until the run is over or a signal stops it.
 pub async fn run(args: RolloutArgs) -> Result<()> {
     let device = muster_policy::device(&args.device)?;
     let kernels = args.kernels.unwrap_or_else(|| Kernels::for_device(&device));
     let class = kernels.class(&device)?;
-    let seat = Seat::take(
+    let member = Member::join(
         &args.member.creds,
         Role::Worker,
         args.member.nats.as_deref(),
@@ -50,8 +49,8 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
     )
     .await?;
     let joined = async {
-        let (config, tokenizer, _) = seat.model().await?;
-        let sampling = seat.client.descriptor().await?.body.sampling;
+        let (config, tokenizer, _) = member.model().await?;
+        let sampling = member.client.descriptor().await?.body.sampling;
         let task = Task {
             tokens_max: sampling.tokens_max,
             tokenizer,
@@ -65,20 +64,23 @@ pub async fn run(args: RolloutArgs) -> Result<()> {
         };
         let answerer = PolicyAnswerer::new(config, kernels.set(), device, engine, task);
         let worker = Worker::start(WorkerParts {
-            client: seat.client.clone(),
-            clock: seat.clock.clone(),
+            client: member.client.clone(),
+            clock: member.clock.clone(),
             answerer: Box::new(answerer),
-            follower: seat.follow(Follow::Newest).await?,
+            follower: member.follow(Follow::Newest).await?,
             class,
         });
         worker.await.context("worker")
     };
     let worker = tokio::select! {
         worker = joined => worker?,
-        () = seat.shutdown.cancelled() => return Ok(()),
+        () = member.shutdown.cancelled() => return Ok(()),
     };
-    let metrics = worker.run(seat.shutdown.clone()).await.context("worker")?;
+    let metrics = worker
+        .run(member.shutdown.clone())
+        .await
+        .context("worker")?;
     tracing::info!(?metrics, "done");
-    seat.leave().await;
+    member.leave().await;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `muster seed`: a peer that only passes weights on.
+//! `muster seed`: runs a seeder, a peer that only passes weights on.
 
 use anyhow::Result;
 use clap::Args;
@@ -7,36 +7,35 @@ use muster_broadcaster::follower::Follow;
 use muster_protocol::subject::Role;
 
 use super::member_args::MemberArgs;
-use crate::seat::Seat;
+use crate::member::Member;
 
-/// What `seed` takes.
 #[derive(Debug, Args)]
 pub struct SeedArgs {
     #[command(flatten)]
     member: MemberArgs,
 }
 
-/// Fetches every version and serves it until told to stop.
+/// Fetches every version and serves it until a signal stops it.
 pub async fn run(args: SeedArgs) -> Result<()> {
-    let seat = Seat::take(
+    let member = Member::join(
         &args.member.creds,
         Role::Seeder,
         args.member.nats.as_deref(),
         args.member.swarm(),
     )
     .await?;
-    let mut follower = seat.follow(Follow::Newest).await?;
+    let mut follower = member.follow(Follow::Newest).await?;
     loop {
         tokio::select! {
-            () = seat.shutdown.cancelled() => break,
+            () = member.shutdown.cancelled() => break,
             () = follower.changed() => {
                 if let Some(held) = follower.latest() {
-                    let uploaded = seat.swarm.metrics().total.bytes_uploaded;
+                    let uploaded = member.swarm.metrics().total.bytes_uploaded;
                     tracing::info!(version = %held.version.body.version, uploaded, "serving");
                 }
             }
         }
     }
-    seat.leave().await;
+    member.leave().await;
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! `muster snapshot`: the versions of a run, one of them as a Hugging Face folder, whether a folder is what the learner
-//! signed, and folders over HTTP. A live run is asked as any evaluator would ask it; of a run directory its checkpoints are taken.
+//! `muster snapshot`: lists the versions of a run, pulls one as a Hugging Face folder, verifies a folder, and serves folders
+//! over HTTP. Versions come from a live run, under an evaluator's credentials, or from the checkpoints of a run directory.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -29,7 +29,6 @@ mod live_versions;
 mod progress;
 mod serve;
 
-/// What `snapshot` takes.
 #[derive(Debug, Args)]
 pub struct SnapshotArgs {
     #[command(subcommand)]
@@ -38,17 +37,17 @@ pub struct SnapshotArgs {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// The versions that can be pulled
+    /// List the versions that can be pulled
     List(ListArgs),
-    /// A version as a folder that transformers loads, verified
+    /// Verify a version and write it as a folder that transformers loads
     Pull(PullArgs),
-    /// Whether every byte of a folder is what the learner signed
+    /// Check every byte of a folder against the learner's signature
     Verify(VerifyArgs),
-    /// Versions over HTTP, under the addresses of a model hub
+    /// Serve versions over HTTP as a model hub does
     Serve(serve::ServeArgs),
 }
 
-/// Which run.
+/// The source of versions: a run directory or a live run.
 #[derive(Debug, Args)]
 struct From {
     /// The run directory, for its checkpoints; the only one under runs/ by default
@@ -57,7 +56,7 @@ struct From {
     /// An evaluator's credentials, for the versions of a live run
     #[arg(long, value_name = "FILE")]
     creds: Option<PathBuf>,
-    /// Where the bus is, instead of what the credentials say
+    /// Address of the NATS server, instead of the one in the credentials
     #[arg(long, value_name = "URL", requires = "creds")]
     nats: Option<String>,
     #[command(flatten)]
@@ -65,7 +64,6 @@ struct From {
 }
 
 impl From {
-    /// Takes a seat in the live run.
     async fn join(&self, creds: &Path) -> Result<LiveRun> {
         LiveRun::join(creds, self.nats.as_deref(), self.nat.config()).await
     }
@@ -82,13 +80,13 @@ struct ListArgs {
 
 #[derive(Debug, Args)]
 struct PullArgs {
-    /// Which version: a number, or `latest`
+    /// A version's number, or `latest`
     #[arg(long, value_name = "V", default_value = "latest")]
-    version: Wanted,
+    version: VersionChoice,
     /// The folder to make
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Most bytes of one file of weights; larger ones are split, with an index. A larger tensor has a file of its own
+    /// Most bytes of one file of weights; weights beyond it go to further files, with an index. A larger tensor has a file of its own
     #[arg(long, value_name = "N", default_value_t = FILE_BYTES_MAX, value_parser = file_bytes::parse)]
     file_bytes_max: u64,
     #[command(flatten)]
@@ -100,12 +98,12 @@ struct PullArgs {
 
 #[derive(Debug, Args)]
 struct VerifyArgs {
-    /// The folder
+    /// The folder to check
     folder: PathBuf,
     /// The key of the run's learner, 64 hexadecimal digits
     #[arg(long, value_name = "KEY", conflicts_with = "run")]
     learner: Option<PeerId>,
-    /// The run directory that knows the key; the only one under runs/ by default
+    /// The run directory that has the key; the only one under runs/ by default
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
     /// Print one JSON line
@@ -113,14 +111,14 @@ struct VerifyArgs {
     json: bool,
 }
 
-/// A version as a person names it.
+/// The version that a user names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanted {
+enum VersionChoice {
     Latest,
     Number(u64),
 }
 
-impl FromStr for Wanted {
+impl FromStr for VersionChoice {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -251,8 +249,8 @@ fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
     let dir = RunDir::named(args.from.run.as_deref())?;
     let (learner, run) = (dir.learner()?, dir.load_config()?.run.name);
     let folder = match args.version {
-        Wanted::Number(version) => dir.checkpoint(version),
-        Wanted::Latest => newest_checkpoint(dir.root())?.with_context(|| {
+        VersionChoice::Number(version) => dir.checkpoint(version),
+        VersionChoice::Latest => newest_checkpoint(dir.root())?.with_context(|| {
             format!(
                 "{} has no checkpoint yet: wait for the first, or pull from the live run with --creds",
                 dir.root().display()
@@ -288,12 +286,12 @@ fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
 
 async fn list_live(args: &ListArgs, creds: &Path) -> Result<()> {
     let mut run = args.from.join(creds).await?;
-    let shutdown = run.seat.shutdown.clone();
+    let shutdown = run.member.shutdown.clone();
     let listed = tokio::select! {
         listed = announced(&mut run) => listed,
         () = shutdown.cancelled() => Err(anyhow::anyhow!("stopped before the run had answered")),
     };
-    run.seat.leave().await;
+    run.member.leave().await;
     for version in listed? {
         if args.json {
             say(&serde_json::to_string(&version)?)?;
@@ -317,7 +315,7 @@ async fn announced(run: &mut LiveRun) -> Result<Vec<Announced>> {
 
 async fn pull_live(args: &PullArgs, creds: &Path) -> Result<Report> {
     let mut run = args.from.join(creds).await?;
-    let shutdown = run.seat.shutdown.clone();
+    let shutdown = run.member.shutdown.clone();
     let pulled = tokio::select! {
         pulled = pull_wanted(&mut run, args) => pulled,
         () = shutdown.cancelled() => {
@@ -325,18 +323,18 @@ async fn pull_live(args: &PullArgs, creds: &Path) -> Result<Report> {
         }
     };
     let (learner, name): (PeerId, RunId) = (
-        run.seat.credentials.learner,
-        run.seat.credentials.run.clone(),
+        run.member.credentials.learner,
+        run.member.credentials.run.clone(),
     );
-    run.seat.leave().await;
+    run.member.leave().await;
     pulled?;
     verify(&args.out, &learner, &name).with_context(|| args.out.display().to_string())
 }
 
 async fn pull_wanted(run: &mut LiveRun, args: &PullArgs) -> Result<()> {
     let version = match args.version {
-        Wanted::Latest => None,
-        Wanted::Number(number) => Some(PolicyVersion(number)),
+        VersionChoice::Latest => None,
+        VersionChoice::Number(number) => Some(PolicyVersion(number)),
     };
     let version = run.hear_of(version).await?;
     run.pull(version, &args.out, args.file_bytes_max).await

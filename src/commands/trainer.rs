@@ -1,4 +1,4 @@
-//! `muster trainer`: batches, steps, versions.
+//! `muster trainer`: runs the trainer, which makes versions of batches of groups.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::member_args::MemberArgs;
 use crate::descriptor::{describe, run_files};
+use crate::member::Member;
 use crate::run_dir::RunDir;
-use crate::seat::Seat;
 use muster_broadcaster::swarm::uploads::Sharing;
 use muster_learner::policy_stepper::{ModelConfig, PolicyStepper};
 use muster_learner::trainer::{Trainer, TrainerParts, TrainerSettings};
@@ -17,12 +17,11 @@ use muster_policy::ModelFolder;
 use muster_protocol::credentials::Roster;
 use muster_protocol::subject::Role;
 
-/// Old versions that the trainer goes on offering, so that a critic that was away finds those that it needs: as many as fit
-/// into so many bytes, and no more than a follower would fetch.
+/// Most bytes of old versions that the trainer goes on serving, for critics that reconnect.
 const HISTORY_BYTES: usize = 256 << 20;
+/// Most such versions: a follower fetches no older ones.
 const HISTORY_MAX: usize = 16;
 
-/// What `trainer` takes.
 #[derive(Debug, Args)]
 pub struct TrainerArgs {
     #[command(flatten)]
@@ -32,7 +31,7 @@ pub struct TrainerArgs {
     run: PathBuf,
 }
 
-/// Trains until the last step, then serves until told to stop.
+/// Trains until the last step, then serves versions until a signal stops it.
 pub async fn run(args: TrainerArgs) -> Result<()> {
     let dir = RunDir::at(&args.run);
     let config = dir.load_config()?;
@@ -54,8 +53,8 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
     swarm.sharing = Sharing::FirstCopies;
     let history = (HISTORY_BYTES / model.image.bytes().len().max(1)).min(HISTORY_MAX);
     swarm.store.versions_kept = history.max(async_level as usize + 2);
-    drop(model); // the stepper has the weights, and a second copy would last as long as the run
-    let seat = Seat::take(
+    drop(model); // the stepper has its own copy of the weights
+    let member = Member::join(
         &args.member.creds,
         Role::Trainer,
         args.member.nats.as_deref(),
@@ -63,11 +62,11 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
     )
     .await?;
     let trainer = Trainer::start(TrainerParts {
-        client: seat.client.clone(),
+        client: member.client.clone(),
         roster,
         dir: args.run.clone(),
         stepper: Box::new(stepper),
-        outlet: Arc::new(seat.swarm.clone()),
+        outlet: Arc::new(member.swarm.clone()),
         descriptor,
         files,
         settings: TrainerSettings {
@@ -80,12 +79,12 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
     });
     let trainer = tokio::select! {
         started = trainer => started?,
-        () = seat.shutdown.cancelled() => return Ok(()),
+        () = member.shutdown.cancelled() => return Ok(()),
     };
     trainer
-        .run(seat.shutdown.clone())
+        .run(member.shutdown.clone())
         .await
         .context("trainer")?;
-    seat.leave().await;
+    member.leave().await;
     Ok(())
 }

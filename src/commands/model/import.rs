@@ -1,4 +1,4 @@
-//! `muster model import`: a GGUF file, quantised or not, as a Hugging Face folder.
+//! `muster model import`: converts a GGUF file, quantised or not, to a Hugging Face folder.
 
 use std::path::PathBuf;
 
@@ -11,16 +11,15 @@ use super::out_folder::refuse_model;
 use muster_monitor::output::say;
 use muster_monitor::text::count;
 
-/// What `import` takes.
 #[derive(Debug, Args)]
 pub struct ImportArgs {
     /// A GGUF file: llama, qwen2, qwen3 or gemma3, in F32, F16, BF16, Q4_0 to Q8_0 or Q2_K to Q6_K
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// A new folder
+    /// The folder to make
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// How the weights are stored; f32 keeps every bit of what the file's blocks stand for
+    /// Type of the stored weights; f32 keeps the exact values of quantised blocks
     #[arg(long, value_name = "DTYPE", value_enum, default_value = "bf16")]
     dtype: Dtype,
 }
@@ -31,7 +30,6 @@ enum Dtype {
     F32,
 }
 
-/// Imports.
 pub fn run(args: &ImportArgs) -> Result<()> {
     refuse_model(&args.out)?;
     let storage = match args.dtype {

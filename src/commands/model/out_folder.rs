@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-/// Refuses a folder that holds a model, which would otherwise be half of one and half of another if this ends early.
+/// Refuses a folder that holds a model: if this command broke off, the folder would hold parts of two models.
 pub(super) fn refuse_model(folder: &std::path::Path) -> Result<()> {
     for name in [
         "config.json",

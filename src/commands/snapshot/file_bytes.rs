@@ -2,7 +2,7 @@
 
 use muster_broadcaster::snapshot::FILE_BYTES_MAX;
 
-/// Smaller files than this are a mistake in the unit: even their headers would be a burden.
+/// A smaller limit is probably a mistake in the unit.
 const FILE_BYTES_MIN: u64 = 16 << 10;
 
 pub(super) fn parse(text: &str) -> Result<u64, String> {

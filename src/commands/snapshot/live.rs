@@ -27,23 +27,22 @@ use muster_protocol::message::version::{Content, Object};
 use muster_protocol::subject::Role;
 
 use super::progress::watch;
-use crate::seat::Seat;
+use crate::member::Member;
 
-/// How long a live run may take to answer.
+/// Longest wait for an answer of a live run.
 const ANSWER_WAIT: Duration = Duration::from_secs(20);
 /// Most versions asked for one by one: more than dispatch remembers.
 const VERSIONS_ASKED_MAX: u64 = 128;
 
 /// A live run.
 pub(crate) struct LiveRun {
-    /// The evaluator's place in it.
-    pub(crate) seat: Seat,
-    /// What was heard of.
+    pub(crate) member: Member,
+    /// Known versions.
     heard: BTreeMap<PolicyVersion, Opened>,
 }
 
 impl LiveRun {
-    /// Joins under an evaluator's credentials. `nats` overrides where the bus is; `nat` is the way to peers behind routers.
+    /// Joins under an evaluator's credentials. `nats` replaces the server's address in them.
     pub(crate) async fn join(
         creds: &Path,
         nats: Option<&str>,
@@ -51,27 +50,27 @@ impl LiveRun {
     ) -> Result<Self> {
         let mut swarm = SwarmConfig::default();
         if nat.is_some() {
-            // Behind a router no TCP address is worth telling.
+            // Peers cannot reach a TCP address behind a router.
             swarm.listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         }
         swarm.nat = nat;
-        let seat = Seat::take(creds, Role::Evaluator, nats, swarm).await?;
-        // From here on only the dispatch that the learner named is believed.
-        answered(async { Ok(seat.client.descriptor().await?) }).await?;
+        let member = Member::join(creds, Role::Evaluator, nats, swarm).await?;
+        // The descriptor names the dispatch that the client trusts from here on.
+        answered(async { Ok(member.client.descriptor().await?) }).await?;
         let heard = BTreeMap::new();
-        Ok(Self { seat, heard })
+        Ok(Self { member, heard })
     }
 
-    /// The versions that were heard of, in order.
+    /// The known versions, in order.
     pub(crate) fn heard(&self) -> impl Iterator<Item = &Opened> {
         self.heard.values()
     }
 
-    /// Hears of the versions that dispatch tells of: from the newest back to the first that it has forgotten.
+    /// Asks dispatch for its versions, from the newest back to the first that it has forgotten.
     pub(crate) async fn refresh(&mut self) -> Result<()> {
         if let Some(newest) = self.ask(None).await? {
             let (last, generation) = (newest.version.body.version, newest.version.body.generation);
-            // A learner that started again may announce the same numbers anew.
+            // A learner that restarted may announce the same numbers again.
             let is_current = |opened: &Opened| opened.version.body.generation == generation;
             self.heard.retain(|_, opened| is_current(opened));
             self.heard.insert(last, newest);
@@ -115,13 +114,13 @@ impl LiveRun {
             let path = out.to_owned();
             bail!(DiskError::Exists { path });
         }
-        let source = self.seat.source();
+        let source = self.member.source();
         let opened = self.heard.get(&version).cloned();
         let mut opened =
             opened.with_context(|| format!("nothing was heard of version {version}"))?;
         refuse_tiny_files(opened.version.body.parameter_bytes(), file_bytes_max)?;
         // From nothing the way is an anchor and single steps; members may have made shorter ones.
-        let squashed = squashed_deltas(&self.seat.client, PolicyVersion(0)).await;
+        let squashed = squashed_deltas(&self.member.client, PolicyVersion(0)).await;
         opened.add_squashed(source.as_ref(), squashed);
         let holdings = self.survey([&opened].into_iter()).await?;
         if !opened.keep_held(&holdings) {
@@ -129,9 +128,9 @@ impl LiveRun {
                 "no peer within reach holds version {version} any more: choose one that `muster snapshot list --creds FILE` shows as held"
             );
         }
-        let before = self.seat.swarm.metrics().total.bytes_downloaded;
+        let before = self.member.swarm.metrics().total.bytes_downloaded;
         let received = || {
-            self.seat
+            self.member
                 .swarm
                 .metrics()
                 .total
@@ -141,14 +140,14 @@ impl LiveRun {
         let (what, total) = (format!("version {version}"), bytes_to_fetch(&opened));
         let fetched = Box::pin(self.fetch(opened));
         let (files, held) = watch(&what, total, received, fetched).await?;
-        let run = self.seat.credentials.run.clone();
+        let run = self.member.credentials.run.clone();
         let anchor = match held.anchor {
             Some(anchor) => anchor,
             None => {
                 // It came as an older anchor and deltas. The whole is described here, so that the folder can be verified shard by shard.
                 let body = &held.version.body;
                 let content = Content::Anchor { root: body.root };
-                self.seat
+                self.member
                     .client
                     .sign(describe_object(content, body.version, &held.image)?)?
             }
@@ -181,20 +180,20 @@ impl LiveRun {
     /// Asks the peers that dispatch names what they hold of these versions.
     async fn survey(&self, versions: impl Iterator<Item = &Opened>) -> Result<Holdings> {
         let mut peers = Vec::new();
-        for bytes in answered(async { Ok(self.seat.client.peers(None).await?) }).await? {
-            match open::<PeerRecord>(bytes, self.seat.client.run()) {
+        for bytes in answered(async { Ok(self.member.client.peers(None).await?) }).await? {
+            match open::<PeerRecord>(bytes, self.member.client.run()) {
                 Ok(record) => peers.push(record.body),
                 Err(error) => tracing::debug!(%error, "a peer's record cannot be used"),
             }
         }
         let objects = versions.flat_map(|opened| opened.objects.iter().chain(&opened.files));
         let objects: Vec<Object> = objects.map(|object| object.body.clone()).collect();
-        Ok(self.seat.swarm.survey(peers, &objects).await)
+        Ok(self.member.swarm.survey(peers, &objects).await)
     }
 
     /// The weights and the files beside them.
     async fn fetch(&self, opened: Opened) -> Result<(BTreeMap<String, Bytes>, Held)> {
-        let source = self.seat.source();
+        let source = self.member.source();
         let mut files = BTreeMap::new();
         for entry in &opened.version.body.files {
             let bytes = fetch_file(source.as_ref(), &opened, &entry.name).await?;
@@ -204,7 +203,7 @@ impl LiveRun {
     }
 
     async fn ask(&self, version: Option<PolicyVersion>) -> Result<Option<Opened>> {
-        let client = &self.seat.client;
+        let client = &self.member.client;
         answered(async {
             match client.ask_until_answered(Ask::Latest { version }).await? {
                 Reply::Version(Some(told)) => Ok(Some(open_announcement(client, &told)?)),

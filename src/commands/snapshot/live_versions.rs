@@ -57,7 +57,7 @@ impl VersionSource for LiveVersions {
     }
 
     async fn close(self: Box<Self>) {
-        self.run.seat.leave().await;
+        self.run.member.leave().await;
     }
 }
 

@@ -1,4 +1,4 @@
-//! `muster snapshot serve`: versions of a run over HTTP, from its directory, from folders that were pulled, or from the live run.
+//! `muster snapshot serve`: serves versions over HTTP, from a run directory, pulled folders, or a live run.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
@@ -8,7 +8,6 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use muster_broadcaster::snapshot::{FILE_BYTES_MAX, run_named};
 use muster_protocol::id::PeerId;
@@ -25,13 +24,12 @@ use muster_hub::gateway::source::{Folders, VersionSource};
 use muster_hub::gateway::version_cache::Preparer;
 use muster_monitor::output::say;
 
-/// Where to listen by default: to be reached from elsewhere is a decision.
+/// The default address. Other machines cannot reach it: that is for the user to decide.
 const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8090);
 
-/// What `snapshot serve` takes.
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
-    /// Folders that were pulled; with --learner or --run, which know the key
+    /// Pulled folders; --learner or --run gives the key that signed them
     #[arg(value_name = "FOLDER", conflicts_with_all = ["creds", "nat"])]
     folders: Vec<PathBuf>,
     /// The run directory, for its checkpoints; the only one under runs/ by default
@@ -40,24 +38,24 @@ pub(super) struct ServeArgs {
     /// The key of the run's learner, 64 hexadecimal digits
     #[arg(long, value_name = "KEY", conflicts_with_all = ["run", "creds"], requires = "folders")]
     learner: Option<PeerId>,
-    /// An evaluator's credentials, for every version of a live run that can be had
+    /// An evaluator's credentials, for the versions of a live run
     #[arg(long, value_name = "FILE")]
     creds: Option<PathBuf>,
-    /// Where the bus is, instead of what the credentials say
+    /// Address of the NATS server, instead of the one in the credentials
     #[arg(long, value_name = "URL", requires = "creds")]
     nats: Option<String>,
     #[command(flatten)]
     nat: NatArgs,
-    /// Where versions of a live run are kept
+    /// Folder for the versions of a live run
     #[arg(long, value_name = "DIR", default_value = "snapshots")]
     cache: PathBuf,
-    /// How many versions are kept there
+    /// Most versions kept in that folder
     #[arg(long, value_name = "N", default_value = "4")]
     keep: NonZeroUsize,
-    /// Most bytes of one file of weights in the versions that it pulls; larger ones are split, with an index [default: 5000000000]
+    /// Most bytes of one file of weights in pulled versions; weights beyond it go to further files, with an index [default: 5000000000]
     #[arg(long, value_name = "N", requires = "creds", value_parser = file_bytes::parse)]
     file_bytes_max: Option<u64>,
-    /// Where to listen, `host:port`; port 0 for any free one
+    /// Address to listen on, `host:port`; port 0 takes any free port
     #[arg(long, value_name = "ADDRESS", default_value_t = LISTEN)]
     listen: SocketAddr,
     /// Most connections at once; others wait
@@ -65,7 +63,7 @@ pub(super) struct ServeArgs {
     connections: NonZeroUsize,
 }
 
-/// More connections than this would need more open files than most systems give.
+/// Most systems allow about twice as many open files.
 const CONNECTIONS_MAX: usize = 512;
 
 fn parse_connections(text: &str) -> Result<NonZeroUsize, String> {
@@ -114,10 +112,10 @@ async fn open(args: &ServeArgs) -> Result<(Box<dyn VersionSource>, Trust, Cancel
     if let Some(creds) = &args.creds {
         let run = LiveRun::join(creds, args.nats.as_deref(), args.nat.config()).await?;
         let trust = Trust {
-            learner: run.seat.credentials.learner,
-            run: run.seat.credentials.run.clone(),
+            learner: run.member.credentials.learner,
+            run: run.member.credentials.run.clone(),
         };
-        let shutdown = run.seat.shutdown.clone();
+        let shutdown = run.member.shutdown.clone();
         let live = LiveVersions {
             run,
             cache: args.cache.clone(),
@@ -127,7 +125,7 @@ async fn open(args: &ServeArgs) -> Result<(Box<dyn VersionSource>, Trust, Cancel
         return Ok((Box::new(live), trust, shutdown));
     }
     let shutdown = CancellationToken::new();
-    cancel_on_signal(&TaskTracker::new(), &shutdown);
+    cancel_on_signal(&shutdown);
     let folders = args.folders.clone();
     let pulled = move || Folders::new(move || Ok(folders.clone()));
     let (source, trust) = match (args.learner, args.folders.first()) {
