@@ -21,7 +21,7 @@ mod files;
 mod request;
 
 pub use self::error::HubError;
-pub use self::request::{CachePolicy, Pulled, PullRequest};
+pub use self::request::{CachePolicy, PullRequest, Pulled};
 
 use self::files::{INDEX, NEEDED, OPTIONAL, SINGLE, read};
 

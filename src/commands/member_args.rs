@@ -74,8 +74,4 @@ impl NatArgs {
     }
 }
 
-/// 10⁶ bits.
-const BYTES_PER_MEGABIT: NonZeroU64 = match NonZeroU64::new(125_000) {
-    Some(bytes) => bytes,
-    None => unreachable!(),
-};
+const BYTES_PER_MEGABIT: NonZeroU64 = NonZeroU64::new(125_000).unwrap();

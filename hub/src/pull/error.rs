@@ -17,10 +17,10 @@ pub enum HubError {
         /// The form of valid ones.
         expected: &'static str,
     },
-    #[error("the endpoint `{found}` is not an address: give one that begins with https:// or http://")]
-    Endpoint {
-        found: String,
-    },
+    #[error(
+        "the endpoint `{found}` is not an address: give one that begins with https:// or http://"
+    )]
+    Endpoint { found: String },
     /// No home folder is known, and no cache was named.
     #[error("there is no home folder for the cache: name a folder with --cache")]
     NoCache,
@@ -28,24 +28,15 @@ pub enum HubError {
     #[error(
         "{endpoint} has no model `{id}` that you may read: correct the id, or set HF_TOKEN if the model is private"
     )]
-    NoModel {
-        endpoint: String,
-        id: String,
-    },
+    NoModel { endpoint: String, id: String },
     /// The hub does not know the revision.
     #[error("model `{id}` has no revision `{revision}`: name a branch, a tag or a commit")]
-    NoRevision {
-        id: String,
-        revision: String,
-    },
+    NoRevision { id: String, revision: String },
     /// A file that the model needs is not there.
     #[error(
         "model `{id}` has no {file}: choose a model published as safetensors with a tokenizer.json"
     )]
-    NoFile {
-        id: String,
-        file: String,
-    },
+    NoFile { id: String, file: String },
     /// The hub asks for credentials.
     #[error(
         "{endpoint} refuses {file} (status {status}): set HF_TOKEN to a token that may read the model"
@@ -64,19 +55,11 @@ pub enum HubError {
         status: u16,
     },
     /// The hub is unreachable, or the connection broke.
-    #[error(
-        "{file} was not received whole: {reason}; run the same command again to continue"
-    )]
-    Broken {
-        file: String,
-        reason: String,
-    },
+    #[error("{file} was not received whole: {reason}; run the same command again to continue")]
+    Broken { file: String, reason: String },
     /// The server's answer breaks the hub's protocol.
     #[error("{endpoint} does not speak the hub's protocol: {problem}; correct the endpoint")]
-    Protocol {
-        endpoint: String,
-        problem: String,
-    },
+    Protocol { endpoint: String, problem: String },
     /// The file has another hash than the hub announced.
     #[error(
         "{file} has the SHA-256 {found}, but the hub announced {expected}: the file was deleted; run the same command again"
@@ -92,9 +75,7 @@ pub enum HubError {
     #[error(
         "{file} is being fetched by another process: wait for it, then run the same command again"
     )]
-    Busy {
-        file: String,
-    },
+    Busy { file: String },
     /// The model does not run here.
     #[error("model `{id}` does not run here: {reason}")]
     Config {
