@@ -83,7 +83,9 @@ impl Page {
         let headings = prose.lines().filter(|line| line.starts_with('#'));
         let anchor = |heading: &str| {
             let title = heading.trim_start_matches('#').trim().to_lowercase();
-            let kept = title.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+            let kept = title
+                .chars()
+                .filter(|c| c.is_alphanumeric() || " -_".contains(*c));
             kept.collect::<String>().replace(' ', "-")
         };
         headings.map(anchor).collect()
@@ -195,7 +197,9 @@ fn paths_that_pages_name_exist() {
     for page in pages() {
         for span in page.code_spans() {
             let is_pattern = span.contains(['*', ' ', '{']) || span.contains("NAME");
-            let named = span.split_once('/').is_some_and(|(first, _)| top.contains(first));
+            let named = span
+                .split_once('/')
+                .is_some_and(|(first, _)| top.contains(first));
             assert!(
                 !named || is_pattern || root().join(&span).exists(),
                 "{}: {span} does not exist",
