@@ -233,7 +233,7 @@ impl Run {
                     assert_eq!((held, rollouts_max), (self.version(), ROOM));
                     match leases.take() {
                         Some(leases) => Reply::Leases(leases),
-                        None if groups.len() == submissions => Reply::Finished,
+                        None if groups.len() >= submissions => Reply::Finished,
                         None => Reply::Wait {
                             retry_ms: 10,
                             reason: WaitReason::NothingOpen,
