@@ -15,6 +15,8 @@ mod config;
 
 #[path = "liars/critic.rs"]
 mod critic;
+#[path = "support/in_turn.rs"]
+mod in_turn;
 #[path = "liars/ledger.rs"]
 mod ledger;
 #[path = "liars/shelf.rs"]

@@ -14,6 +14,8 @@
 mod cast;
 #[path = "simulation/checks.rs"]
 mod checks;
+#[path = "support/in_turn.rs"]
+mod in_turn;
 #[path = "simulation/ledger.rs"]
 mod ledger;
 #[path = "simulation/liar.rs"]

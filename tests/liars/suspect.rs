@@ -12,9 +12,10 @@ use muster_policy::{
 };
 use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::lease::{Lease, NumericClass};
-use muster_rollout::answerer::{AnswerError, Answerer, BatchAnswerer};
+use muster_rollout::answerer::{AnswerError, Answerer};
 use muster_rollout::engine::{PolicyAnswerer, Task};
 
+use super::in_turn::BatchAnswerer;
 use super::ledger::{Ledger, difference};
 
 /// How a worker lies.

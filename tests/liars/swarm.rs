@@ -36,12 +36,12 @@ use muster_protocol::record::{Line, RolloutLine, StepMetrics, read_all};
 use muster_protocol::subject::{Log, Queue, Role};
 use muster_rewards::critic::scorer::PolicyScorer;
 use muster_rewards::critic::{Critic, CriticParts};
-use muster_rollout::answerer::InTurn;
 use muster_rollout::engine::Task;
 use muster_rollout::worker::{Worker, WorkerParts};
 
 use super::config::RunConfig;
 use super::critic::{Deeds, Inflator, Making};
+use super::in_turn::InTurn;
 use super::ledger::Ledger;
 use super::shelf::Shelf;
 use super::start::Start;

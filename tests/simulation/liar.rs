@@ -8,8 +8,9 @@ use muster_broadcaster::follower::Held;
 use muster_protocol::id::StateRoot;
 use muster_protocol::message::group::{Rollout, Segment};
 use muster_protocol::message::lease::Lease;
-use muster_rollout::answerer::{AnswerError, BatchAnswerer};
+use muster_rollout::answerer::AnswerError;
 
+use crate::in_turn::BatchAnswerer;
 use crate::ledger::Ledger;
 use crate::table::{Draw, honest, rollout, think};
 

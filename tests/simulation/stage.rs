@@ -35,11 +35,12 @@ use muster_protocol::message::ticket::SamplingRules;
 use muster_protocol::subject::{Log, Queue, Role};
 use muster_rewards::RewardConfig;
 use muster_rewards::critic::{Critic, CriticParts};
-use muster_rollout::answerer::{Answerer, BatchAnswerer, InTurn};
+use muster_rollout::answerer::Answerer;
 use muster_rollout::worker::{Worker, WorkerParts};
 
 use crate::cast::{CRITICS, Cast, Player, SPARES, WORKERS_MAX, cast};
 use crate::checks::{Record, check};
+use crate::in_turn::{BatchAnswerer, InTurn};
 use crate::ledger::{Ledger, Quality, Rules};
 use crate::liar::LyingAnswerer;
 use crate::shelf::{Reach, Shelf};

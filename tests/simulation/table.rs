@@ -19,8 +19,9 @@ use muster_protocol::message::group::{FinishReason, Rollout};
 use muster_protocol::message::lease::Lease;
 use muster_protocol::message::version::VersionRef;
 use muster_rewards::critic::scorer::{ScoreRequest, Scorer, ScorerError};
-use muster_rollout::answerer::{AnswerError, BatchAnswerer};
+use muster_rollout::answerer::AnswerError;
 
+use crate::in_turn::BatchAnswerer;
 use crate::ledger::Ledger;
 
 /// Size of the table's vocabulary.
