@@ -7,6 +7,7 @@
 //! does not answer at all is dropped; a peer that serves a bad shard is banned. Knows nothing of bytes, sockets or hashes.
 //! Invariants: a banned peer is never asked; requests in flight are bounded, per peer and in all.
 
+mod choose;
 mod exchange;
 mod peer_state;
 mod requests;
@@ -42,7 +43,7 @@ const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
 const REQUESTS_MAX: usize = 64;
 const REQUESTS_MIN: usize = 4;
 /// Slowest rate that a fetch waits for, about 16 KiB/s: a slower peer delays the fetch more than it helps.
-pub const BYTES_PER_MS_MIN: u64 = 16;
+pub(crate) const BYTES_PER_MS_MIN: u64 = 16;
 /// A request is overdue, and may be repeated at another peer, after this many times the median time of the proven peers.
 const HEDGE_FACTOR: u64 = 4;
 /// For the last few shards, when nothing else is left to request, a request is overdue sooner.
@@ -142,12 +143,12 @@ impl FetchPlan {
     }
 
     /// How many shards are here.
-    pub fn held_count(&self) -> u32 {
+    pub(crate) fn held_count(&self) -> u32 {
         self.held.count()
     }
 
     /// Which peers may bring the missing shards, by their own claims.
-    pub fn availability(&self) -> Availability {
+    pub(crate) fn availability(&self) -> Availability {
         let lacks = |shard| !self.held.contains(shard);
         let mut availability = Availability::Nowhere;
         for source in self.sources.values() {
@@ -162,12 +163,12 @@ impl FetchPlan {
     }
 
     /// When a peer last announced a shard that is missing here.
-    pub fn news_at_ms(&self) -> u64 {
+    pub(crate) fn news_at_ms(&self) -> u64 {
         self.news_at_ms
     }
 
     /// How long to wait for a peer that is fetching too to receive its next shard.
-    pub fn next_shard_ms(&self) -> u64 {
+    pub(crate) fn next_shard_ms(&self) -> u64 {
         match self.gap_us {
             0 => self.shard_bytes / HEDGE_BYTES_PER_MS,
             usual_us => SHARDS_WAITED * usual_us / 1_000,
@@ -175,12 +176,12 @@ impl FetchPlan {
     }
 
     /// Requests for shards in flight.
-    pub fn requests_in_flight(&self) -> usize {
+    pub(crate) fn requests_in_flight(&self) -> usize {
         self.pending
     }
 
     /// Most requests for shards in flight at once.
-    pub fn requests_max(&self) -> usize {
+    pub(crate) fn requests_max(&self) -> usize {
         let by_bytes = BYTES_IN_FLIGHT_MAX / self.shard_bytes;
         (by_bytes as usize).clamp(REQUESTS_MIN, REQUESTS_MAX)
     }
@@ -196,7 +197,7 @@ impl FetchPlan {
     }
 
     /// Removes a peer; the shards requested from it may be requested elsewhere.
-    pub fn remove_source(&mut self, peer: &PeerId) {
+    pub(crate) fn remove_source(&mut self, peer: &PeerId) {
         let Some(source) = self.sources.remove(peer) else {
             return;
         };
@@ -347,110 +348,6 @@ impl FetchPlan {
             fresh: self.pending.saturating_sub(overdue),
             is_any_overdue: overdue > 0,
         }
-    }
-
-    fn next_request(&mut self, peer: &PeerId, turn: &Turn) -> Option<PeerRequest> {
-        let now_ms = turn.now_ms;
-        let source = self.sources.get(peer)?;
-        if !source.is_polled && !source.held.is_full() && source.poll_at_ms <= now_ms {
-            return Some(PeerRequest::Have);
-        }
-        let chooser = source.chooser?;
-        let no_room = source.pending >= self.window(peer, source)
-            || turn.fresh >= WINDOWS_SUM
-            || self.requests_in_flight() >= self.requests_max();
-        if no_room || source.busy_until_ms > now_ms {
-            return None;
-        }
-        match chooser {
-            Chooser::Asker => self
-                .rarest(peer)
-                .or_else(|| turn.is_any_overdue.then(|| self.overdue(peer, turn))?)
-                .map(PeerRequest::Shard),
-            Chooser::Holder => self.any_but(turn).map(PeerRequest::AnyBut),
-        }
-    }
-
-    fn window(&self, peer: &PeerId, source: &PeerState) -> usize {
-        match self.slow.contains(peer) {
-            true => 1,
-            false => {
-                let share = (WINDOWS_SUM / self.sources.len().max(1)).clamp(WINDOW_MIN, WINDOW_MAX);
-                (WINDOW_MIN + source.delivered).min(share)
-            }
-        }
-    }
-
-    /// Of the shards that this peer holds and that are not requested, the one that the fewest peers hold. A draw decides among
-    /// several, so that peers which start together do not all fetch the same shard.
-    fn rarest(&mut self, peer: &PeerId) -> Option<u32> {
-        let source = self.sources.get(peer)?;
-        let (mut best, mut fewest, mut ties) = (None, u16::MAX, 0u32);
-        for shard in source.held.iter_both(&self.open) {
-            let holders = self.holders[shard as usize];
-            if holders > fewest {
-                continue;
-            }
-            ties = if holders < fewest { 1 } else { ties + 1 };
-            fewest = holders;
-            if self.rng.random_range(0..ties) == 0 {
-                best = Some(shard);
-            }
-        }
-        best
-    }
-
-    /// A shard that is overdue at another peer, requested once, and held by this one.
-    fn overdue(&self, peer: &PeerId, turn: &Turn) -> Option<u32> {
-        let source = self.sources.get(peer)?;
-        let overdue = self
-            .requests
-            .iter()
-            .filter_map(|pending| match pending.asked {
-                Asked::Shard(shard)
-                    if pending.source != *peer
-                        && pending.is_older_than(turn.hedge_ms, turn.now_ms)
-                        && self.requests.copies(shard) == 1
-                        && !self.held.contains(shard)
-                        && source.held.contains(shard) =>
-                {
-                    Some((pending.asked_at_ms, shard))
-                }
-                _ => None,
-            });
-        overdue.min().map(|(_, shard)| shard)
-    }
-
-    /// The shards that are not needed from a peer that chooses; `None` if it can bring no other.
-    fn any_but(&self, turn: &Turn) -> Option<Bitmap> {
-        let overdue: BTreeSet<PeerId> = self
-            .requests
-            .iter()
-            .filter(|pending| pending.is_older_than(turn.hedge_ms, turn.now_ms))
-            .map(|pending| pending.source)
-            .collect();
-        let mut except = self.held.clone();
-        let quick = self.sources.iter().filter(|(peer, source)| {
-            let is_proven = source.delivered > 0 && source.chooser == Some(Chooser::Asker);
-            is_proven && !overdue.contains(peer) && !self.slow.contains(peer)
-        });
-        quick.for_each(|(_, source)| except.insert_all(&source.held));
-        let mut asked_any = 0;
-        for pending in self
-            .requests
-            .iter()
-            .filter(|pending| !overdue.contains(&pending.source))
-        {
-            match pending.asked {
-                Asked::Shard(shard) => {
-                    except.insert(shard);
-                }
-                Asked::Any => asked_any += 1,
-                Asked::Have => {}
-            }
-        }
-        // Each request in flight for any shard brings one of the rest.
-        (except.length() - except.count() > asked_any).then_some(except)
     }
 
     fn hedge_ms(&self) -> u64 {

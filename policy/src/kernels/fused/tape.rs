@@ -129,19 +129,7 @@ impl Reverse<'_> {
                 weight,
                 residual,
                 out,
-            } => {
-                let Some(g) = self.slopes.remove(&out) else {
-                    return;
-                };
-                let mut dx = self.slope_or_zeros(&x);
-                let dw = self.gradients.block_mut(&weight);
-                let w = self.weights.block(&weight);
-                elementwise::norm_backward(&mut dx, dw, &g, &x.data, w, self.weights.norms);
-                self.slopes.insert(x.id, dx);
-                if let Some(residual) = residual {
-                    self.give(residual, g);
-                }
-            }
+            } => self.norm(&x, &weight, residual, out),
             Record::HeadNorms { qkv, norms, out } => {
                 let Some(mut g) = self.slopes.remove(&out) else {
                     return;
@@ -210,20 +198,37 @@ impl Reverse<'_> {
                 }
                 self.give(input, dx);
             }
-            Record::Embed { table, tokens, out } => {
-                let Some(g) = self.slopes.remove(&out) else {
-                    return;
-                };
-                let width = table.columns;
-                let dw = self.gradients.block_mut(&table);
-                for (g, &token) in g.chunks_exact(width).zip(&tokens) {
-                    let row = &mut dw[token as usize * width..][..width];
-                    match self.weights.embedding_scale {
-                        None => elementwise::add(row, g),
-                        Some(scale) => elementwise::add_multiple(row, g, scale),
-                    }
-                }
+            Record::Embed { table, tokens, out } => self.embed(&table, &tokens, out),
+        }
+    }
+
+    /// Adds the slopes of the tokens' rows to the table's.
+    fn embed(&mut self, table: &Block, tokens: &[u32], out: usize) {
+        let Some(g) = self.slopes.remove(&out) else {
+            return;
+        };
+        let width = table.columns;
+        let dw = self.gradients.block_mut(table);
+        for (g, &token) in g.chunks_exact(width).zip(tokens) {
+            let row = &mut dw[token as usize * width..][..width];
+            match self.weights.embedding_scale {
+                None => elementwise::add(row, g),
+                Some(scale) => elementwise::add_multiple(row, g, scale),
             }
+        }
+    }
+
+    fn norm(&mut self, x: &Array, weight: &Block, residual: Option<usize>, out: usize) {
+        let Some(g) = self.slopes.remove(&out) else {
+            return;
+        };
+        let mut dx = self.slope_or_zeros(x);
+        let dw = self.gradients.block_mut(weight);
+        let w = self.weights.block(weight);
+        elementwise::norm_backward(&mut dx, dw, &g, &x.data, w, self.weights.norms);
+        self.slopes.insert(x.id, dx);
+        if let Some(residual) = residual {
+            self.give(residual, g);
         }
     }
 
