@@ -72,7 +72,7 @@ impl Default for RunSection {
                 .parse()
                 .unwrap_or_else(|_| unreachable!("`run` is a valid name")),
             seed: 1,
-            steps: NonZeroU64::MIN.saturating_add(99),
+            steps: const { NonZeroU64::new(100).unwrap() },
             async_level: 2,
         }
     }
@@ -174,7 +174,7 @@ impl Default for WarmupSection {
             learning_rate: 2e-3,
             warmup_updates: 50,
             updates_max: 1_000,
-            check_every: NonZeroU64::MIN.saturating_add(9),
+            check_every: const { NonZeroU64::new(10).unwrap() },
             stop_accuracy: 0.55,
         }
     }
@@ -205,9 +205,9 @@ pub struct SamplingSection {
 impl Default for SamplingSection {
     fn default() -> Self {
         Self {
-            group_size: NonZeroU32::MIN.saturating_add(7),
+            group_size: const { NonZeroU32::new(8).unwrap() },
             temperature: 1.0,
-            tokens_max: NonZeroU32::MIN.saturating_add(255),
+            tokens_max: const { NonZeroU32::new(256).unwrap() },
             stop: Vec::new(),
             stop_strings: Vec::new(),
             top_k: None,
@@ -235,8 +235,8 @@ pub struct LearnerSection {
 impl Default for LearnerSection {
     fn default() -> Self {
         Self {
-            batch_groups: NonZeroUsize::MIN.saturating_add(31),
-            checkpoint_every: NonZeroU64::MIN.saturating_add(19),
+            batch_groups: const { NonZeroUsize::new(32).unwrap() },
+            checkpoint_every: const { NonZeroU64::new(20).unwrap() },
             advantage: AdvantageConfig::default(),
             train: TrainConfig::default(),
             broadcast: BroadcastConfig::default(),
@@ -273,8 +273,8 @@ pub struct DispatchSection {
 impl Default for DispatchSection {
     fn default() -> Self {
         Self {
-            ticket_ms: NonZeroU64::MIN.saturating_add(299_999),
-            lease_ms: NonZeroU64::MIN.saturating_add(29_999),
+            ticket_ms: const { NonZeroU64::new(300_000).unwrap() },
+            lease_ms: const { NonZeroU64::new(30_000).unwrap() },
             audit: AuditConfig::default(),
             critique: CritiqueConfig::default(),
             conduct: ConductConfig::default(),
@@ -297,7 +297,7 @@ pub struct WorkerSection {
 impl Default for WorkerSection {
     fn default() -> Self {
         Self {
-            rollouts_max: NonZeroU32::MIN.saturating_add(63),
+            rollouts_max: const { NonZeroU32::new(64).unwrap() },
         }
     }
 }
@@ -313,7 +313,7 @@ pub struct CriticSection {
 impl Default for CriticSection {
     fn default() -> Self {
         Self {
-            groups_max: NonZeroU32::MIN.saturating_add(15),
+            groups_max: const { NonZeroU32::new(16).unwrap() },
         }
     }
 }
@@ -331,7 +331,7 @@ pub struct EvalSection {
 impl Default for EvalSection {
     fn default() -> Self {
         Self {
-            every: NonZeroU64::MIN.saturating_add(9),
+            every: const { NonZeroU64::new(10).unwrap() },
             samples: 0,
         }
     }

@@ -16,7 +16,7 @@ use muster_rewards::{Answer, Item, Reward};
 use crate::prompts::PromptForm;
 
 /// Rows that an evaluation decodes together.
-const SLOTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(255);
+const SLOTS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
 /// How close to the largest reward an answer must come to count as right.
 const RIGHT_WITHIN: f64 = 1e-9;

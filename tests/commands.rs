@@ -1,5 +1,5 @@
 //! The commands as a user types them: what they print, what they refuse and in which words, and with which exit code.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

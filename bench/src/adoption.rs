@@ -37,7 +37,7 @@ use muster_monitor::machine::load_average;
 use muster_monitor::output::say;
 
 /// Bytes per second of a Mbit/s.
-const MBIT: NonZeroU64 = NonZeroU64::MIN.saturating_add(124_999);
+const MBIT: NonZeroU64 = NonZeroU64::new(125_000).unwrap();
 /// Tokens of each prompt and of each answer.
 const PROMPT: usize = 16;
 const ANSWER: usize = 64;

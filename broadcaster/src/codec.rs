@@ -19,7 +19,7 @@ mod wide;
 
 /// Elements of a slice, the unit of parallel work; a thread takes up to 32 MiB for one while encoding. The tables of a slice cost
 /// about 300 bytes, and the coded slice of a fine-tuning step 30 KB, so smaller slices would compress worse.
-pub const SLICE_ELEMENTS: usize = 4 << 20;
+pub(crate) const SLICE_ELEMENTS: usize = 4 << 20;
 
 /// Why the coded bytes of a slice cannot be decoded. The message completes "slice 3 of tensor `a` …".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -59,10 +59,6 @@
 //! The learner sends each shard once. It sends a second copy only to a peer that has had nothing from others for a while. It
 //! sees from other peers' requests whose shards were passed on: a peer that keeps its shards waits while others ask
 //! ([`swarm::uploads`]).
-#![allow(
-    missing_docs,
-    reason = "a field or variant whose name says all needs no comment"
-)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod blocking;

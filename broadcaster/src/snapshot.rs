@@ -29,7 +29,8 @@ mod names;
 pub use self::error::SnapshotError;
 pub use self::layout::FOLDER_FILES_MAX;
 pub use self::manifest::{Report, run_named};
-pub use self::names::{INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE};
+use self::names::INDEX_FILE;
+pub use self::names::{MANIFEST_FILE, WEIGHTS_FILE};
 
 /// Default size limit of one file of weights: that of `huggingface_hub`, 5 GB.
 pub const FILE_BYTES_MAX: u64 = 5_000_000_000;

@@ -181,7 +181,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Self::admit`].
-    pub fn admit_pinned(&self, object: &Object) -> Result<ObjectId, StoreError> {
+    pub(crate) fn admit_pinned(&self, object: &Object) -> Result<ObjectId, StoreError> {
         self.admit_with(object, 1)
     }
 
@@ -312,14 +312,14 @@ impl Store {
     }
 
     /// Removes one pin.
-    pub fn unpin(&self, id: &ObjectId) {
+    pub(crate) fn unpin(&self, id: &ObjectId) {
         if let Some(mut entry) = self.entries.get_mut(id) {
             entry.pins = entry.pins.saturating_sub(1);
         }
     }
 
     /// Whether shards are written to a disk.
-    pub fn is_persistent(&self) -> bool {
+    pub(crate) fn is_persistent(&self) -> bool {
         self.config.directory.is_some()
     }
 

@@ -227,7 +227,7 @@ impl Swarm {
     ///
     /// # Cancel safety
     /// A cancelled call misses nothing.
-    pub async fn wait_until_peers_wanted(&self) {
+    pub(crate) async fn wait_until_peers_wanted(&self) {
         self.node.peers_wanted.notified().await;
     }
 

@@ -6,7 +6,7 @@
 //! * [`squash`] decides which member makes which delta over several versions, pure; [`squasher`] makes them.
 
 pub mod adopt;
-pub mod adoptions;
+pub(crate) mod adoptions;
 pub mod route;
 pub mod squash;
 pub mod squasher;

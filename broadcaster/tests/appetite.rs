@@ -1,6 +1,6 @@
 //! Applying a delta allocates the result, which is as long as the parent, and a bounded rest, whatever the delta's bytes are: a
 //! delta is not trusted before the result's root was compared.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::num::NonZeroUsize;

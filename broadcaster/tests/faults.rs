@@ -223,11 +223,12 @@ async fn vanish(swarm: Swarm, bytes: u64, shutdown: CancellationToken) {
     shutdown.cancel();
 }
 
-/// 64 shards.
+/// The size of an object of 64 shards.
 const OBJECT_BYTES: usize = 4 << 20;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn honest_peers_get_the_right_bytes_among_offenders_and_ban_who_serves_wrong_ones() {
+async fn honest_peers_get_the_right_bytes_among_offenders_and_ban_the_one_that_serves_wrong_bytes()
+{
     let object = object(OBJECT_BYTES);
     let ended = broadcast(&object, Trouble::Offenders, NonZeroU64::new(8 << 20)).await;
     let corrupt = ended
@@ -243,7 +244,7 @@ async fn honest_peers_get_the_right_bytes_among_offenders_and_ban_who_serves_wro
             bans += 1;
         }
     }
-    assert!(bans > 0, "nobody noticed");
+    assert!(bans > 0, "no peer banned the corrupt one");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,7 +29,7 @@ const KILLS: usize = 100;
 /// 128 shards of 64 KiB.
 const BYTES: usize = 8 << 20;
 /// What the seeder uploads per second: the whole object takes as long as some thirty lives of a peer.
-const RATE: NonZeroU64 = NonZeroU64::MIN.saturating_add((8 << 20) - 1);
+const RATE: NonZeroU64 = NonZeroU64::new(8 << 20).unwrap();
 /// Longest life of a peer after it has begun to fetch.
 const LIFE_MS: u64 = 80;
 /// Shards that a peer may have to fetch again for each time that it is killed.

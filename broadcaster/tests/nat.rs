@@ -38,9 +38,9 @@ static NETS: AtomicU32 = AtomicU32::new(0);
 /// How a router chooses the outside port of what leaves.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Router {
-    /// The inner port where it is free, whoever is sent to: what most homes have.
+    /// The inner port where it is free, whatever the destination, as most home routers do.
     KeepsPort,
-    /// Another for each who is sent to: what is seen by a relay is nobody else's way in.
+    /// Another port for each destination: an address that the relay sees is of no use to other peers.
     DrawsPort,
 }
 
@@ -108,7 +108,7 @@ impl Net {
             Router::KeepsPort => "masquerade",
             Router::DrawsPort => "masquerade fully-random",
         };
-        // As home routers do, they take nothing in that nobody inside has asked for.
+        // As home routers do, they drop every packet that answers no request from inside.
         let rules = format!(
             "table ip home {{
                 chain out {{ type nat hook postrouting priority 100; oifname \"wan0\" {way}; }}

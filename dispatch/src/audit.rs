@@ -31,7 +31,7 @@ impl Default for AuditConfig {
 
 /// What audits have found about a worker.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct AuditRecord {
+pub(crate) struct AuditRecord {
     /// Audits passed since the last failure.
     pub passed: u32,
     /// Groups still to be audited without exception.
@@ -42,7 +42,7 @@ pub struct AuditRecord {
 
 impl AuditRecord {
     /// Takes in an audit's outcome.
-    pub fn record(&mut self, passed: bool, config: &AuditConfig) {
+    pub(crate) fn record(&mut self, passed: bool, config: &AuditConfig) {
         if passed {
             self.passed += 1;
             self.probation = self.probation.saturating_sub(1);
@@ -57,7 +57,7 @@ impl AuditRecord {
 impl AuditConfig {
     /// Share of this worker's groups to audit: `q_min + (1 − q_min)·exp(−passed / trust_after)`, 1 on probation, 0 when
     /// audits are off.
-    pub fn share(&self, record: &AuditRecord) -> f64 {
+    pub(crate) fn share(&self, record: &AuditRecord) -> f64 {
         if self.share_min <= 0.0 {
             return 0.0;
         }
@@ -70,7 +70,7 @@ impl AuditConfig {
 }
 
 /// Whether a group is drawn: its hash under a secret that its author does not know falls in the share.
-pub fn is_drawn(secret: &[u8; 32], group: &GroupHash, share: f64) -> bool {
+pub(crate) fn is_drawn(secret: &[u8; 32], group: &GroupHash, share: f64) -> bool {
     let mut hasher = blake3::Hasher::new_keyed(secret);
     hasher.update(b"muster-audit-v1\0");
     hasher.update(&group.0);
@@ -81,21 +81,26 @@ pub fn is_drawn(secret: &[u8; 32], group: &GroupHash, share: f64) -> bool {
 }
 
 /// What was drawn for groups that are not stored yet, by ticket and lease. A group whose way to the queue failed is
-/// submitted again, and its author's record may have grown since: the first draw holds, whatever is submitted then.
+/// submitted again, and its author's record may have grown since: the first draw holds, and later submissions do not change it.
 #[derive(Debug, Default)]
-pub struct AuditDraws {
+pub(crate) struct AuditDraws {
     drawn: BTreeMap<TicketId, BTreeMap<LeaseId, bool>>,
 }
 
 impl AuditDraws {
     /// The draw of a lease: the one made before, else `draw`.
-    pub fn once(&mut self, ticket: TicketId, lease: LeaseId, draw: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn once(
+        &mut self,
+        ticket: TicketId,
+        lease: LeaseId,
+        draw: impl FnOnce() -> bool,
+    ) -> bool {
         let drawn = self.drawn.entry(ticket).or_default();
         *drawn.entry(lease).or_insert_with(draw)
     }
 
     /// Forgets a ticket that has its group, or has ended.
-    pub fn forget(&mut self, ticket: TicketId) {
+    pub(crate) fn forget(&mut self, ticket: TicketId) {
         self.drawn.remove(&ticket);
     }
 }

@@ -84,7 +84,6 @@ pub(crate) enum Pause {
 }
 
 impl Conduct {
-    /// Empty records.
     pub(crate) fn new(config: ConductConfig) -> Self {
         Self {
             config,

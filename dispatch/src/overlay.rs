@@ -9,7 +9,7 @@ use muster_protocol::limits::PEERS_MAX;
 
 /// How many peers each knows once there are too many for a mesh. Each asks all it knows in turn what they hold, so with more it
 /// would ask each less often.
-pub const FEW: usize = 8;
+pub(crate) const FEW: usize = 8;
 
 /// Numbers of the peers that number `place` of `count` is to know: all others while they are at most [`PEERS_MAX`], and
 /// [`FEW`] otherwise.

@@ -7,7 +7,6 @@ use muster_protocol::id::TicketId;
 pub struct Prompt {
     /// Its place in the training split.
     pub item: u64,
-    /// Its tokens.
     pub tokens: Vec<u32>,
 }
 

@@ -83,7 +83,6 @@ pub struct DispatchParts {
     pub learner: PeerId,
     /// The lab's members.
     pub roster: Roster,
-    /// Training prompts.
     pub prompts: Arc<dyn PromptSource>,
     pub clock: SharedClock,
     /// Steps, bounds, audits.
@@ -149,7 +148,7 @@ impl<V> RecentLeases<V> {
     }
 }
 
-/// Dispatch, connected.
+/// Dispatch with its connections to the bus; [`Self::run`] serves requests.
 pub struct DispatchService {
     bus: SharedBus,
     identity: Identity,

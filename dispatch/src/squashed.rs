@@ -23,26 +23,16 @@ pub(crate) enum Unwanted {
     NoDelta,
     /// Too long to be passed on.
     #[error("the description has {bytes} bytes, at most {limit} are passed on: use larger shards")]
-    TooLarge {
-        /// Its size.
-        bytes: usize,
-        /// The bound.
-        limit: usize,
-    },
+    TooLarge { bytes: usize, limit: usize },
     /// One of its ends is no version of the run that is remembered.
     #[error(
         "the delta to version {to} does not lead from one announced version to another: make it of newer ones"
     )]
-    UnknownVersion {
-        /// Where it says that it leads.
-        to: PolicyVersion,
-    },
+    UnknownVersion { to: PolicyVersion },
     /// Another stride than the ones that late members look for.
     #[error("a delta from version {from} to {to} is not one of the strides that members look for")]
     Stride {
-        /// From which version.
         from: PolicyVersion,
-        /// To which.
         to: PolicyVersion,
     },
     /// Enough others were sooner.
@@ -50,9 +40,7 @@ pub(crate) enum Unwanted {
         "{MAKERS_MAX} members have described the step from version {from} to {to}: it is not needed"
     )]
     Enough {
-        /// From which version.
         from: PolicyVersion,
-        /// To which.
         to: PolicyVersion,
     },
 }

@@ -19,7 +19,7 @@ pub enum AdvantageError {
 }
 
 /// Largest |reward|: far above any range that a reward function declares, far below where differences overflow f32.
-pub const REWARD_ABS_MAX: f32 = 1e30;
+pub(crate) const REWARD_ABS_MAX: f32 = 1e30;
 
 /// How rewards become advantages. R are the G rewards of a group, mean = 1/G Σ R.
 ///
@@ -82,7 +82,7 @@ impl AdvantageConfig {
     ///
     /// # Errors
     /// When all rewards are equal (a group of one included), or one is not finite or absurdly large.
-    pub fn advantages(&self, rewards: &[f32]) -> Result<Vec<f32>, AdvantageError> {
+    pub(crate) fn advantages(&self, rewards: &[f32]) -> Result<Vec<f32>, AdvantageError> {
         let group_size = rewards.len();
         for (rollout, &reward) in rewards.iter().enumerate() {
             if !reward.is_finite() || reward.abs() > REWARD_ABS_MAX {

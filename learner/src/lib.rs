@@ -1,5 +1,4 @@
 //! RESOLVE: the trainer takes judged groups and makes new versions of the policy of them.
-#![allow(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod advantage;

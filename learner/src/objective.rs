@@ -30,7 +30,7 @@ pub use reinforce::Reinforce;
 
 /// Where |ln r| is cut: r between 4.5e-5 and 22,026, three powers of ten outside the ratios that any mask in use lets
 /// through (0.125 to 8).
-pub const LOG_RATIO_MAX: f64 = 10.0;
+pub(crate) const LOG_RATIO_MAX: f64 = 10.0;
 
 /// Why an objective gives no numbers.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -108,7 +108,7 @@ pub struct Evaluation {
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct ObjectiveStats {
     pub tokens: u64,
-    /// Σ L.
+    /// Sum of the tokens' losses L.
     pub loss: f64,
     /// Number of tokens masked, clipped or capped.
     pub clipped: u64,

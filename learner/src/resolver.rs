@@ -40,7 +40,7 @@ pub enum Refusal {
     Stale {
         /// Learner version − group version.
         staleness_steps: u64,
-        /// η.
+        /// η, the most steps of staleness that are admitted.
         async_level: u64,
     },
     /// The rewards are all equal, or one is not a number of ordinary size.
@@ -79,7 +79,7 @@ pub struct Selected<T> {
 
 /// The groups that wait for a batch, at the learner's version.
 #[derive(Debug)]
-pub struct Resolver<T> {
+pub(crate) struct Resolver<T> {
     config: ResolveConfig,
     version: PolicyVersion,
     waiting: BTreeMap<TicketId, Selected<T>>,
@@ -88,7 +88,11 @@ pub struct Resolver<T> {
 
 impl<T> Resolver<T> {
     /// `ended` are the tickets that have a fate.
-    pub fn new(config: ResolveConfig, version: PolicyVersion, ended: BTreeSet<TicketId>) -> Self {
+    pub(crate) fn new(
+        config: ResolveConfig,
+        version: PolicyVersion,
+        ended: BTreeSet<TicketId>,
+    ) -> Self {
         Self {
             config,
             version,
@@ -97,23 +101,23 @@ impl<T> Resolver<T> {
         }
     }
 
-    pub fn version(&self) -> PolicyVersion {
+    pub(crate) fn version(&self) -> PolicyVersion {
         self.version
     }
 
     /// Groups that wait for their batch.
-    pub fn waiting(&self) -> usize {
+    pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
     /// Whether this very group waits for its batch.
-    pub fn holds(&self, ticket: TicketId, group: GroupHash) -> bool {
+    pub(crate) fn holds(&self, ticket: TicketId, group: GroupHash) -> bool {
         let waiting = self.waiting.get(&ticket);
         waiting.is_some_and(|waiting| waiting.candidate.group == group)
     }
 
     /// Ends a ticket whose group cannot be a candidate. False if the ticket has ended or another group of it waits.
-    pub fn end(&mut self, ticket: TicketId) -> bool {
+    pub(crate) fn end(&mut self, ticket: TicketId) -> bool {
         !self.waiting.contains_key(&ticket) && self.ended.insert(ticket)
     }
 
@@ -121,7 +125,7 @@ impl<T> Resolver<T> {
     ///
     /// # Errors
     /// The reason of the refusal, with the group.
-    pub fn admit(&mut self, candidate: Candidate<T>) -> Result<(), (Refusal, Candidate<T>)> {
+    pub(crate) fn admit(&mut self, candidate: Candidate<T>) -> Result<(), (Refusal, Candidate<T>)> {
         let ticket = candidate.ticket;
         if self.ended.contains(&ticket) || self.waiting.contains_key(&ticket) {
             return Err((Refusal::Duplicate { ticket }, candidate));
@@ -163,7 +167,7 @@ impl<T> Resolver<T> {
     }
 
     /// The batch of the oldest tickets, if enough groups wait.
-    pub fn close_batch(&mut self) -> Option<Vec<Selected<T>>> {
+    pub(crate) fn close_batch(&mut self) -> Option<Vec<Selected<T>>> {
         if self.waiting.len() < self.config.batch_groups {
             return None;
         }
@@ -182,7 +186,7 @@ impl<T> Resolver<T> {
     }
 
     /// Moves to `version`, which the learner has made. Returns the groups that are now too old, with the reason.
-    pub fn advance(&mut self, version: PolicyVersion) -> Vec<(Refusal, Candidate<T>)> {
+    pub(crate) fn advance(&mut self, version: PolicyVersion) -> Vec<(Refusal, Candidate<T>)> {
         debug_assert!(version >= self.version, "versions only rise");
         self.version = version;
         let too_old: Vec<(TicketId, Refusal)> = self

@@ -138,7 +138,7 @@ pub enum Finish {
     Stop(u32),
     /// At the token that completed the stop string of this index.
     StopString(usize),
-    /// At `max_tokens`.
+    /// At the limit of `max_tokens`.
     Length,
 }
 

@@ -30,7 +30,7 @@ impl Parameter {
     }
 
     /// Matrices have weight decay; norms and biases do not.
-    pub fn is_matrix(&self) -> bool {
+    pub(crate) fn is_matrix(&self) -> bool {
         self.shape.len() == 2
     }
 

@@ -42,10 +42,7 @@
 //! * Storage (bf16 or f32) and compute (f32) are two words. The published image is the policy; the master is only the
 //!   optimizer's.
 //! * Seeds are derived from their purpose (run, ticket, rollout), never drawn from a global generator.
-#![cfg_attr(
-    test,
-    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)
-)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod config;
 mod decoder;

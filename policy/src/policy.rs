@@ -186,8 +186,8 @@ impl Policy {
 
     /// The same policy with inference on these threads; a new policy has one. Their number changes no bit of the results. A
     /// training pass starts threads of its own, and the `candle` kernels use those of candle.
-    #[must_use]
-    pub fn with_threads(&self, threads: &Threads) -> Self {
+    #[cfg(test)]
+    pub(crate) fn with_threads(&self, threads: &Threads) -> Self {
         let weights = match &self.shared.weights {
             Prepared::Fused(weights) => Prepared::Fused(Arc::new(weights.with_threads(threads))),
             Prepared::Candle(weights) => Prepared::Candle(Arc::clone(weights)),

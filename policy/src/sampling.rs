@@ -42,7 +42,7 @@ pub fn uniform(seed: &[u8; 32], rollout: u32, position: u64) -> f64 {
 pub struct Distribution {
     /// `(logit − max) / T`
     exponents: Vec<f64>,
-    /// Their exponentials.
+    /// `exp` of each exponent.
     weights: Vec<f64>,
     /// Sum of all weights before each block, and at the end of all.
     before: Vec<f64>,
@@ -89,7 +89,7 @@ impl Distribution {
     }
 
     /// Likeliest token, the lowest id among equals.
-    pub fn likeliest(&self) -> u32 {
+    pub(crate) fn likeliest(&self) -> u32 {
         // The largest logit has exponent 0 exactly.
         self.exponents
             .iter()

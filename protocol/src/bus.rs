@@ -21,13 +21,13 @@ pub mod nats;
 
 /// How long a durable call waits for the server. A restart of a local server takes a third of a second, a write to a busy
 /// disk less than one.
-pub const DURABLE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const DURABLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest key of a durable message. It travels in a header, and the server remembers it for the duplicate window.
-pub const KEY_BYTES_MAX: usize = 256;
+pub(crate) const KEY_BYTES_MAX: usize = 256;
 
 /// Most messages of one call of [`Bus::take`]: all of them are in memory at once.
-pub const TAKE_MESSAGES_MAX: usize = 1_024;
+pub(crate) const TAKE_MESSAGES_MAX: usize = 1_024;
 
 /// Why a call of the bus failed. Each variant tells the caller what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,7 +44,7 @@ pub enum BusError {
     /// Wait until readers catch up.
     #[error("queue {queue} is full")]
     Full { queue: String },
-    /// Never retry.
+    /// Do not retry: the same message fails again.
     #[error("message of {bytes} bytes is over the limit of {limit} bytes on {subject}")]
     TooLarge {
         subject: String,

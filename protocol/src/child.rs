@@ -86,12 +86,12 @@ impl Child {
         ended.unwrap_or_else(|| ChildEnd::Lost("its thread ended".to_owned()))
     }
 
-    /// Sends SIGTERM.
+    /// Sends SIGTERM; no effect once the process has ended.
     pub fn terminate(&self) {
         self.signal(Signal::SIGTERM);
     }
 
-    /// Sends SIGKILL.
+    /// Sends SIGKILL; no effect once the process has ended.
     pub fn kill(&self) {
         self.signal(Signal::SIGKILL);
     }

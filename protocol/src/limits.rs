@@ -1,7 +1,7 @@
 //! The bounds of everything that crosses a process boundary, each with its reason.
 
 /// The version of the protocol that this build writes. A changed form of any message is a new version.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub(crate) const PROTOCOL_VERSION: u16 = 2;
 
 /// The versions of the protocol that this build reads, newest last.
 pub const PROTOCOL_VERSIONS: &[u16] = &[PROTOCOL_VERSION];
@@ -20,25 +20,25 @@ pub const STATEMENT_BYTES_MAX: usize = 64 << 10;
 pub const MANIFEST_BYTES_MAX: usize = 1 << 20;
 
 /// Largest signed version: a parameter table of 4,096 tensors of under 256 bytes each.
-pub const VERSION_BYTES_MAX: usize = 1 << 20;
+pub(crate) const VERSION_BYTES_MAX: usize = 1 << 20;
 
 /// Largest ratio of decompressed to compressed size: well-formed groups compress threefold, manifests tenfold.
-pub const INFLATION_MAX: usize = 16;
+pub(crate) const INFLATION_MAX: usize = 16;
 
 /// The server's `max_payload`; the server warns above 8 MiB.
 pub const PAYLOAD_BYTES_MAX: usize = 8 << 20;
 
 /// Most rollouts in a group.
-pub const GROUP_SIZE_MAX: u32 = 256;
+pub(crate) const GROUP_SIZE_MAX: u32 = 256;
 
 /// Most tokens of a prompt and its answer together, before a model's own limit.
-pub const ROLLOUT_TOKENS_MAX: usize = 131_072;
+pub(crate) const ROLLOUT_TOKENS_MAX: usize = 131_072;
 
 /// Most segments of a rollout: one per turn of a long conversation with tools.
-pub const SEGMENTS_MAX: usize = 256;
+pub(crate) const SEGMENTS_MAX: usize = 256;
 
 /// Most stop ids of a ticket.
-pub const STOP_IDS_MAX: usize = 64;
+pub(crate) const STOP_IDS_MAX: usize = 64;
 
 /// Most stop strings of a ticket: a worker searches for each of them after every token.
 pub const STOP_STRINGS_MAX: usize = 16;
@@ -47,7 +47,7 @@ pub const STOP_STRINGS_MAX: usize = 16;
 pub const STOP_STRING_BYTES_MAX: usize = 256;
 
 /// Most versions that a critic lists as held.
-pub const HELD_VERSIONS_MAX: usize = 64;
+pub(crate) const HELD_VERSIONS_MAX: usize = 64;
 
 /// Most reward components of one rollout.
 pub const REWARD_COMPONENTS_MAX: usize = 64;
@@ -69,4 +69,4 @@ pub const TEXT_BYTES_MAX: usize = 1_024;
 pub const GOLD_BYTES_MAX: usize = 64 << 10;
 
 /// Messages held for a slow reader. Beyond it a subscription drops the oldest, and a server of requests drops the newest.
-pub const INBOX_MESSAGES_MAX: usize = 4_096;
+pub(crate) const INBOX_MESSAGES_MAX: usize = 4_096;

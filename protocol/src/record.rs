@@ -4,8 +4,6 @@
 //! NaN, so a reader never meets one. A field added later needs `serde(default)`, so that lines of an older build stay
 //! readable.
 
-#![allow(missing_docs)]
-
 mod json_lines;
 
 use crate::id::{GroupHash, PeerId, PolicyVersion, TicketId};
@@ -55,7 +53,6 @@ pub struct StepMetrics {
     /// Global norm of the gradient before it is clipped, mean over the step's updates.
     #[serde(rename = "optim/grad_norm")]
     pub grad_norm: f64,
-    /// Learning rate.
     #[serde(rename = "optim/lr")]
     pub lr: f64,
     /// Optimizer updates taken in this step.
@@ -136,7 +133,7 @@ pub struct EvalLine {
     pub accuracy: f64,
     /// Number of prompts.
     pub samples: u64,
-    /// Wall time.
+    /// Wall time of the evaluation.
     pub seconds: f64,
 }
 

@@ -19,7 +19,7 @@ pub struct SeedBinding<'a> {
 }
 
 /// The seed before the nonce.
-pub fn task_seed(binding: &SeedBinding<'_>) -> [u8; 32] {
+pub(crate) fn task_seed(binding: &SeedBinding<'_>) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"swarm-task-v1\0");
     hasher.update(binding.run.as_str().as_bytes());

@@ -181,7 +181,7 @@ pub struct StreamLimits {
     pub messages_max: Option<u64>,
     /// Most bytes held.
     pub bytes_max: u64,
-    /// Largest message.
+    /// Most bytes of one message.
     pub message_bytes_max: usize,
     /// How long a delivery may stay unacknowledged before the message is delivered again.
     pub ack_wait: Duration,
@@ -313,12 +313,12 @@ impl Subjects {
 
     /// Prefix of `user`'s reply inboxes. The name is a token of its own: a `*` inside a token is not a wildcard, and dispatch
     /// needs the permission to write to every inbox.
-    pub fn inbox_prefix(user: &str) -> String {
+    pub(crate) fn inbox_prefix(user: &str) -> String {
         format!("_INBOX.{user}")
     }
 
     /// Whether `address` is in the inbox of `user`, whose name is one token.
-    pub fn is_inbox_of(user: &str, address: &str) -> bool {
+    pub(crate) fn is_inbox_of(user: &str, address: &str) -> bool {
         let within = address
             .strip_prefix("_INBOX.")
             .and_then(|rest| rest.strip_prefix(user));

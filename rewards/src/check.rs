@@ -136,11 +136,6 @@ pub struct CheckReport {
 }
 
 impl CheckReport {
-    /// Whether there is neither a warning nor a flagged hack.
-    pub fn is_clean(&self) -> bool {
-        self.warnings.is_empty() && !self.probes.iter().any(|probe| probe.flagged)
-    }
-
     /// The hacks that earn too much.
     pub fn flagged(&self) -> impl Iterator<Item = &Probe> {
         self.probes.iter().filter(|probe| probe.flagged)

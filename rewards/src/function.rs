@@ -29,7 +29,7 @@ pub struct Range {
 
 impl Range {
     /// The range of functions that answer right (1) or wrong (0).
-    pub const UNIT: Self = Self { min: 0.0, max: 1.0 };
+    pub(crate) const UNIT: Self = Self { min: 0.0, max: 1.0 };
 
     /// Whether `value` lies in the interval; NaN does not.
     pub fn contains(&self, value: f64) -> bool {

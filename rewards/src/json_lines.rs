@@ -172,7 +172,7 @@ impl<R: BufRead> Iterator for JsonlReader<R> {
 #[derive(Debug, Clone)]
 pub(crate) struct JsonLine {
     pub(crate) file: String,
-    /// From 1.
+    /// Line number, from 1.
     pub(crate) line: u64,
     columns: Map<String, Value>,
 }

@@ -4,7 +4,6 @@
 //!
 //! All modules except [`critic`] are pure: text in, numbers out, the same bits on every machine. They know nothing about
 //! tokens, weights or the network.
-#![allow(missing_docs)] // where a name says all
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod check;

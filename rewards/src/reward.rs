@@ -280,7 +280,7 @@ impl Reward {
     ///
     /// # Errors
     /// The first function that cannot.
-    pub fn check_gold(&self, gold: &str) -> Result<(), GoldError> {
+    pub(crate) fn check_gold(&self, gold: &str) -> Result<(), GoldError> {
         // Functions check the gold answer before they look at the text, so an empty text is enough.
         let empty = Answer {
             prompt: "",

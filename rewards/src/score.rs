@@ -32,7 +32,7 @@ pub enum ScoreError {
 /// The score of one line.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScoredLine {
-    /// From 1.
+    /// Line number, from 1.
     pub line: u64,
     #[serde(flatten)]
     pub score: Score,

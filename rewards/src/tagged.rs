@@ -12,11 +12,7 @@ use toml::Table;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ConfigError {
     #[error("the configuration is not TOML at line {line}: {reason}")]
-    Syntax {
-        /// From 1.
-        line: usize,
-        reason: String,
-    },
+    Syntax { line: usize, reason: String },
     #[error("the configuration has no {section}: add it, for example with `{example}`")]
     MissingSection {
         section: &'static str,

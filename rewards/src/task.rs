@@ -69,7 +69,6 @@ impl TaskConfig {
 pub struct Task {
     splits: BTreeMap<Split, Vec<Item>>,
     alphabet: BTreeSet<char>,
-    answer_chars_max: usize,
     duplicates: usize,
 }
 
@@ -111,12 +110,6 @@ impl Task {
         self.alphabet.iter().copied()
     }
 
-    /// Characters of the longest demonstration, or of the longest gold answer if there are none. An answer needs at least
-    /// so much room, and one more token for its end.
-    pub fn max_answer_chars(&self) -> usize {
-        self.answer_chars_max
-    }
-
     /// Lines of the file that repeated an earlier prompt with the same gold answer and were merged into it.
     pub fn duplicates(&self) -> usize {
         self.duplicates
@@ -135,7 +128,6 @@ impl Task {
             splits: _, // through `items`
             // Derived from the items, or about the file and not the task.
             alphabet: _,
-            answer_chars_max: _,
             duplicates: _,
         } = self;
         for split in Split::ALL {
@@ -160,12 +152,10 @@ impl Task {
         let mut task = Self {
             splits: BTreeMap::new(),
             alphabet: source.alphabet.chars().collect(),
-            answer_chars_max: 0,
             duplicates: source.duplicates,
         };
         for item in source.items {
             let answer = item.demonstration.as_deref().unwrap_or(&item.gold);
-            task.answer_chars_max = task.answer_chars_max.max(answer.chars().count());
             for text in [&item.prompt, &item.gold, answer] {
                 task.alphabet.extend(text.chars());
             }

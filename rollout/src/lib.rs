@@ -3,7 +3,6 @@
 //!
 //! [`worker`] is the loop, [`answerer`] what it needs of a model, [`engine`] the model itself, [`capacity`] how much it takes
 //! on. Knows no rewards and no gold answers.
-#![allow(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod answerer;

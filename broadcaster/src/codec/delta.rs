@@ -49,12 +49,12 @@ pub enum DeltaError {
 
 /// The coding of a slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Method {
+pub(crate) enum Method {
     /// Nothing changed, so no bytes.
     Same,
-    /// [`super::patch`].
+    /// Only the changed elements ([`super::patch`]).
     Patch,
-    /// [`super::planes`].
+    /// Byte planes, compressed ([`super::planes`]).
     Planes,
     /// The child's bytes.
     Raw,
@@ -105,7 +105,7 @@ pub fn encode(parent: &[u8], child: &[u8], threads: NonZeroUsize) -> Result<Delt
 ///
 /// # Errors
 /// As [`encode`], and when `goes_on` returned false.
-pub fn encode_while(
+pub(crate) fn encode_while(
     parent: &[u8],
     child: &[u8],
     threads: NonZeroUsize,

@@ -62,7 +62,7 @@ impl Bitmap {
     }
 
     /// Whether every shard is in the set.
-    pub fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         self.ones == self.length
     }
 
@@ -83,7 +83,7 @@ impl Bitmap {
     }
 
     /// Adds every shard of `other`, a set over as many shards.
-    pub fn insert_all(&mut self, other: &Bitmap) {
+    pub(crate) fn insert_all(&mut self, other: &Bitmap) {
         debug_assert_eq!(self.length, other.length, "sets over different objects");
         self.bits
             .iter_mut()
@@ -108,7 +108,7 @@ impl Bitmap {
     }
 
     /// The shards in both sets, ascending; `other` is a set over as many shards.
-    pub fn iter_both<'a>(&'a self, other: &'a Bitmap) -> impl Iterator<Item = u32> + 'a {
+    pub(crate) fn iter_both<'a>(&'a self, other: &'a Bitmap) -> impl Iterator<Item = u32> + 'a {
         debug_assert_eq!(self.length, other.length, "sets over different objects");
         let both = self.bits.iter().zip(&other.bits).map(|(a, b)| a & b);
         both.enumerate().flat_map(ones)

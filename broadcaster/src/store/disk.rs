@@ -33,7 +33,7 @@ pub enum DiskError {
 
 /// Whether a written file must survive a power failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Durability {
+pub(crate) enum Durability {
     /// It need not: the next reader checks a hash, and fetches a torn file again.
     Cache,
     /// It must: the file is flushed to the device before a reader can see it.
@@ -53,7 +53,7 @@ pub enum Existing {
 ///
 /// # Errors
 /// When the system refuses.
-pub fn create_directory(path: &Path) -> Result<(), DiskError> {
+pub(crate) fn create_directory(path: &Path) -> Result<(), DiskError> {
     fs::create_dir_all(path).map_err(|source| failed("create directory", path, 0, source))
 }
 
@@ -61,7 +61,11 @@ pub fn create_directory(path: &Path) -> Result<(), DiskError> {
 ///
 /// # Errors
 /// When there is no room or the system refuses. No partial file stays behind.
-pub fn write_file(path: &Path, bytes: &[u8], durability: Durability) -> Result<(), DiskError> {
+pub(crate) fn write_file(
+    path: &Path,
+    bytes: &[u8],
+    durability: Durability,
+) -> Result<(), DiskError> {
     let temporary = beside(path, "partial");
     let failed = |source| {
         remove_quietly(&temporary);
@@ -193,7 +197,7 @@ pub fn read_file(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, DiskErr
 
 /// The kind of an entry of a folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum EntryKind {
+pub(crate) enum EntryKind {
     /// A file, or a link to a file: model caches are folders of links.
     File,
     /// A folder, but not a link to one.
@@ -203,7 +207,7 @@ pub enum EntryKind {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FolderEntry {
+pub(crate) struct FolderEntry {
     /// Invalid UTF-8 is replaced.
     pub name: String,
     pub kind: EntryKind,
@@ -214,7 +218,7 @@ pub struct FolderEntry {
 ///
 /// # Errors
 /// When the folder does not exist or the system refuses.
-pub fn list_folder(path: &Path, entries_max: usize) -> Result<Vec<FolderEntry>, DiskError> {
+pub(crate) fn list_folder(path: &Path, entries_max: usize) -> Result<Vec<FolderEntry>, DiskError> {
     let failed = |source| failed("list", path, 0, source);
     let mut entries = Vec::new();
     for entry in fs::read_dir(path).map_err(failed)?.take(entries_max) {

@@ -115,7 +115,7 @@ pub fn shard_range(object: &Object, shard: u32) -> Result<Range<u64>, ObjectErro
 ///
 /// # Errors
 /// When they are not, or there is no such shard.
-pub fn verify_shard(object: &Object, shard: u32, bytes: &[u8]) -> Result<(), ObjectError> {
+pub(crate) fn verify_shard(object: &Object, shard: u32, bytes: &[u8]) -> Result<(), ObjectError> {
     let range = shard_range(object, shard)?;
     let expected = &object.shards[shard as usize];
     if bytes.len() as u64 != range.end - range.start || ContentHash::of(bytes) != *expected {
@@ -128,7 +128,7 @@ pub fn verify_shard(object: &Object, shard: u32, bytes: &[u8]) -> Result<(), Obj
 ///
 /// # Errors
 /// Names the size, or the first byte range that differs.
-pub fn verify_object(object: &Object, bytes: &[u8]) -> Result<(), ObjectError> {
+pub(crate) fn verify_object(object: &Object, bytes: &[u8]) -> Result<(), ObjectError> {
     if bytes.len() as u64 != object.bytes {
         return Err(ObjectError::Size {
             expected: object.bytes,
@@ -142,7 +142,7 @@ pub fn verify_object(object: &Object, bytes: &[u8]) -> Result<(), ObjectError> {
 }
 
 /// Concatenates an object's shards. A single shard is returned without a copy.
-pub fn assemble(shards: &[Bytes]) -> Bytes {
+pub(crate) fn assemble(shards: &[Bytes]) -> Bytes {
     if let [only] = shards {
         return only.clone();
     }

@@ -32,7 +32,7 @@ pub struct Holdings(BTreeMap<ObjectId, Bitmap>);
 
 impl Holdings {
     /// Whether every shard of an object is held by some peer.
-    pub fn are_whole(&self, object: &ObjectId) -> bool {
+    pub(crate) fn are_whole(&self, object: &ObjectId) -> bool {
         self.0.get(object).is_some_and(Bitmap::is_full)
     }
 

@@ -26,9 +26,9 @@ use crate::transport::wire::HOLDERS_MAX;
 
 /// Shortest time that peers get to exchange a round's shards, and that a peer must be without progress to count as stuck: many
 /// polls and a transfer on a local network, on a busy machine.
-pub const GRACE_MS_MIN: u64 = 1_000;
+pub(crate) const GRACE_MS_MIN: u64 = 1_000;
 /// Longest such time: a peer whose other peers are all gone waits this long for the next round.
-pub const GRACE_MS_MAX: u64 = 30_000;
+pub(crate) const GRACE_MS_MAX: u64 = 30_000;
 /// The time between two rounds doubles with each round, up to this factor.
 const GRACE_FACTOR_MAX: u64 = 8;
 /// A peer that requests a shard which it was sent before waits this long, and twice as long for each further pass, so that a

@@ -20,7 +20,7 @@ use crate::transport::wire::{
 };
 
 /// How long a handshake may take: three round trips over a slow link. It bounds how long a stranger occupies a connection.
-pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The first bytes that a proof signs.
 const HANDSHAKE_LABEL: &[u8] = b"muster-handshake-v1\0";

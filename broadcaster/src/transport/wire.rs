@@ -10,25 +10,22 @@ use muster_protocol::message::version::{SHARD_BYTES_MAX, SHARDS_MAX};
 use serde::{Deserialize, Serialize};
 
 /// The versions of the wire format that this build speaks, newest last.
-pub const WIRE_VERSIONS: &[u16] = &[1];
-
-/// Bytes in front of every body: the length and the kind.
-pub const FRAME_HEADER_BYTES: usize = 5;
+pub(crate) const WIRE_VERSIONS: &[u16] = &[1];
 
 /// Bytes in front of a shard in its frame: the kind, the request and the shard's number.
-pub const SHARD_PREFIX_BYTES: usize = 9;
+pub(crate) const SHARD_PREFIX_BYTES: usize = 9;
 
 /// Largest frame without a shard: a bitmap of 65,536 shards and room for ids.
 pub const MESSAGE_BYTES_MAX: usize = SHARDS_MAX / 8 + 512;
 
 /// Largest frame during the handshake; a greeting has fewer than 120 bytes.
-pub const GREETING_BYTES_MAX: usize = 256;
+pub(crate) const GREETING_BYTES_MAX: usize = 256;
 
 /// Largest frame with a shard.
 pub const FRAME_BYTES_MAX: usize = SHARD_BYTES_MAX as usize + SHARD_PREFIX_BYTES;
 
 /// Most holders named in one [`Message::Busy`]: enough to find one that answers.
-pub const HOLDERS_MAX: usize = 4;
+pub(crate) const HOLDERS_MAX: usize = 4;
 
 /// Most versions named in one message.
 const VERSIONS_MAX: usize = 16;
@@ -162,7 +159,7 @@ pub enum WireError {
 ///
 /// # Errors
 /// When it is over `limit`, or 0.
-pub fn check_length(announced: u32, limit: usize) -> Result<usize, WireError> {
+pub(crate) fn check_length(announced: u32, limit: usize) -> Result<usize, WireError> {
     let bytes = announced as usize;
     if bytes == 0 {
         return Err(WireError::Empty);
@@ -234,7 +231,7 @@ fn decode_message(body: &[u8]) -> Result<Message, WireError> {
 ///
 /// # Errors
 /// When the message is over [`MESSAGE_BYTES_MAX`], a mistake of the caller.
-pub fn encode_message(message: &Message) -> Result<Vec<u8>, WireError> {
+pub(crate) fn encode_message(message: &Message) -> Result<Vec<u8>, WireError> {
     let malformed = |error: postcard::Error| WireError::Malformed(error.to_string());
     let frame = vec![0, 0, 0, 0, KIND_MESSAGE];
     let mut frame = postcard::to_extend(message, frame).map_err(malformed)?;
@@ -250,7 +247,11 @@ pub fn encode_message(message: &Message) -> Result<Vec<u8>, WireError> {
 }
 
 /// The bytes in front of a shard of `bytes` bytes, length included.
-pub fn shard_header(request: RequestId, shard: u32, bytes: usize) -> [u8; 4 + SHARD_PREFIX_BYTES] {
+pub(crate) fn shard_header(
+    request: RequestId,
+    shard: u32,
+    bytes: usize,
+) -> [u8; 4 + SHARD_PREFIX_BYTES] {
     let mut header = [0; 4 + SHARD_PREFIX_BYTES];
     header[..4].copy_from_slice(&((SHARD_PREFIX_BYTES + bytes) as u32).to_le_bytes());
     header[4] = KIND_SHARD;

@@ -37,7 +37,7 @@ impl Default for SquashConfig {
 
 /// The strides of the deltas to `version` that a member can make of weights of `image_bytes`. A delta needs both its versions
 /// in memory; deltas to the same version share that version.
-pub fn strides_to(
+pub(crate) fn strides_to(
     version: PolicyVersion,
     image_bytes: NonZeroU64,
     config: SquashConfig,
@@ -46,14 +46,14 @@ pub fn strides_to(
 }
 
 /// For how many strides, shortest first, a member keeps the first version.
-pub fn strides_kept(image_bytes: NonZeroU64, config: SquashConfig) -> usize {
+pub(crate) fn strides_kept(image_bytes: NonZeroU64, config: SquashConfig) -> usize {
     let images = config.bytes_max / image_bytes;
     usize::try_from(images.saturating_sub(1)).unwrap_or(usize::MAX)
 }
 
 /// Milliseconds from the version's arrival to the turn of `own` at the delta from `from` to `to`, where `others` could make it
 /// too. `None` if [`TURNS_MAX`] others come first.
-pub fn turn_ms(
+pub(crate) fn turn_ms(
     from: StateRoot,
     to: StateRoot,
     own: &PeerId,
@@ -75,7 +75,7 @@ fn weight(from: StateRoot, to: StateRoot, member: &PeerId) -> [u8; 32] {
 
 /// Bytes of the learner's single steps from `from` to `to`: a squashed delta must be smaller. `None` if the steps are not known,
 /// for instance because the learner made no deltas.
-pub fn chain_bytes(objects: &[&Object], from: StateRoot, to: StateRoot) -> Option<u64> {
+pub(crate) fn chain_bytes(objects: &[&Object], from: StateRoot, to: StateRoot) -> Option<u64> {
     let deltas: Vec<&Object> = objects
         .iter()
         .copied()

@@ -107,7 +107,7 @@ struct Squasher {
     kept: Vec<Weights>,
     /// Deltas that end at the newest version, by due time.
     jobs: VecDeque<Job>,
-    /// Oldest first.
+    /// Deltas that are on offer, oldest first.
     made: VecDeque<Signed<Object>>,
     shutdown: CancellationToken,
 }

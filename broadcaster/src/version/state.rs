@@ -104,7 +104,7 @@ pub fn describe_state(bytes: &[u8]) -> Result<(Vec<Parameter>, Part), StateError
 ///
 /// # Errors
 /// Names the first difference.
-pub fn verify_state(
+pub(crate) fn verify_state(
     bytes: &[u8],
     version: &Version,
     anchor: Option<&Object>,
@@ -123,7 +123,7 @@ pub fn verify_state(
 ///
 /// # Errors
 /// When they are not.
-pub fn verify_root(hashes: &[ContentHash], version: &Version) -> Result<(), StateError> {
+pub(crate) fn verify_root(hashes: &[ContentHash], version: &Version) -> Result<(), StateError> {
     let [
         Part {
             kind: PartKind::Base,
@@ -176,7 +176,7 @@ pub fn tensor_spans(bytes: &[u8]) -> Result<Vec<TensorSpan>, StateError> {
 ///
 /// # Errors
 /// When the header cannot be read, or its tensors do not tile the data exactly.
-pub fn header_spans(header: &[u8], data_bytes: u64) -> Result<Vec<TensorSpan>, StateError> {
+pub(crate) fn header_spans(header: &[u8], data_bytes: u64) -> Result<Vec<TensorSpan>, StateError> {
     let refused = |problem: String| StateError::Header { problem };
     let data_start = (LENGTH_BYTES + header.len()) as u64;
     let end = data_start.checked_add(data_bytes);
@@ -190,7 +190,7 @@ pub fn header_spans(header: &[u8], data_bytes: u64) -> Result<Vec<TensorSpan>, S
 
 /// The root over `leaves` (RFC 6962 §2.1): a single leaf is its own root; more leaves have the node over both parts, where the
 /// left part is the largest power of two below their number. The root of no leaves is the hash of no bytes.
-pub fn merkle_root(leaves: &[ContentHash]) -> ContentHash {
+pub(crate) fn merkle_root(leaves: &[ContentHash]) -> ContentHash {
     match leaves {
         [] => ContentHash::of(b""),
         [leaf] => *leaf,

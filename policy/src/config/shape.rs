@@ -196,7 +196,7 @@ impl Config {
     }
 
     /// Width of all keys, or of all values, of one position.
-    pub fn kv_width(&self) -> usize {
+    pub(crate) fn kv_width(&self) -> usize {
         self.num_key_value_heads * self.head_dim()
     }
 

@@ -21,7 +21,7 @@ pub(crate) struct Feed {
     pub(crate) draws: Vec<Sequence>,
 }
 
-/// One step.
+/// The work of one step.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
     /// Blocks to copy, (from, to), in order, before any token is fed.
@@ -33,7 +33,6 @@ pub(crate) struct Plan {
 /// Counters of a scheduler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ScheduleStats {
-    /// Steps planned.
     pub steps: u64,
     /// Rows that held a slot, summed over all steps.
     pub busy_slots: u64,

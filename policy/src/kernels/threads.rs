@@ -48,7 +48,7 @@ struct SharedLoop {
     claims: AtomicU64,
     /// Body of that loop; valid until all its parts are finished.
     body: AtomicPtr<Body<'static>>,
-    /// Finished parts.
+    /// Number of finished parts.
     done: AtomicUsize,
     /// Panic of the first part that failed.
     failure: Mutex<Option<Box<dyn Any + Send>>>,

@@ -15,12 +15,11 @@ use crate::limits::{
 use crate::subject::Verb;
 
 /// Most receipts in one reply.
-pub const RECEIPTS_MAX: usize = 64;
+pub(crate) const RECEIPTS_MAX: usize = 64;
 
 /// A request, signed by its sender.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Ask {
-    /// Requests leases.
     Lease {
         /// The newest version that the worker holds.
         held: VersionRef,
@@ -43,7 +42,6 @@ pub enum Ask {
         class: NumericClass,
         groups_max: u32,
     },
-    /// Submits verdicts.
     Verdict {
         /// Signed by the critic.
         verdicts: Vec<ByteBuf>,
@@ -133,9 +131,9 @@ pub enum WaitReason {
 /// A reply, signed by dispatch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
-    /// Signed leases.
+    /// Leases, each signed by dispatch.
     Leases(Vec<ByteBuf>),
-    /// Signed critique leases.
+    /// Critique leases, each signed by dispatch.
     CritiqueLeases(Vec<ByteBuf>),
     /// Nothing to do now.
     Wait {

@@ -11,7 +11,7 @@ use crate::id::{
 use crate::limits::MANIFEST_BYTES_MAX;
 
 /// Most groups of a batch.
-pub const BATCH_GROUPS_MAX: usize = 4_096;
+pub(crate) const BATCH_GROUPS_MAX: usize = 4_096;
 
 /// A group of a batch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use crate::id::{PeerId, UnixMillis};
 use crate::limits::{CARRIER_BYTES_MAX, GOLD_BYTES_MAX};
 
 /// Most verdicts of one group.
-pub const VERDICTS_MAX: usize = 16;
+pub(crate) const VERDICTS_MAX: usize = 16;
 
 /// A group for a critic to judge. The gold answer travels here and never to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -13,7 +13,7 @@ use crate::id::{ContentHash, DescriptorHash, PeerId, PolicyVersion};
 use crate::limits::{GROUP_SIZE_MAX, STATEMENT_BYTES_MAX};
 
 /// Longest reward configuration, in bytes.
-pub const REWARDS_BYTES_MAX: usize = 32 << 10;
+pub(crate) const REWARDS_BYTES_MAX: usize = 32 << 10;
 
 /// How far a check of an honest answer may be off, where the critic computes in the worker's class or in another.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -15,7 +15,7 @@ use crate::id::{LeaseId, PolicyVersion, TicketId};
 use crate::limits::{GROUP_BYTES_MAX, GROUP_SIZE_MAX, ROLLOUT_TOKENS_MAX, SEGMENTS_MAX};
 
 /// Most commitments of a group: one per 32 tokens of the largest one.
-pub const COMMITMENTS_MAX: usize = 8_192;
+pub(crate) const COMMITMENTS_MAX: usize = 8_192;
 
 /// Where a segment's tokens come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,7 +63,7 @@ impl FinishReason {
     }
 }
 
-/// One completion.
+/// A prompt and its completion, over one or more turns.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
     /// The first is the prompt.

@@ -8,7 +8,7 @@ use crate::id::{PeerId, UnixMillis};
 use crate::limits::STATEMENT_BYTES_MAX;
 
 /// Most addresses of one peer.
-pub const ADDRESSES_MAX: usize = 8;
+pub(crate) const ADDRESSES_MAX: usize = 8;
 
 /// A peer's own record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -66,7 +66,7 @@ pub struct Ticket {
     pub descriptor: DescriptorHash,
     /// Index of the prompt in the training split. The gold answer stays with dispatch.
     pub item: u64,
-    /// Token ids.
+    /// The prompt as token ids.
     pub prompt: Vec<u32>,
     /// Number of rollouts.
     pub group_size: u32,

@@ -28,7 +28,7 @@ pub enum Finding {
         rollout: u32,
         /// Mean distance of u(g, t) from the token's interval of the cumulative distribution.
         mean: f64,
-        /// Largest distance.
+        /// Largest such distance.
         max: f64,
         /// Position in the answer of the largest distance.
         position: u32,

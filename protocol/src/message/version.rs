@@ -95,7 +95,7 @@ pub struct Version {
     pub descriptor: DescriptorHash,
     /// The learner's fencing token.
     pub generation: Generation,
-    /// Steps taken.
+    /// Number of training steps that led to it.
     pub version: PolicyVersion,
     /// The weights that the step started from. `None` for version 0.
     pub parent: Option<StateRoot>,
@@ -110,7 +110,7 @@ pub struct Version {
 /// A version by its number and its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VersionRef {
-    /// Steps taken.
+    /// Number of training steps that led to it.
     pub version: PolicyVersion,
     pub root: StateRoot,
 }
@@ -198,7 +198,7 @@ fn check_parameter(parameter: &Parameter) -> Result<(), Invalid> {
 ///
 /// # Errors
 /// When it is empty, over 128 bytes, begins with a dot or holds anything but letters, digits, `.`, `_` and `-`.
-pub fn check_file_name(name: &str) -> Result<(), Invalid> {
+pub(crate) fn check_file_name(name: &str) -> Result<(), Invalid> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if name.is_empty() || name.len() > 128 || name.starts_with('.') || !name.chars().all(plain) {
         let shown: String = name.chars().take(64).collect();

@@ -18,14 +18,10 @@ pub enum JsonLinesError {
         "the disk is full: {} could not grow; free some space and start the same command again",
         path.display()
     )]
-    DiskFull {
-        /// Which log.
-        path: PathBuf,
-    },
+    DiskFull { path: PathBuf },
     /// The operating system refused.
     #[error("{} could not be {action}: {source}", path.display())]
     Io {
-        /// Which log.
         path: PathBuf,
         /// `opened`, `read` or `written`.
         action: &'static str,
@@ -35,7 +31,6 @@ pub enum JsonLinesError {
     /// A NaN or an infinity, which JSON cannot hold.
     #[error("`{key}` of a line for {} is not a finite number", path.display())]
     NotFinite {
-        /// Which log.
         path: PathBuf,
         /// The key, or the line itself where no key is to blame.
         key: String,
@@ -43,7 +38,6 @@ pub enum JsonLinesError {
     /// A whole line that is not what the log holds.
     #[error("{}:{line} is not a line of this log ({reason}); move the file away to go on", path.display())]
     Corrupt {
-        /// Which log.
         path: PathBuf,
         /// Line number, from 1.
         line: u64,

@@ -32,13 +32,18 @@ fn flagged(report: &CheckReport) -> Vec<Hack> {
     report.flagged().map(|probe| probe.hack).collect()
 }
 
+/// Whether the report has neither a warning nor a flagged hack.
+fn is_clean(report: &CheckReport) -> bool {
+    report.warnings.is_empty() && report.flagged().next().is_none()
+}
+
 #[test]
 fn the_quickstart_reward_pays_the_honest_answer_and_no_hack() {
     let report = report(&format!(
         "{RUNNING_SUMS}[[reward]]\ntype = 'numeric_match'\nname = 'correct'\nextract = {{ after_last = ',' }}\nterminator = '.'\nnumber = 'whole'"
     ));
     assert_eq!(report.honest, 1.0);
-    assert!(report.is_clean(), "{report}");
+    assert!(is_clean(&report), "{report}");
     insta::assert_snapshot!(report, @r#"
     task: 9024 prompts to train on, 662 for development, 1314 held out
     correct (weight 1, range 0 to 1): pays 1 if the text after the last `,` (the text must end with `.`) equals the gold number exactly
@@ -118,7 +123,7 @@ fn the_honest_answer_is_the_gold_answer_in_the_tags_that_pay() {
         "{}",
         report.honest_example
     );
-    assert!(report.is_clean(), "{report}");
+    assert!(is_clean(&report), "{report}");
 }
 
 #[test]

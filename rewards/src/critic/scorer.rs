@@ -48,7 +48,7 @@ pub trait Scorer: Send {
     /// Adds the weights of a version and drops the oldest ones from which no group can still come.
     async fn adopt(&mut self, held: &Held) -> Result<(), ScorerError>;
 
-    /// Oldest first.
+    /// The versions that answers can be scored with, oldest first.
     fn held(&self) -> Vec<VersionRef>;
 
     /// Runs one forward pass over every answer: in int8 for answers of [`NumericClass::Int8Cpu`], which every machine can

@@ -34,9 +34,7 @@ pub struct RunningSumsConfig {
     pub terms_min: u32,
     /// Most terms of a prompt.
     pub terms_max: u32,
-    /// Smallest addend.
     pub addend_min: u32,
-    /// Largest addend.
     pub addend_max: u32,
     /// Most prompts of each number of terms, so that one length does not crowd out the others. If there are more, this many
     /// are drawn.

@@ -62,9 +62,7 @@ pub enum TaskError {
     )]
     Conflict {
         file: String,
-        /// From 1.
         line: u64,
-        /// From 1.
         first_line: u64,
     },
     /// A split whose share is above 0 came out empty.

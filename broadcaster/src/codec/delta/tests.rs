@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const TWO: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1);
+const TWO: NonZeroUsize = NonZeroUsize::new(2).unwrap();
 
 /// A safetensors file of the given tensors.
 fn file(tensors: &[(&str, &str, Vec<u8>)]) -> Vec<u8> {

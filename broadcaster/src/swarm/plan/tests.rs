@@ -241,7 +241,7 @@ enum Manner {
     ClaimsAndLacks,
     /// Delivers one shard and is busy ever after.
     AlwaysBusy,
-    /// Answers requests that nobody made.
+    /// Answers requests that were never made.
     Babbles,
     Leaves,
 }

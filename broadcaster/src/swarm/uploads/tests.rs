@@ -62,8 +62,8 @@ fn a_peer_alone_among_the_dead_gets_everything_after_one_grace() {
     assert!(alive.is_full());
 }
 
-/// 1 and 3 pass on to one another what they are sent, and 2 to both if it is honest: what each has when nobody is sent
-/// anything any more at `now_ms`.
+/// Peers 1 and 3 pass on to one another what they receive; peer 2 passes it on only if it is honest. Runs until the uploads
+/// send no more at `now_ms`.
 fn exchange(uploads: &mut Uploads, now_ms: u64, got: &mut [Bitmap; 3], is_honest: bool) {
     loop {
         let mut is_any_sent = false;
@@ -85,7 +85,7 @@ fn exchange(uploads: &mut Uploads, now_ms: u64, got: &mut [Bitmap; 3], is_honest
 }
 
 #[test]
-fn what_a_peer_keeps_to_itself_goes_to_those_who_pass_it_on_at_once() {
+fn a_peer_that_passes_nothing_on_is_served_after_those_that_do() {
     let mut uploads = Uploads::new(Sharing::FirstCopies);
     let mut got = [const { 60 }; 3].map(Bitmap::empty);
     // They have been here for a while, with one shard each.
@@ -95,7 +95,7 @@ fn what_a_peer_keeps_to_itself_goes_to_those_who_pass_it_on_at_once() {
     exchange(&mut uploads, GRACE_MS_MIN, &mut got, false);
     assert!(got[0].is_full() && got[2].is_full());
     assert!(got[1].count() <= KEPT_MAX + 1, "{}", got[1].count());
-    // Once nobody else asks, it is served: it may be one that nobody can reach.
+    // Once no other peer asks, it is served: perhaps no peer can connect to it.
     let later_ms = GRACE_MS_MIN + (ASKING_PATIENCES + 1) * GRACE_MS_MAX;
     assert!(matches!(
         ask(&mut uploads, later_ms, 2, &mut got[1]),

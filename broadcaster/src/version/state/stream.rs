@@ -30,7 +30,7 @@ pub enum StreamError {
 
 /// The parts of verified weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Checked {
+pub(crate) struct Checked {
     /// The file's first bytes: the header's length and the header.
     pub head: Vec<u8>,
     /// Hashes of the tensors' bytes, in the order of the version's table.
@@ -42,7 +42,7 @@ pub struct Checked {
 ///
 /// # Errors
 /// At the first difference, or when the reader fails.
-pub fn verify_stream(
+pub(crate) fn verify_stream(
     reader: &mut impl Read,
     version: &Version,
     anchor: &Object,
@@ -196,7 +196,7 @@ impl<'a> Pass<'a> {
 ///
 /// # Errors
 /// When the header cannot be read, or lists other tensors or other sizes than the version and the description.
-pub fn image_spans(
+pub(crate) fn image_spans(
     head: &[u8],
     version: &Version,
     anchor: &Object,

@@ -100,6 +100,7 @@ impl FusedWeights {
     }
 
     /// The same weights with other threads.
+    #[cfg(test)]
     pub(crate) fn with_threads(&self, threads: &Threads) -> Self {
         Self {
             model: Arc::clone(&self.model),

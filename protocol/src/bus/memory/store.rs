@@ -256,7 +256,6 @@ impl QueueStore {
     }
 }
 
-/// A log.
 #[derive(Debug)]
 pub(super) struct LogStore {
     limits: StreamLimits,

@@ -34,7 +34,7 @@ pub(super) struct Wire {
     pub(super) link: Arc<Link>,
 }
 
-/// JetStream's reply.
+/// A reply of the JetStream API.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Reply<T> {
