@@ -12,7 +12,7 @@ const REEXPORTS_MAX: usize = 8;
 
 /// The modules of one crate.
 #[derive(Default)]
-pub struct Modules {
+pub(crate) struct Modules {
     files: BTreeMap<Module, Source>,
 }
 
@@ -27,7 +27,7 @@ struct Source {
 
 impl Modules {
     /// The crate whose files have these paths below `src/` and this code, without comments and tests.
-    pub fn of_crate(files: &BTreeMap<String, String>) -> Self {
+    pub(crate) fn of_crate(files: &BTreeMap<String, String>) -> Self {
         let texts: BTreeMap<Module, &String> = files
             .iter()
             .map(|(path, text)| (module_of(path), text))
@@ -48,7 +48,7 @@ impl Modules {
     }
 
     /// Each group of modules that use one another in a circle, by name.
-    pub fn circles(&self) -> Vec<BTreeSet<String>> {
+    pub(crate) fn circles(&self) -> Vec<BTreeSet<String>> {
         let edges: BTreeMap<&Module, BTreeSet<Module>> = self
             .files
             .keys()
@@ -142,9 +142,7 @@ impl Source {
             let start = if is_child { at } else { at + 2 };
             let end = tree(&tokens, start, &base, &mut paths);
             if is_reexport(&tokens, at) {
-                source
-                    .reexports
-                    .extend(paths.into_iter().map(|(name, path)| (name, path)));
+                source.reexports.extend(paths);
             } else {
                 source.uses.extend(paths.into_iter().map(|(_, path)| path));
             }
