@@ -1,5 +1,5 @@
 //! The pages hold against the tree: links and paths exist, shown commands parse, and the book lists each page.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
