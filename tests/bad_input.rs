@@ -1,5 +1,5 @@
-//! Bad input: whatever is missing, mistyped, damaged, taken, full or refused ends in one sentence that names it and the way
-//! out, with exit code 1, nothing on stdout and no panic.
+//! Bad input: a command refuses a missing, mistyped or damaged file, a taken port or a full disk with one sentence that
+//! names it and the way out, with exit code 1, nothing on standard output and no panic.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -7,12 +7,11 @@
     unreachable_pub
 )]
 
-#[path = "bad_input/command.rs"]
-mod command;
 #[path = "bad_input/disk.rs"]
 mod disk;
-#[path = "bad_input/place.rs"]
-mod place;
+#[path = "bad_input/fixtures.rs"]
+mod fixtures;
+mod harness;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -22,23 +21,25 @@ use muster_protocol::identity::Identity;
 use muster_protocol::nats_server::{Member, NatsServer, ServerConfig};
 use muster_protocol::subject::Role;
 
-use self::command::{muster, refusal, refusal_after, usage_error};
 use self::disk::{SmallDisk, on_small_disk};
-use self::place::{CONFIG, Place, finished_run, text};
+use self::fixtures::{
+    TestDir, config, config_with, finished_run, model, refused, refused_after, usage_error,
+};
+use self::harness::{copy_files, lines, muster, succeed, text};
 
-/// What `muster local` says to a configuration.
-fn refused_configuration(place: &Place, config: &str) -> String {
-    let path = place.write("config.toml", config);
-    let dir = place.path("run");
-    refusal(&["local", text(&path), "--dir", text(&dir), "--quiet"])
+/// The sentence with which `muster local` refuses a configuration.
+fn refused_configuration(dir: &TestDir, config: &str) -> String {
+    let path = dir.write("config.toml", config);
+    let run = dir.path("run");
+    refused(&["local", text(&path), "--dir", text(&run), "--quiet"])
 }
 
-/// What `muster local` says to a starting policy that `damage` was done to.
+/// The sentence with which `muster local` refuses a starting policy after `damage`.
 fn refused_model(damage: impl FnOnce(&Path)) -> String {
-    let place = Place::new();
-    let model = place.copy_of_the_model();
+    let dir = TestDir::new();
+    let model = dir.copy_of_the_model();
     damage(&model);
-    refused_configuration(&place, &place.config_with(&model))
+    refused_configuration(&dir, &config_with(&model))
 }
 
 fn assert_says(sentence: &str, parts: &[&str]) {
@@ -49,7 +50,7 @@ fn assert_says(sentence: &str, parts: &[&str]) {
 
 #[test]
 fn a_mistyped_key_is_named_with_its_line() {
-    let found = refused_configuration(&Place::new(), &CONFIG.replace("steps", "setps"));
+    let found = refused_configuration(&TestDir::new(), &config().replace("steps", "setps"));
     assert_says(
         &found,
         &[
@@ -63,14 +64,14 @@ fn a_mistyped_key_is_named_with_its_line() {
 
 #[test]
 fn a_missing_key_is_named() {
-    let without = CONFIG.replace("[task]\ntype = \"running_sums\"", "");
-    let found = refused_configuration(&Place::new(), &without);
+    let without = config().replace("[task]\ntype = \"running_sums\"", "");
+    let found = refused_configuration(&TestDir::new(), &without);
     assert_says(&found, &["missing field `task`", "add it"]);
 }
 
 #[test]
 fn a_missing_configuration_is_named() {
-    let found = refusal(&["local", "/nowhere/run.toml"]);
+    let found = refused(&["local", "/nowhere/run.toml"]);
     assert_says(
         &found,
         &["/nowhere/run.toml", "No such file", "check the path"],
@@ -78,25 +79,28 @@ fn a_missing_configuration_is_named() {
 }
 
 #[test]
-fn a_value_of_the_wrong_kind_is_named() {
+fn a_value_of_the_wrong_type_is_named() {
     let found = refused_configuration(
-        &Place::new(),
-        &CONFIG.replace("steps = 1", "steps = \"one\""),
+        &TestDir::new(),
+        &config().replace("steps = 1", "steps = \"one\""),
     );
     assert_says(&found, &["config.toml:4", "one", "expected"]);
 }
 
 #[test]
 fn top_p_is_refused_with_its_reason() {
-    let config = CONFIG.replace("[sampling]", "[sampling]\ntop_p = 0.9");
-    let found = refused_configuration(&Place::new(), &config);
+    let config = config().replace("[sampling]", "[sampling]\ntop_p = 0.9");
+    let found = refused_configuration(&TestDir::new(), &config);
     assert_says(&found, &["`sampling.top_p`", "critics", "take them out"]);
 }
 
 #[test]
 fn audits_without_a_critic_are_refused() {
-    let config = format!("{CONFIG}\n[local]\ncritics = 0\n[dispatch.audit]\nshare_min = 0.1\n");
-    let found = refused_configuration(&Place::new(), &config);
+    let config = format!(
+        "{}\n[local]\ncritics = 0\n[dispatch.audit]\nshare_min = 0.1\n",
+        config()
+    );
+    let found = refused_configuration(&TestDir::new(), &config);
     assert_says(
         &found,
         &[
@@ -109,26 +113,26 @@ fn audits_without_a_critic_are_refused() {
 
 #[test]
 fn a_task_file_that_is_missing_is_named() {
-    let config = CONFIG.replace(
+    let config = config().replace(
         "type = \"running_sums\"",
         "type = \"jsonl\"\nfile = \"tasks.jsonl\"",
     );
-    let found = refused_configuration(&Place::new(), &config);
+    let found = refused_configuration(&TestDir::new(), &config);
     assert_says(&found, &["tasks.jsonl", "No such file"]);
 }
 
 #[test]
-fn a_task_file_with_a_line_that_is_no_json_is_named_with_the_line() {
-    let place = Place::new();
-    let config = CONFIG.replace(
+fn a_line_of_a_task_file_that_is_not_json_is_named() {
+    let dir = TestDir::new();
+    let config = config().replace(
         "type = \"running_sums\"",
         "type = \"jsonl\"\nfile = \"tasks.jsonl\"",
     );
-    place.write(
+    dir.write(
         "tasks.jsonl",
         "{\"prompt\": \"1+1=\", \"gold\": \"2\"}\n{\"prompt\": \"1+2=\", \"gold\n",
     );
-    let found = refused_configuration(&place, &config);
+    let found = refused_configuration(&dir, &config);
     assert_says(
         &found,
         &["tasks.jsonl:2", "not one JSON object", "write it as"],
@@ -202,7 +206,7 @@ fn a_weights_file_without_a_header_is_named() {
 }
 
 #[test]
-fn a_bus_that_nobody_answers_at_is_named() {
+fn an_address_without_a_nats_server_is_named() {
     let credentials = finished_run().join("credentials/worker-1.json");
     let words = [
         "rollout",
@@ -212,26 +216,26 @@ fn a_bus_that_nobody_answers_at_is_named() {
         "nats://127.0.0.1:1",
     ];
     assert_says(
-        &refusal(&words),
+        &refused(&words),
         &["nats://127.0.0.1:1", "no NATS server answers", "start it"],
     );
 }
 
 #[test]
 fn credentials_that_the_server_does_not_know_are_refused() {
-    let place = Place::new();
+    let dir = TestDir::new();
     let member = Member {
         user: Identity::generate().login_user(),
         role: Role::Worker,
     };
-    let mut config = ServerConfig::new(&"bad".parse().unwrap(), &place.path("nats"), vec![member]);
-    config.project = env!("CARGO_MANIFEST_DIR").into();
+    let mut server = ServerConfig::new(&"bad".parse().unwrap(), &dir.path("nats"), vec![member]);
+    server.project = env!("CARGO_MANIFEST_DIR").into();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let server = runtime
-        .block_on(NatsServer::start(&config))
+        .block_on(NatsServer::start(&server))
         .unwrap_or_else(|error| panic!("{error}"));
     let credentials = finished_run().join("credentials/worker-1.json");
-    let found = refusal(&[
+    let found = refused(&[
         "rollout",
         "--creds",
         text(&credentials),
@@ -244,45 +248,42 @@ fn credentials_that_the_server_does_not_know_are_refused() {
 
 #[test]
 fn credentials_that_others_can_read_are_refused() {
-    let place = Place::new();
-    let path = place.path("worker.json");
+    let dir = TestDir::new();
+    let path = dir.path("worker.json");
     fs::copy(finished_run().join("credentials/worker-1.json"), &path).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-    let found = refusal(&["rollout", "--creds", text(&path)]);
+    let found = refused(&["rollout", "--creds", text(&path)]);
     assert_says(&found, &["worker.json", "mode 644", "chmod 600"]);
 }
 
 #[test]
-fn credentials_that_are_none_are_named() {
-    let found = refusal(&["rollout", "--creds", "/nowhere/worker.json"]);
+fn missing_and_malformed_credentials_are_named() {
+    let found = refused(&["rollout", "--creds", "/nowhere/worker.json"]);
     assert_says(
         &found,
         &["/nowhere/worker.json", "No such file", "check the path"],
     );
-    let place = Place::new();
-    let path = place.write("worker.json", "{");
+    let dir = TestDir::new();
+    let path = dir.write("worker.json", "{");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    let found = refusal(&["rollout", "--creds", text(&path)]);
+    let found = refused(&["rollout", "--creds", text(&path)]);
     assert_says(&found, &["worker.json", "not a credentials file", "line 1"]);
 }
 
 #[test]
 fn credentials_of_another_role_are_refused() {
     let credentials = finished_run().join("credentials/worker-1.json");
-    let found = refusal(&["critic", "--creds", text(&credentials)]);
+    let found = refused(&["critic", "--creds", text(&credentials)]);
     assert_says(&found, &["worker-1.json", "worker", "critic", "--creds"]);
 }
 
 #[test]
 fn a_port_that_is_taken_is_named() {
-    let place = Place::new();
+    let dir = TestDir::new();
     let other = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = other.local_addr().unwrap().port();
-    let config = format!(
-        "{}\n[local]\nport = {port}\n",
-        place.config_with(place::model())
-    );
-    let found = refused_configuration(&place, &config);
+    let config = format!("{}\n[local]\nport = {port}\n", config_with(model()));
+    let found = refused_configuration(&dir, &config);
     assert_says(
         &found,
         &[&format!("port {port} is taken"), "choose another"],
@@ -290,14 +291,12 @@ fn a_port_that_is_taken_is_named() {
 }
 
 #[test]
-fn a_run_directory_of_another_configuration_is_refused_and_left_as_it_is() {
-    let place = Place::new();
+fn a_run_directory_of_another_configuration_is_refused_and_not_changed() {
+    let dir = TestDir::new();
     let before = fs::read(finished_run().join("config.toml")).unwrap();
-    let config = place
-        .config_with(place::model())
-        .replace("seed = 1", "seed = 2");
-    let path = place.write("config.toml", &config);
-    let found = refusal(&["local", text(&path), "--dir", text(finished_run())]);
+    let config = config_with(model()).replace("seed = 1", "seed = 2");
+    let path = dir.write("config.toml", &config);
+    let found = refused(&["local", text(&path), "--dir", text(finished_run())]);
     assert_says(&found, &["another configuration", "--dir"]);
     assert_eq!(
         fs::read(finished_run().join("config.toml")).unwrap(),
@@ -306,18 +305,13 @@ fn a_run_directory_of_another_configuration_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn a_snapshot_with_one_flipped_byte_is_named_with_the_place() {
-    let place = Place::new();
-    let folder = place.path("1");
-    place::copy(&finished_run().join("checkpoints/1"), &folder);
+fn a_flipped_byte_of_a_snapshot_is_named_with_its_file() {
+    let dir = TestDir::new();
+    let folder = dir.path("1");
+    copy_files(&finished_run().join("checkpoints/1"), &folder);
     let run = finished_run();
     let words = ["snapshot", "verify", text(&folder), "--run", text(run)];
-    let whole = muster(&words).output().unwrap();
-    assert!(
-        whole.status.success(),
-        "{}",
-        String::from_utf8_lossy(&whole.stderr)
-    );
+    succeed(&mut muster(&words));
     for name in [
         "model.safetensors",
         "tokenizer.json",
@@ -330,7 +324,7 @@ fn a_snapshot_with_one_flipped_byte_is_named_with_the_place() {
         let at = flipped.len() * 2 / 3;
         flipped[at] ^= 1;
         fs::write(&path, flipped).unwrap();
-        assert_says(&refusal(&words), &[name]);
+        assert_says(&refused(&words), &[name]);
         fs::write(&path, whole).unwrap();
     }
 }
@@ -345,15 +339,15 @@ fn a_disk_that_is_full_from_the_start_is_named() {
 }
 
 fn full_from_the_start(disk: &SmallDisk) {
-    let place = Place::new();
-    let config = place.write("config.toml", &place.config_with(place::model()));
-    let dir = disk.path().join("run");
+    let dir = TestDir::new();
+    let config = dir.write("config.toml", &config_with(model()));
+    let run = disk.path().join("run");
     fs::write(disk.path().join("ballast"), vec![0u8; 100 << 10]).unwrap();
-    let found = refusal(&["local", text(&config), "--dir", text(&dir), "--quiet"]);
-    assert_says(&found, &[text(&dir), "No space left", "free space"]);
+    let found = refused(&["local", text(&config), "--dir", text(&run), "--quiet"]);
+    assert_says(&found, &[text(&run), "No space left", "free space"]);
 }
 
-/// The same command goes on with the run once there is room.
+/// Once there is room, the same command resumes the run.
 #[test]
 fn a_disk_that_fills_up_during_a_run_loses_nothing() {
     on_small_disk(
@@ -364,16 +358,14 @@ fn a_disk_that_fills_up_during_a_run_loses_nothing() {
 }
 
 fn full_during_a_run(disk: &SmallDisk) {
-    let place = Place::new();
+    let dir = TestDir::new();
     let steps = 40;
-    let config = place
-        .config_with(place::model())
-        .replace("steps = 1\n", &format!("steps = {steps}\n"));
-    let config = place.write("config.toml", &config);
-    let dir = disk.path().join("run");
-    let words = ["local", text(&config), "--dir", text(&dir), "--quiet"];
-    let found = refusal_after(&words, || {
-        if place::lines(&dir.join("metrics.jsonl")) == 0 {
+    let config = config_with(model()).replace("steps = 1\n", &format!("steps = {steps}\n"));
+    let config = dir.write("config.toml", &config);
+    let run = disk.path().join("run");
+    let words = ["local", text(&config), "--dir", text(&run), "--quiet"];
+    let found = refused_after(&words, || {
+        if lines(&run.join("metrics.jsonl")) == 0 {
             return false;
         }
         disk.fill();
@@ -384,9 +376,9 @@ fn full_during_a_run(disk: &SmallDisk) {
         &["o space left on device", "free", text(disk.path())],
     );
     disk.empty();
-    place::succeed(&words);
-    assert_eq!(place::lines(&dir.join("metrics.jsonl")), steps);
-    let selections = fs::read_to_string(dir.join("selections.jsonl")).unwrap();
+    succeed(&mut muster(&words));
+    assert_eq!(lines(&run.join("metrics.jsonl")), steps);
+    let selections = fs::read_to_string(run.join("selections.jsonl")).unwrap();
     let trained = selections.matches("\"fate\":\"trained\"").count();
     assert_eq!(trained, 8 * steps);
 }

@@ -1,204 +1,38 @@
-//! The commands as a user types them: what they print, what they refuse and in which words, and with which exit code.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+//! The commands as a user types them: what they print, how they refuse, and their exit code.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
-
-use serde_json::Value;
-
+mod harness;
+#[path = "commands/runs.rs"]
+mod runs;
 #[path = "commands/serve.rs"]
 mod serve;
 #[path = "commands/split.rs"]
 mod split;
 
-/// How long a run may take on a busy machine before it counts as stuck.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// How often files are looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+use std::fs;
+use std::path::Path;
+use std::process::Output;
 
-/// A run that takes seconds: an untrained policy is never right, so its groups differ in their length alone.
-const SMALL: &str = r#"
-[run]
-name = "small"
-steps = 4
-async_level = 2
+use serde_json::Value;
 
-[warmup]
-hidden = 32
-intermediate = 64
-layers = 2
-heads = 2
-kv_heads = 1
-stop_accuracy = 0.0
+use self::harness::{copy_files, refusal, stderr, success, text};
+use self::runs::{LiveRun, finished, json_lines, local, pulled};
 
-[sampling]
-group_size = 4
-tokens_max = 12
-stop = ["."]
-
-[learner]
-batch_groups = 8
-checkpoint_every = 2
-
-[eval]
-every = 1000
-samples = 32
-
-[task]
-type = "running_sums"
-
-[[reward]]
-type = "numeric_match"
-name = "correct"
-extract = { after_last = "," }
-terminator = "."
-number = "whole"
-
-[[reward]]
-type = "length"
-name = "short"
-unit = "chars"
-target = 3
-ramp = 12
-"#;
-
-/// Runs the binary in `folder`.
-fn muster(folder: &Path, words: &[&str]) -> Output {
-    command(folder, words).output().unwrap()
-}
-
-fn command(folder: &Path, words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_muster"));
-    command.args(words).current_dir(folder).stdin(Stdio::null());
-    command
-}
-
-/// `muster local` with the server that `./setup` brought, if there is none on the PATH.
-fn local(folder: &Path, words: &[&str]) -> Command {
-    let mut command = command(folder, &["local"]);
-    command.args(words);
-    let server = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/nats-server");
-    if server.is_file() {
-        command.arg("--nats-server").arg(server);
-    }
-    command
-}
-
-/// What a command printed, after it succeeded.
-fn result(output: &Output) -> String {
-    assert!(output.status.success(), "{}", complaint(output));
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-/// What a command said when it failed: one sentence and exit code 1.
-fn refusal(output: &Output) -> String {
-    let said = complaint(output);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    let last = said.lines().last().unwrap_or_default().to_owned();
-    assert!(last.starts_with("muster: "), "{said}");
-    assert!(!said.contains("panicked"), "{said}");
-    last
-}
-
-fn complaint(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn json_lines(text: &str) -> Vec<Value> {
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}")))
-        .collect()
-}
-
-/// A folder with a run of four steps in `run`, made once.
-fn finished() -> &'static Path {
-    static FINISHED: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let folder = FINISHED.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("small.toml"), SMALL).unwrap();
-        let ran = local(folder.path(), &["small.toml", "--dir", "run", "--quiet"]).output();
-        let ran = ran.unwrap();
-        assert!(
-            ran.status.success(),
-            "no run to look at (is there a NATS server? run ./setup): {}",
-            complaint(&ran)
-        );
-        folder
-    });
-    folder.path()
-}
-
-/// The newest checkpoint of [`finished`], pulled into a folder of its own.
-fn pulled(into: &Path) -> PathBuf {
-    let out = into.join("pulled");
-    let words = [
-        "snapshot",
-        "pull",
-        "--run",
-        "run",
-        "--out",
-        out.to_str().unwrap(),
-    ];
-    result(&muster(finished(), &words));
-    out
-}
-
-/// A run that goes on until it is dropped.
-struct Live {
-    folder: tempfile::TempDir,
-    parent: Child,
-}
-
-impl Live {
-    fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let config = SMALL
-            .replace("steps = 4", "steps = 100000")
-            .replace("checkpoint_every = 2", "checkpoint_every = 1000");
-        fs::write(folder.path().join("small.toml"), config).unwrap();
-        let mut command = local(folder.path(), &["small.toml", "--dir", "run", "--quiet"]);
-        let parent = command.stdout(Stdio::null()).spawn().unwrap();
-        let live = Self { folder, parent };
-        live.until("the first step", || live.steps() > 0);
-        live
-    }
-
-    fn folder(&self) -> &Path {
-        self.folder.path()
-    }
-
-    fn steps(&self) -> usize {
-        let metrics = fs::read_to_string(self.folder().join("run/metrics.jsonl"));
-        metrics.map_or(0, |text| text.matches('\n').count())
-    }
-
-    fn until(&self, what: &str, mut is_so: impl FnMut() -> bool) {
-        let start = Instant::now();
-        while !is_so() {
-            assert!(
-                start.elapsed() < PATIENCE,
-                "{what} did not come (is there a NATS server? run ./setup)"
-            );
-            std::thread::sleep(LOOK_AGAIN);
-        }
-    }
-}
-
-impl Drop for Live {
-    fn drop(&mut self) {
-        self.parent.kill().ok();
-        self.parent.wait().ok();
-    }
+/// Runs `muster` in `folder` to its end.
+fn muster(folder: &Path, arguments: &[&str]) -> Output {
+    harness::muster_in(folder, arguments).output().unwrap()
 }
 
 #[test]
 fn a_finished_runs_checkpoints_are_listed_pulled_and_verified() {
     let folder = tempfile::tempdir().unwrap();
-    let words = ["snapshot", "list", "--run", "run", "--json"];
-    let listed = json_lines(&result(&muster(finished(), &words)));
+    let arguments = ["snapshot", "list", "--run", "run", "--json"];
+    let listed = json_lines(&success(&muster(finished(), &arguments)));
     let versions: Vec<u64> = listed
         .iter()
         .map(|line| line["policy_version"].as_u64().unwrap())
@@ -217,25 +51,25 @@ fn a_finished_runs_checkpoints_are_listed_pulled_and_verified() {
     ] {
         assert!(out.join(name).is_file(), "{name} is missing");
     }
-    let out = out.to_str().unwrap();
+    let out = text(&out);
     let verified = muster(
         finished(),
         &["snapshot", "verify", out, "--run", "run", "--json"],
     );
-    let report = &json_lines(&result(&verified))[0];
+    let report = &json_lines(&success(&verified))[0];
     assert_eq!(report["policy_version"], 4);
     let learner = report["learner"].as_str().unwrap();
-    result(&muster(
+    success(&muster(
         folder.path(),
         &["snapshot", "verify", out, "--learner", learner],
     ));
 
     let stranger = "5".repeat(64);
-    let words = ["snapshot", "verify", out, "--learner", &stranger];
-    assert!(refusal(&muster(folder.path(), &words)).contains("from this run"));
-    let words = ["snapshot", "pull", "--run", "run", "--out", out];
-    assert!(refusal(&muster(finished(), &words)).contains("exists already"));
-    let words = [
+    let arguments = ["snapshot", "verify", out, "--learner", &stranger];
+    assert!(refusal(&muster(folder.path(), &arguments)).contains("from this run"));
+    let arguments = ["snapshot", "pull", "--run", "run", "--out", out];
+    assert!(refusal(&muster(finished(), &arguments)).contains("exists already"));
+    let arguments = [
         "snapshot",
         "pull",
         "--run",
@@ -245,7 +79,7 @@ fn a_finished_runs_checkpoints_are_listed_pulled_and_verified() {
         "--out",
         "x",
     ];
-    assert!(refusal(&muster(finished(), &words)).contains("choose one of 0, 2, 4"));
+    assert!(refusal(&muster(finished(), &arguments)).contains("choose one of 0, 2, 4"));
 }
 
 #[test]
@@ -253,10 +87,10 @@ fn a_flipped_byte_in_any_file_of_a_snapshot_is_named_with_its_range() {
     let folder = tempfile::tempdir().unwrap();
     let out = pulled(folder.path());
     let verify = || {
-        let words = ["snapshot", "verify", out.to_str().unwrap(), "--run", "run"];
-        muster(finished(), &words)
+        let arguments = ["snapshot", "verify", text(&out), "--run", "run"];
+        muster(finished(), &arguments)
     };
-    result(&verify());
+    success(&verify());
     for entry in fs::read_dir(&out).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
@@ -275,32 +109,32 @@ fn a_flipped_byte_in_any_file_of_a_snapshot_is_named_with_its_range() {
         assert!(refusal(&verify()).contains(&name));
         fs::write(&path, good).unwrap();
     }
-    result(&verify());
+    success(&verify());
 }
 
 #[test]
-fn a_live_run_gives_its_versions_to_an_evaluator_and_obeys_the_lab() {
-    let live = Live::start();
+fn a_live_run_serves_its_versions_to_an_evaluator_and_obeys_the_lab() {
+    let live = LiveRun::start();
     let folder = live.folder();
     let creds = "run/credentials/evaluator.json";
-    let words = ["snapshot", "list", "--creds", creds, "--json"];
-    let listed = json_lines(&result(&muster(folder, &words)));
+    let arguments = ["snapshot", "list", "--creds", creds, "--json"];
+    let listed = json_lines(&success(&muster(folder, &arguments)));
     assert!(listed.len() > 1, "{listed:?}");
     let newest = listed.last().unwrap();
     assert_eq!(newest["held"], true, "{newest}");
-    let words = [
+    let arguments = [
         "snapshot", "pull", "--creds", creds, "--out", "pulled", "--json",
     ];
-    let report = &json_lines(&result(&muster(folder, &words)))[0];
+    let report = &json_lines(&success(&muster(folder, &arguments)))[0];
     assert!(report["policy_version"].as_u64() >= listed.last().unwrap()["policy_version"].as_u64());
-    assert!(refusal(&muster(folder, &words)).contains("exists already"));
-    result(&muster(
+    assert!(refusal(&muster(folder, &arguments)).contains("exists already"));
+    success(&muster(
         folder,
         &["snapshot", "verify", "pulled", "--run", "run"],
     ));
-    let words = ["generate", "--model", "pulled", "--prompt", "1+2="];
-    result(&muster(folder, &words));
-    let words = [
+    let arguments = ["generate", "--model", "pulled", "--prompt", "1+2="];
+    success(&muster(folder, &arguments));
+    let arguments = [
         "snapshot",
         "pull",
         "--creds",
@@ -310,12 +144,12 @@ fn a_live_run_gives_its_versions_to_an_evaluator_and_obeys_the_lab() {
         "--out",
         "x",
     ];
-    assert!(refusal(&muster(folder, &words)).contains("no such version"));
+    assert!(refusal(&muster(folder, &arguments)).contains("no such version"));
     let worker = "run/credentials/worker-1.json";
-    let words = ["snapshot", "pull", "--creds", worker, "--out", "x"];
-    assert!(refusal(&muster(folder, &words)).contains("worker"));
+    let arguments = ["snapshot", "pull", "--creds", worker, "--out", "x"];
+    assert!(refusal(&muster(folder, &arguments)).contains("worker"));
 
-    let status = json_lines(&result(&muster(
+    let status = json_lines(&success(&muster(
         folder,
         &["status", "--run", "run", "--json"],
     )));
@@ -336,26 +170,26 @@ fn a_live_run_gives_its_versions_to_an_evaluator_and_obeys_the_lab() {
     assert!(refusal(&second).contains("is being run by process"));
 
     let ctl = |order: &str| muster(folder, &["ctl", order, "--run", "run"]);
-    assert!(result(&ctl("pause")).contains("is paused"));
-    assert!(result(&ctl("pause")).contains("is paused already"));
-    assert!(result(&ctl("resume")).contains("is running"));
+    assert!(success(&ctl("pause")).contains("is paused"));
+    assert!(success(&ctl("pause")).contains("is paused already"));
+    assert!(success(&ctl("resume")).contains("is running"));
     let before = live.steps();
-    live.until("a step after the pause", || live.steps() > before + 4);
-    assert!(result(&ctl("stop")).contains("has stopped"));
+    live.wait_for("a step after the pause", || live.steps() > before + 4);
+    assert!(success(&ctl("stop")).contains("has stopped"));
     assert!(refusal(&ctl("stop")).contains("nothing to stop"));
     assert!(refusal(&ctl("pause")).contains("does not answer"));
-    let words = ["snapshot", "pull", "--creds", creds, "--out", "x"];
-    assert!(refusal(&muster(folder, &words)).contains("no NATS server answers"));
-    let status = result(&muster(folder, &["status", "--run", "run"]));
+    let arguments = ["snapshot", "pull", "--creds", creds, "--out", "x"];
+    assert!(refusal(&muster(folder, &arguments)).contains("no NATS server answers"));
+    let status = success(&muster(folder, &["status", "--run", "run"]));
     assert!(status.contains("not running"), "{status}");
 }
 
 #[test]
-fn the_log_probs_on_record_are_those_of_the_version_that_is_pulled() {
+fn the_recorded_log_probs_match_those_of_the_pulled_version() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("start");
-    let out = out.to_str().unwrap();
-    let words = [
+    let out = text(&out);
+    let arguments = [
         "snapshot",
         "pull",
         "--run",
@@ -365,7 +199,7 @@ fn the_log_probs_on_record_are_those_of_the_version_that_is_pulled() {
         "--out",
         out,
     ];
-    result(&muster(finished(), &words));
+    success(&muster(finished(), &arguments));
     let mut records = Vec::new();
     for entry in fs::read_dir(finished().join("run/rollouts")).unwrap() {
         let text = fs::read_to_string(entry.unwrap().path()).unwrap();
@@ -386,14 +220,8 @@ fn the_log_probs_on_record_are_those_of_the_version_that_is_pulled() {
     }
     let path = folder.path().join("tokens.jsonl");
     fs::write(&path, file).unwrap();
-    let words = [
-        "logprobs",
-        "--model",
-        out,
-        "--tokens",
-        path.to_str().unwrap(),
-    ];
-    let scored = json_lines(&result(&muster(folder.path(), &words)));
+    let arguments = ["logprobs", "--model", out, "--tokens", text(&path)];
+    let scored = json_lines(&success(&muster(folder.path(), &arguments)));
     assert_eq!(scored.len(), records.len());
     for (record, line) in records.iter().zip(&scored) {
         let (recorded, found) = (ids(record, "rollout_logprobs"), ids(line, "logprobs"));
@@ -407,11 +235,11 @@ fn the_log_probs_on_record_are_those_of_the_version_that_is_pulled() {
 }
 
 #[test]
-fn each_line_of_tokens_that_cannot_be_scored_is_named_after_those_before_it() {
+fn a_line_of_tokens_that_cannot_be_scored_is_named_and_the_lines_before_it_are_scored() {
     let folder = tempfile::tempdir().unwrap();
     let model = finished().join("run/model");
     let path = folder.path().join("tokens.jsonl");
-    for (line, words) in [
+    for (line, reason) in [
         (r#"{"tokens": []}"#, "has no tokens"),
         (r#"{"tokens": [99]}"#, "holds token 99, the model has 32"),
         (r#"{"tokens": [-1]}"#, "expected u32"),
@@ -421,17 +249,11 @@ fn each_line_of_tokens_that_cannot_be_scored_is_named_after_those_before_it() {
         ("\u{0}\u{1}", "is not {\"tokens\": [ids]}"),
     ] {
         fs::write(&path, format!("{{\"tokens\": [5]}}\n\n{line}\n")).unwrap();
-        let words_given = [
-            "logprobs",
-            "--model",
-            model.to_str().unwrap(),
-            "--tokens",
-            path.to_str().unwrap(),
-        ];
-        let output = muster(folder.path(), &words_given);
+        let arguments = ["logprobs", "--model", text(&model), "--tokens", text(&path)];
+        let output = muster(folder.path(), &arguments);
         let said = refusal(&output);
         assert!(
-            said.contains("tokens.jsonl:3") && said.contains(words),
+            said.contains("tokens.jsonl:3") && said.contains(reason),
             "{line}: {said}"
         );
         assert_eq!(
@@ -441,29 +263,23 @@ fn each_line_of_tokens_that_cannot_be_scored_is_named_after_those_before_it() {
     }
     let long = vec!["1"; 200].join(",");
     fs::write(&path, format!("{{\"tokens\": [{long}]}}\n")).unwrap();
-    let words = [
-        "logprobs",
-        "--model",
-        model.to_str().unwrap(),
-        "--tokens",
-        path.to_str().unwrap(),
-    ];
+    let arguments = ["logprobs", "--model", text(&model), "--tokens", text(&path)];
     assert!(
-        refusal(&muster(folder.path(), &words)).contains("has 200 tokens, the model reads 128")
+        refusal(&muster(folder.path(), &arguments)).contains("has 200 tokens, the model reads 128")
     );
 }
 
 #[test]
-fn an_answer_has_the_promised_keys_and_equal_seeds_give_equal_answers() {
+fn an_answer_has_the_documented_keys_and_equal_seeds_give_equal_answers() {
     let generate = |more: &[&str]| {
-        let words = [
+        let arguments = [
             &["generate", "--model", "run/model", "--prompt", "1+2="],
             more,
         ]
         .concat();
-        muster(finished(), &words)
+        muster(finished(), &arguments)
     };
-    let answer = json_lines(&result(&generate(&["--json", "--max-tokens", "5"]))).remove(0);
+    let answer = json_lines(&success(&generate(&["--json", "--max-tokens", "5"]))).remove(0);
     let mut keys: Vec<&String> = answer.as_object().unwrap().keys().collect();
     keys.sort();
     assert_eq!(keys, ["finish_reason", "logprobs", "text", "tokens"]);
@@ -471,27 +287,23 @@ fn an_answer_has_the_promised_keys_and_equal_seeds_give_equal_answers() {
         answer["tokens"].as_array().unwrap().len(),
         answer["logprobs"].as_array().unwrap().len()
     );
-    let drawn = |seed| result(&generate(&["--temperature", "1", "--seed", seed, "--json"]));
+    let drawn = |seed| success(&generate(&["--temperature", "1", "--seed", seed, "--json"]));
     assert_eq!(drawn("7"), drawn("7"));
     assert_ne!(drawn("7"), drawn("8"));
     assert!(refusal(&generate(&["--max-tokens", "500"])).contains("lower --max-tokens"));
     assert!(refusal(&generate(&["--temperature", "nan"])).contains("temperature"));
-    let words = ["generate", "--model", "run/model", "--prompt", ""];
-    assert!(refusal(&muster(finished(), &words)).contains("give --prompt a text"));
-    let words = ["generate", "--model", "nowhere", "--prompt", "1"];
-    assert!(refusal(&muster(finished(), &words)).contains("nowhere"));
+    let arguments = ["generate", "--model", "run/model", "--prompt", ""];
+    assert!(refusal(&muster(finished(), &arguments)).contains("give --prompt a text"));
+    let arguments = ["generate", "--model", "nowhere", "--prompt", "1"];
+    assert!(refusal(&muster(finished(), &arguments)).contains("nowhere"));
 }
 
 #[test]
-fn a_damaged_model_folder_is_refused_by_the_name_of_its_file() {
+fn a_damaged_model_folder_is_refused_with_the_name_of_the_file() {
     let folder = tempfile::tempdir().unwrap();
     for (name, bytes_kept) in [("tokenizer.json", None), ("model.safetensors", Some(1000))] {
         let model = folder.path().join(name);
-        fs::create_dir(&model).unwrap();
-        for entry in fs::read_dir(finished().join("run/model")).unwrap() {
-            let path = entry.unwrap().path();
-            fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
-        }
+        copy_files(&finished().join("run/model"), &model);
         match bytes_kept {
             None => fs::remove_file(model.join(name)).unwrap(),
             Some(bytes) => {
@@ -499,23 +311,17 @@ fn a_damaged_model_folder_is_refused_by_the_name_of_its_file() {
                 fs::write(model.join(name), &whole[..bytes]).unwrap();
             }
         }
-        let words = [
-            "generate",
-            "--model",
-            model.to_str().unwrap(),
-            "--prompt",
-            "1+2=",
-        ];
-        assert!(refusal(&muster(folder.path(), &words)).contains(name));
+        let arguments = ["generate", "--model", text(&model), "--prompt", "1+2="];
+        assert!(refusal(&muster(folder.path(), &arguments)).contains(name));
     }
 }
 
 #[test]
-fn a_reward_is_explained_and_one_that_pays_for_a_hack_is_refused() {
+fn a_reward_is_explained_and_a_reward_that_pays_for_a_hack_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let quickstart = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/quickstart.toml");
-    let words = ["rewards", "check", quickstart.to_str().unwrap()];
-    let said = result(&muster(folder.path(), &words));
+    let arguments = ["rewards", "check", text(&quickstart)];
+    let said = success(&muster(folder.path(), &arguments));
     assert!(
         said.contains("held out") && said.contains("prompt echo"),
         "{said}"
@@ -532,7 +338,7 @@ fn a_reward_is_explained_and_one_that_pays_for_a_hack_is_refused() {
     let good = check(
         "[[reward]]\ntype = \"numeric_match\"\nextract = { after_last = \",\" }\nterminator = \".\"\nnumber = \"whole\"",
     );
-    assert!(json_lines(&result(&good))[0]["probes"].is_array());
+    assert!(json_lines(&success(&good))[0]["probes"].is_array());
     let gamed = check("[[reward]]\ntype = \"regex\"\npattern = \"[0-9]+\"");
     let said = refusal(&gamed);
     assert!(
@@ -545,26 +351,20 @@ fn a_reward_is_explained_and_one_that_pays_for_a_hack_is_refused() {
         said.contains("tolerence") && said.contains("reward.toml"),
         "{said}"
     );
-    let words = ["rewards", "check", "nowhere.toml"];
-    assert!(refusal(&muster(folder.path(), &words)).contains("nowhere.toml"));
+    let arguments = ["rewards", "check", "nowhere.toml"];
+    assert!(refusal(&muster(folder.path(), &arguments)).contains("nowhere.toml"));
 }
 
 #[test]
-fn answers_in_a_file_are_scored_line_by_line_and_a_bad_one_is_named() {
+fn answers_in_a_file_are_scored_line_by_line_and_a_malformed_line_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("answers.jsonl");
-    let score = |text: &str| {
-        fs::write(&path, text).unwrap();
-        let words = [
-            "rewards",
-            "score",
-            "small.toml",
-            path.to_str().unwrap(),
-            "--json",
-        ];
-        muster(finished(), &words)
+    let score = |answers: &str| {
+        fs::write(&path, answers).unwrap();
+        let arguments = ["rewards", "score", "small.toml", text(&path), "--json"];
+        muster(finished(), &arguments)
     };
-    let lines = json_lines(&result(&score(
+    let lines = json_lines(&success(&score(
         "{\"text\": \"3,6.\", \"gold\": 6}\n{\"text\": \"3,7.\", \"gold\": 6}\n",
     )));
     assert_eq!(lines.len(), 3);
@@ -577,9 +377,9 @@ fn answers_in_a_file_are_scored_line_by_line_and_a_bad_one_is_named() {
 }
 
 #[test]
-fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
+fn wrong_usage_exits_with_2() {
     let folder = tempfile::tempdir().unwrap();
-    for words in [
+    for arguments in [
         &["snapshot"][..],
         &["snapshot", "pull", "--version", "newest", "--out", "x"],
         &["snapshot", "pull", "--file-bytes-max", "5GB", "--out", "x"],
@@ -595,7 +395,7 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
         &["snapshot", "verify", "x", "--learner", "abc"],
         &["generate", "--model", "x"],
         &["ctl"],
-        // The way through routers leads to a live run.
+        // NAT traversal needs a live run.
         &["snapshot", "list", "--nat"],
         &["snapshot", "pull", "--out", "x", "--run", "y", "--nat"],
         &["snapshot", "serve", "--nat"],
@@ -609,12 +409,12 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
             "https://x",
         ],
     ] {
-        let output = muster(folder.path(), words);
+        let output = muster(folder.path(), arguments);
         assert_eq!(
             output.status.code(),
             Some(2),
-            "{words:?}: {}",
-            complaint(&output)
+            "{arguments:?}: {}",
+            stderr(&output)
         );
     }
 }
@@ -622,26 +422,29 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
 #[test]
 fn a_command_that_needs_a_run_says_how_to_name_one() {
     let folder = tempfile::tempdir().unwrap();
-    for words in [
+    for arguments in [
         &["status"][..],
         &["snapshot", "list"],
         &["snapshot", "pull", "--out", "x"],
         &["ctl", "pause"],
         &["ctl", "stop"],
     ] {
-        let said = refusal(&muster(folder.path(), words));
-        assert!(said.contains("name one with --run"), "{words:?}: {said}");
-        let named = [words, &["--run", "nowhere"]].concat();
+        let said = refusal(&muster(folder.path(), arguments));
+        assert!(
+            said.contains("name one with --run"),
+            "{arguments:?}: {said}"
+        );
+        let named = [arguments, &["--run", "nowhere"]].concat();
         let said = refusal(&muster(folder.path(), &named));
         assert!(said.contains("nowhere"), "{named:?}: {said}");
     }
 }
 
 #[test]
-fn the_doctor_names_what_is_missing_with_the_way_out() {
+fn the_doctor_names_a_missing_nats_server_and_the_way_to_install_it() {
     let folder = tempfile::tempdir().unwrap();
-    let words = ["doctor", "--json", "--nats-server", "nowhere"];
-    let output = muster(folder.path(), &words);
+    let arguments = ["doctor", "--json", "--nats-server", "nowhere"];
+    let output = muster(folder.path(), &arguments);
     assert!(refusal(&output).contains("nats-server"));
     let findings = json_lines(&String::from_utf8_lossy(&output.stdout));
     assert_eq!(findings[0]["state"], "bad");

@@ -1,6 +1,6 @@
-//! `kill -9` of any one process of a run, at a moment that a seed chooses: the run finishes by itself (after the parent's
-//! death: by the same command), every ticket has exactly one fate, no group is trained twice. On the real binary, over a
-//! real NATS server, with every role a process. `MUSTER_KILL_SEED` chooses other moments.
+//! `kill -9` of any process of a run, at a moment drawn from a seed: the run finishes by itself (after the parent's death,
+//! with the same command), every ticket has exactly one fate, and no group is trained twice. The tests run the real binary
+//! over a real NATS server, with each role in its own process. `MUSTER_KILL_SEED` draws other moments.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -8,6 +8,7 @@
     unreachable_pub
 )]
 
+mod harness;
 #[path = "kills/processes.rs"]
 mod processes;
 #[path = "kills/record.rs"]
@@ -19,7 +20,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use self::record::assert_whole;
+use self::record::assert_complete;
 use self::run::{ASYNC_LEVEL, BATCH_GROUPS, Run, STEPS, one_at_a_time};
 
 /// Kills a process once, and lets the run finish by itself.
@@ -30,7 +31,7 @@ fn survives_the_death_of(role: &str) {
     let victim = run.process(role);
     victim.signal(Signal::SIGKILL);
     run.finish();
-    assert_whole(&run);
+    assert_complete(&run);
 }
 
 #[test]
@@ -64,19 +65,19 @@ fn a_run_survives_the_death_of_the_nats_server() {
 }
 
 #[test]
-fn a_run_survives_the_death_of_everybody_but_the_parent_at_once() {
+fn a_run_survives_the_death_of_all_processes_but_the_parent() {
     let _alone = one_at_a_time();
-    let mut run = Run::start("everybody");
+    let mut run = Run::start("all-children");
     run.wait_until_the_chosen_moment();
     for child in run.children() {
         child.signal(Signal::SIGKILL);
     }
     run.finish();
-    assert_whole(&run);
+    assert_complete(&run);
 }
 
 #[test]
-fn a_killed_parent_takes_its_children_along_and_the_same_command_resumes() {
+fn the_children_of_a_killed_parent_end_and_the_same_command_resumes() {
     let _alone = one_at_a_time();
     let mut run = Run::start("parent");
     run.wait_until_the_chosen_moment();
@@ -90,7 +91,7 @@ fn a_killed_parent_takes_its_children_along_and_the_same_command_resumes() {
     processes::wait_until_gone(&children, Duration::from_secs(5));
     run.start_again();
     run.finish();
-    assert_whole(&run);
+    assert_complete(&run);
 }
 
 #[test]
@@ -115,7 +116,7 @@ fn an_interrupted_run_drains_and_the_same_command_resumes() {
     );
     run.start_again();
     run.finish();
-    assert_whole(&run);
+    assert_complete(&run);
     let log = run.log("trainer");
     assert!(
         !log.contains("made other bits"),
@@ -123,8 +124,8 @@ fn an_interrupted_run_drains_and_the_same_command_resumes() {
     );
 }
 
-/// The workers are stopped until the trainer has nothing left to train and a seeder holds its newest version; the parent
-/// is stopped so that it does not start the trainer again while we look.
+/// The workers are stopped until the trainer has nothing left to train and a seeder holds its newest version. The parent is
+/// stopped so that it does not restart the trainer during the test.
 #[test]
 fn without_a_trainer_leases_and_verdicts_go_on_up_to_the_bound() {
     let _alone = one_at_a_time();
@@ -144,14 +145,14 @@ fn without_a_trainer_leases_and_verdicts_go_on_up_to_the_bound() {
         worker.signal(Signal::SIGCONT);
     }
     let all = (1..=bound).collect::<std::collections::BTreeSet<u64>>();
-    // What had grown too old for the critics before the trainer died has its fate already.
+    // Groups that were too stale for the critics before the trainer died have a fate already.
     let ended = run.tickets_ended();
     run.wait_for("every ticket up to the bound to be judged", |run| {
         &run.tickets_in_log("handed on") | &ended == all
     });
     assert!(
         (&before | &ended) != all,
-        "all was judged before the trainer died"
+        "every ticket was judged before the trainer died"
     );
     assert_eq!(
         run.tickets_in_log("leased"),
@@ -160,7 +161,7 @@ fn without_a_trainer_leases_and_verdicts_go_on_up_to_the_bound() {
     );
     run.signal(Signal::SIGCONT);
     run.finish();
-    assert_whole(&run);
+    assert_complete(&run);
 }
 
 #[test]
@@ -170,7 +171,7 @@ fn no_process_holds_a_secret_that_is_not_its_own() {
     run.wait_until_the_chosen_moment();
     let secrets = run.secrets();
     assert!(secrets.len() >= 6, "credentials of {:?}", secrets.keys());
-    // Everybody holds still, the parent first: it has all the secrets, since it gave them out.
+    // Every process is stopped, the parent first. The parent is not searched: it generated all the secrets.
     run.signal(Signal::SIGSTOP);
     let children = run.children();
     for child in &children {
@@ -186,7 +187,7 @@ fn no_process_holds_a_secret_that_is_not_its_own() {
     }
     assert!(
         own > 0,
-        "not even an own secret was found: the search is blind"
+        "no process holds its own secret: the search does not work"
     );
     let server = run.process("nats-server").secrets_held(&secrets);
     assert!(
@@ -198,5 +199,5 @@ fn no_process_holds_a_secret_that_is_not_its_own() {
     }
     run.signal(Signal::SIGCONT);
     run.finish();
-    assert_whole(&run);
+    assert_complete(&run);
 }

@@ -1,16 +1,17 @@
-//! A small disk in memory, to be filled. A user who may not mount one runs the test again as root of a user namespace.
+//! A small file system in memory that a test can fill. Without the permission to mount one, the test runs itself again as
+//! root of a user namespace.
 
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A file system of a few bytes, gone when dropped.
+/// A mounted tmpfs of a few bytes; dropping it unmounts it.
 pub struct SmallDisk {
     folder: tempfile::TempDir,
 }
 
-/// Set in the namespace: who may not mount there either fails.
+/// Set inside the user namespace, where a failing mount fails the test.
 const IN_NAMESPACE: &str = "MUSTER_TEST_IN_NAMESPACE";
 
 /// Runs the body of the test `name` on a disk of `bytes`.
@@ -33,7 +34,7 @@ pub fn on_small_disk(name: &str, bytes: usize, body: impl FnOnce(&SmallDisk)) {
 }
 
 impl SmallDisk {
-    /// Mounts one, where this user may.
+    /// Mounts a file system; `None` if this user may not.
     fn mounted(bytes: usize) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let size = format!("size={bytes}");
@@ -45,7 +46,6 @@ impl SmallDisk {
         mounted.status.success().then_some(Self { folder })
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }

@@ -1,4 +1,4 @@
-//! `muster snapshot serve` as clients see it: the hub's own paths, ranges, names of content, and what is refused.
+//! `muster snapshot serve` as its clients see it: the paths of a hub, ranges, entity tags, and refusals.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -9,25 +9,31 @@ use std::process::{Child, Stdio};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::{Live, command, finished, json_lines, muster, refusal, result};
+use super::harness::{muster_in, refusal, success, text};
+use super::muster;
+use super::runs::{LiveRun, finished, json_lines, pulled};
 
 /// A gateway that serves until it is dropped.
 pub(super) struct Gateway {
     process: Child,
     address: String,
-    /// Open as long as the gateway may print.
+    /// Kept open, so that the gateway may print.
     _stdout: BufReader<std::process::ChildStdout>,
 }
 
 impl Gateway {
-    pub(super) fn start(folder: &Path, words: &[&str]) -> Self {
-        let mut command = command(folder, &["snapshot", "serve", "--listen", "127.0.0.1:0"]);
-        let mut process = command.args(words).stdout(Stdio::piped()).spawn().unwrap();
+    pub(super) fn start(folder: &Path, arguments: &[&str]) -> Self {
+        let mut command = muster_in(folder, &["snapshot", "serve", "--listen", "127.0.0.1:0"]);
+        let mut process = command
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut stdout = BufReader::new(process.stdout.take().unwrap());
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
         let after = line.split("http://").nth(1);
-        let address = after.unwrap_or_else(|| panic!("{words:?} said {line:?}"));
+        let address = after.unwrap_or_else(|| panic!("{arguments:?} said {line:?}"));
         let address = address.split(',').next().unwrap().to_owned();
         Self {
             process,
@@ -36,8 +42,8 @@ impl Gateway {
         }
     }
 
-    /// Status line and fields, and the body.
-    fn ask(&self, method: &str, path: &str, fields: &str) -> (String, Vec<u8>) {
+    /// Status line with header fields, and the body.
+    fn request(&self, method: &str, path: &str, fields: &str) -> (String, Vec<u8>) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         write!(
             stream,
@@ -59,7 +65,7 @@ impl Gateway {
     }
 
     pub(super) fn get(&self, path: &str) -> (String, Vec<u8>) {
-        self.ask("GET", path, "")
+        self.request("GET", path, "")
     }
 
     fn json(&self, path: &str) -> Value {
@@ -82,7 +88,7 @@ fn field<'a>(head: &'a str, name: &str) -> &'a str {
     found.unwrap_or_else(|| panic!("no {name} in {head}")).1
 }
 
-fn is_error(answered: &(String, Vec<u8>), status: &str, code: &str) {
+fn assert_error(answered: &(String, Vec<u8>), status: &str, code: &str) {
     let (head, body) = answered;
     assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{head}");
     assert_eq!(field(head, "X-Error-Code"), code);
@@ -90,7 +96,7 @@ fn is_error(answered: &(String, Vec<u8>), status: &str, code: &str) {
 }
 
 #[test]
-fn a_runs_checkpoints_are_had_under_a_hubs_paths_by_number_root_and_commit() {
+fn checkpoints_are_served_under_a_hubs_paths_by_number_root_and_commit() {
     let gateway = Gateway::start(finished(), &["--run", "run"]);
     let home = gateway.json("/");
     let versions = home["versions"].as_array().unwrap();
@@ -138,36 +144,36 @@ fn a_runs_checkpoints_are_had_under_a_hubs_paths_by_number_root_and_commit() {
             == fs::read(finished().join("run/checkpoints/4/manifest.json")).unwrap()
     );
 
-    is_error(
+    assert_error(
         &gateway.get("/large/resolve/main/config.json"),
         "404",
         "RepoNotFound",
     );
-    is_error(
+    assert_error(
         &gateway.get("/small/resolve/v3/config.json"),
         "404",
         "RevisionNotFound",
     );
-    is_error(
+    assert_error(
         &gateway.get("/small/resolve/main/../roster.json"),
         "404",
         "EntryNotFound",
     );
-    is_error(
+    assert_error(
         &gateway.get("/small/resolve/main/..%2Froster.json"),
         "404",
         "EntryNotFound",
     );
-    let (head, _) = gateway.ask("PUT", "/small/resolve/main/config.json", "");
+    let (head, _) = gateway.request("PUT", "/small/resolve/main/config.json", "");
     assert!(head.starts_with("HTTP/1.1 405 "), "{head}");
 }
 
 #[test]
-fn parts_of_a_file_and_what_is_known_already_follow_http() {
+fn ranges_and_conditional_requests_follow_http() {
     let gateway = Gateway::start(finished(), &["--run", "run"]);
     let path = "/small/resolve/v4/model.safetensors";
     let whole = fs::read(finished().join("run/checkpoints/4/model.safetensors")).unwrap();
-    let (head, body) = gateway.ask("HEAD", path, "");
+    let (head, body) = gateway.request("HEAD", path, "");
     let (etag, size) = (field(&head, "ETag").to_owned(), whole.len().to_string());
     assert!(body.is_empty());
     for name in ["Content-Length", "X-Linked-Size"] {
@@ -180,35 +186,35 @@ fn parts_of_a_file_and_what_is_known_already_follow_http() {
         ("bytes=-7", whole.len() - 7..whole.len()),
         ("bytes=9000-", 9_000..whole.len()),
     ] {
-        let (head, body) = gateway.ask("GET", path, &format!("Range: {range}\r\n"));
+        let (head, body) = gateway.request("GET", path, &format!("Range: {range}\r\n"));
         assert!(head.starts_with("HTTP/1.1 206 "), "{head}");
         let shown = format!("bytes {}-{}/{size}", part.start, part.end - 1);
         assert_eq!(field(&head, "Content-Range"), shown);
         assert!(body == whole[part], "{range}");
     }
-    let (head, _) = gateway.ask("GET", path, &format!("Range: bytes={size}-\r\n"));
+    let (head, _) = gateway.request("GET", path, &format!("Range: bytes={size}-\r\n"));
     assert!(head.starts_with("HTTP/1.1 416 "), "{head}");
     assert_eq!(field(&head, "Content-Range"), format!("bytes */{size}"));
-    let (head, body) = gateway.ask("GET", path, &format!("If-None-Match: \"x\", {etag}\r\n"));
+    let (head, body) = gateway.request("GET", path, &format!("If-None-Match: \"x\", {etag}\r\n"));
     assert!(
         head.starts_with("HTTP/1.1 304 ") && body.is_empty(),
         "{head}"
     );
     let other = "Range: bytes=5-\r\nIf-Range: \"other\"\r\n";
     assert!(
-        gateway.ask("GET", path, other).1 == whole,
-        "the rest of another content is of no use"
+        gateway.request("GET", path, other).1 == whole,
+        "a range of other content is not sent"
     );
     let same = format!("Range: bytes=5-\r\nIf-Range: {etag}\r\n");
-    assert!(gateway.ask("GET", path, &same).1 == whole[5..]);
+    assert!(gateway.request("GET", path, &same).1 == whole[5..]);
 }
 
 #[test]
-fn the_projects_own_client_pulls_a_model_that_verifies() {
+fn muster_model_pull_fetches_a_served_model_that_verifies() {
     let folder = tempfile::tempdir().unwrap();
     let gateway = Gateway::start(finished(), &["--run", "run"]);
     let endpoint = format!("http://{}", gateway.address);
-    let words = [
+    let arguments = [
         "model",
         "pull",
         "muster/small",
@@ -221,7 +227,7 @@ fn the_projects_own_client_pulls_a_model_that_verifies() {
         "--out",
         "out",
     ];
-    result(&muster(folder.path(), &words));
+    success(&muster(folder.path(), &arguments));
     let (out, checkpoint) = (
         folder.path().join("out"),
         finished().join("run/checkpoints/2"),
@@ -232,35 +238,35 @@ fn the_projects_own_client_pulls_a_model_that_verifies() {
             "{name}"
         );
     }
-    result(&muster(
+    success(&muster(
         folder.path(),
         &["generate", "--model", "out", "--prompt", "1+2="],
     ));
-    // With the proof beside it, it is a snapshot.
+    // With its manifest, the folder is a snapshot.
     fs::write(
         out.join("manifest.json"),
         gateway.get("/small/resolve/v2/manifest.json").1,
     )
     .unwrap();
-    let words = ["snapshot", "verify", out.to_str().unwrap(), "--run", "run"];
-    result(&muster(finished(), &words));
+    let arguments = ["snapshot", "verify", text(&out), "--run", "run"];
+    success(&muster(finished(), &arguments));
 }
 
 #[test]
-fn only_what_the_runs_learner_signed_is_served() {
+fn only_files_signed_by_the_runs_learner_are_served() {
     let folder = tempfile::tempdir().unwrap();
-    let out = super::pulled(folder.path());
-    let out = out.to_str().unwrap();
+    let out = pulled(folder.path());
+    let out = text(&out);
     let verified = muster(
         finished(),
         &["snapshot", "verify", out, "--run", "run", "--json"],
     );
-    let learner = json_lines(&result(&verified))[0]["learner"]
+    let learner = json_lines(&success(&verified))[0]["learner"]
         .as_str()
         .unwrap()
         .to_owned();
     let serve = |learner: &str| {
-        let words = [
+        let arguments = [
             "snapshot",
             "serve",
             out,
@@ -269,7 +275,7 @@ fn only_what_the_runs_learner_signed_is_served() {
             "--listen",
             "127.0.0.1:0",
         ];
-        muster(folder.path(), &words)
+        muster(folder.path(), &arguments)
     };
     assert!(refusal(&serve(&"5".repeat(64))).contains("no version to serve"));
 
@@ -288,17 +294,17 @@ fn only_what_the_runs_learner_signed_is_served() {
     let gateway = Gateway::start(folder.path(), &[out, "--learner", &learner]);
     let weights = "/small/resolve/v4/model.safetensors";
     assert!(gateway.get(weights).1 == good);
-    // Changed where it lies, after it was checked.
+    // The file changes after the gateway has checked it.
     fs::write(&path, &bad).unwrap();
     let (head, body) = gateway.get(weights);
     assert!(!head.starts_with("HTTP/1.1 200 ") && body != bad, "{head}");
-    is_error(&(head, body), "502", "Refused");
+    assert_error(&(head, body), "502", "Refused");
 }
 
 #[test]
 fn a_live_runs_versions_are_pulled_and_served() {
-    let live = Live::start();
-    let words = [
+    let live = LiveRun::start();
+    let arguments = [
         "--creds",
         "run/credentials/evaluator.json",
         "--cache",
@@ -306,7 +312,7 @@ fn a_live_runs_versions_are_pulled_and_served() {
         "--keep",
         "1",
     ];
-    let gateway = Gateway::start(live.folder(), &words);
+    let gateway = Gateway::start(live.folder(), &arguments);
     let info = gateway.json("/api/models/small");
     let version = info["policy_version"].as_u64().unwrap();
     let (head, body) = gateway.get(&format!(
@@ -318,13 +324,13 @@ fn a_live_runs_versions_are_pulled_and_served() {
         field(&head, "ETag"),
         format!("\"{}\"", hex::encode(Sha256::digest(&body)))
     );
-    live.until("a later version", || {
+    live.wait_for("a later version", || {
         gateway.json("/api/models/small")["policy_version"]
             .as_u64()
             .unwrap()
             > version
     });
-    is_error(
+    assert_error(
         &gateway.get("/small/resolve/v999999/config.json"),
         "404",
         "RevisionNotFound",

@@ -1,15 +1,17 @@
-//! A version whose weights are in several files: pulled, verified, loaded, served, pulled again by a hub's client.
+//! A version with its weights in several files is pulled, verified, loaded, served, and pulled again by a hub's client.
 
 use std::fs;
 use std::path::Path;
 
+use super::harness::{refusal, success, text};
+use super::muster;
+use super::runs::{finished, json_lines, pulled};
 use super::serve::Gateway;
-use super::{finished, json_lines, muster, refusal, result};
 
-/// The newest checkpoint, split in files that hold a part of it each.
+/// The newest checkpoint, pulled with its weights split over several files.
 fn split(into: &Path) -> String {
     let out = into.join("split").to_str().unwrap().to_owned();
-    let words = [
+    let arguments = [
         "snapshot",
         "pull",
         "--run",
@@ -19,7 +21,7 @@ fn split(into: &Path) -> String {
         "--out",
         &out,
     ];
-    result(&muster(finished(), &words));
+    success(&muster(finished(), &arguments));
     let index = into.join("split/model.safetensors.index.json");
     assert!(index.is_file() && !into.join("split/model.safetensors").exists());
     out
@@ -29,22 +31,22 @@ fn logprobs(model: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     let tokens = folder.path().join("tokens.jsonl");
     fs::write(&tokens, "{\"tokens\": [5, 7, 2, 9, 11, 3]}\n").unwrap();
-    let words = [
+    let arguments = [
         "logprobs",
         "--model",
         model,
         "--tokens",
         tokens.to_str().unwrap(),
     ];
-    result(&muster(folder.path(), &words))
+    success(&muster(folder.path(), &arguments))
 }
 
 #[test]
 fn weights_in_several_files_verify_and_give_the_same_log_probs() {
     let folder = tempfile::tempdir().unwrap();
-    let (whole, split) = (super::pulled(folder.path()), split(folder.path()));
-    let words = ["snapshot", "verify", &split, "--run", "run", "--json"];
-    let report = &json_lines(&result(&muster(finished(), &words)))[0];
+    let (whole, split) = (pulled(folder.path()), split(folder.path()));
+    let arguments = ["snapshot", "verify", &split, "--run", "run", "--json"];
+    let report = &json_lines(&success(&muster(finished(), &arguments)))[0];
     let files = report["files"].as_object().unwrap();
     let weights = files.iter().filter(|(name, _)| name.ends_with("tensors"));
     let sizes: Vec<u64> = weights.map(|(_, bytes)| bytes.as_u64().unwrap()).collect();
@@ -52,12 +54,12 @@ fn weights_in_several_files_verify_and_give_the_same_log_probs() {
         sizes.len() > 1 && sizes.iter().all(|bytes| *bytes <= 16_384),
         "{sizes:?}"
     );
-    assert_eq!(logprobs(&split), logprobs(whole.to_str().unwrap()));
+    assert_eq!(logprobs(&split), logprobs(text(&whole)));
     let second = Path::new(&split).join(format!("model-00002-of-{:05}.safetensors", sizes.len()));
     let mut bytes = fs::read(&second).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&second, bytes).unwrap();
-    let said = refusal(&muster(finished(), &words));
+    let said = refusal(&muster(finished(), &arguments));
     assert!(
         said.contains("model-00002-of-") && said.contains(".."),
         "{said}"
@@ -65,11 +67,11 @@ fn weights_in_several_files_verify_and_give_the_same_log_probs() {
 }
 
 #[test]
-fn weights_in_several_files_are_served_and_pulled_from_there() {
+fn weights_in_several_files_are_served_and_pulled() {
     let folder = tempfile::tempdir().unwrap();
     let split = split(folder.path());
-    let words = ["snapshot", "verify", &split, "--run", "run", "--json"];
-    let report = &json_lines(&result(&muster(finished(), &words)))[0];
+    let arguments = ["snapshot", "verify", &split, "--run", "run", "--json"];
+    let report = &json_lines(&success(&muster(finished(), &arguments)))[0];
     let learner = report["learner"].as_str().unwrap();
     let gateway = Gateway::start(folder.path(), &[&split, "--learner", learner]);
     let files = report["files"].as_object().unwrap().keys();
@@ -82,7 +84,7 @@ fn weights_in_several_files_are_served_and_pulled_from_there() {
         );
     }
     let endpoint = format!("http://{}", gateway.address());
-    let words = [
+    let arguments = [
         "model",
         "pull",
         "muster/small",
@@ -93,7 +95,7 @@ fn weights_in_several_files_are_served_and_pulled_from_there() {
         "--out",
         "out",
     ];
-    result(&muster(folder.path(), &words));
+    success(&muster(folder.path(), &arguments));
     let out = folder.path().join("out");
-    assert_eq!(logprobs(out.to_str().unwrap()), logprobs(&split));
+    assert_eq!(logprobs(text(&out)), logprobs(&split));
 }

@@ -1,21 +1,21 @@
-//! Processes of this machine as `/proc` shows them: found by their parent, signalled, looked into.
+//! Processes of this machine as `/proc` shows them: finds them by their parent, signals them, searches their memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// How often `/proc` is looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
-/// Memory is read in pieces of this size.
-const PIECE: usize = 1 << 20;
-/// The smallest page of the systems that this runs on.
-const PAGE: usize = 4 << 10;
+use super::harness::Deadline;
 
-/// A process, told from a later one with the same number by when it started.
+/// Bytes of memory read at once.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Bytes of the smallest page of the supported systems.
+const PAGE_BYTES: usize = 4 << 10;
+
+/// A process. Its start time tells it from a later process with the same number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
     pub pid: i32,
@@ -25,10 +25,10 @@ pub struct Process {
 }
 
 impl Process {
-    /// Of a number, if it runs: one that has ended and waits to be noticed does not.
+    /// The process with a number, if it runs; a zombie does not.
     fn of(pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name stands in parentheses and may hold anything; the numbers follow the last one.
+        // The name is in parentheses and may hold any text; the numbers follow the last parenthesis.
         let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let words = line
@@ -44,18 +44,16 @@ impl Process {
         (state != "Z" && state != "X").then_some(process)
     }
 
-    /// Whether it still runs.
     pub fn runs(&self) -> bool {
         Self::of(self.pid).is_some_and(|now| now.started == self.started)
     }
 
-    /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid), signal)
             .unwrap_or_else(|error| panic!("{signal} does not reach {self:?}: {error}"));
     }
 
-    /// Whose secrets are somewhere in its memory, as bytes or as hexadecimal digits.
+    /// Names of the members whose secrets are in its memory, as bytes or as hexadecimal digits.
     pub fn secrets_held(&self, secrets: &BTreeMap<String, [u8; 32]>) -> Vec<String> {
         let search = Search::of(secrets);
         let pid = self.pid;
@@ -64,25 +62,25 @@ impl Process {
             .unwrap_or_else(|error| panic!("the memory of a child cannot be read ({error})"));
         let mut present = fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
         let mut held = BTreeSet::new();
-        let mut piece = vec![0u8; PIECE];
+        let mut chunk = vec![0u8; CHUNK_BYTES];
         for line in maps.lines().filter(|line| line.contains(" rw")) {
             let range = line.split(' ').next().unwrap();
             let (start, end) = range.split_once('-').unwrap();
             let mut at = u64::from_str_radix(start, 16).unwrap();
             let end = u64::from_str_radix(end, 16).unwrap();
             while at < end {
-                let length = PIECE.min((end - at) as usize);
+                let length = CHUNK_BYTES.min((end - at) as usize);
                 if !any_page_present(&mut present, at, length) {
                     at += length as u64;
                     continue;
                 }
                 memory.seek(SeekFrom::Start(at)).unwrap();
-                // A page that has gone since is nobody's secret.
-                let read = memory.read(&mut piece[..length]).unwrap_or(0);
-                search.add_found(&piece[..read], &mut held);
-                // Pieces overlap, so that a secret across an edge is seen.
+                // A page that was freed since then is read as empty.
+                let read = memory.read(&mut chunk[..length]).unwrap_or(0);
+                search.add_found(&chunk[..read], &mut held);
+                // Chunks overlap, so that a secret across an edge is seen.
                 at += length.saturating_sub(64).max(1).min(length) as u64;
-                if length < PIECE {
+                if length < CHUNK_BYTES {
                     break;
                 }
             }
@@ -93,10 +91,10 @@ impl Process {
 
 /// Whether any page of a range is in memory: allocators reserve far more than they touch.
 fn any_page_present(pagemap: &mut fs::File, start: u64, length: usize) -> bool {
-    let pages = length.div_ceil(PAGE) + 1;
+    let pages = length.div_ceil(PAGE_BYTES) + 1;
     let mut entries = vec![0u8; 8 * pages];
     pagemap
-        .seek(SeekFrom::Start(start / PAGE as u64 * 8))
+        .seek(SeekFrom::Start(start / PAGE_BYTES as u64 * 8))
         .unwrap();
     let read = pagemap.read(&mut entries).unwrap_or(0);
     // The two highest bits of an entry: in memory, or swapped out.
@@ -146,18 +144,14 @@ pub fn children_of(parent: i32) -> Vec<Process> {
         .collect()
 }
 
-/// Waits until none of them runs any more.
+/// Waits until no process of the list runs.
 pub fn wait_until_gone(processes: &[Process], limit: Duration) {
-    let start = Instant::now();
+    let deadline = Deadline::after(limit);
     loop {
         let left: Vec<&Process> = processes.iter().filter(|process| process.runs()).collect();
         if left.is_empty() {
             return;
         }
-        assert!(
-            start.elapsed() < limit,
-            "still there after {limit:?}: {left:?}"
-        );
-        std::thread::sleep(LOOK_AGAIN);
+        deadline.pause(|| format!("still running: {left:?}"));
     }
 }

@@ -1,4 +1,4 @@
-//! What a run directory must say when its run is over, whoever was killed on the way.
+//! What the directory of a finished run must hold, whichever process was killed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -12,8 +12,8 @@ use muster_protocol::subject::Role;
 
 use super::run::{BATCH_GROUPS, Run, STEPS};
 
-/// Every ticket has one fate, every group one, every step one line; nothing is trained twice; the result is whole.
-pub fn assert_whole(run: &Run) {
+/// Every ticket and every group has one fate, every step one line; no group is trained twice; the result is complete.
+pub fn assert_complete(run: &Run) {
     let dir = run.dir();
     let selections = read_all::<SelectionLine>(&dir.join("selections.jsonl")).unwrap();
     assert_one_fate_each(&selections);
@@ -50,10 +50,10 @@ fn assert_one_fate_each(selections: &[SelectionLine]) {
     assert_eq!(ended, issued, "tickets without a fate");
 }
 
-type Members = BTreeSet<(TicketId, GroupHash)>;
+type Groups = BTreeSet<(TicketId, GroupHash)>;
 
-fn trained_by_step(selections: &[SelectionLine]) -> BTreeMap<u64, Members> {
-    let mut trained: BTreeMap<u64, Members> = BTreeMap::new();
+fn trained_by_step(selections: &[SelectionLine]) -> BTreeMap<u64, Groups> {
+    let mut trained: BTreeMap<u64, Groups> = BTreeMap::new();
     for line in selections.iter().filter(|line| line.fate == Fate::Trained) {
         let (step, group) = (line.step.unwrap(), line.group.unwrap());
         trained
@@ -64,21 +64,25 @@ fn trained_by_step(selections: &[SelectionLine]) -> BTreeMap<u64, Members> {
     trained
 }
 
-/// One line and one file of rollouts per step, of the groups that the selections name for it.
-fn assert_steps(dir: &Path, trained: &BTreeMap<u64, Members>) {
+/// Each step has one line of metrics and one rollout file, with the groups that selections.jsonl names for it.
+fn assert_steps(dir: &Path, trained: &BTreeMap<u64, Groups>) {
     let lines = read_all::<StepMetrics>(&dir.join("metrics.jsonl")).unwrap();
     let steps: Vec<u64> = lines.iter().map(|line| line.step).collect();
     assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "steps on record");
     let files = std::fs::read_dir(dir.join("rollouts")).unwrap().count() as u64;
-    assert_eq!(files, STEPS, "files of rollouts");
+    assert_eq!(files, STEPS, "rollout files");
     for step in steps {
         let path = dir.join("rollouts").join(format!("step-{step:08}.jsonl"));
         let rollouts = read_all::<RolloutLine>(&path).unwrap();
-        let members: Members = rollouts
+        let groups: Groups = rollouts
             .iter()
             .map(|line| (line.ticket, line.group))
             .collect();
-        assert_eq!(members.len() as u64, BATCH_GROUPS, "groups of step {step}");
-        assert_eq!(trained.get(&step), Some(&members), "members of step {step}");
+        assert_eq!(
+            groups.len() as u64,
+            BATCH_GROUPS,
+            "number of groups of step {step}"
+        );
+        assert_eq!(trained.get(&step), Some(&groups), "groups of step {step}");
     }
 }

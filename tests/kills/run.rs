@@ -1,10 +1,10 @@
-//! A short run of `muster local`: started, watched, hit, finished.
+//! A short run of `muster local`: starts it, follows it, signals its processes and waits for its end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,140 +12,76 @@ use muster_protocol::record::{SelectionLine, read_all};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::harness::{Deadline, TIMEOUT, muster, small_run, starting_from, succeed, text};
 use super::processes::{Process, children_of};
 
-/// Steps of a run.
 pub const STEPS: u64 = 80;
-/// B.
 pub const BATCH_GROUPS: u64 = 8;
-/// η.
 pub const ASYNC_LEVEL: u64 = 2;
-/// Steps of which one is the last before somebody is hit. Many more are left then, since a step may take 20 ms: whoever is
-/// hit is still at work.
-const HIT_AFTER: std::ops::Range<u64> = 3..30;
-/// A step of these runs takes about as long: the moment falls anywhere in it.
+/// Range of the step after which a process is killed. A step may take only 20 ms: with many steps left, the killed process
+/// still has work.
+const KILL_AFTER: std::ops::Range<u64> = 3..30;
+/// A step of these runs takes about as long, so that the moment may fall anywhere within a step.
 const STEP_MS: u64 = 50;
-/// How long anything may take on a busy machine before the run counts as stuck.
-const PATIENCE: Duration = Duration::from_secs(90);
-/// How often files are looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// A trainer that takes no step for this long has no batch: a step takes a tenth of it.
+const STARVED_AFTER: Duration = Duration::from_secs(2);
 
-/// A trainer that takes no step for this long has no batch: its steps take a tenth of this.
-const STARVED: Duration = Duration::from_secs(2);
-
-const CONFIG: &str = r#"
-[run]
-name = "kills"
-steps = 80
-async_level = 2
-
-[warmup]
-hidden = 32
-intermediate = 64
-layers = 2
-heads = 2
-kv_heads = 1
-stop_accuracy = 0.0
-
-[sampling]
-group_size = 4
-tokens_max = 12
-stop = ["."]
-
-[learner]
-batch_groups = 8
-checkpoint_every = 20
-
+/// Two gradient shards, and a seeder.
+const MORE: &str = "
 [learner.train]
 updates_per_step = 1
 gradient_shards = 2
 
 [local]
 seeders = 1
+";
 
-[eval]
-every = 1000
-samples = 32
-
-[task]
-type = "running_sums"
-
-[[reward]]
-type = "numeric_match"
-name = "correct"
-extract = { after_last = "," }
-terminator = "."
-number = "whole"
-
-# An untrained policy is never right: what its groups differ in is their length.
-[[reward]]
-type = "length"
-name = "short"
-unit = "chars"
-target = 3
-ramp = 12
-"#;
-
-/// Each run is seven processes, and these tests are about moments: one at a time.
+/// Each run has seven processes and these tests depend on timing, so that only one runs at a time.
 pub fn one_at_a_time() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A folder with the configuration and a starting policy, made once.
-fn start() -> &'static Path {
-    static START: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let folder = START.get_or_init(|| {
+fn shared_files() -> &'static Path {
+    static FILES: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let folder = FILES.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let (warmup, model) = (
             folder.path().join("warmup.toml"),
             folder.path().join("model"),
         );
-        fs::write(&warmup, CONFIG).unwrap();
-        let made = muster(&["warmup", text(&warmup), "--out", text(&model)])
-            .output()
-            .unwrap();
-        assert!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
-        let config = format!("{CONFIG}\n[model]\npath = {:?}\n", text(&model));
+        let config = small_run("kills", STEPS, 20) + MORE;
+        fs::write(&warmup, &config).unwrap();
+        succeed(&mut muster(&[
+            "warmup",
+            text(&warmup),
+            "--out",
+            text(&model),
+        ]));
+        let config = starting_from(&config, &model);
         fs::write(folder.path().join("kills.toml"), config).unwrap();
         folder
     });
     folder.path()
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temporary folders have plain names")
-}
-
-fn muster(words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_muster"));
-    command
-        .args(words)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdin(Stdio::null());
-    command
-}
-
-/// A run under way.
+/// A run in progress.
 pub struct Run {
     folder: tempfile::TempDir,
     parent: Child,
-    /// When somebody is hit: after this step, and a little.
+    /// The step and the time after it at which a process is killed.
     moment: (u64, Duration),
 }
 
 impl Run {
-    /// Starts a run; `name` and the seed choose the moment.
+    /// Starts a run; `name` and the seed determine the moment of the kill.
     pub fn start(name: &str) -> Self {
         let seed: u64 = std::env::var("MUSTER_KILL_SEED").map_or(1, |seed| seed.parse().unwrap());
         let drawn = muster_protocol::id::ContentHash::of(format!("{seed} {name}").as_bytes()).0;
-        let step = HIT_AFTER.start + u64::from(drawn[0]) % (HIT_AFTER.end - HIT_AFTER.start);
+        let step = KILL_AFTER.start + u64::from(drawn[0]) % (KILL_AFTER.end - KILL_AFTER.start);
         let after = Duration::from_millis(u64::from(drawn[1]) % STEP_MS);
-        eprintln!("{name} is hit {after:?} after step {step} (MUSTER_KILL_SEED={seed})");
+        eprintln!("{name} is killed {after:?} after step {step} (MUSTER_KILL_SEED={seed})");
         let folder = tempfile::tempdir().unwrap();
         let parent = launch(folder.path());
         Self {
@@ -155,57 +91,50 @@ impl Run {
         }
     }
 
-    /// The same command again.
+    /// Runs the same command again.
     pub fn start_again(&mut self) {
         self.parent = launch(self.folder.path());
     }
 
-    /// The run directory.
     pub fn dir(&self) -> PathBuf {
         self.folder.path().join("run")
     }
 
-    /// Waits until `reached`, and fails with what everybody last said if that takes too long.
-    pub fn wait_for(&mut self, what: &str, reached: impl Fn(&Self) -> bool) {
-        let start = Instant::now();
-        while !reached(self) {
+    /// Waits until `has_come`; panics with the last log lines of every process if that takes too long.
+    pub fn wait_for(&mut self, event: &str, has_come: impl Fn(&Self) -> bool) {
+        let deadline = Deadline::after(TIMEOUT);
+        while !has_come(self) {
             if let Some(status) = self.parent.try_wait().unwrap() {
                 panic!(
-                    "waited for {what}, but the run ended with {status}: {}",
-                    self.last_words()
+                    "the run ended with {status} before {event}: {}",
+                    self.last_lines()
                 );
             }
-            assert!(
-                start.elapsed() < PATIENCE,
-                "waited {PATIENCE:?} for {what}: {}",
-                self.last_words()
-            );
-            std::thread::sleep(LOOK_AGAIN);
+            deadline.pause(|| format!("{event} did not come: {}", self.last_lines()));
         }
     }
 
-    /// Waits for the moment that the seed chose.
+    /// Waits for the moment that was drawn from the seed.
     pub fn wait_until_the_chosen_moment(&mut self) {
         let (step, after) = self.moment;
         self.wait_for(&format!("step {step}"), |run| run.steps_taken() >= step);
         std::thread::sleep(after);
     }
 
-    /// Waits until workers that were stopped leave the trainer without a batch, and a seeder holds the newest version.
+    /// Waits until the trainer has no batch, since the workers are stopped, and a seeder holds the newest version.
     pub fn wait_until_the_trainer_starves(&mut self) {
         let mut since = (Instant::now(), 0);
-        let start = Instant::now();
+        let deadline = Deadline::after(TIMEOUT);
         loop {
             let now = self.steps_taken();
             if now != since.1 {
                 since = (Instant::now(), now);
             }
             let served = format!("serving version={now} ");
-            if since.0.elapsed() > STARVED && self.log("seeder-1").contains(&served) {
+            if since.0.elapsed() > STARVED_AFTER && self.log("seeder-1").contains(&served) {
                 return;
             }
-            assert!(start.elapsed() < PATIENCE, "{}", self.last_words());
-            std::thread::sleep(LOOK_AGAIN);
+            deadline.pause(|| format!("the trainer still has batches: {}", self.last_lines()));
         }
     }
 
@@ -218,64 +147,58 @@ impl Run {
         i32::try_from(self.parent.id()).unwrap()
     }
 
-    /// Everybody under the parent.
     pub fn children(&self) -> Vec<Process> {
         children_of(self.pid())
     }
 
-    /// The process that plays a part now, waited for if it is being started.
+    /// The process of a role; waits for one that is being started.
     pub fn process(&mut self, name: &str) -> Process {
         let credentials = format!("/{name}.json");
-        let plays = |process: &Process| match name {
+        let has_role = |process: &Process| match name {
             "nats-server" => process.words.iter().any(|word| word.ends_with("nats.conf")),
             _ => process
                 .words
                 .iter()
                 .any(|word| word.ends_with(&credentials)),
         };
-        self.wait_for(name, |run| run.children().iter().any(plays));
-        self.children().into_iter().find(plays).unwrap()
+        self.wait_for(name, |run| run.children().iter().any(has_role));
+        self.children().into_iter().find(has_role).unwrap()
     }
 
-    /// Waits for the parent's end.
+    /// Waits until the parent has ended.
     pub fn wait_for_end(&mut self, limit: Duration) -> ExitStatus {
-        let start = Instant::now();
+        let deadline = Deadline::after(limit);
         loop {
             if let Some(status) = self.parent.try_wait().unwrap() {
                 return status;
             }
-            assert!(
-                start.elapsed() < limit,
-                "the parent has not ended after {limit:?}: {}",
-                self.last_words()
-            );
-            std::thread::sleep(LOOK_AGAIN);
+            deadline.pause(|| format!("the parent still runs: {}", self.last_lines()));
         }
     }
 
-    /// Waits for the run's own good end.
+    /// Waits until the run has finished successfully.
     pub fn finish(&mut self) {
         let children = self.children();
-        let status = self.wait_for_end(PATIENCE);
+        let status = self.wait_for_end(TIMEOUT);
         assert!(
             status.success(),
             "the run ended with {status}: {}",
-            self.last_words()
+            self.last_lines()
         );
         super::processes::wait_until_gone(&children, Duration::from_secs(1));
     }
 
-    /// What the parent printed on stderr so far.
+    /// Standard error of the parent so far.
     pub fn stderr(&self) -> String {
         read(&self.folder.path().join("stderr"))
     }
 
-    /// What a process has printed so far.
+    /// Log of a process so far.
     pub fn log(&self, name: &str) -> String {
         read(&self.dir().join("logs").join(format!("{name}.log")))
     }
 
-    fn last_words(&self) -> String {
+    fn last_lines(&self) -> String {
         let mut words = format!("the parent: {}", self.stderr());
         for name in [
             "trainer",
@@ -311,7 +234,7 @@ impl Run {
         numbers.max().unwrap_or(0)
     }
 
-    /// Tickets that ended without being trained, as far as selections.jsonl knows.
+    /// Number of tickets that ended without being trained, from selections.jsonl.
     pub fn tickets_freed(&self) -> u64 {
         let lines = read(&self.dir().join("selections.jsonl"));
         let freed = |line: &&str| {
@@ -321,18 +244,18 @@ impl Run {
         lines.lines().filter(freed).count() as u64
     }
 
-    /// Tickets that ended, as far as selections.jsonl knows.
+    /// Tickets that ended, from selections.jsonl.
     pub fn tickets_ended(&self) -> BTreeSet<u64> {
         let path = self.dir().join("selections.jsonl");
         let lines = read_all::<SelectionLine>(&path).unwrap();
         lines.iter().map(|line| line.ticket.0).collect()
     }
 
-    /// Tickets of which dispatch has logged `what`.
-    pub fn tickets_in_log(&self, what: &str) -> BTreeSet<u64> {
+    /// Tickets for which dispatch has logged `event`.
+    pub fn tickets_in_log(&self, event: &str) -> BTreeSet<u64> {
         let log = self.log("dispatch");
         let ticket = |line: &str| -> Option<u64> {
-            let rest = line.split(&format!(": {what} ticket=")).nth(1)?;
+            let rest = line.split(&format!(": {event} ticket=")).nth(1)?;
             rest.split(' ').next()?.parse().ok()
         };
         log.lines().filter_map(ticket).collect()
@@ -355,7 +278,7 @@ impl Drop for Run {
             self.folder.disable_cleanup(true);
             eprintln!("the run is kept in {}", self.dir().display());
         }
-        // The parent alone: its children go with it.
+        // Its children end with the parent.
         if matches!(self.parent.try_wait(), Ok(None)) {
             self.parent.kill().unwrap();
             self.parent.wait().unwrap();
@@ -365,7 +288,7 @@ impl Drop for Run {
 
 fn launch(folder: &Path) -> Child {
     let stderr = fs::File::create(folder.join("stderr")).unwrap();
-    let config = start().join("kills.toml");
+    let config = shared_files().join("kills.toml");
     let dir = folder.join("run");
     let words = ["local", text(&config), "--dir", text(&dir), "--quiet"];
     muster(&words)
