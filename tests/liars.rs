@@ -14,7 +14,7 @@ mod config;
 
 #[path = "liars/critic.rs"]
 mod critic;
-#[path = "support/in_turn.rs"]
+#[path = "harness/in_turn.rs"]
 mod in_turn;
 #[path = "liars/ledger.rs"]
 mod ledger;

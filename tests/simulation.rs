@@ -1,6 +1,6 @@
-//! The simulated swarm: a thousand workers on the bus in memory, under virtual time, with messages lost, members that die
-//! and come back, and liars among them. The shells and their decisions are the shipped ones (dispatch, trainer, worker,
-//! critic, follower); only the model is a table and the clock is the simulator's. One seed fixes everything.
+//! A simulated swarm: a thousand workers on the bus in memory, under virtual time. Messages are lost, members die and
+//! restart, and some members lie. The services are the shipped ones (dispatch, trainer, worker, critic, follower); only the
+//! model is a table and the clock is simulated. A seed determines the whole run.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -9,40 +9,50 @@
     unreachable_pub
 )]
 
-#[path = "simulation/cast.rs"]
-mod cast;
 #[path = "simulation/checks.rs"]
 mod checks;
-#[path = "support/in_turn.rs"]
+#[path = "harness/in_turn.rs"]
 mod in_turn;
-#[path = "simulation/ledger.rs"]
-mod ledger;
 #[path = "simulation/liar.rs"]
 mod liar;
-#[path = "simulation/shelf.rs"]
-mod shelf;
-#[path = "simulation/stage.rs"]
-mod stage;
+#[path = "simulation/members.rs"]
+mod members;
+#[path = "harness/memory_objects.rs"]
+mod memory_objects;
+#[path = "simulation/objects.rs"]
+mod objects;
+#[path = "simulation/observed_bus.rs"]
+mod observed_bus;
+#[path = "simulation/observer.rs"]
+mod observer;
+#[path = "simulation/processes.rs"]
+mod processes;
+#[path = "simulation/run.rs"]
+mod run;
+#[path = "simulation/schedule.rs"]
+mod schedule;
+#[path = "simulation/swarm.rs"]
+mod swarm;
 #[path = "simulation/table.rs"]
 mod table;
-#[path = "simulation/watched.rs"]
-mod watched;
+#[path = "simulation/task.rs"]
+mod task;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use stage::{Outcome, Play, play};
+use run::{Report, Scenario, simulate};
 
-/// Seeds that every test run plays.
+/// Seeds of every test run.
 const SEEDS: std::ops::Range<u64> = 0..10;
 /// Seeds of the long form: `cargo test --release --test simulation -- --ignored a_hundred_seeds --nocapture`.
 const SEEDS_LONG: std::ops::Range<u64> = 0..100;
-/// Played at once: each seed has a thread and a runtime of its own.
+/// Seeds simulated at once, each with its own thread and runtime.
 const THREADS: usize = 2;
 
-/// Plays every seed and fails with the first that breaks a rule, naming it.
-fn play_all(seeds: std::ops::Range<u64>) {
+/// Simulates every seed, then fails with the rules that were broken, by seed.
+fn simulate_all(seeds: std::ops::Range<u64>) {
     let began = Instant::now();
     let queue = Mutex::new(seeds.clone());
     let failed: Mutex<Vec<String>> = Mutex::default();
@@ -53,9 +63,9 @@ fn play_all(seeds: std::ops::Range<u64>) {
                     let Some(seed) = queue.lock().unwrap().next() else {
                         return;
                     };
-                    let outcome = play(Play::of_seed(seed));
-                    println!("{}", outcome.line());
-                    failed.lock().unwrap().extend(told(seed, &outcome));
+                    let report = simulate(Scenario::of_seed(seed));
+                    println!("{}", report.line());
+                    failed.lock().unwrap().extend(violations(seed, &report));
                 }
             });
         }
@@ -65,10 +75,10 @@ fn play_all(seeds: std::ops::Range<u64>) {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
-/// What a run broke: of each rule the first case, and how many there are.
-fn told(seed: u64, outcome: &Outcome) -> Vec<String> {
+/// The first violation of each rule, with the number of violations.
+fn violations(seed: u64, report: &Report) -> Vec<String> {
     let mut rules: BTreeMap<&str, (&str, usize)> = BTreeMap::new();
-    for violation in &outcome.violations {
+    for violation in &report.violations {
         let rule = violation.split(':').next().unwrap_or_default();
         rules.entry(rule).or_insert((violation, 0)).1 += 1;
     }
@@ -80,30 +90,30 @@ fn told(seed: u64, outcome: &Outcome) -> Vec<String> {
 
 #[test]
 fn a_thousand_workers_close_fifty_steps_whatever_the_seed() {
-    play_all(SEEDS);
+    simulate_all(SEEDS);
 }
 
 #[test]
 #[ignore = "the long form of a_thousand_workers_close_fifty_steps_whatever_the_seed: minutes"]
 fn a_hundred_seeds() {
-    play_all(SEEDS_LONG);
+    simulate_all(SEEDS_LONG);
 }
 
 #[test]
-fn equal_seeds_give_equal_runs_and_others_do_not() {
-    let small = |seed| Play {
+fn equal_seeds_give_equal_runs_and_different_seeds_different_runs() {
+    let small = |seed| Scenario {
         workers: 200,
         steps: 20,
-        ..Play::of_seed(seed)
+        ..Scenario::of_seed(seed)
     };
     let traces = std::thread::scope(|scope| {
-        let threads = [7, 7, 8].map(|seed| scope.spawn(move || play(small(seed))));
+        let threads = [7, 7, 8].map(|seed| scope.spawn(move || simulate(small(seed))));
         threads.map(|thread| thread.join().unwrap())
     });
-    let [one, again, other]: [Outcome; 3] = traces;
+    let [one, again, other]: [Report; 3] = traces;
     assert_eq!(
         one.trace, again.trace,
-        "seed 7 was played twice and moved other messages"
+        "two runs of seed 7 sent different messages"
     );
     assert_ne!(one.trace, other.trace);
 }

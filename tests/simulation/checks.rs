@@ -1,4 +1,4 @@
-//! What must hold after a run, read from its logs and from what the ledger saw.
+//! What must hold after a run, checked against its logs and the observations.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,10 +7,10 @@ use muster_protocol::id::{GroupHash, TicketId};
 use muster_protocol::message::batch::Batch;
 use muster_protocol::message::fate::{Fate, FateRecord};
 
-use crate::ledger::{Book, Quality};
+use crate::observer::{Observations, Quality};
 
-/// What a run left behind.
-pub struct Record {
+/// The logs and counters of a finished run.
+pub struct RunRecord {
     pub fates: Vec<FateRecord>,
     pub batches: Vec<Batch>,
     pub counters: MemoryCounters,
@@ -19,18 +19,18 @@ pub struct Record {
 }
 
 /// Every rule that the run broke.
-pub fn check(book: &Book, record: &Record) -> Vec<String> {
-    let mut broken = book.violations.clone();
-    broken.extend(fates(book, record));
-    broken.extend(batches(book, record));
-    broken.extend(verdicts(book, record));
-    broken.extend(lies_were_told(book, record));
-    broken.extend(bounds(book, record));
+pub fn check(seen: &Observations, record: &RunRecord) -> Vec<String> {
+    let mut broken = seen.violations.clone();
+    broken.extend(fates(seen, record));
+    broken.extend(batches(seen, record));
+    broken.extend(verdicts(seen, record));
+    broken.extend(lies_were_caught(seen, record));
+    broken.extend(bounds(seen, record));
     broken
 }
 
-/// Exactly one fate per ticket, and nobody decided another.
-fn fates(book: &Book, record: &Record) -> Vec<String> {
+/// Every ticket has exactly one fate on record, and no other was decided for it.
+fn fates(seen: &Observations, record: &RunRecord) -> Vec<String> {
     let mut broken = Vec::new();
     let mut ended: BTreeMap<TicketId, Vec<Fate>> = BTreeMap::new();
     for fate in record
@@ -40,13 +40,13 @@ fn fates(book: &Book, record: &Record) -> Vec<String> {
     {
         ended.entry(fate.ticket).or_default().push(fate.fate);
     }
-    for ticket in (1..=book.issued).map(TicketId) {
+    for ticket in (1..=seen.issued).map(TicketId) {
         match ended.get(&ticket).map(Vec::as_slice) {
             Some([_]) => {}
             None => broken.push(format!("fate: ticket {ticket} has none")),
             Some(many) => broken.push(format!("fate: ticket {ticket} has {many:?}")),
         }
-        let decided = book.decided.get(&ticket).into_iter().flatten();
+        let decided = seen.decided.get(&ticket).into_iter().flatten();
         let decided: Vec<&Fate> = decided.filter(|fate| **fate != Fate::Duplicate).collect();
         if decided.len() > 1 {
             broken.push(format!("fate: ticket {ticket} was decided as {decided:?}"));
@@ -55,11 +55,12 @@ fn fates(book: &Book, record: &Record) -> Vec<String> {
     broken
 }
 
-/// Each step once; no ticket and no group twice; nothing too old; trained is what the manifests say.
-fn batches(book: &Book, record: &Record) -> Vec<String> {
+/// Each step is closed once; no ticket or group is trained twice; no group is too stale; the manifests hold exactly the
+/// groups with the fate trained.
+fn batches(seen: &Observations, record: &RunRecord) -> Vec<String> {
     let mut broken = Vec::new();
     let steps: Vec<u64> = record.batches.iter().map(|batch| batch.step.0).collect();
-    let expected: Vec<u64> = (1..=book.rules.steps).collect();
+    let expected: Vec<u64> = (1..=seen.rules.steps).collect();
     if steps != expected {
         broken.push(format!("batches: the steps closed are {steps:?}"));
     }
@@ -74,15 +75,15 @@ fn batches(book: &Book, record: &Record) -> Vec<String> {
                 ));
             }
             let staleness = (batch.step.0 - 1).saturating_sub(entry.version.0);
-            if staleness > book.rules.async_level {
-                let most = book.rules.async_level;
+            if staleness > seen.rules.async_level {
+                let most = seen.rules.async_level;
                 broken.push(format!(
                     "staleness: step {} holds a group {staleness} steps old, at most {most} may be",
                     batch.step
                 ));
             }
         }
-        if batch.groups.len() as u64 != book.rules.batch_groups {
+        if batch.groups.len() as u64 != seen.rules.batch_groups {
             broken.push(format!(
                 "batches: step {} has {} groups",
                 batch.step,
@@ -104,15 +105,15 @@ fn batches(book: &Book, record: &Record) -> Vec<String> {
     broken
 }
 
-/// Every bad group that was audited is rejected, and no honest one.
-fn verdicts(book: &Book, record: &Record) -> Vec<String> {
+/// Every audited bad group is rejected, and no honest group is.
+fn verdicts(seen: &Observations, record: &RunRecord) -> Vec<String> {
     let mut broken = Vec::new();
     for fate in record
         .fates
         .iter()
         .filter(|fate| fate.fate == Fate::Rejected)
     {
-        let answer = fate.lease.and_then(|lease| book.answers.get(&lease));
+        let answer = fate.lease.and_then(|lease| seen.answers.get(&lease));
         if answer != Some(&Quality::Bad) {
             broken.push(format!(
                 "liars: an honest group of ticket {} was rejected: {}",
@@ -120,8 +121,8 @@ fn verdicts(book: &Book, record: &Record) -> Vec<String> {
             ));
         }
     }
-    for (group, audited) in &book.accepted {
-        let Some(admission) = book.admitted.get(group) else {
+    for (group, audited) in &seen.accepted {
+        let Some(admission) = seen.admitted.get(group) else {
             broken.push(format!(
                 "liars: group {} was accepted and never admitted",
                 group.short()
@@ -144,11 +145,11 @@ fn verdicts(book: &Book, record: &Record) -> Vec<String> {
     broken
 }
 
-/// A run in which nobody was caught would show nothing.
-fn lies_were_told(book: &Book, record: &Record) -> Vec<String> {
+/// The run admitted bad groups and rejected some: otherwise it would show nothing.
+fn lies_were_caught(seen: &Observations, record: &RunRecord) -> Vec<String> {
     let caught = record.fates.iter().any(|fate| fate.fate == Fate::Rejected);
     match caught
-        && book
+        && seen
             .admitted
             .values()
             .any(|group| group.quality == Quality::Bad)
@@ -158,7 +159,7 @@ fn lies_were_told(book: &Book, record: &Record) -> Vec<String> {
     }
 }
 
-fn bounds(book: &Book, record: &Record) -> Vec<String> {
+fn bounds(seen: &Observations, record: &RunRecord) -> Vec<String> {
     let mut broken = Vec::new();
     if record.counters.overflowed > 0 {
         broken.push(format!(
@@ -167,7 +168,7 @@ fn bounds(book: &Book, record: &Record) -> Vec<String> {
         ));
     }
     // Every message of a queue belongs to a ticket that has not ended, but for acknowledgements on their way.
-    let limit = (book.rules.async_level + 2) * book.rules.batch_groups;
+    let limit = (seen.rules.async_level + 2) * seen.rules.batch_groups;
     for (queue, depth) in &record.depths {
         if *depth > limit {
             broken.push(format!(

@@ -1,4 +1,4 @@
-//! Workers that lie, each in one way. What they send is well-formed, so that only a forward pass can tell.
+//! Workers that lie, each in one way. Their groups are well-formed, so that only a forward pass detects the lie.
 
 use async_trait::async_trait;
 use rand::Rng;
@@ -11,19 +11,19 @@ use muster_protocol::message::lease::Lease;
 use muster_rollout::answerer::AnswerError;
 
 use crate::in_turn::BatchAnswerer;
-use crate::ledger::Ledger;
-use crate::table::{Draw, honest, rollout, think};
+use crate::observer::Observer;
+use crate::table::{Draw, honest, rollout, spend_answer_time};
 
 /// A way to lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lie {
-    /// One token is not the one drawn; its log-prob is that of the token sent.
+    /// Replaces one drawn token, with the log-prob of the replacement.
     EditedToken,
-    /// Half the temperature: likelier answers.
+    /// Draws at half the temperature, which gives likelier answers.
     Temperature,
-    /// The weights before the newest, claimed to be those of the lease.
+    /// Draws with the weights before the newest and claims the version of the lease.
     StaleWeights,
-    /// The draws of an own earlier group.
+    /// Submits the draws of its first group again.
     Replay,
 }
 
@@ -39,9 +39,9 @@ impl Lie {
 /// A lying worker's model.
 pub struct LyingAnswerer {
     pub lie: Lie,
-    pub chance: StdRng,
-    pub ledger: Ledger,
-    /// Roots held: the newest last.
+    pub rng: StdRng,
+    pub observer: Observer,
+    /// Roots of the versions held, the newest last.
     pub roots: Vec<StateRoot>,
     pub earlier: Option<Vec<Rollout>>,
 }
@@ -54,24 +54,24 @@ impl LyingAnswerer {
             edited: None,
         };
         match self.lie {
-            Lie::EditedToken => draw.edited = Some(self.chance.random_range(0..2)),
+            Lie::EditedToken => draw.edited = Some(self.rng.random_range(0..2)),
             Lie::Temperature => draw.temperature *= 0.5,
             Lie::StaleWeights => draw.root = self.roots.first().unwrap_or(&lease.version.root),
             Lie::Replay => return self.replay(lease),
         }
-        let bent = self.chance.random_range(0..lease.rollouts.count);
+        let edited = self.rng.random_range(0..lease.rollouts.count);
         let numbers = lease.rollouts.first..lease.rollouts.first + lease.rollouts.count;
-        let straight = honest(lease);
+        let unchanged = honest(lease);
         let drawn = numbers.map(|number| match self.lie {
-            Lie::EditedToken if number != lease.rollouts.first + bent => {
-                straight[(number - lease.rollouts.first) as usize].clone()
+            Lie::EditedToken if number != lease.rollouts.first + edited => {
+                unchanged[(number - lease.rollouts.first) as usize].clone()
             }
             _ => rollout(lease, number, &draw),
         });
         drawn.collect()
     }
 
-    /// The first group is honest and remembered; its draws answer every later lease.
+    /// Answers the first lease honestly, and every later one with the draws of the first.
     fn replay(&mut self, lease: &Lease) -> Vec<Rollout> {
         let Some(earlier) = &self.earlier else {
             let first = honest(lease);
@@ -104,10 +104,10 @@ impl BatchAnswerer for LyingAnswerer {
     }
 
     async fn answer(&mut self, leases: &[Lease]) -> Result<Vec<Vec<Rollout>>, AnswerError> {
-        self.ledger.leased(leases);
-        think(&mut self.chance).await;
+        self.observer.leased(leases);
+        spend_answer_time(&mut self.rng).await;
         let groups: Vec<Vec<Rollout>> = leases.iter().map(|lease| self.draw(lease)).collect();
-        self.ledger.answered(leases, &groups);
+        self.observer.answered(leases, &groups);
         Ok(groups)
     }
 }

@@ -1,6 +1,6 @@
-//! The model's place: a table of pseudo-logits, drawn from by the shipped sampling rule, scored by the shipped
-//! distribution. A version's root decides the table, so stale weights give other answers; a step hashes what it was
-//! trained on into the next image, so that any difference between two runs shows in every later message.
+//! Stands in for the model: a table of pseudo-logits, with the shipped sampling rule and the shipped scoring. A version's
+//! root determines the table, so that stale weights give other answers. A step hashes its training data into the next
+//! image, so that any difference between two runs changes every later message.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +22,7 @@ use muster_rewards::critic::scorer::{ScoreRequest, Scorer, ScorerError};
 use muster_rollout::answerer::AnswerError;
 
 use crate::in_turn::BatchAnswerer;
-use crate::ledger::Ledger;
+use crate::observer::Observer;
 
 /// Size of the table's vocabulary.
 pub const VOCABULARY: u32 = 16;
@@ -31,15 +31,15 @@ pub const STOP: u32 = 0;
 /// Longest answer.
 pub const TOKENS_MAX: u32 = 6;
 
-/// A seeded source of chance for one purpose.
-pub fn dice(seed: u64, purpose: &str, number: u64) -> StdRng {
+/// A seeded source of rng for one purpose.
+pub fn seeded_rng(seed: u64, purpose: &str, number: u64) -> StdRng {
     let mut bytes = seed.to_le_bytes().to_vec();
     bytes.extend_from_slice(&number.to_le_bytes());
     bytes.extend_from_slice(purpose.as_bytes());
     StdRng::from_seed(ContentHash::of(&bytes).0)
 }
 
-/// The table's row: logits in [−2, 2] from a hash of the version and everything before.
+/// Logits in [−2, 2], from a hash of the version and all tokens before.
 fn logits(root: &StateRoot, context: &[u32]) -> [f32; VOCABULARY as usize] {
     let mut bytes = root.0.to_vec();
     bytes.extend(context.iter().flat_map(|token| token.to_le_bytes()));
@@ -59,7 +59,7 @@ fn row(root: &StateRoot, context: &[u32], temperature: f32) -> Distribution {
     distribution
 }
 
-/// How a rollout is drawn: as prescribed, or bent by a liar.
+/// How a rollout is drawn: as prescribed, or changed by a liar.
 pub struct Draw<'a> {
     pub root: &'a StateRoot,
     pub temperature: f32,
@@ -77,7 +77,7 @@ pub fn rollout(lease: &Lease, number: u32, draw: &Draw<'_>) -> Rollout {
         let row = row(draw.root, &context, draw.temperature);
         let mut token = row.draw(uniform(&lease.seed, number, position as u64));
         if draw.edited == Some(position) {
-            token = 1 + (token + 1) % (VOCABULARY - 1); // another one, and never the stop id
+            token = 1 + (token + 1) % (VOCABULARY - 1); // never the stop id
         }
         context.push(token);
         logprobs.push(row.logprob(token));
@@ -90,7 +90,7 @@ pub fn rollout(lease: &Lease, number: u32, draw: &Draw<'_>) -> Rollout {
     Rollout::single_turn(context, tokens, lease.version.version, logprobs, finish)
 }
 
-/// What the lease prescribes.
+/// The rollouts that the lease prescribes.
 pub fn honest(lease: &Lease) -> Vec<Rollout> {
     let draw = Draw {
         root: &lease.version.root,
@@ -105,17 +105,17 @@ pub fn honest(lease: &Lease) -> Vec<Rollout> {
 
 /// An honest worker's model.
 pub struct TableAnswerer {
-    pub chance: StdRng,
-    pub ledger: Ledger,
+    pub rng: StdRng,
+    pub observer: Observer,
 }
 
-/// Time that a worker takes over its leases; one in fifty is so slow that its leases run out.
-pub async fn think(chance: &mut StdRng) {
-    let slow = chance.random::<f64>() < 0.02;
+/// Sleeps for as long as a worker takes to answer; one time in fifty so long that its leases expire.
+pub async fn spend_answer_time(rng: &mut StdRng) {
+    let slow = rng.random::<f64>() < 0.02;
     let millis = if slow {
         15_000
     } else {
-        chance.random_range(300..2_000)
+        rng.random_range(300..2_000)
     };
     tokio::time::sleep(Duration::from_millis(millis)).await;
 }
@@ -127,17 +127,17 @@ impl BatchAnswerer for TableAnswerer {
     }
 
     async fn answer(&mut self, leases: &[Lease]) -> Result<Vec<Vec<Rollout>>, AnswerError> {
-        self.ledger.leased(leases);
-        think(&mut self.chance).await;
+        self.observer.leased(leases);
+        spend_answer_time(&mut self.rng).await;
         let groups: Vec<Vec<Rollout>> = leases.iter().map(honest).collect();
-        self.ledger.answered(leases, &groups);
+        self.observer.answered(leases, &groups);
         Ok(groups)
     }
 }
 
 /// A critic's model.
 pub struct TableScorer {
-    pub chance: StdRng,
+    pub rng: StdRng,
     pub versions_kept: usize,
     pub held: BTreeMap<PolicyVersion, VersionRef>,
 }
@@ -161,7 +161,7 @@ impl Scorer for TableScorer {
         &mut self,
         requests: Vec<ScoreRequest>,
     ) -> Result<Vec<Vec<TokenScore>>, ScorerError> {
-        let millis = self.chance.random_range(10..80);
+        let millis = self.rng.random_range(10..80);
         tokio::time::sleep(Duration::from_millis(millis)).await;
         let held: Vec<VersionRef> = self.held();
         let scored = requests.iter().map(|request| {
@@ -199,11 +199,11 @@ impl Scorer for TableScorer {
     }
 
     fn stopped(&mut self, _tokens: &[u32], _strings: &[String]) -> Option<StopAt> {
-        None // the table's answers end with an id
+        None // answers of the table end with a stop id
     }
 }
 
-/// The model in training: its image is a hash of everything that it was trained on.
+/// The model in training: its image is a hash of all data that it was trained on.
 pub struct TableStepper {
     pub seed: u64,
     image: Bytes,
@@ -235,7 +235,7 @@ impl Stepper for TableStepper {
     }
 
     async fn step(&mut self, input: StepInput) -> Result<StepOutput, StepError> {
-        let millis = dice(self.seed, "step", input.step.0).random_range(200..700);
+        let millis = seeded_rng(self.seed, "step", input.step.0).random_range(200..700);
         tokio::time::sleep(Duration::from_millis(millis)).await;
         let mut bytes = self.image.to_vec();
         for rollout in input.groups.iter().flatten() {

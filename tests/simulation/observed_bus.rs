@@ -1,4 +1,4 @@
-//! The lab's connection with an ear on it: what dispatch and trainer decide is told to the ledger before it is stored.
+//! A bus connection of dispatch or the trainer that reports their decisions to the observer before they are stored.
 
 use std::time::Duration;
 
@@ -10,29 +10,29 @@ use muster_protocol::bus::{
 };
 use muster_protocol::subject::{Log, Queue, Subject};
 
-use crate::ledger::Ledger;
+use crate::observer::Observer;
 
 #[derive(Debug)]
-pub struct Watched {
+pub struct ObservedBus {
     inner: SharedBus,
-    ledger: Ledger,
-    /// Tells one connection, which a part keeps for a life, from another.
-    life: u64,
+    observer: Observer,
+    /// Number of this connection; a restarted process has another.
+    connection: u64,
 }
 
-impl Watched {
-    pub fn new(inner: SharedBus, ledger: Ledger) -> Self {
-        let life = ledger.life_begins();
+impl ObservedBus {
+    pub fn new(inner: SharedBus, observer: Observer) -> Self {
+        let connection = observer.new_connection();
         Self {
             inner,
-            ledger,
-            life,
+            observer,
+            connection,
         }
     }
 }
 
 #[async_trait]
-impl Bus for Watched {
+impl Bus for ObservedBus {
     fn user(&self) -> &str {
         self.inner.user()
     }
@@ -63,7 +63,8 @@ impl Bus for Watched {
     }
 
     async fn enqueue(&self, queue: Queue, key: &str, payload: Bytes) -> Result<Enqueued, BusError> {
-        self.ledger.enqueued(queue, self.life, payload.clone());
+        self.observer
+            .enqueued(queue, self.connection, payload.clone());
         self.inner.enqueue(queue, key, payload).await
     }
 
@@ -75,7 +76,7 @@ impl Bus for Watched {
     ) -> Result<Vec<Delivery>, BusError> {
         let taken = self.inner.take(queue, max, wait).await?;
         for delivery in &taken {
-            self.ledger.taken(queue, delivery.payload.clone());
+            self.observer.taken(queue, delivery.payload.clone());
         }
         Ok(taken)
     }
@@ -95,7 +96,7 @@ impl Bus for Watched {
         expected_last: Option<u64>,
         payload: Bytes,
     ) -> Result<Enqueued, BusError> {
-        self.ledger.appended(log, payload.clone());
+        self.observer.appended(log, payload.clone());
         self.inner.append(log, key, expected_last, payload).await
     }
 

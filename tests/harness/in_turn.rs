@@ -1,4 +1,4 @@
-//! Models that answer one batch of leases after another, as the answerer of a worker.
+//! The answerer of a worker whose model answers one batch of leases after another.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Who takes part: identities made once, since keys cost more than a run's messages.
+//! The members of a simulated swarm. Their keys are generated once, since that takes longer than a run.
 
 use std::sync::OnceLock;
 
@@ -10,63 +10,63 @@ use crate::liar::Lie;
 
 /// Workers that a run may have at once.
 pub const WORKERS_MAX: usize = 1_000;
-/// Identities that dead workers come back under.
-pub const SPARES: usize = 200;
+/// Identities that restarted workers may take.
+pub const SPARE_IDENTITIES: usize = 200;
 pub const CRITICS: usize = 6;
-/// Every so many-th worker lies.
+/// One worker in so many lies.
 const LIAR_EVERY: usize = 10;
 
 /// A member and its keys.
 #[derive(Debug, Clone)]
-pub struct Player {
+pub struct SwarmMember {
     pub number: usize,
     pub identity: Identity,
     pub user: String,
 }
 
-pub struct Cast {
-    pub dispatch: Player,
-    pub trainer: Player,
-    pub critics: Vec<Player>,
-    /// Workers, then their spares.
-    pub workers: Vec<Player>,
+pub struct Members {
+    pub dispatch: SwarmMember,
+    pub trainer: SwarmMember,
+    pub critics: Vec<SwarmMember>,
+    /// Workers, then the spare identities.
+    pub workers: Vec<SwarmMember>,
     pub roster: Roster,
 }
 
-impl Cast {
-    /// The lie that a worker lives by, if it does.
+impl Members {
+    /// The lie of a worker; `None` if it is honest.
     pub fn lie(worker: usize) -> Option<Lie> {
         (worker % LIAR_EVERY == 3).then(|| Lie::ALL[worker / LIAR_EVERY % Lie::ALL.len()])
     }
 }
 
-/// The cast of every run.
-pub fn cast() -> &'static Cast {
-    static CAST: OnceLock<Cast> = OnceLock::new();
-    CAST.get_or_init(|| {
+/// The members of every run.
+pub fn members() -> &'static Members {
+    static MEMBERS: OnceLock<Members> = OnceLock::new();
+    MEMBERS.get_or_init(|| {
         let mut roster = Roster::default();
-        let mut players = |role: Role, count: usize| -> Vec<Player> {
+        let mut enroll = |role: Role, count: usize| -> Vec<SwarmMember> {
             let numbers = 0..count;
-            let player = |number: usize| {
+            let member = |number: usize| {
                 let mut seed = [role as u8 + 1; 32];
                 seed[..8].copy_from_slice(&(number as u64).to_le_bytes());
                 let identity = Identity::from_seed(&MachineSeed::from_bytes(seed));
                 let name = format!("{role}-{number}");
                 roster.members.push(Member::of(&name, role, &identity));
                 let user = identity.login_user();
-                Player {
+                SwarmMember {
                     number,
                     identity,
                     user,
                 }
             };
-            numbers.map(player).collect()
+            numbers.map(member).collect()
         };
-        let dispatch = players(Role::Dispatch, 1).remove(0);
-        let trainer = players(Role::Trainer, 1).remove(0);
-        let critics = players(Role::Critic, CRITICS);
-        let workers = players(Role::Worker, WORKERS_MAX + SPARES);
-        Cast {
+        let dispatch = enroll(Role::Dispatch, 1).remove(0);
+        let trainer = enroll(Role::Trainer, 1).remove(0);
+        let critics = enroll(Role::Critic, CRITICS);
+        let workers = enroll(Role::Worker, WORKERS_MAX + SPARE_IDENTITIES);
+        Members {
             dispatch,
             trainer,
             critics,

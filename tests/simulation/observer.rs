@@ -1,5 +1,5 @@
-//! What the simulation saw while it ran: tickets issued, leases that reached a worker, groups admitted and whether they are
-//! what their lease prescribes, decisions on their way to a log. Rules that hold at every moment are checked here.
+//! Observes a run: tickets issued, leases that reached a worker, groups admitted and whether they are what their lease
+//! prescribes, and decisions before they are appended to a log. Rules that must hold at every moment are checked here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,7 +19,7 @@ use muster_protocol::subject::{Log, Queue};
 
 use crate::table::honest;
 
-/// The run's numbers that rules speak of.
+/// The settings of the run that the rules refer to.
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
     pub batch_groups: u64,
@@ -44,7 +44,7 @@ pub struct Admission {
 }
 
 #[derive(Debug)]
-struct Held {
+struct GivenLease {
     lease: LeaseId,
     epoch: u64,
     worker: PeerId,
@@ -52,7 +52,7 @@ struct Held {
 }
 
 #[derive(Debug)]
-pub struct Book {
+pub struct Observations {
     pub rules: Rules,
     run: RunId,
     pub issued: u64,
@@ -61,26 +61,26 @@ pub struct Book {
     pub decided: BTreeMap<TicketId, BTreeSet<Fate>>,
     pub answers: BTreeMap<LeaseId, Quality>,
     pub admitted: BTreeMap<GroupHash, Admission>,
-    /// What each life of dispatch drew for a group it tried to store.
+    /// Whether a group was drawn for an audit, by connection of dispatch and group.
     draws: BTreeMap<(u64, GroupHash), bool>,
-    lives: u64,
-    /// Groups that the critics accepted, and whether a forward pass was made.
+    connections: u64,
+    /// Groups that the critics accepted, with whether they were audited.
     pub accepted: BTreeMap<GroupHash, bool>,
     pub lessees: Vec<PeerId>,
     freed: BTreeSet<TicketId>,
-    leases: BTreeMap<TicketId, Vec<Held>>,
+    leases: BTreeMap<TicketId, Vec<GivenLease>>,
     pub violations: Vec<String>,
 }
 
-/// A handle to the book.
+/// A handle to the seen.
 #[derive(Debug, Clone)]
-pub struct Ledger {
-    book: Arc<Mutex<Book>>,
+pub struct Observer {
+    observations: Arc<Mutex<Observations>>,
 }
 
-impl Ledger {
+impl Observer {
     pub fn new(run: RunId, rules: Rules) -> Self {
-        let book = Book {
+        let observations = Observations {
             rules,
             run,
             issued: 0,
@@ -90,7 +90,7 @@ impl Ledger {
             answers: BTreeMap::new(),
             admitted: BTreeMap::new(),
             draws: BTreeMap::new(),
-            lives: 0,
+            connections: 0,
             accepted: BTreeMap::new(),
             lessees: Vec::new(),
             freed: BTreeSet::new(),
@@ -98,88 +98,88 @@ impl Ledger {
             violations: Vec::new(),
         };
         Self {
-            book: Arc::new(Mutex::new(book)),
+            observations: Arc::new(Mutex::new(observations)),
         }
     }
 
-    pub fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap()
+    pub fn observations(&self) -> MutexGuard<'_, Observations> {
+        self.observations.lock().unwrap()
     }
 
     pub fn violation(&self, text: String) {
-        self.book().violations.push(text);
+        self.observations().violations.push(text);
     }
 
-    /// Leases that have reached a worker.
+    /// Notes leases that have reached a worker.
     pub fn leased(&self, leases: &[Lease]) {
-        let mut book = self.book();
+        let mut seen = self.observations();
         for lease in leases {
-            book.leased(lease);
+            seen.leased(lease);
         }
     }
 
-    /// What a worker is about to submit.
+    /// Notes the groups that a worker is about to submit.
     pub fn answered(&self, leases: &[Lease], groups: &[Vec<Rollout>]) {
-        let mut book = self.book();
+        let mut seen = self.observations();
         for (lease, rollouts) in leases.iter().zip(groups) {
-            book.answers.insert(lease.id, quality(lease, rollouts));
+            seen.answers.insert(lease.id, quality(lease, rollouts));
         }
     }
 
-    /// A number that no other life has.
-    pub fn life_begins(&self) -> u64 {
-        let mut book = self.book();
-        book.lives += 1;
-        book.lives
+    /// Number of a new connection of a lab process.
+    pub fn new_connection(&self) -> u64 {
+        let mut seen = self.observations();
+        seen.connections += 1;
+        seen.connections
     }
 
-    /// What came out of a queue: it was stored.
+    /// Notes a message that was taken from a queue, so that it had been stored.
     pub fn taken(&self, queue: Queue, payload: Bytes) {
         if queue == Queue::Intake {
-            let mut book = self.book();
-            let run = book.run.clone();
-            book.admitted(&open::<Admitted>(payload, &run).unwrap().body);
+            let mut seen = self.observations();
+            let run = seen.run.clone();
+            seen.admitted(&open::<Admitted>(payload, &run).unwrap().body);
         }
     }
 
-    /// What dispatch is about to store in a queue, in one of its lives.
-    pub fn enqueued(&self, queue: Queue, life: u64, payload: Bytes) {
-        let mut book = self.book();
-        let run = book.run.clone();
+    /// Notes a message that dispatch is about to store in a queue.
+    pub fn enqueued(&self, queue: Queue, connection: u64, payload: Bytes) {
+        let mut seen = self.observations();
+        let run = seen.run.clone();
         match queue {
-            Queue::Tickets => book.issued(open::<Ticket>(payload, &run).unwrap().body.id),
-            Queue::Intake => book.drawn(life, &open::<Admitted>(payload, &run).unwrap().body),
+            Queue::Tickets => seen.issued(open::<Ticket>(payload, &run).unwrap().body.id),
+            Queue::Intake => seen.drawn(connection, &open::<Admitted>(payload, &run).unwrap().body),
             Queue::Ready => {
                 let joined = open::<Joined>(payload, &run).unwrap().body;
-                book.accepted
+                seen.accepted
                     .insert(GroupHash::of(&joined.group), joined.audited);
             }
         }
     }
 
-    /// What dispatch or the trainer is about to append to a log.
+    /// Notes a record that dispatch or the trainer is about to append to a log.
     pub fn appended(&self, log: Log, payload: Bytes) {
-        let mut book = self.book();
-        let run = book.run.clone();
+        let mut seen = self.observations();
+        let run = seen.run.clone();
         match log {
             Log::Fates => {
                 let record = open::<FateRecord>(payload, &run).unwrap().body;
-                book.decided
+                seen.decided
                     .entry(record.ticket)
                     .or_default()
                     .insert(record.fate);
                 if record.fate.frees_a_place() {
-                    book.freed.insert(record.ticket);
+                    seen.freed.insert(record.ticket);
                 }
             }
             Log::Versions => {
                 let announcement = Announcement::decode(&payload).unwrap();
                 let version = open::<Version>(announcement.version.into(), &run).unwrap();
-                book.newest = book.newest.max(version.body.version.0);
+                seen.newest = seen.newest.max(version.body.version.0);
             }
             Log::Control => {
                 let event = open::<ControlEvent>(payload, &run).unwrap().body;
-                book.finished |= matches!(event, ControlEvent::Finished { .. });
+                seen.finished |= matches!(event, ControlEvent::Finished { .. });
             }
             Log::Batches => {}
         }
@@ -193,8 +193,8 @@ fn quality(lease: &Lease, rollouts: &[Rollout]) -> Quality {
     }
 }
 
-impl Book {
-    /// The bound of design §4.1: issued − freed ≤ (v + η + 1)·B, and never more than the steps need.
+impl Observations {
+    /// Checks the budget of open tickets: issued − freed ≤ (v + η + 1)·B, and never more than the steps need.
     fn issued(&mut self, ticket: TicketId) {
         self.issued = self.issued.max(ticket.0);
         let Rules {
@@ -212,7 +212,7 @@ impl Book {
         }
     }
 
-    /// Within one life of dispatch, nobody gets a ticket while another's lease of it runs.
+    /// Checks that dispatch, between two restarts, never leases a ticket while an earlier lease of it runs.
     fn leased(&mut self, lease: &Lease) {
         self.lessees.push(lease.worker);
         let given = lease.deadline.0 - self.rules.lease_ms;
@@ -229,7 +229,7 @@ impl Book {
                 ));
             }
         }
-        earlier.push(Held {
+        earlier.push(GivenLease {
             lease: lease.id,
             epoch: lease.epoch,
             worker: lease.worker,
@@ -251,14 +251,15 @@ impl Book {
         self.admitted.insert(hash, admission);
     }
 
-    /// Within one life of dispatch, a group that is submitted again gets the draw that it had.
-    fn drawn(&mut self, life: u64, admitted: &Admitted) {
+    /// Checks that dispatch, between two restarts, draws the same audit for a group that is submitted again.
+    fn drawn(&mut self, connection: u64, admitted: &Admitted) {
         let group = open::<Group>(admitted.group.clone().into(), &self.run).unwrap();
-        let draw = (life, GroupHash::of(&group.bytes));
+        let draw = (connection, GroupHash::of(&group.bytes));
         if *self.draws.entry(draw).or_insert(admitted.audit) != admitted.audit {
             let lease = group.body.lease;
-            self.violations
-                .push(format!("audit: the group of lease {lease} was drawn anew"));
+            self.violations.push(format!(
+                "audit: the group of lease {lease} got another draw"
+            ));
         }
     }
 }
