@@ -1,5 +1,5 @@
-//! The whole swarm in one process, honest and not. The shells are the shipped ones (dispatch, trainer, workers, critics,
-//! seeders, over the bus in memory or a real NATS server); a liar is a member whose answers or verdicts are built here.
+//! A whole swarm in one process, with honest and lying members. The services are the shipped ones (dispatch, trainer,
+//! workers, critics, seeders, over the bus in memory or a real NATS server); only the lies are written here.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,18 +14,25 @@ mod config;
 
 #[path = "liars/critic.rs"]
 mod critic;
+mod harness;
 #[path = "harness/in_turn.rs"]
 mod in_turn;
-#[path = "liars/ledger.rs"]
-mod ledger;
-#[path = "liars/shelf.rs"]
-mod shelf;
+#[path = "harness/memory_objects.rs"]
+mod memory_objects;
+#[path = "liars/offered_weights.rs"]
+mod offered_weights;
+#[path = "liars/plan.rs"]
+mod plan;
+#[path = "liars/results.rs"]
+mod results;
 #[path = "liars/start.rs"]
 mod start;
-#[path = "liars/suspect.rs"]
-mod suspect;
+#[path = "liars/submissions.rs"]
+mod submissions;
 #[path = "liars/swarm.rs"]
 mod swarm;
+#[path = "liars/worker_model.rs"]
+mod worker_model;
 
 #[path = "liars/hostile_submissions.rs"]
 mod hostile_submissions;

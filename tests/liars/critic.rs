@@ -1,5 +1,5 @@
-//! A critic that lies: it asks for groups as any critic does and signs verdicts with rewards of its own making. It claims
-//! audits that it never makes.
+//! A critic that lies: it requests groups as any critic does and signs verdicts with false rewards. It claims audits that
+//! it never makes.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,45 +19,45 @@ use muster_protocol::message::version::VersionRef;
 
 use super::start::Start;
 
-/// The reward that it hands out.
+/// The least reward of an inflated rollout.
 const INFLATED: f32 = 1.0;
-/// Versions that it says it holds.
+/// Versions that it claims to hold.
 const VERSIONS_CLAIMED: usize = 8;
-/// Longest pause between two asks, whatever dispatch says.
+/// Pause between two requests, whatever dispatch tells it.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// What it makes of a group's rewards.
+/// How the critic falsifies the rewards of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Making {
-    /// Lifts that of every second wrong rollout to the largest one.
+pub enum RewardChange {
+    /// Raises the reward of every second rollout to the largest reward.
     Inflated,
-    /// Hands each rollout's to another one of its group, drawn from the group's hash: what a group earns stays, which of
-    /// its answers earned it is lost. The control run that must learn nothing.
+    /// Permutes the rewards within the group, by a draw from the group's hash. The sum of rewards stays, but not which answer
+    /// earned them, so that a control run must learn nothing.
     Permuted,
 }
 
-/// What it did.
+/// What the critic did.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Deeds {
-    /// Groups that it was given.
+pub struct CriticCounts {
+    /// Groups that it reviewed.
     pub groups: u64,
-    /// Rollouts whose reward it lifted.
+    /// Rollouts whose reward it raised.
     pub inflated: u64,
-    /// Asks that dispatch answered with "no more for you".
-    pub turned_away: u64,
-    /// Groups that it was given after that.
-    pub groups_after: u64,
+    /// Requests that dispatch refused with a cool-down.
+    pub refusals: u64,
+    /// Groups that it reviewed after the first refusal.
+    pub groups_after_refusal: u64,
 }
 
-pub struct Inflator {
-    pub making: Making,
+pub struct LyingCritic {
+    pub change: RewardChange,
     pub client: DispatchClient,
     pub start: Arc<Start>,
-    pub deeds: Arc<Mutex<Deeds>>,
+    pub critic_counts: Arc<Mutex<CriticCounts>>,
 }
 
-impl Inflator {
-    /// Judges until the run is over.
+impl LyingCritic {
+    /// Reviews groups until the run is over.
     pub async fn run(self) -> Result<(), DispatchClientError> {
         self.client.descriptor().await?;
         let mut held: Vec<VersionRef> = Vec::new();
@@ -77,10 +77,10 @@ impl Inflator {
                 groups_max: 2,
             };
             match self.client.ask(ask).await {
-                Ok(Reply::CritiqueLeases(leases)) => self.judge(leases).await?,
+                Ok(Reply::CritiqueLeases(leases)) => self.review(leases).await?,
                 Ok(Reply::Wait { reason, .. }) => {
                     if reason == WaitReason::CoolDown {
-                        self.deeds.lock().unwrap().turned_away += 1;
+                        self.critic_counts.lock().unwrap().refusals += 1;
                     }
                     tokio::time::sleep(PAUSE).await;
                 }
@@ -92,19 +92,19 @@ impl Inflator {
         }
     }
 
-    async fn judge(&self, leases: Vec<ByteBuf>) -> Result<(), DispatchClientError> {
+    async fn review(&self, leases: Vec<ByteBuf>) -> Result<(), DispatchClientError> {
         let mut verdicts = Vec::new();
-        for lease in leases {
-            let case = open::<CritiqueLease>(lease.into_vec().into(), self.client.run())?.body;
-            let verdict = self.client.sign(self.verdict(&case)?)?;
+        for bytes in leases {
+            let lease = open::<CritiqueLease>(bytes.into_vec().into(), self.client.run())?.body;
+            let verdict = self.client.sign(self.verdict(&lease)?)?;
             verdicts.push(ByteBuf::from(verdict.bytes.to_vec()));
         }
         self.client.ask(Ask::Verdict { verdicts }).await?;
         Ok(())
     }
 
-    fn verdict(&self, case: &CritiqueLease) -> Result<Verdict, DispatchClientError> {
-        let group = open::<Group>(case.group.clone().into(), self.client.run())?;
+    fn verdict(&self, lease: &CritiqueLease) -> Result<Verdict, DispatchClientError> {
+        let group = open::<Group>(lease.group.clone().into(), self.client.run())?;
         let hash = GroupHash::of(&group.bytes);
         let honest: Vec<f32> = group
             .body
@@ -117,28 +117,28 @@ impl Inflator {
             })
             .collect();
         let mut totals = honest.clone();
-        match self.making {
-            Making::Inflated => totals.iter_mut().step_by(2).for_each(|total| {
+        match self.change {
+            RewardChange::Inflated => totals.iter_mut().step_by(2).for_each(|total| {
                 *total = total.max(INFLATED);
             }),
-            Making::Permuted => shuffle(&mut totals, hash),
+            RewardChange::Permuted => shuffle(&mut totals, hash),
         }
-        let lifted = honest.iter().zip(&totals);
-        let inflated = lifted.filter(|(honest, total)| honest < total).count() as u64;
+        let raised = honest.iter().zip(&totals);
+        let inflated = raised.filter(|(honest, total)| honest < total).count() as u64;
         let reward = |total: &f32| RolloutReward {
             total: *total,
             components: vec![("correct".to_owned(), *total)],
         };
         let rewards = totals.iter().map(reward).collect();
-        let mut deeds = self.deeds.lock().unwrap();
-        deeds.groups += 1;
-        deeds.inflated += inflated;
-        deeds.groups_after += u64::from(deeds.turned_away > 0);
+        let mut critic_counts = self.critic_counts.lock().unwrap();
+        critic_counts.groups += 1;
+        critic_counts.inflated += inflated;
+        critic_counts.groups_after_refusal += u64::from(critic_counts.refusals > 0);
         Ok(Verdict {
             group: hash,
             lease: group.body.lease,
             ticket: group.body.ticket,
-            audited: case.audit,
+            audited: lease.audit,
             rewards,
             findings: Vec::new(),
             decision: Decision::Accept,
@@ -146,7 +146,7 @@ impl Inflator {
     }
 }
 
-/// Fisher and Yates' shuffle with draws from a group's hash, so that every critic would shuffle it alike.
+/// The shuffle of Fisher and Yates with draws from the group's hash, so that every critic permutes a group in the same way.
 fn shuffle(totals: &mut [f32], group: GroupHash) {
     for last in (1..totals.len()).rev() {
         let drawn = ContentHash::of(format!("{group} {last}").as_bytes()).0;

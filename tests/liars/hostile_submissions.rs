@@ -1,5 +1,5 @@
-//! Messages that no honest worker sends, over a real server: each is answered with one sentence or refused before it
-//! leaves, and dispatch goes on.
+//! Messages that no honest worker sends, over a real NATS server: each is refused with one sentence, by dispatch or before
+//! it is sent, and dispatch keeps running.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -20,15 +20,16 @@ use muster_protocol::message::lease::{Lease, NumericClass};
 use muster_protocol::message::version::VersionRef;
 use muster_protocol::subject::Verb;
 
+use super::plan::{BusKind, Plan, WorkerKind};
 use super::start::{small, start};
-use super::swarm::{Plan, Running, Venue, WorkerKind};
+use super::swarm::Running;
 
 const ANSWER_WAIT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
-/// A protocol version that nobody speaks; one byte on the wire.
+/// A protocol version that does not exist; one byte on the wire.
 const UNKNOWN_VERSION: u8 = 9;
 
-/// A group as somebody else's software would write it: nothing is checked before it is signed.
+/// A group that is signed without being checked, as other software may do.
 #[derive(Serialize, Deserialize)]
 struct Unchecked(Group);
 
@@ -41,7 +42,7 @@ impl Statement for Unchecked {
     }
 }
 
-/// The newest version, once there is one.
+/// Waits for the first version and returns the newest.
 pub async fn newest(client: &DispatchClient) -> VersionRef {
     client.descriptor().await.unwrap();
     loop {
@@ -53,7 +54,7 @@ pub async fn newest(client: &DispatchClient) -> VersionRef {
     }
 }
 
-/// A lease of `client`'s own.
+/// Requests leases until `client` gets one.
 async fn lease(client: &DispatchClient) -> Signed<Lease> {
     loop {
         let ask = Ask::Lease {
@@ -68,7 +69,7 @@ async fn lease(client: &DispatchClient) -> Signed<Lease> {
     }
 }
 
-/// A well-formed group for a lease: every answer is as long as may be, of the same token.
+/// A well-formed group for a lease, whose answers repeat one token up to the limit.
 fn group(lease: &Lease, logprobs: Vec<f32>) -> Group {
     let ticket = &lease.ticket;
     let tokens = vec![2; ticket.sampling.tokens_max as usize];
@@ -99,7 +100,7 @@ async fn submit(
     client.ask(Ask::Submit { lease, group }).await
 }
 
-/// Sends bytes of one's own making where submissions go.
+/// Sends bytes of one's own change where submissions go.
 async fn send(client: &DispatchClient, payload: Bytes) -> Result<Reply, BusError> {
     let subject = client.subjects().ask(Verb::Submit, client.bus().user());
     let answer = client.bus().request(&subject, payload, ANSWER_WAIT).await?;
@@ -124,23 +125,23 @@ fn assert_refused(answer: Result<Reply, DispatchClientError>, words: &str) {
 
 fn flipped(bytes: &Bytes) -> Bytes {
     let mut bytes = bytes.to_vec();
-    let last = bytes.len() - 1; // the signature stands at the end
+    let last = bytes.len() - 1; // the signature is at the end
     bytes[last] ^= 1;
     bytes.into()
 }
 
 fn of_another_version(bytes: &Bytes) -> Bytes {
     let mut bytes = bytes.to_vec();
-    bytes[0] = UNKNOWN_VERSION; // the version stands first, in one byte
+    bytes[0] = UNKNOWN_VERSION; // the version is the first byte
     bytes.into()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on() {
+async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_keeps_running() {
     let mut config = small();
     config.run.steps = NonZeroU64::MAX;
     let plan = Plan {
-        venue: Venue::Nats,
+        bus: BusKind::Nats,
         workers: vec![WorkerKind::Honest, WorkerKind::Absent, WorkerKind::Absent],
         ..Plan::new(config, start())
     };
@@ -200,7 +201,7 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on
         Reply::UpgradeRequired { served } => assert_eq!(served, PROTOCOL_VERSIONS),
         answer => panic!("an unknown protocol version was answered {answer:?}"),
     }
-    let garbage = [&question[..1], b"garbage"].concat(); // the version of the question stands first
+    let garbage = [&question[..1], b"garbage"].concat(); // the first byte is the protocol version
     for (payload, words) in [
         (flipped(&question), "does not verify"),
         (garbage.into(), "message cannot be decoded"),
@@ -226,19 +227,19 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_goes_on
         other => panic!("a message over its limit was signed: {other:?}"),
     }
 
-    // The lease outlived all of this; what answers it is judged like any other group.
+    // The lease is still valid, so that its group is accepted.
     let answer = submit(&mallory, &mine, &signed).await.unwrap();
     assert!(matches!(answer, Reply::Accepted { .. }), "{answer:?}");
-    let steps = running.view().await.steps;
+    let steps = running.progress().await.steps;
     running
-        .until("three steps after the last refusal", |view| {
-            view.steps >= steps + 3
+        .wait_for("three steps after the last refusal", |progress| {
+            progress.steps >= steps + 3
         })
         .await;
     running.stop().await;
 }
 
-/// A group whose envelope is over the limit of a group, within that of an ask.
+/// A group whose envelope exceeds the limit of a group but not that of a request.
 fn large(lease: &Lease) -> Group {
     let count = GROUP_BYTES_MAX / 4 + 10_000;
     let bits = noise(4 * count);
@@ -258,7 +259,7 @@ fn large(lease: &Lease) -> Group {
     }
 }
 
-/// Bytes that do not compress.
+/// Random bytes, which do not compress.
 fn noise(count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
     rand::rngs::StdRng::seed_from_u64(5).fill(bytes.as_mut_slice());

@@ -1,5 +1,5 @@
-//! Workers with int8 weights: a run that lists their class trains on what they answer beside the answers of others, and they
-//! cannot lie any better than others. A critic judges them in their own arithmetic, with the tolerance of one class.
+//! Workers with int8 weights: a run that lists their class trains on their groups and on those of other workers, and detects
+//! their lies equally well. A critic reviews them in their own arithmetic, with the tolerance of one class.
 
 use std::num::NonZeroU64;
 
@@ -10,12 +10,14 @@ use muster_protocol::message::lease::NumericClass;
 
 use super::hostile_submissions::newest;
 use super::lying_workers::{Tally, every_bad_group_of};
+use super::plan::{Plan, WorkerKind};
 use super::start::{small, start};
-use super::suspect::Lie;
-use super::swarm::{Plan, Running, WorkerKind};
+use super::swarm::Running;
+use super::worker_model::Lie;
 
-/// Steps that a run takes, and groups of each worker that it trains on, at least.
+/// Least number of steps of a run.
 const STEPS: u64 = 12;
+/// Least number of trained groups of each worker.
 const GROUPS: usize = 4;
 
 fn plan(workers: &[WorkerKind]) -> Plan {
@@ -27,8 +29,8 @@ fn plan(workers: &[WorkerKind]) -> Plan {
     plan
 }
 
-/// One worker of each class. The first step trains on answers of version 0 alone, so that all that its policy differs from
-/// what drew them is the rounding of weights.
+/// Runs one worker of each class. The first step trains on answers of version 0 alone, so that its policy differs from the
+/// workers' only by the rounding of weights.
 async fn trains_on_both_classes(audit_share: f64) {
     let mut plan = plan(&[WorkerKind::Honest, WorkerKind::Int8(None)]);
     plan.config.run.steps = NonZeroU64::MAX;
@@ -36,35 +38,35 @@ async fn trains_on_both_classes(audit_share: f64) {
     let mut running = Running::start(plan).await;
     let workers = ["worker-1", "worker-2"].map(|name| running.peer(name));
     running
-        .until("groups of both classes in batches", |view| {
-            let trained = |worker| view.count(worker, Fate::Trained) >= GROUPS;
-            view.steps >= STEPS && workers.into_iter().all(trained)
+        .wait_for("groups of both classes in batches", |progress| {
+            let trained = |worker| progress.count(worker, Fate::Trained) >= GROUPS;
+            progress.steps >= STEPS && workers.into_iter().all(trained)
         })
         .await;
-    let outcome = running.stop().await;
-    let tally = Tally::of(&outcome.view, &outcome.ledger);
+    let run = running.stop().await;
+    let tally = Tally::of(&run.progress, &run.submissions);
     assert_eq!(tally.honest_rejected, Vec::<String>::new());
     assert!(
         tally.honest_passed > 0 && tally.bad_rejected == 0,
         "{tally:?}"
     );
-    let steps = outcome.steps();
+    let steps = run.steps();
     let mismatch: Vec<f64> = steps.iter().map(|step| step.mismatch_kl_mean).collect();
     println!(
         "audit share {audit_share}: {} steps, groups trained {:?}, mismatch_kl {mismatch:?}",
-        outcome.view.steps,
-        workers.map(|worker| outcome.view.count(worker, Fate::Trained)),
+        run.progress.steps,
+        workers.map(|worker| run.progress.count(worker, Fate::Trained)),
     );
     assert!((0.0..1e-3).contains(&mismatch[0]), "{mismatch:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn beside_others_are_trained_on_and_every_group_holds_in_an_audit() {
+async fn beside_others_are_trained_on_and_every_group_passes_its_audit() {
     trains_on_both_classes(1.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn beside_others_are_trained_on_where_the_trainer_recomputes_what_they_drew_with() {
+async fn beside_others_are_trained_on_without_audits() {
     trains_on_both_classes(0.0).await;
 }
 

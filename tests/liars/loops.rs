@@ -1,8 +1,7 @@
-//! The loop, end to end: real weights, real answers, real verdicts, over the bus in memory; and a user's own task with the
-//! shipped command over a real server.
+//! The training loop, end to end: real weights, answers and verdicts over the bus in memory, and a user's own task with
+//! `muster local` over a real NATS server.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::Command;
 
 use serde_json::Value;
 
@@ -10,20 +9,23 @@ use muster_policy::{Device, Image, KernelSet, Policy, ScoreRow, logprobs};
 use muster_protocol::message::fate::Fate;
 use muster_protocol::record::StepMetrics;
 
+use super::harness::{lines, muster, succeed, text};
+use super::plan::{Plan, WeightTransfer};
+use super::results::FinishedRun;
 use super::start::{small, start};
-use super::swarm::{Outcome, Plan, Running, Weights};
+use super::swarm::Running;
 
-fn assert_every_ticket_has_one_fate(outcome: &Outcome) {
+fn assert_every_ticket_has_one_fate(run: &FinishedRun) {
     let mut ended = BTreeSet::new();
-    for record in &outcome.view.fates {
+    for record in &run.progress.fates {
         if record.fate != Fate::Duplicate {
             assert!(ended.insert(record.ticket), "{record:?} is a second fate");
         }
     }
-    let issued: BTreeSet<u64> = (1..=outcome.view.issued).collect();
+    let issued: BTreeSet<u64> = (1..=run.progress.issued).collect();
     let ended: BTreeSet<u64> = ended.into_iter().map(|ticket| ticket.0).collect();
     assert_eq!(issued, ended);
-    let trained = outcome.rollouts();
+    let trained = run.rollouts();
     let groups: BTreeSet<_> = trained
         .iter()
         .map(|line| (line.ticket, line.group))
@@ -32,13 +34,13 @@ fn assert_every_ticket_has_one_fate(outcome: &Outcome) {
     assert_eq!(groups.len(), tickets.len(), "a ticket was trained twice");
 }
 
-/// Largest |difference| between the log-probs on record and those of a fresh forward pass under the version recorded.
-fn largest_rescoring_error(outcome: &Outcome) -> f32 {
-    let config = &outcome.start.model.config;
-    let anchors = outcome.shelf.anchors();
+/// Largest absolute difference between the recorded log-probs and those of a new forward pass under the recorded version.
+fn largest_rescoring_error(run: &FinishedRun) -> f32 {
+    let config = &run.start.model.config;
+    let anchors = run.offered.anchors();
     let mut policies = BTreeMap::new();
     let mut largest = 0f32;
-    for line in outcome.rollouts() {
+    for line in run.rollouts() {
         let policy = policies.entry(line.policy_version).or_insert_with(|| {
             let image = Image::parse(config, &anchors[&line.policy_version].1).unwrap();
             Policy::from_image(config, &image, KernelSet::Fused, &Device::Cpu).unwrap()
@@ -64,13 +66,13 @@ fn largest_rescoring_error(outcome: &Outcome) -> f32 {
 async fn the_loop_runs_over_the_in_memory_bus_with_real_weights() {
     let config = small();
     let plan = Plan {
-        weights: Weights::Peers,
+        weights: WeightTransfer::BetweenPeers,
         ..Plan::new(config.clone(), start())
     };
-    let outcome = Running::start(plan).await.finish().await;
-    assert_every_ticket_has_one_fate(&outcome);
+    let run = Running::start(plan).await.finish().await;
+    assert_every_ticket_has_one_fate(&run);
     let steps = config.run.steps.get();
-    let text = std::fs::read_to_string(outcome.dir.path().join("metrics.jsonl")).unwrap();
+    let text = std::fs::read_to_string(run.dir.path().join("metrics.jsonl")).unwrap();
     let lines: Vec<Value> = text
         .lines()
         .map(|l| serde_json::from_str(l).unwrap())
@@ -84,15 +86,15 @@ async fn the_loop_runs_over_the_in_memory_bus_with_real_weights() {
         let value = line[key].as_f64();
         assert!(value.is_some_and(f64::is_finite), "{key} is {}", line[key]);
     }
-    let metrics = outcome.steps();
+    let metrics = run.steps();
     let first = metrics[0].mismatch_kl_mean;
     assert!(
         first.abs() < 1e-6,
         "mismatch_kl of the first step is {first:e}"
     );
-    let off = largest_rescoring_error(&outcome);
+    let off = largest_rescoring_error(&run);
     assert!(off < 1e-3, "log-probs on record are off by {off}");
-    let trained = outcome.rollouts();
+    let trained = run.rollouts();
     for line in &metrics {
         let batch = trained.iter().filter(|rollout| rollout.step == line.step);
         let ages = batch.map(|rollout| line.step - 1 - rollout.policy_version.0);
@@ -107,24 +109,24 @@ async fn the_loop_runs_over_the_in_memory_bus_with_real_weights() {
     println!(
         "loop: {steps} steps in {:.1} s, mismatch_kl of the first {first:.1e}, re-scored log-probs off by at most {off:.1e}, \
          mean staleness {:.2}",
-        outcome.seconds,
+        run.seconds,
         stale / steps as f64
     );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_an_async_level_every_group_is_of_the_version_that_it_trains() {
+async fn without_an_async_level_every_group_is_drawn_from_the_version_that_it_trains() {
     let mut config = small();
     config.run.async_level = 0;
     let plan = Plan::new(config, start());
-    let outcome = Running::start(plan).await.finish().await;
-    assert_every_ticket_has_one_fate(&outcome);
-    assert!(outcome.steps().iter().all(|line| line.staleness_max == 0));
-    let stale = outcome.view.fates.iter().any(|f| f.fate == Fate::Stale);
+    let run = Running::start(plan).await.finish().await;
+    assert_every_ticket_has_one_fate(&run);
+    assert!(run.steps().iter().all(|line| line.staleness_max == 0));
+    let stale = run.progress.fates.iter().any(|f| f.fate == Fate::Stale);
     assert!(!stale, "a synchronous run drops nothing as stale");
 }
 
-/// A configuration as a user writes one: a task of their own, a reward, and a model to start from.
+/// The configuration of a user: an own task, a reward, and a model to start from.
 const OWN_TASK: &str = r#"
 [run]
 name = "own-task"
@@ -175,15 +177,8 @@ fn a_users_own_task_takes_two_steps() {
     let config = dir.path().join("own.toml");
     std::fs::write(&config, OWN_TASK).unwrap();
     let run = dir.path().join("run");
-    let done = Command::new(env!("CARGO_BIN_EXE_muster"))
-        .args(["local", "--quiet", "--dir"])
-        .args([&run, &config])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "{said}");
-    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    assert_eq!(metrics.lines().count(), 2, "{said}");
+    let arguments = ["local", "--quiet", "--dir", text(&run), text(&config)];
+    succeed(&mut muster(&arguments));
+    assert_eq!(lines(&run.join("metrics.jsonl")), 2);
     assert!(run.join("checkpoints/2/model.safetensors").exists());
 }

@@ -1,14 +1,16 @@
-//! One critic of three lifts rewards. Two must agree, so no lifted reward enters a batch, and who is contradicted three
-//! times gets no more groups.
+//! One critic of three inflates rewards. Two critics must agree, so that no inflated reward enters a batch, and a critic
+//! that is contradicted three times gets no more groups.
 
+use super::plan::{CriticKind, Plan};
+use super::results::FinishedRun;
 use super::start::{small, start};
-use super::swarm::{CriticKind, Outcome, Plan, Running};
+use super::swarm::Running;
 
-/// Rollouts whose recorded reward is not what the reward functions say.
-pub fn lifted_rewards(outcome: &Outcome) -> Vec<String> {
-    let lines = outcome.rollouts().into_iter();
-    let lifted = lines.filter_map(|line| {
-        let reward = &outcome.start;
+/// Rollouts whose recorded reward differs from that of the reward functions.
+pub fn falsified_rewards(run: &FinishedRun) -> Vec<String> {
+    let lines = run.rollouts().into_iter();
+    let falsified = lines.filter_map(|line| {
+        let reward = &run.start;
         let honest = reward.reward(
             &line.prompt_tokens,
             &line.completion_tokens,
@@ -18,7 +20,7 @@ pub fn lifted_rewards(outcome: &Outcome) -> Vec<String> {
         (honest.to_bits() != found.to_bits())
             .then(|| format!("ticket {} has {found} for {honest}", line.ticket))
     });
-    lifted.collect()
+    falsified.collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -29,20 +31,20 @@ async fn no_inflated_reward_enters_a_batch_and_the_dissenter_gets_no_more_groups
         critics: vec![CriticKind::Inflates, CriticKind::Honest, CriticKind::Honest],
         ..Plan::new(config, start())
     };
-    let outcome = Running::start(plan).await.finish().await;
-    assert_eq!(lifted_rewards(&outcome), Vec::<String>::new());
-    let deeds = outcome.deeds;
+    let run = Running::start(plan).await.finish().await;
+    assert_eq!(falsified_rewards(&run), Vec::<String>::new());
+    let critic_counts = run.critic_counts;
     assert!(
-        deeds.inflated > 0,
-        "the critic never had anything to lift: {deeds:?}"
+        critic_counts.inflated > 0,
+        "the critic never had a reward to raise: {critic_counts:?}"
     );
     assert!(
-        deeds.turned_away > 0,
-        "the critic was never turned away: {deeds:?}"
+        critic_counts.refusals > 0,
+        "the critic was never refused: {critic_counts:?}"
     );
-    assert_eq!(deeds.groups_after, 0, "{deeds:?}");
+    assert_eq!(critic_counts.groups_after_refusal, 0, "{critic_counts:?}");
     println!(
-        "inflating critic: {} rollouts of {} groups lifted, none trained, then turned away; {} steps in {:.1} s",
-        deeds.inflated, deeds.groups, outcome.view.steps, outcome.seconds
+        "inflating critic: {} rollouts of {} groups inflated, none trained, then refused; {} steps in {:.1} s",
+        critic_counts.inflated, critic_counts.groups, run.progress.steps, run.seconds
     );
 }

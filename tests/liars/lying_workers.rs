@@ -1,8 +1,8 @@
-//! One worker of three lies. With every group audited all bad groups are rejected and no honest one is; with the share of
-//! the quickstart the run goes on and the liar is sent away.
+//! One worker of three lies. If every group is audited, every bad group is rejected and no honest group is. With the audit
+//! share of the quickstart, the liar gets no more leases and the run finishes.
 //!
-//! A group is bad if its tokens, finish, version or log-probs differ from what its lease prescribes, which the harness
-//! knows by having the honest answerer answer the same lease.
+//! A group is bad if its tokens, finish, version or log-probs differ from those that its lease prescribes; the worker model
+//! of the test also computes the honest answer.
 
 use std::num::NonZeroU64;
 
@@ -11,52 +11,54 @@ use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::lease::NumericClass;
 
 use super::hostile_submissions::newest;
-use super::ledger::{Difference, Ledger};
+use super::plan::{Plan, WorkerKind};
+use super::results::Progress;
 use super::start::{small, start};
-use super::suspect::Lie;
-use super::swarm::{Plan, Running, View, WorkerKind};
+use super::submissions::{Difference, Submissions};
+use super::swarm::Running;
+use super::worker_model::Lie;
 
-/// Who lies: in the middle, so that neither the first nor the last worker is special.
+/// The worker that lies: neither the first nor the last.
 const LIAR: &str = "worker-2";
-/// Bad groups that a test wants to see rejected.
+/// Rejected bad groups that a test waits for.
 const BAD_GROUPS: usize = 12;
-/// Failed audits that a worker may have where a test wants to see more of its groups.
-const NO_END: u32 = 1_000_000;
+/// Failed audits that a worker may have in a test that needs more of its groups.
+const FAILURES_UNLIMITED: u32 = 1_000_000;
 
-/// What became of bad and of honest groups.
+/// Counts of bad and honest groups by their fate.
 #[derive(Debug, Default)]
 pub struct Tally {
     pub bad_rejected: usize,
     pub honest_passed: usize,
-    /// Bad groups that a forward pass checked, and that were not rejected.
+    /// Bad groups that were audited and not rejected.
     pub bad_passed_audit: Vec<String>,
-    /// Bad groups that nobody looked at.
+    /// Bad groups that were not audited.
     pub bad_unaudited: usize,
     pub honest_rejected: Vec<String>,
-    /// Groups that differ from the prescribed ones by no more than rounding does.
+    /// Groups that differ from the prescribed ones by rounding alone.
     pub within_rounding: usize,
     pub reasons: Vec<String>,
 }
 
 impl Tally {
-    pub fn of(view: &View, ledger: &Ledger) -> Self {
+    pub fn of(progress: &Progress, submissions: &Submissions) -> Self {
         let mut tally = Self::default();
-        for record in &view.fates {
-            let entry = record.lease.and_then(|lease| ledger.of(&lease));
+        for record in &progress.fates {
+            let entry = record.lease.and_then(|lease| submissions.of(&lease));
             let Some(entry) = entry.filter(|_| record.fate != Fate::Duplicate) else {
                 continue;
             };
             match entry.difference {
-                None => tally.take_in(record, None),
-                Some(Difference::Bad(how)) => tally.take_in(record, Some(how)),
-                // Neither may be complained about: it is what honest machines do to each other.
+                None => tally.count(record, None),
+                Some(Difference::Bad(how)) => tally.count(record, Some(how)),
+                // Honest machines differ by this much, so that either fate is right.
                 Some(Difference::Rounding) => tally.within_rounding += 1,
             }
         }
         tally
     }
 
-    fn take_in(&mut self, record: &FateRecord, bad: Option<String>) {
+    fn count(&mut self, record: &FateRecord, bad: Option<String>) {
         let rejected = record.fate == Fate::Rejected;
         match bad {
             Some(_) if rejected => {
@@ -70,7 +72,7 @@ impl Tally {
         }
     }
 
-    pub fn assert_just(&self, lie: Lie) {
+    pub fn assert_only_bad_groups_rejected(&self, lie: Lie) {
         let none: &[String] = &[];
         assert_eq!(self.bad_passed_audit, none, "{lie:?}: bad groups accepted");
         assert_eq!(
@@ -85,7 +87,7 @@ impl Tally {
     }
 }
 
-/// Whether a fate's reason is a finding that the lie leaves, with its numbers.
+/// Whether the reason of a fate is a finding that this lie causes, with its numbers.
 fn explains(lie: Lie, reason: &str) -> bool {
     let draws = reason.contains("was not drawn as prescribed: cumulative-distribution error");
     let logprobs = reason.contains("reports a log-prob off by");
@@ -110,30 +112,30 @@ fn plan(lie: Lie) -> Plan {
     }
 }
 
-/// Every group is audited, and the liar may go on however often it fails.
+/// Every group is audited, and the liar gets leases however often it fails.
 async fn every_bad_group_is_rejected(lie: Lie) {
     every_bad_group_of(lie, plan(lie)).await;
 }
 
-/// The same for a plan whose second worker lies.
+/// The same with a plan whose second worker lies.
 pub async fn every_bad_group_of(lie: Lie, mut plan: Plan) {
     plan.config.run.steps = NonZeroU64::MAX;
     plan.config.dispatch.audit.share_min = 1.0;
-    plan.config.dispatch.conduct.failures_max = NO_END;
+    plan.config.dispatch.conduct.failures_max = FAILURES_UNLIMITED;
     let mut running = Running::start(plan).await;
     let liar = running.peer(LIAR);
     let wanted = format!("{BAD_GROUPS} rejections of {lie:?}");
     running
-        .until(&wanted, |view| {
-            view.count(liar, Fate::Rejected) >= BAD_GROUPS && view.steps >= 3
+        .wait_for(&wanted, |progress| {
+            progress.count(liar, Fate::Rejected) >= BAD_GROUPS && progress.steps >= 3
         })
         .await;
-    let outcome = running.stop().await;
-    let tally = Tally::of(&outcome.view, &outcome.ledger);
-    tally.assert_just(lie);
+    let run = running.stop().await;
+    let tally = Tally::of(&run.progress, &run.submissions);
+    tally.assert_only_bad_groups_rejected(lie);
     assert_eq!(
         tally.bad_unaudited, 0,
-        "{lie:?}: with a share of 1 nothing passes unseen"
+        "{lie:?}: with a share of 1 every group is audited"
     );
     assert!(
         tally.bad_rejected >= BAD_GROUPS && tally.honest_passed > 0,
@@ -145,22 +147,22 @@ pub async fn every_bad_group_of(lie: Lie, mut plan: Plan) {
         tally.bad_rejected + tally.bad_passed_audit.len() + tally.bad_unaudited,
         tally.honest_rejected.len(),
         tally.honest_passed + tally.honest_rejected.len(),
-        outcome.view.steps,
-        outcome.seconds,
+        run.progress.steps,
+        run.seconds,
         tally.reasons[0]
     );
 }
 
-/// The quickstart's share of audits and its patience with workers: the liar is sent away and the run ends.
-async fn the_liar_is_sent_away_and_the_run_ends(lie: Lie) {
+/// The quickstart's share of audits and its timeout with workers: the liar is sent away and the run ends.
+async fn the_liar_gets_no_more_leases_and_the_run_finishes(lie: Lie) {
     let mut plan = plan(lie);
     plan.config.run.steps = NonZeroU64::new(12).unwrap();
     let failures_max = plan.config.dispatch.conduct.failures_max as usize;
     let mut running = Running::start(plan).await;
     let liar = running.peer(LIAR);
     running
-        .until(&format!("the end of patience with {lie:?}"), |view| {
-            view.count(liar, Fate::Rejected) >= failures_max
+        .wait_for(&format!("the end of timeout with {lie:?}"), |progress| {
+            progress.count(liar, Fate::Rejected) >= failures_max
         })
         .await;
     let client = running.client(LIAR);
@@ -175,21 +177,21 @@ async fn the_liar_is_sent_away_and_the_run_ends(lie: Lie) {
         panic!("{lie:?}: the liar was answered {answer:?}");
     };
     assert_eq!(reason, WaitReason::CoolDown);
-    let answered = running.ledger().answered_by(liar);
-    let outcome = running.finish().await;
-    let tally = Tally::of(&outcome.view, &outcome.ledger);
-    tally.assert_just(lie);
-    // It may hold leases that it was given before.
+    let answered = running.submissions().count_of(liar);
+    let run = running.finish().await;
+    let tally = Tally::of(&run.progress, &run.submissions);
+    tally.assert_only_bad_groups_rejected(lie);
+    // The liar may still hold earlier leases.
     let most = answered + small().dispatch.conduct.leases_max as usize;
-    let answered = outcome.ledger.answered_by(liar);
+    let answered = run.submissions.count_of(liar);
     assert!(
         answered <= most,
         "{lie:?}: {answered} groups, at most {most}"
     );
     println!(
-        "{lie:?}, quickstart's share: sent away after {} rejections, {} bad groups were not audited, all {} steps closed \
+        "{lie:?}, quickstart's share: refused after {} rejections, {} bad groups were not audited, all {} steps closed \
          in {:.1} s",
-        tally.bad_rejected, tally.bad_unaudited, outcome.view.steps, outcome.seconds
+        tally.bad_rejected, tally.bad_unaudited, run.progress.steps, run.seconds
     );
 }
 
@@ -204,8 +206,8 @@ macro_rules! lies {
             }
 
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn is_sent_away_and_the_run_ends() {
-                the_liar_is_sent_away_and_the_run_ends($lie).await;
+            async fn gets_no_more_leases_and_the_run_finishes() {
+                the_liar_gets_no_more_leases_and_the_run_finishes($lie).await;
             }
         }
     )*};
@@ -216,7 +218,7 @@ lies! {
     a_worker_that_edits_one_token: Lie::EditedToken,
     a_worker_that_takes_the_best_of_four_seeds: Lie::BestOfSeeds,
     a_worker_that_takes_the_best_of_four_versions: Lie::BestOfVersions,
-    a_worker_that_claims_stale_weights_to_be_fresh: Lie::StaleWeights,
+    a_worker_that_claims_a_newer_version_than_it_uses: Lie::StaleWeights,
     a_worker_that_replays_its_own_group: Lie::Replay,
     a_worker_that_cuts_answers_short: Lie::Truncated,
     a_worker_that_shifts_its_log_probs: Lie::ShiftedLogprobs,

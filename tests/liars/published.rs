@@ -1,5 +1,5 @@
 //! The control of `configs/gemma.toml`: RL on a published model whose rewards no longer tell which answer earned them must not
-//! raise them. Not part of the tests: it takes minutes, some gigabytes and the model, imported as that file says.
+//! raise them. Ignored by default: it takes minutes, some gigabytes and the model, imported as that file says.
 //!
 //! `cargo test --release --test liars -- --ignored --nocapture published_model`
 
@@ -8,16 +8,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::config::RunConfig;
+use super::plan::{CriticKind, Plan, WorkerKind};
 use super::start::Start;
-use super::swarm::{CriticKind, Plan, Running, WorkerKind};
+use super::swarm::Running;
 
 const FILE: &str = "configs/gemma.toml";
-/// Steps at each end that are compared.
+/// Steps at each end of the run that are compared.
 const ENDS: usize = 5;
-/// Standard errors by which the last steps' rewards must not exceed the first's.
+/// Standard errors by which the mean reward of the last steps may exceed that of the first.
 const RISE: f64 = 3.0;
-/// How long a run may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(7_200);
+/// Time limit of a run on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(7_200);
 
 fn plan() -> Plan {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(FILE);
@@ -30,12 +31,12 @@ fn plan() -> Plan {
     Plan {
         workers: vec![WorkerKind::Honest],
         critics: vec![CriticKind::Permutes],
-        patience: PATIENCE,
+        timeout: TIMEOUT,
         ..Plan::new(config, start)
     }
 }
 
-/// Mean of some steps' mean rewards, and their sample variance.
+/// Mean and sample variance of the mean rewards of some steps.
 fn moments(rewards: &[f64]) -> (f64, f64) {
     let count = rewards.len() as f64;
     let mean = rewards.iter().sum::<f64>() / count;
@@ -46,8 +47,8 @@ fn moments(rewards: &[f64]) -> (f64, f64) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes minutes and a published model: run with --ignored"]
 async fn a_published_model_gains_nothing_when_rewards_are_permuted_within_each_group() {
-    let outcome = Running::start(plan()).await.finish().await;
-    let rewards: Vec<f64> = outcome.steps().iter().map(|s| s.reward_mean).collect();
+    let run = Running::start(plan()).await.finish().await;
+    let rewards: Vec<f64> = run.steps().iter().map(|s| s.reward_mean).collect();
     let (first, before) = moments(&rewards[..ENDS]);
     let (last, after) = moments(&rewards[rewards.len() - ENDS..]);
     let error = ((before + after) / ENDS as f64).sqrt();
@@ -55,8 +56,8 @@ async fn a_published_model_gains_nothing_when_rewards_are_permuted_within_each_g
     println!(
         "permuted rewards, {} steps, {:.0} s: {rewards:.3?}; first {first:.3}, last {last:.3}, {rise:+.1} standard errors",
         rewards.len(),
-        outcome.seconds
+        run.seconds
     );
-    assert!(outcome.deeds.inflated > 0, "nothing was permuted");
+    assert!(run.critic_counts.inflated > 0, "nothing was permuted");
     assert!(rise < RISE, "rewards rose by {rise:.1} standard errors");
 }

@@ -1,28 +1,30 @@
-//! The long form of the lies: the quickstart with one liar among three workers, or one among three critics, still learns.
-//! Not part of the tests, since each takes minutes:
+//! The quickstart with one liar among three workers, or among three critics, still learns. Each of these runs takes minutes,
+//! so that they are ignored by default:
 //!
 //! `cargo test --release --test liars -- --ignored --nocapture --test-threads 1 still_reaches`
 
 use std::num::NonZeroU64;
 use std::path::Path;
-use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::config::{QUICKSTART, RunConfig};
-use super::lying_critics::lifted_rewards;
+use super::harness::{muster, succeed, text};
+use super::lying_critics::falsified_rewards;
 use super::lying_workers::Tally;
+use super::plan::{CriticKind, Plan, WorkerKind};
+use super::results::FinishedRun;
 use super::start::Start;
-use super::suspect::Lie;
-use super::swarm::{CriticKind, Outcome, Plan, Running, WorkerKind};
+use super::swarm::Running;
+use super::worker_model::Lie;
 
 const FILE: &str = "configs/quickstart.toml";
-/// Greedy accuracy on the held-out prompts that the run is to reach.
+/// Greedy accuracy on the held-out prompts that a run must reach.
 const ACCURACY: f64 = 0.9;
-/// What a run whose rewards say nothing may gain by chance.
+/// Accuracy that a run with meaningless rewards may gain by chance.
 const CHANCE: f64 = 0.05;
-/// How long a run may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(1_200);
+/// Time limit of a run on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(1_200);
 
 fn plan() -> Plan {
     static START: OnceLock<Arc<Start>> = OnceLock::new();
@@ -34,32 +36,31 @@ fn plan() -> Plan {
         Arc::new(Start::warm_up(&config, &file, &folder))
     });
     Plan {
-        patience: PATIENCE,
+        timeout: TIMEOUT,
         ..Plan::new(config, start.clone())
     }
 }
 
-/// Greedy accuracy of a model folder on the held-out split, as the shipped command has it.
+/// Greedy accuracy of a model folder on the held-out split, as `muster eval` measures it.
 fn accuracy(folder: &Path) -> f64 {
-    let done = Command::new(env!("CARGO_BIN_EXE_muster"))
-        .args(["eval", FILE, "--json", "--model"])
-        .arg(folder)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "{said}");
-    let line: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    let printed = succeed(&mut muster(&[
+        "eval",
+        FILE,
+        "--json",
+        "--model",
+        text(folder),
+    ]));
+    let line: serde_json::Value = serde_json::from_str(&printed).unwrap();
     line["accuracy"].as_f64().unwrap()
 }
 
-fn report(name: &str, outcome: &Outcome) -> f64 {
-    let steps = outcome.view.steps;
-    let before = accuracy(&outcome.start.folder);
-    let after = accuracy(&outcome.dir.path().join(format!("checkpoints/{steps}")));
+fn report(name: &str, run: &FinishedRun) -> f64 {
+    let steps = run.progress.steps;
+    let before = accuracy(&run.start.folder);
+    let after = accuracy(&run.dir.path().join(format!("checkpoints/{steps}")));
     println!(
         "{name}: held-out accuracy {before:.3} to {after:.3} in {steps} steps, {:.0} s",
-        outcome.seconds
+        run.seconds
     );
     after
 }
@@ -74,9 +75,9 @@ async fn a_liar_among_three_workers(lie: Lie) {
         workers: workers.to_vec(),
         ..plan()
     };
-    let outcome = Running::start(plan).await.finish().await;
-    let tally = Tally::of(&outcome.view, &outcome.ledger);
-    let after = report(&format!("{lie:?}"), &outcome);
+    let run = Running::start(plan).await.finish().await;
+    let tally = Tally::of(&run.progress, &run.submissions);
+    let after = report(&format!("{lie:?}"), &run);
     println!(
         "{lie:?}: {} bad groups rejected, {} not audited, {} within rounding; {} of {} honest groups rejected",
         tally.bad_rejected,
@@ -85,7 +86,7 @@ async fn a_liar_among_three_workers(lie: Lie) {
         tally.honest_rejected.len(),
         tally.honest_passed + tally.honest_rejected.len()
     );
-    tally.assert_just(lie);
+    tally.assert_only_bad_groups_rejected(lie);
     assert!(after >= ACCURACY, "{lie:?}: accuracy {after:.3}");
 }
 
@@ -116,25 +117,25 @@ async fn still_reaches_ninety_percent_with_a_critic_that_inflates() {
     let mut plan = plan();
     plan.config.dispatch.critique.verdicts = 2;
     plan.critics = vec![CriticKind::Inflates, CriticKind::Honest, CriticKind::Honest];
-    let outcome = Running::start(plan).await.finish().await;
-    assert_eq!(lifted_rewards(&outcome), Vec::<String>::new());
-    let after = report("inflating critic", &outcome);
-    println!("inflating critic: {:?}", outcome.deeds);
+    let run = Running::start(plan).await.finish().await;
+    assert_eq!(falsified_rewards(&run), Vec::<String>::new());
+    let after = report("inflating critic", &run);
+    println!("inflating critic: {:?}", run.critic_counts);
     assert!(after >= ACCURACY, "accuracy {after:.3}");
 }
 
-/// The control of the quickstart's bar: the same run, whose rewards no longer tell which answer earned them.
+/// The control of the quickstart: the same run with rewards that are permuted within each group.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes minutes: run with --ignored"]
-async fn still_reaches_nothing_when_rewards_are_permuted_within_each_group() {
+async fn still_reaches_no_more_accuracy_when_rewards_are_permuted_within_each_group() {
     let mut plan = plan();
     plan.critics = vec![CriticKind::Permutes];
     let before = accuracy(&plan.start.folder);
-    let outcome = Running::start(plan).await.finish().await;
-    let after = report("permuted rewards", &outcome);
-    let trained = outcome.rollouts().len();
+    let run = Running::start(plan).await.finish().await;
+    let after = report("permuted rewards", &run);
+    let trained = run.rollouts().len();
     assert!(
-        trained > 0 && outcome.deeds.inflated > 0,
+        trained > 0 && run.critic_counts.inflated > 0,
         "nothing was permuted"
     );
     assert!(
@@ -143,7 +144,7 @@ async fn still_reaches_nothing_when_rewards_are_permuted_within_each_group() {
     );
 }
 
-/// The uploads of a model of the quickstart's size, whose anchor has tens of shards.
+/// The quickstart's model has anchors of tens of shards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes a minute: run with --ignored"]
 async fn still_reaches_every_peer_with_little_more_than_one_anchor_per_version() {

@@ -1,9 +1,8 @@
-//! What every run of these tests starts from: a configuration, its task and reward, and a starting policy that the shipped
-//! `muster warmup` makes once per process, in a few seconds.
+//! What the runs of these tests start from: a configuration, its task and reward, and a starting policy that `muster warmup`
+//! makes once per process, in a few seconds.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
@@ -20,6 +19,7 @@ use muster_protocol::subject::Role;
 use muster_rewards::{Answer, Prepared, Split};
 
 use super::config::RunConfig;
+use super::harness::{muster, succeed, text};
 
 const SMALL: &str = include_str!("small.toml");
 
@@ -46,31 +46,20 @@ pub fn start() -> Arc<Start> {
             let folder = scratch.join(format!("liars-{}", std::process::id()));
             let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/liars/small.toml");
             let start = Start::warm_up(&small(), &config, &folder);
-            std::fs::remove_dir_all(&folder).unwrap(); // it is in memory now
+            std::fs::remove_dir_all(&folder).unwrap(); // the model is in memory
             Arc::new(start)
         })
         .clone()
 }
 
 impl Start {
-    /// Has `muster warmup` make the starting policy of the configuration in `file`.
+    /// Makes the starting policy of the configuration in `file` with `muster warmup`.
     pub fn warm_up(config: &RunConfig, file: &Path, folder: &Path) -> Self {
-        let made = Command::new(env!("CARGO_BIN_EXE_muster"))
-            .arg("warmup")
-            .arg(file)
-            .arg("--out")
-            .arg(folder)
-            .output()
-            .unwrap();
-        assert!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
+        succeed(&mut muster(&["warmup", text(file), "--out", text(folder)]));
         Self::read(config, folder)
     }
 
-    /// Reads a starting policy that was made before.
+    /// Reads an existing starting policy.
     pub fn read(config: &RunConfig, folder: &Path) -> Self {
         let prepared = config.rewards().prepare(Path::new(".")).unwrap();
         let items = prepared.task.items(Split::Train).iter();
@@ -96,7 +85,6 @@ impl Start {
         ]
     }
 
-    /// The run's descriptor.
     pub fn describe(&self, config: &RunConfig, roster: &Roster) -> Descriptor {
         let files = self.files(config);
         let named = config.sampling.stop.iter();
@@ -132,7 +120,7 @@ impl Start {
         }
     }
 
-    /// The reward of an answer as tokens, computed from nothing but the run's reward functions and the task.
+    /// The reward of an answer, computed from the reward functions and the task of the run alone.
     pub fn reward(&self, prompt: &[u32], completion: &[u32], finish: FinishReason) -> f32 {
         let prompt = self.model.tokenizer.decode(prompt).unwrap();
         let gold = &self.golds[&prompt];
@@ -146,7 +134,7 @@ impl Start {
     }
 }
 
-/// The training prompts, one after the other.
+/// The training prompts in order.
 impl PromptSource for Start {
     fn prompt(&self, ticket: TicketId) -> Prompt {
         let items = self.prepared.task.items(Split::Train);

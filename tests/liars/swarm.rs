@@ -1,7 +1,5 @@
-//! A whole swarm in one process out of the shipped shells. A plan says who takes part and how they lie; a running swarm can
-//! be looked at; its outcome is what the run left behind.
+//! A whole swarm in one process, made of the shipped services: starts the members of a plan, follows the run and ends it.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -29,157 +27,63 @@ use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::open;
 use muster_protocol::id::PeerId;
 use muster_protocol::identity::{Identity, MachineSeed};
-use muster_protocol::message::fate::{Fate, FateRecord};
+use muster_protocol::message::fate::FateRecord;
 use muster_protocol::message::lease::NumericClass;
 use muster_protocol::nats_server::{Member as ServerMember, NatsServer, ServerConfig};
-use muster_protocol::record::{Line, RolloutLine, StepMetrics, read_all};
 use muster_protocol::subject::{Log, Queue, Role};
 use muster_rewards::critic::scorer::PolicyScorer;
 use muster_rewards::critic::{Critic, CriticParts};
 use muster_rollout::engine::Task;
 use muster_rollout::worker::{Worker, WorkerParts};
 
-use super::config::RunConfig;
-use super::critic::{Deeds, Inflator, Making};
+use super::critic::{CriticCounts, LyingCritic, RewardChange};
 use super::in_turn::InTurn;
-use super::ledger::Ledger;
-use super::shelf::Shelf;
-use super::start::Start;
-use super::suspect::{Conduct, Lie, Suspect};
+use super::offered_weights::OfferedWeights;
+use super::plan::{BusKind, CriticKind, Plan, WeightTransfer, WorkerKind};
+use super::results::{FinishedRun, Progress};
+use super::submissions::Submissions;
+use super::worker_model::{Behaviour, WorkerModel};
 
-/// How long a test waits for what it expects before it says what is missing. Each takes a few seconds on a quiet machine.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// How often a test looks.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// Members who are the lab's: dispatch and trainer.
+/// Pause between two polls.
+const POLL: Duration = Duration::from_millis(20);
+/// Number of members that are the lab's: dispatch and trainer.
 const LAB: usize = 2;
 /// Versions that a critic keeps beyond the async level, as `muster critic` does.
 const VERSIONS_BEYOND: usize = 3;
 
-/// What carries messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Venue {
-    Memory,
-    Nats,
-}
-
-/// How weights travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Weights {
-    /// From peer to peer over loopback.
-    Peers,
-    /// From the trainer's hands.
-    Shelf,
-}
-
-/// A worker's conduct.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WorkerKind {
-    Honest,
-    Liar(Lie),
-    /// With int8 weights, honest or not.
-    Int8(Option<Lie>),
-    /// Enrolled, and driven by the test.
-    Absent,
-}
-
-/// A critic's conduct.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CriticKind {
-    Honest,
-    Inflates,
-    Permutes,
-}
-
-/// Who takes part in what run.
-#[derive(Clone)]
-pub struct Plan {
-    pub config: RunConfig,
-    pub start: Arc<Start>,
-    pub venue: Venue,
-    pub weights: Weights,
-    pub workers: Vec<WorkerKind>,
-    pub critics: Vec<CriticKind>,
-    pub seeders: usize,
-    /// How long until the test gives up.
-    pub patience: Duration,
-}
-
-impl Plan {
-    /// Two honest workers, one honest critic, all in memory.
-    pub fn new(config: RunConfig, start: Arc<Start>) -> Self {
-        Self {
-            config,
-            start,
-            venue: Venue::Memory,
-            weights: Weights::Shelf,
-            workers: vec![WorkerKind::Honest; 2],
-            critics: vec![CriticKind::Honest],
-            seeders: 0,
-            patience: PATIENCE,
-        }
-    }
-}
-
-/// A member that takes part.
-struct Seat {
+/// A connected member.
+struct SwarmMember {
     name: String,
     identity: Identity,
     client: DispatchClient,
     swarm: Option<Swarm>,
 }
 
-enum Hub {
+enum Server {
     Memory(MemoryBus),
     Nats(NatsServer),
 }
 
-/// A run as it goes.
+/// A run in progress.
 pub struct Running {
     plan: Plan,
     dir: TempDir,
-    hub: Hub,
-    seats: Vec<Seat>,
-    shelf: Arc<Shelf>,
-    ledger: Ledger,
-    deeds: Arc<Mutex<Deeds>>,
+    server: Server,
+    members: Vec<SwarmMember>,
+    offered: Arc<OfferedWeights>,
+    submissions: Submissions,
+    critic_counts: Arc<Mutex<CriticCounts>>,
     tasks: JoinSet<(String, Result<(), String>)>,
     done: Vec<String>,
     tracker: TaskTracker,
     shutdown: CancellationToken,
-    /// Ends dispatch and trainer, who go last: a worker submits what it has answered for as long as its lease lasts.
+    /// Ends dispatch and trainer after all others: workers still submit the groups of their last leases.
     lab_shutdown: CancellationToken,
     began: Instant,
 }
 
-/// What a run has come to.
-pub struct View {
-    /// Tickets issued.
-    pub issued: u64,
-    /// Steps closed.
-    pub steps: u64,
-    /// How tickets and groups ended, in order.
-    pub fates: Vec<FateRecord>,
-}
-
-impl View {
-    /// Tickets that have ended.
-    pub fn ended(&self) -> u64 {
-        self.fates
-            .iter()
-            .filter(|record| record.fate != Fate::Duplicate)
-            .count() as u64
-    }
-
-    /// Groups of `worker` with this fate.
-    pub fn count(&self, worker: PeerId, fate: Fate) -> usize {
-        let of = |record: &&FateRecord| record.worker == Some(worker) && record.fate == fate;
-        self.fates.iter().filter(of).count()
-    }
-}
-
 impl Running {
-    /// Starts everybody.
+    /// Starts all members.
     pub async fn start(plan: Plan) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let identities = identities(&plan);
@@ -189,15 +93,15 @@ impl Running {
         let roster = Roster {
             members: members.collect(),
         };
-        let hub = open_hub(&plan, &roster, dir.path()).await;
+        let server = start_server(&plan, &roster, dir.path()).await;
         let mut running = Self {
             plan,
             dir,
-            hub,
-            seats: Vec::new(),
-            shelf: Shelf::new(None),
-            ledger: Ledger::default(),
-            deeds: Arc::default(),
+            server,
+            members: Vec::new(),
+            offered: OfferedWeights::new(None),
+            submissions: Submissions::default(),
+            critic_counts: Arc::default(),
             tasks: JoinSet::new(),
             done: Vec::new(),
             tracker: TaskTracker::new(),
@@ -206,9 +110,9 @@ impl Running {
             began: Instant::now(),
         };
         for (name, role, identity) in identities {
-            running.take_seat(name, role, identity, &roster).await;
+            running.connect(name, role, identity, &roster).await;
         }
-        running.shelf = Shelf::new(running.seat("trainer").swarm.clone());
+        running.offered = OfferedWeights::new(running.member("trainer").swarm.clone());
         running.start_learner(&roster);
         for (number, kind) in running.plan.workers.clone().into_iter().enumerate() {
             running.start_worker(number, kind).await;
@@ -222,11 +126,11 @@ impl Running {
         running
     }
 
-    async fn take_seat(&mut self, name: String, role: Role, identity: Identity, roster: &Roster) {
+    async fn connect(&mut self, name: String, role: Role, identity: Identity, roster: &Roster) {
         let run = self.plan.config.run.name.clone();
-        let bus: SharedBus = match &self.hub {
-            Hub::Memory(bus) => bus.connect(&identity.login_user(), role),
-            Hub::Nats(server) => {
+        let bus: SharedBus = match &self.server {
+            Server::Memory(bus) => bus.connect(&identity.login_user(), role),
+            Server::Nats(server) => {
                 let login = identity.login_seed().unwrap();
                 let config = NatsConfig::new(&server.url(), &run, &login, &name);
                 NatsBus::connect(config).await.unwrap()
@@ -235,10 +139,10 @@ impl Running {
         let learner = roster.first(Role::Trainer).unwrap().peer;
         let client = DispatchClient::new(bus, identity.clone(), run, learner);
         let swarm = match self.plan.weights {
-            Weights::Shelf => None,
-            Weights::Peers => Some(self.join_peers(role, &identity, &client).await),
+            WeightTransfer::FromTrainer => None,
+            WeightTransfer::BetweenPeers => Some(self.join_peers(role, &identity, &client).await),
         };
-        self.seats.push(Seat {
+        self.members.push(SwarmMember {
             name,
             identity,
             client,
@@ -261,38 +165,38 @@ impl Running {
         swarm
     }
 
-    fn seat(&self, name: &str) -> &Seat {
-        let seat = self.seats.iter().find(|seat| seat.name == name);
-        seat.unwrap_or_else(|| panic!("nobody is called {name}"))
+    fn member(&self, name: &str) -> &SwarmMember {
+        let member = self.members.iter().find(|member| member.name == name);
+        member.unwrap_or_else(|| panic!("no member is called {name}"))
     }
 
-    /// A member's way to dispatch.
+    /// The dispatch client of a member.
     pub fn client(&self, name: &str) -> DispatchClient {
-        self.seat(name).client.clone()
+        self.member(name).client.clone()
     }
 
-    /// A member's key.
+    /// The peer id of a member.
     pub fn peer(&self, name: &str) -> PeerId {
-        self.seat(name).identity.peer_id()
+        self.member(name).identity.peer_id()
     }
 
-    /// What was answered so far.
-    pub fn ledger(&self) -> &Ledger {
-        &self.ledger
+    /// The groups submitted so far.
+    pub fn submissions(&self) -> &Submissions {
+        &self.submissions
     }
 
     /// The weights offered so far.
-    pub fn shelf(&self) -> Arc<Shelf> {
-        self.shelf.clone()
+    pub fn offered(&self) -> Arc<OfferedWeights> {
+        self.offered.clone()
     }
 
-    /// A member's place among the peers.
+    /// The peer-to-peer swarm of a member.
     pub fn swarm(&self, name: &str) -> Swarm {
-        let swarm = self.seat(name).swarm.clone();
+        let swarm = self.member(name).swarm.clone();
         swarm.expect("weights travel between peers in this plan")
     }
 
-    /// Plays a role on a thread of its own, as its process would: a role's future need not move between threads.
+    /// Runs a role on its own thread, since its future need not be `Send`.
     fn spawn<F, E>(&mut self, name: &str, role: impl FnOnce() -> F + Send + 'static)
     where
         F: Future<Output = Result<(), E>>,
@@ -316,13 +220,13 @@ impl Running {
         let (steps, async_level) = (config.run.steps.get(), config.run.async_level);
         let train = config.learner.train.clone();
         let stepper = PolicyStepper::new(model, train, &start.model.image, steps, async_level);
-        let trainer = self.seat("trainer");
+        let trainer = self.member("trainer");
         let parts = TrainerParts {
             client: trainer.client.clone(),
             roster: roster.clone(),
             dir: self.dir.path().to_owned(),
             stepper: Box::new(stepper.unwrap()),
-            outlet: self.shelf.clone(),
+            outlet: self.offered.clone(),
             descriptor: start.describe(config, roster),
             files: start.files(config),
             settings: TrainerSettings {
@@ -333,7 +237,7 @@ impl Running {
                 broadcast: config.learner.broadcast,
             },
         };
-        let dispatch = self.seat("dispatch");
+        let dispatch = self.member("dispatch");
         let service = DispatchParts {
             bus: dispatch.client.bus().clone(),
             identity: dispatch.identity.clone(),
@@ -364,13 +268,13 @@ impl Running {
     }
 
     async fn follower(&self, name: &str, follow: Follow) -> Follower {
-        let seat = self.seat(name);
-        let source: Arc<dyn ObjectSource> = match &seat.swarm {
+        let member = self.member(name);
+        let source: Arc<dyn ObjectSource> = match &member.swarm {
             Some(swarm) => Arc::new(swarm.clone()),
-            None => self.shelf.clone(),
+            None => self.offered.clone(),
         };
         let stop = self.shutdown.child_token();
-        Follower::start(seat.client.clone(), source, follow, &self.tracker, stop)
+        Follower::start(member.client.clone(), source, follow, &self.tracker, stop)
             .await
             .unwrap()
     }
@@ -394,17 +298,17 @@ impl Running {
             tokens_max: self.plan.config.sampling.tokens_max.get(),
             tokenizer: self.plan.start.model.tokenizer.clone(),
         };
-        let suspect = Suspect::new(
-            Conduct { lie, class },
+        let model = WorkerModel::new(
+            Behaviour { lie, class },
             model,
             engine,
             task,
-            self.ledger.clone(),
+            self.submissions.clone(),
         );
         let parts = WorkerParts {
             client: self.client(&name),
             clock: clock(),
-            answerer: Box::new(InTurn::new(suspect, rollouts_max.get())),
+            answerer: Box::new(InTurn::new(model, rollouts_max.get())),
             follower: self.follower(&name, Follow::Newest).await,
             class,
         };
@@ -417,22 +321,22 @@ impl Running {
     async fn start_critic(&mut self, number: usize, kind: CriticKind) {
         let name = format!("critic-{}", number + 1);
         let (stop, client) = (self.shutdown.clone(), self.client(&name));
-        let making = match kind {
+        let change = match kind {
             CriticKind::Honest => None,
-            CriticKind::Inflates => Some(Making::Inflated),
-            CriticKind::Permutes => Some(Making::Permuted),
+            CriticKind::Inflates => Some(RewardChange::Inflated),
+            CriticKind::Permutes => Some(RewardChange::Permuted),
         };
-        if let Some(making) = making {
-            let (start, deeds) = (self.plan.start.clone(), self.deeds.clone());
-            let inflator = Inflator {
-                making,
+        if let Some(change) = change {
+            let (start, critic_counts) = (self.plan.start.clone(), self.critic_counts.clone());
+            let critic = LyingCritic {
+                change,
                 client,
                 start,
-                deeds,
+                critic_counts,
             };
             self.spawn(&name, || async move {
                 tokio::select! {
-                    done = inflator.run() => done,
+                    done = critic.run() => done,
                     () = stop.cancelled() => Ok(()),
                 }
             });
@@ -469,9 +373,9 @@ impl Running {
         });
     }
 
-    /// What the run has come to so far.
-    pub async fn view(&self) -> View {
-        let client = &self.seat("trainer").client;
+    /// The progress of the run so far.
+    pub async fn progress(&self) -> Progress {
+        let client = &self.member("trainer").client;
         let bus = client.bus();
         let mut fates = Vec::new();
         let mut after = 0;
@@ -489,49 +393,49 @@ impl Running {
         let versions = bus.last(Log::Versions).await.unwrap();
         let versions = versions.map_or(0, |record| record.sequence);
         let tickets = bus.queue_state(Queue::Tickets).await.unwrap();
-        View {
+        Progress {
             issued: tickets.last_sequence,
             steps: versions.saturating_sub(1),
             fates,
         }
     }
 
-    /// Waits until the run has come to what `enough` wants; `what` says it in words.
-    pub async fn until(&mut self, what: &str, enough: impl Fn(&View) -> bool) -> View {
+    /// Waits until the progress is `enough`; `event` names it in the panic after the time limit.
+    pub async fn wait_for(&mut self, event: &str, enough: impl Fn(&Progress) -> bool) -> Progress {
         self.opened().await;
         loop {
-            let view = self.view().await;
-            if enough(&view) {
-                return view;
+            let progress = self.progress().await;
+            if enough(&progress) {
+                return progress;
             }
-            self.notice_ends();
+            self.note_ended_members();
             assert!(
-                self.began.elapsed() < self.plan.patience,
-                "{what} did not come in {:?}: {} steps, {} of {} tickets ended; ended tasks: {:?}",
-                self.plan.patience,
-                view.steps,
-                view.ended(),
-                view.issued,
+                self.began.elapsed() < self.plan.timeout,
+                "{event} did not come in {:?}: {} steps, {} of {} tickets ended; ended tasks: {:?}",
+                self.plan.timeout,
+                progress.steps,
+                progress.ended(),
+                progress.issued,
                 self.done
             );
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL).await;
         }
     }
 
-    /// Waits until the streams are there to be looked at.
+    /// Waits until the streams exist.
     async fn opened(&self) {
-        let bus = self.seat("trainer").client.bus().clone();
+        let bus = self.member("trainer").client.bus().clone();
         while bus.last(Log::Control).await.ok().flatten().is_none() {
             assert!(
-                self.began.elapsed() < self.plan.patience,
+                self.began.elapsed() < self.plan.timeout,
                 "the run was not opened"
             );
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL).await;
         }
     }
 
-    /// Notes members that have ended; one that failed fails the test.
-    fn notice_ends(&mut self) {
+    /// Notes members that have ended; a failed member fails the test.
+    fn note_ended_members(&mut self) {
         while let Some(ended) = self.tasks.try_join_next() {
             let (name, result) = ended.unwrap();
             if let Err(error) = result {
@@ -541,12 +445,12 @@ impl Running {
         }
     }
 
-    /// Waits until the run is over for every honest worker and every ticket has ended, then ends it.
-    pub async fn finish(mut self) -> Outcome {
+    /// Waits until all steps are closed and every ticket has ended, then ends the run.
+    pub async fn finish(mut self) -> FinishedRun {
         let steps = self.plan.config.run.steps.get();
         let everything = "the run's end with a fate for every ticket";
-        self.until(everything, |view| {
-            view.steps >= steps && view.ended() == view.issued
+        self.wait_for(everything, |progress| {
+            progress.steps >= steps && progress.ended() == progress.issued
         })
         .await;
         let last = self
@@ -554,40 +458,40 @@ impl Running {
             .path()
             .join(format!("checkpoints/{steps}/manifest.json"));
         while !last.exists() {
-            self.notice_ends();
-            assert!(self.began.elapsed() < self.plan.patience, "no checkpoint");
-            tokio::time::sleep(LOOK_EVERY).await;
+            self.note_ended_members();
+            assert!(self.began.elapsed() < self.plan.timeout, "no checkpoint");
+            tokio::time::sleep(POLL).await;
         }
         self.stop().await
     }
 
-    /// Ends the run as it stands.
-    pub async fn stop(mut self) -> Outcome {
+    /// Ends the run.
+    pub async fn stop(mut self) -> FinishedRun {
         self.shutdown.cancel();
-        let everybody = self.done.len() + self.tasks.len();
-        while self.done.len() < everybody {
-            if self.done.len() + LAB == everybody {
+        let members = self.done.len() + self.tasks.len();
+        while self.done.len() < members {
+            if self.done.len() + LAB == members {
                 self.lab_shutdown.cancel();
             }
             let (name, result) = self.tasks.join_next().await.unwrap().unwrap();
             result.unwrap_or_else(|error| panic!("{name} failed: {error}"));
             self.done.push(name);
         }
-        let view = self.view().await;
+        let progress = self.progress().await;
         self.tracker.close();
         self.tracker.wait().await;
-        if let Hub::Nats(server) = self.hub {
+        if let Server::Nats(server) = self.server {
             server.stop().await;
         }
-        let peers = self.seats.iter();
-        let names = peers.map(|seat| (seat.identity.peer_id(), seat.name.clone()));
-        let deeds = *self.deeds.lock().unwrap();
-        Outcome {
-            view,
+        let peers = self.members.iter();
+        let names = peers.map(|member| (member.identity.peer_id(), member.name.clone()));
+        let critic_counts = *self.critic_counts.lock().unwrap();
+        FinishedRun {
+            progress,
             names: names.collect(),
-            ledger: self.ledger,
-            shelf: self.shelf,
-            deeds,
+            submissions: self.submissions,
+            offered: self.offered,
+            critic_counts,
             start: self.plan.start,
             dir: self.dir,
             seconds: self.began.elapsed().as_secs_f64(),
@@ -595,44 +499,11 @@ impl Running {
     }
 }
 
-/// What a run left behind.
-pub struct Outcome {
-    pub view: View,
-    pub names: BTreeMap<PeerId, String>,
-    pub ledger: Ledger,
-    pub shelf: Arc<Shelf>,
-    pub deeds: Deeds,
-    pub start: Arc<Start>,
-    pub dir: TempDir,
-    pub seconds: f64,
-}
-
-impl Outcome {
-    /// The lines of metrics.jsonl.
-    pub fn steps(&self) -> Vec<StepMetrics> {
-        read_all(&self.dir.path().join(StepMetrics::FILE)).unwrap()
-    }
-
-    /// Every rollout trained on, in the order of steps.
-    pub fn rollouts(&self) -> Vec<RolloutLine> {
-        let folder = self.dir.path().join(RolloutLine::FILE);
-        let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .collect();
-        files.sort();
-        files
-            .iter()
-            .flat_map(|file| read_all::<RolloutLine>(file).unwrap())
-            .collect()
-    }
-}
-
 fn clock() -> SharedClock {
     Arc::new(SystemClock)
 }
 
-/// Everybody's names, roles and keys. The keys are fixed: a run's randomness is dispatch's.
+/// Names, roles and keys of the members. The keys are fixed, since dispatch provides the randomness of a run.
 fn identities(plan: &Plan) -> Vec<(String, Role, Identity)> {
     let numbered = |name: &str, role: Role, count: usize| -> Vec<(String, Role)> {
         (1..=count)
@@ -655,10 +526,10 @@ fn identities(plan: &Plan) -> Vec<(String, Role, Identity)> {
         .collect()
 }
 
-async fn open_hub(plan: &Plan, roster: &Roster, dir: &Path) -> Hub {
+async fn start_server(plan: &Plan, roster: &Roster, dir: &Path) -> Server {
     let run = &plan.config.run.name;
-    if plan.venue == Venue::Memory {
-        return Hub::Memory(MemoryBus::new(run, MemoryConfig::default()));
+    if plan.bus == BusKind::Memory {
+        return Server::Memory(MemoryBus::new(run, MemoryConfig::default()));
     }
     let users = roster.members.iter();
     let users = users.map(|member| ServerMember {
@@ -668,5 +539,5 @@ async fn open_hub(plan: &Plan, roster: &Roster, dir: &Path) -> Hub {
     let mut config = ServerConfig::new(run, &dir.join("nats"), users.collect());
     config.project = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let server = NatsServer::start(&config).await;
-    Hub::Nats(server.unwrap_or_else(|error| panic!("this test needs a NATS server: {error}")))
+    Server::Nats(server.unwrap_or_else(|error| panic!("this test needs a NATS server: {error}")))
 }

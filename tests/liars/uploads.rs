@@ -1,11 +1,12 @@
-//! What the learner uploads when others pass its weights on.
+//! What the learner uploads if peers share its weights.
 
 use std::num::NonZeroU64;
 
+use super::plan::{Plan, WeightTransfer};
 use super::start::{small, start};
-use super::swarm::{Plan, Running, Weights};
+use super::swarm::Running;
 
-/// Most bytes that the learner may upload of any one version, in sizes of an anchor.
+/// Most bytes that the learner may upload of one version, as a multiple of its anchor.
 const ANCHORS_MAX: f64 = 1.5;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -19,17 +20,17 @@ async fn with_two_workers_and_a_seeder_the_learner_uploads_little_more_than_one_
 /// Runs two workers, a critic and a seeder, and compares what the learner uploaded with the size of its anchors.
 pub async fn assert_uploads(plan: Plan) {
     let plan = Plan {
-        weights: Weights::Peers,
+        weights: WeightTransfer::BetweenPeers,
         seeders: 1,
         ..plan
     };
     let running = Running::start(plan).await;
     let learner = running.swarm("trainer");
-    let shelf = running.shelf();
-    let outcome = running.finish().await;
+    let offered = running.offered();
+    let run = running.finish().await;
     let stats = learner.metrics();
     let mut sizes = Vec::new();
-    for (version, (object, bytes)) in shelf.anchors() {
+    for (version, (object, bytes)) in offered.anchors() {
         let uploaded = stats
             .objects
             .get(&object)
@@ -44,7 +45,7 @@ pub async fn assert_uploads(plan: Plan) {
         "uploads: {} versions, mean {mean:.2} and most {most:.2} anchors, {} bytes in all, {:.1} s",
         sizes.len(),
         stats.total.bytes_uploaded,
-        outcome.seconds
+        run.seconds
     );
     assert!(sizes.len() > 10);
     assert!(most < ANCHORS_MAX, "{most:.2} anchors of one version");

@@ -1,4 +1,4 @@
-//! Where the trainer of a test hands its weights to, and the tests that are not about transfer take them from.
+//! The objects that the trainer of a test offers. Tests that are not about transfer fetch them from memory.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -11,15 +11,17 @@ use muster_learner::trainer::announce::Outlet;
 use muster_protocol::id::{ObjectId, PolicyVersion};
 use muster_protocol::message::version::{Content, Object};
 
-/// Every object that was offered, in memory; passed on to the swarm of peers where there is one.
+use crate::memory_objects::MemoryObjects;
+
+/// Keeps the anchors, and passes every object to the peer-to-peer swarm, or to memory without one.
 #[derive(Debug, Default)]
-pub struct Shelf {
-    objects: Mutex<BTreeMap<ObjectId, Bytes>>,
+pub struct OfferedWeights {
+    objects: MemoryObjects,
     anchors: Mutex<BTreeMap<PolicyVersion, (ObjectId, Bytes)>>,
     swarm: Option<Swarm>,
 }
 
-impl Shelf {
+impl OfferedWeights {
     pub fn new(swarm: Option<Swarm>) -> Arc<Self> {
         Arc::new(Self {
             swarm,
@@ -27,45 +29,41 @@ impl Shelf {
         })
     }
 
-    /// The weights of every version, with the object that they travelled as.
+    /// The weights of every version, with the id of their object.
     pub fn anchors(&self) -> BTreeMap<PolicyVersion, (ObjectId, Bytes)> {
         self.anchors.lock().unwrap().clone()
     }
+
+    fn outlet(&self) -> &dyn Outlet {
+        match &self.swarm {
+            Some(swarm) => swarm,
+            None => &self.objects,
+        }
+    }
 }
 
 #[async_trait]
-impl Outlet for Shelf {
+impl Outlet for OfferedWeights {
     async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String> {
-        let id = object.id();
         if let Content::Anchor { .. } = object.content {
-            let anchor = (id, bytes.clone());
+            let anchor = (object.id(), bytes.clone());
             self.anchors.lock().unwrap().insert(object.version, anchor);
         }
-        match &self.swarm {
-            Some(swarm) => Outlet::offer(swarm, object, bytes).await,
-            None => {
-                self.objects.lock().unwrap().insert(id, bytes);
-                Ok(())
-            }
-        }
+        self.outlet().offer(object, bytes).await
     }
 
     fn keep_for(&self, object: &Object, version: PolicyVersion) {
-        match &self.swarm {
-            Some(swarm) => Outlet::keep_for(swarm, object, version),
-            None => assert!(self.objects.lock().unwrap().contains_key(&object.id())),
-        }
+        self.outlet().keep_for(object, version);
     }
 
     fn uploaded(&self) -> u64 {
-        self.swarm.as_ref().map_or(0, Outlet::uploaded)
+        self.outlet().uploaded()
     }
 }
 
 #[async_trait]
-impl ObjectSource for Shelf {
+impl ObjectSource for OfferedWeights {
     async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
-        let found = self.objects.lock().unwrap().get(&object.id()).cloned();
-        found.ok_or(FetchError::Stopped)
+        self.objects.get(&object.id()).ok_or(FetchError::Stopped)
     }
 }

@@ -1,6 +1,6 @@
-//! A worker's model, honest or lying. Either way it also computes the honest answer to each lease, so that the ledger can
-//! say which groups are bad. Most lies cover their tracks: the log-probs submitted are those that the leased version gives
-//! to the tokens submitted, so that only the draws betray them.
+//! The model of an honest or lying worker. It also computes the honest answer to each lease, so that the test knows which
+//! groups are bad. Most lies are covered: the submitted log-probs are those that the leased version gives to the submitted
+//! tokens, so that only the draws reveal the lie.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use muster_rollout::answerer::{AnswerError, Answerer};
 use muster_rollout::engine::{PolicyAnswerer, Task};
 
 use super::in_turn::BatchAnswerer;
-use super::ledger::{Ledger, difference};
+use super::submissions::{Submissions, difference};
 
 /// How a worker lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,15 +29,15 @@ pub enum Lie {
     BestOfSeeds,
     /// Draws under up to four versions, the leased one included, and submits the group that the policy likes best.
     BestOfVersions,
-    /// Never fetches new weights and says that it did.
+    /// Draws with its first weights and claims the version of the lease.
     StaleWeights,
-    /// Gives the answers of its first group again and again.
+    /// Submits the answers of its first group again and again.
     Replay,
-    /// Cuts an answer short: openly, or with a stop id put where it was cut.
+    /// Cuts an answer short, every second time with a stop id at the cut.
     Truncated,
     /// Draws honestly and reports other log-probs.
     ShiftedLogprobs,
-    /// Draws honestly with other kernels than those of the class that it answers in.
+    /// Draws with other kernels than those of the numeric class that it claims.
     OtherKernels,
 }
 
@@ -55,29 +55,29 @@ impl Lie {
     ];
 }
 
-/// Versions that a liar keeps besides the first.
+/// Versions that a liar keeps in addition to the first.
 const VERSIONS_KEPT: usize = 4;
-/// Attempts of a liar that chooses the best.
+/// Groups of which a liar chooses the best.
 const ATTEMPTS: u8 = 4;
-/// By how much reported log-probs are shifted, in nats: ten times what rounding may explain.
+/// Shift of reported log-probs, in nats: ten times the tolerance for rounding.
 const SHIFT: f32 = 0.01;
 
-struct Known {
+struct HeldVersion {
     policy: Policy,
     answerer: PolicyAnswerer,
-    /// With other kernels.
+    /// The same weights with other kernels, for [`Lie::OtherKernels`].
     other: Option<PolicyAnswerer>,
 }
 
-/// How a worker answers.
+/// How a worker answers leases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Conduct {
+pub struct Behaviour {
     pub lie: Option<Lie>,
-    /// The class that it answers in.
+    /// The numeric class that it claims.
     pub class: NumericClass,
 }
 
-/// The kernels of a class, and those of the other.
+/// The kernels of a class, then other kernels.
 fn kernels(class: NumericClass) -> [KernelSet; 2] {
     match class {
         NumericClass::Int8Cpu => [KernelSet::Int8, KernelSet::Fused],
@@ -85,37 +85,37 @@ fn kernels(class: NumericClass) -> [KernelSet; 2] {
     }
 }
 
-/// A worker's model.
-pub struct Suspect {
-    conduct: Conduct,
+/// The model of one worker.
+pub struct WorkerModel {
+    behaviour: Behaviour,
     config: Config,
     engine: EngineConfig,
     task: Task,
-    ledger: Ledger,
+    submissions: Submissions,
     /// Oldest first; a liar's first version stays.
-    known: Vec<Known>,
-    /// What was submitted first.
-    first_said: Option<Vec<Rollout>>,
-    told: u64,
+    versions: Vec<HeldVersion>,
+    /// The first group that was submitted.
+    first_submitted: Option<Vec<Rollout>>,
+    lies: u64,
 }
 
-impl Suspect {
+impl WorkerModel {
     pub fn new(
-        conduct: Conduct,
+        behaviour: Behaviour,
         config: Config,
         engine: EngineConfig,
         task: Task,
-        ledger: Ledger,
+        submissions: Submissions,
     ) -> Self {
         Self {
-            conduct,
+            behaviour,
             config,
             engine,
             task,
-            ledger,
-            known: Vec::new(),
-            first_said: None,
-            told: 0,
+            submissions,
+            versions: Vec::new(),
+            first_submitted: None,
+            lies: 0,
         }
     }
 
@@ -127,13 +127,17 @@ impl Suspect {
     }
 
     async fn honest(&mut self, leases: &[Lease]) -> Result<Vec<Vec<Rollout>>, AnswerError> {
-        let newest = self.known.last_mut().expect("weights are adopted first");
+        let newest = self.versions.last_mut().expect("weights are adopted first");
         newest.answerer.answer(leases).await
     }
 
     /// The log-probs that the newest version gives to the tokens of `rollouts`, in place of those that came with them.
     fn cover(&self, lease: &Lease, rollouts: Vec<Rollout>) -> Vec<Rollout> {
-        let policy = &self.known.last().expect("weights are adopted first").policy;
+        let policy = &self
+            .versions
+            .last()
+            .expect("weights are adopted first")
+            .policy;
         let first = lease.ticket.prompt.len();
         let texts: Vec<Vec<u32>> = rollouts.iter().map(Rollout::tokens).collect();
         let rows: Vec<ScoreRow<'_>> = texts
@@ -153,11 +157,21 @@ impl Suspect {
             .collect()
     }
 
-    /// How far the prescribed draw at `position` of rollout `number` lies from the interval of the token told there.
-    fn draw_error(&self, lease: &Lease, told: &[Rollout], number: usize, position: usize) -> f64 {
-        let policy = &self.known.last().expect("weights are adopted first").policy;
+    /// How far the prescribed draw at `position` of rollout `number` lies from the interval of the token submitted there.
+    fn draw_error(
+        &self,
+        lease: &Lease,
+        submitted: &[Rollout],
+        number: usize,
+        position: usize,
+    ) -> f64 {
+        let policy = &self
+            .versions
+            .last()
+            .expect("weights are adopted first")
+            .policy;
         let row = ScoreRow {
-            tokens: &told[number].tokens(),
+            tokens: &submitted[number].tokens(),
             first: lease.ticket.prompt.len(),
             temperature: lease.ticket.sampling.temperature,
         };
@@ -166,13 +180,13 @@ impl Suspect {
         scored[position].error(uniform(&lease.seed, rollout, position as u64))
     }
 
-    async fn tell(
+    async fn answer_with(
         &mut self,
         lie: Lie,
         lease: &Lease,
         honest: Vec<Rollout>,
     ) -> Result<Vec<Rollout>, AnswerError> {
-        self.told += 1;
+        self.lies += 1;
         Ok(match lie {
             Lie::Temperature => {
                 let mut colder = lease.clone();
@@ -189,40 +203,44 @@ impl Suspect {
                 for attempt in 1..ATTEMPTS {
                     let mut other = lease.clone();
                     other.seed[0] ^= attempt;
-                    best = liked_better(best, self.honest(&[other]).await?.remove(0));
+                    best = likelier(best, self.honest(&[other]).await?.remove(0));
                 }
                 best
             }
             Lie::BestOfVersions => {
                 let mut best = honest;
-                let older = self.known.len() - 1;
+                let older = self.versions.len() - 1;
                 for version in older.saturating_sub(usize::from(ATTEMPTS) - 1)..older {
                     let leases = std::slice::from_ref(lease);
-                    let drawn = self.known[version].answerer.answer(leases).await?.remove(0);
-                    best = liked_better(best, self.cover(lease, drawn));
+                    let drawn = self.versions[version]
+                        .answerer
+                        .answer(leases)
+                        .await?
+                        .remove(0);
+                    best = likelier(best, self.cover(lease, drawn));
                 }
                 best
             }
             Lie::StaleWeights => {
                 let leases = std::slice::from_ref(lease);
-                let drawn = self.known[0].answerer.answer(leases).await?.remove(0);
+                let drawn = self.versions[0].answerer.answer(leases).await?.remove(0);
                 let claimed = drawn.iter().map(|rollout| {
                     let (tokens, logprobs) = rollout.drawn();
                     rollout_with(lease, tokens, logprobs, rollout.finish)
                 });
                 claimed.collect()
             }
-            Lie::Replay => match self.first_said.clone() {
-                None => self.first_said.insert(honest).clone(),
-                Some(said) => {
-                    let again = said
+            Lie::Replay => match self.first_submitted.clone() {
+                None => self.first_submitted.insert(honest).clone(),
+                Some(first) => {
+                    let again = first
                         .iter()
                         .map(|r| rollout_with(lease, r.drawn().0, r.drawn().1, r.finish));
                     self.cover(lease, again.collect())
                 }
             },
             Lie::Truncated => {
-                let cut = truncate_one(lease, honest, self.told.is_multiple_of(2));
+                let cut = truncate_one(lease, honest, self.lies.is_multiple_of(2));
                 self.cover(lease, cut)
             }
             Lie::ShiftedLogprobs => {
@@ -237,8 +255,11 @@ impl Suspect {
                 shifted.collect()
             }
             Lie::OtherKernels => {
-                let newest = self.known.last_mut().expect("weights are adopted first");
-                let other = newest.other.as_mut().expect("this liar has them");
+                let newest = self.versions.last_mut().expect("weights are adopted first");
+                let other = newest
+                    .other
+                    .as_mut()
+                    .expect("a liar with other kernels loads them");
                 other.answer(std::slice::from_ref(lease)).await?.remove(0)
             }
         })
@@ -246,41 +267,42 @@ impl Suspect {
 }
 
 #[async_trait]
-impl BatchAnswerer for Suspect {
+impl BatchAnswerer for WorkerModel {
     async fn adopt(&mut self, held: &Held) -> Result<(), AnswerError> {
         let image = Image::parse(&self.config, &held.image).unwrap();
-        let [own, other] = kernels(self.conduct.class);
+        let [own, other] = kernels(self.behaviour.class);
         let policy = Policy::from_image(&self.config, &image, own, &Device::Cpu).unwrap();
         let answerer = self.answerer(own, held).await;
-        let other = match self.conduct.lie {
+        let other = match self.behaviour.lie {
             Some(Lie::OtherKernels) => Some(self.answerer(other, held).await),
             _ => None,
         };
-        self.known.push(Known {
+        self.versions.push(HeldVersion {
             policy,
             answerer,
             other,
         });
-        if self.known.len() > VERSIONS_KEPT + 1 {
-            self.known.remove(1);
+        if self.versions.len() > VERSIONS_KEPT + 1 {
+            self.versions.remove(1);
         }
         Ok(())
     }
 
     async fn answer(&mut self, leases: &[Lease]) -> Result<Vec<Vec<Rollout>>, AnswerError> {
         let honest = self.honest(leases).await?;
-        let mut told = Vec::with_capacity(honest.len());
+        let mut groups = Vec::with_capacity(honest.len());
         for (lease, honest) in leases.iter().zip(honest) {
-            let said = match self.conduct.lie {
+            let submitted = match self.behaviour.lie {
                 None => honest.clone(),
-                Some(lie) => self.tell(lie, lease, honest.clone()).await?,
+                Some(lie) => self.answer_with(lie, lease, honest.clone()).await?,
             };
-            let draw_error = |number, position| self.draw_error(lease, &said, number, position);
-            let difference = difference(&honest, &said, draw_error);
-            self.ledger.note(lease, difference);
-            told.push(said);
+            let draw_error =
+                |number, position| self.draw_error(lease, &submitted, number, position);
+            let difference = difference(&honest, &submitted, draw_error);
+            self.submissions.note(lease, difference);
+            groups.push(submitted);
         }
-        Ok(told)
+        Ok(groups)
     }
 }
 
@@ -294,20 +316,23 @@ fn rollout_with(
     Rollout::single_turn(prompt, tokens, version, logprobs, finish)
 }
 
-/// Of two groups the likelier one.
-fn liked_better(one: Vec<Rollout>, other: Vec<Rollout>) -> Vec<Rollout> {
-    let liking = |group: &[Rollout]| -> f32 { group.iter().flat_map(|r| r.drawn().1).sum() };
-    if liking(&other) > liking(&one) {
+/// The likelier of two groups.
+fn likelier(one: Vec<Rollout>, other: Vec<Rollout>) -> Vec<Rollout> {
+    let log_likelihood =
+        |group: &[Rollout]| -> f32 { group.iter().flat_map(|r| r.drawn().1).sum() };
+    if log_likelihood(&other) > log_likelihood(&one) {
         other
     } else {
         one
     }
 }
 
-/// Puts a token at the far end of the distribution from the prescribed draw in the place of the first one.
+/// Replaces the first token of a rollout by one from the other end of the distribution than the prescribed draw.
 fn edit_one_token(lease: &Lease, mut rollouts: Vec<Rollout>, highest: u32) -> Vec<Rollout> {
-    let long = rollouts.iter().position(|r| r.drawn().0.len() > 1);
-    let Some(number) = long else { return rollouts };
+    let long_enough = rollouts.iter().position(|r| r.drawn().0.len() > 1);
+    let Some(number) = long_enough else {
+        return rollouts;
+    };
     let (mut tokens, logprobs) = rollouts[number].drawn();
     let draw = uniform(&lease.seed, lease.rollouts.first + number as u32, 0);
     tokens[0] = if draw < 0.5 { highest } else { 0 };
@@ -315,10 +340,12 @@ fn edit_one_token(lease: &Lease, mut rollouts: Vec<Rollout>, highest: u32) -> Ve
     rollouts
 }
 
-/// Takes the last two tokens from an answer; `covered`, a stop id stands where they were.
+/// Cuts the last two tokens from an answer; if `covered`, a stop id replaces them.
 fn truncate_one(lease: &Lease, mut rollouts: Vec<Rollout>, covered: bool) -> Vec<Rollout> {
-    let long = rollouts.iter().position(|r| r.drawn().0.len() > 2);
-    let Some(number) = long else { return rollouts };
+    let long_enough = rollouts.iter().position(|r| r.drawn().0.len() > 2);
+    let Some(number) = long_enough else {
+        return rollouts;
+    };
     let (mut tokens, mut logprobs) = rollouts[number].drawn();
     tokens.truncate(tokens.len() - 2);
     if covered {
