@@ -474,8 +474,8 @@ fn status_prints_the_life_of_one_group_in_order() {
     let lines = json_lines(&lines);
     let trained = lines.iter().find(|line| line["fate"] == "trained").unwrap();
     let ticket = trained["ticket"].to_string();
-    let words = ["status", "--run", "run", "--group", &ticket];
-    let life = result(&muster(folder, &words));
+    let arguments = ["status", "--run", "run", "--group", &ticket];
+    let life = success(&muster(folder, &arguments));
     let mut rest = life.as_str();
     for stage in [
         "issued",
@@ -493,6 +493,6 @@ fn status_prints_the_life_of_one_group_in_order() {
     for stage in ["lease taken", "submitted"] {
         assert!(life.contains(stage), "no {stage} in:\n{life}");
     }
-    let words = ["status", "--run", "run", "--group", "no-such-group"];
-    assert!(refusal(&muster(folder, &words)).contains("no-such-group"));
+    let arguments = ["status", "--run", "run", "--group", "no-such-group"];
+    assert!(refusal(&muster(folder, &arguments)).contains("no-such-group"));
 }
