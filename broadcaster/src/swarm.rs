@@ -298,6 +298,10 @@ impl ObjectSource for Swarm {
         Swarm::keep_for(self, &object.id(), version);
     }
 
+    fn uploaded_bytes(&self) -> u64 {
+        self.metrics().total.bytes_uploaded
+    }
+
     fn is_unreachable(&self, object: &Object) -> bool {
         self.node.is_unreachable(&object.id())
     }

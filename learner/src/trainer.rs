@@ -31,6 +31,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use muster_broadcaster::ObjectSource;
 use muster_protocol::credentials::Roster;
 use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::id::{Generation, PolicyVersion, StateRoot};
@@ -43,7 +44,7 @@ use muster_protocol::subject::{Log, Role};
 use crate::resolver::{Resolver, Selected};
 use crate::stepper::Stepper;
 
-use announce::{Announced, Announcer, Outlet, RunFile};
+use announce::{Announced, Announcer, RunFile};
 use archive::Archive;
 use batch::Intake;
 pub use error::TrainerError;
@@ -68,8 +69,8 @@ pub struct TrainerParts {
     /// The run directory.
     pub dir: PathBuf,
     pub stepper: Box<dyn Stepper>,
-    /// Takes the bytes of versions and files.
-    pub outlet: Arc<dyn Outlet>,
+    /// Offers the bytes of versions and files to the peers.
+    pub swarm: Arc<dyn ObjectSource>,
     /// Describes the run; the trainer signs and publishes it if the run is new.
     pub descriptor: Descriptor,
     /// Files that travel with the weights.
@@ -89,7 +90,7 @@ impl Trainer {
             roster,
             dir,
             mut stepper,
-            outlet,
+            swarm,
             descriptor,
             files,
             settings,
@@ -110,7 +111,7 @@ impl Trainer {
         let hash = descriptor_hash(&descriptor.bytes);
         let announcer = Announcer::new(
             client.clone(),
-            outlet.clone(),
+            swarm.clone(),
             hash,
             generation,
             &files,
@@ -131,7 +132,7 @@ impl Trainer {
             client,
             dir,
             stepper: Some(stepper),
-            outlet,
+            swarm,
             descriptor,
             files,
             settings,
@@ -279,7 +280,7 @@ impl Trainer {
         bus.publish(&self.client.subjects().news(Log::Control), event.bytes)
             .await?;
         self.control.phase = Phase::Finished;
-        info!(%step, uploaded = self.outlet.uploaded(), "the run is finished");
+        info!(%step, uploaded = self.swarm.uploaded_bytes(), "the run is finished");
         Ok(())
     }
 }

@@ -66,7 +66,7 @@ pub async fn run(args: TrainerArgs) -> Result<()> {
         roster,
         dir: args.run.clone(),
         stepper: Box::new(stepper),
-        outlet: Arc::new(member.swarm.clone()),
+        swarm: Arc::new(member.swarm.clone()),
         descriptor,
         files,
         settings: TrainerSettings {

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use muster_learner::trainer::announce::Outlet;
+use muster_broadcaster::store::StoreError;
+use muster_broadcaster::{FetchError, ObjectSource};
 use muster_protocol::id::{ObjectId, PolicyVersion};
 use muster_protocol::message::version::Object;
 
@@ -16,28 +17,21 @@ pub struct MemoryObjects {
     objects: Arc<Mutex<BTreeMap<ObjectId, Bytes>>>,
 }
 
-impl MemoryObjects {
-    pub fn get(&self, id: &ObjectId) -> Option<Bytes> {
-        self.objects.lock().unwrap().get(id).cloned()
-    }
-}
-
 #[async_trait]
-impl Outlet for MemoryObjects {
-    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String> {
+impl ObjectSource for MemoryObjects {
+    async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
+        let found = self.objects.lock().unwrap().get(&object.id()).cloned();
+        found.ok_or(FetchError::Stopped)
+    }
+
+    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), StoreError> {
         self.objects.lock().unwrap().insert(object.id(), bytes);
         Ok(())
     }
 
     /// Objects are never dropped, so that there is only the caller's order to check.
     fn keep_for(&self, object: &Object, _version: PolicyVersion) {
-        assert!(
-            self.get(&object.id()).is_some(),
-            "kept before it was offered"
-        );
-    }
-
-    fn uploaded(&self) -> u64 {
-        0
+        let is_offered = self.objects.lock().unwrap().contains_key(&object.id());
+        assert!(is_offered, "kept before it was offered");
     }
 }

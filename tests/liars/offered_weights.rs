@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use muster_broadcaster::store::StoreError;
 use muster_broadcaster::{FetchError, ObjectSource, Swarm};
-use muster_learner::trainer::announce::Outlet;
 use muster_protocol::id::{ObjectId, PolicyVersion};
 use muster_protocol::message::version::{Content, Object};
 
@@ -34,7 +34,7 @@ impl OfferedWeights {
         self.anchors.lock().unwrap().clone()
     }
 
-    fn outlet(&self) -> &dyn Outlet {
+    fn inner(&self) -> &dyn ObjectSource {
         match &self.swarm {
             Some(swarm) => swarm,
             None => &self.objects,
@@ -43,27 +43,24 @@ impl OfferedWeights {
 }
 
 #[async_trait]
-impl Outlet for OfferedWeights {
-    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String> {
+impl ObjectSource for OfferedWeights {
+    async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
+        self.inner().fetch(object).await
+    }
+
+    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), StoreError> {
         if let Content::Anchor { .. } = object.content {
             let anchor = (object.id(), bytes.clone());
             self.anchors.lock().unwrap().insert(object.version, anchor);
         }
-        self.outlet().offer(object, bytes).await
+        self.inner().offer(object, bytes).await
     }
 
     fn keep_for(&self, object: &Object, version: PolicyVersion) {
-        self.outlet().keep_for(object, version);
+        self.inner().keep_for(object, version);
     }
 
-    fn uploaded(&self) -> u64 {
-        self.outlet().uploaded()
-    }
-}
-
-#[async_trait]
-impl ObjectSource for OfferedWeights {
-    async fn fetch(&self, object: &Object) -> Result<Bytes, FetchError> {
-        self.objects.get(&object.id()).ok_or(FetchError::Stopped)
+    fn uploaded_bytes(&self) -> u64 {
+        self.inner().uploaded_bytes()
     }
 }

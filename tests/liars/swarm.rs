@@ -226,7 +226,7 @@ impl Running {
             roster: roster.clone(),
             dir: self.dir.path().to_owned(),
             stepper: Box::new(stepper.unwrap()),
-            outlet: self.offered.clone(),
+            swarm: self.offered.clone(),
             descriptor: start.describe(config, roster),
             files: start.files(config),
             settings: TrainerSettings {

@@ -32,7 +32,7 @@ impl ObjectSource for UnreliableSource {
         };
         tokio::time::sleep(Duration::from_millis(millis)).await;
         let id = object.id();
-        let found = self.objects.get(&id).filter(|_| !fails);
+        let found = self.objects.fetch(object).await.ok().filter(|_| !fails);
         found.ok_or_else(|| FetchError::Stalled {
             object: id,
             held: 0,

@@ -164,7 +164,7 @@ impl SimulatedSwarm {
             roster: members().roster.clone(),
             dir: self.dir.clone(),
             stepper: Box::new(TableStepper::new(self.scenario.seed)),
-            outlet: Arc::new(self.objects.clone()),
+            swarm: Arc::new(self.objects.clone()),
             descriptor: descriptor(),
             files: Vec::new(),
             settings: TrainerSettings {

@@ -1,4 +1,4 @@
-//! What adopting a version needs from the swarm, as a trait, so that a simulation can take the swarm's place.
+//! The swarm as the announcer and the adopters of versions use it: a trait, so that a simulation can take its place.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use crate::store::StoreError;
 use crate::swarm::fetch::FetchError;
 use crate::version::adoptions::Adoptions;
 
-/// A place to fetch objects from: the swarm, or a simulation of it.
+/// A place to fetch objects from and to offer them at: the swarm, or a simulation of it.
 #[async_trait]
 pub trait ObjectSource: Send + Sync + std::fmt::Debug {
     /// Fetches a whole object.
@@ -36,6 +36,11 @@ pub trait ObjectSource: Send + Sync + std::fmt::Debug {
     fn is_unreachable(&self, object: &Object) -> bool {
         tracing::trace!(object = %object.id().short(), "assumed to be reachable");
         false
+    }
+
+    /// Bytes uploaded to peers so far.
+    fn uploaded_bytes(&self) -> u64 {
+        0
     }
 
     /// The counter of adoptions from this source.

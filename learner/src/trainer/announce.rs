@@ -4,13 +4,12 @@
 //! A version is described as a delta from the one before it, as an anchor, or as both ([`super::objects`]). Invariant: the
 //! objects announced with a version begin with an anchor and lead to the version, and this process offers all of them.
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use serde_bytes::ByteBuf;
 
+use muster_broadcaster::ObjectSource;
 use muster_broadcaster::blocking::off_loop_if_large;
 use muster_broadcaster::store::object::describe_object;
-use muster_broadcaster::swarm::Swarm;
 use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::Signed;
 use muster_protocol::id::{ContentHash, DescriptorHash, Generation, PolicyVersion, StateRoot};
@@ -21,40 +20,6 @@ use muster_protocol::subject::Log;
 
 use super::error::TrainerError;
 use super::objects::{BroadcastConfig, Described, describe_weights};
-
-/// Hands a version's bytes to the swarm.
-#[async_trait]
-pub trait Outlet: Send + Sync {
-    /// Offers an object to the peers.
-    ///
-    /// # Errors
-    /// When it cannot be held.
-    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String>;
-
-    /// Keeps an object as long as `version`, which needs it.
-    fn keep_for(&self, object: &Object, version: PolicyVersion);
-
-    /// Bytes uploaded to peers so far.
-    fn uploaded(&self) -> u64;
-}
-
-#[async_trait]
-impl Outlet for Swarm {
-    async fn offer(&self, object: &Object, bytes: Bytes) -> Result<(), String> {
-        Swarm::offer(self, object, bytes)
-            .await
-            .map(drop)
-            .map_err(|error| error.to_string())
-    }
-
-    fn keep_for(&self, object: &Object, version: PolicyVersion) {
-        Swarm::keep_for(self, &object.id(), version);
-    }
-
-    fn uploaded(&self) -> u64 {
-        self.metrics().total.bytes_uploaded
-    }
-}
 
 /// A file that travels with every version.
 #[derive(Debug, Clone)]
@@ -77,7 +42,7 @@ pub struct Announced {
 /// Describes, offers and announces versions.
 pub struct Announcer {
     client: DispatchClient,
-    outlet: std::sync::Arc<dyn Outlet>,
+    swarm: std::sync::Arc<dyn ObjectSource>,
     descriptor: DescriptorHash,
     generation: Generation,
     files: Vec<FileEntry>,
@@ -100,7 +65,7 @@ impl Announcer {
     /// When a file cannot be described or held.
     pub async fn new(
         client: DispatchClient,
-        outlet: std::sync::Arc<dyn Outlet>,
+        swarm: std::sync::Arc<dyn ObjectSource>,
         descriptor: DescriptorHash,
         generation: Generation,
         files: &[RunFile],
@@ -112,7 +77,7 @@ impl Announcer {
             let hash = ContentHash::of(&file.bytes);
             let object = describe_object(Content::File { hash }, PolicyVersion(0), &file.bytes);
             let object = client.sign(object.map_err(failed)?)?;
-            outlet
+            swarm
                 .offer(&object.body, file.bytes.clone())
                 .await
                 .map_err(failed)?;
@@ -122,7 +87,7 @@ impl Announcer {
         }
         Ok(Self {
             client,
-            outlet,
+            swarm,
             descriptor,
             generation,
             files: entries,
@@ -181,7 +146,7 @@ impl Announcer {
             "the objects announced with a version begin with an anchor"
         );
         for object in &self.trail {
-            self.outlet.keep_for(&object.body, version);
+            self.swarm.keep_for(&object.body, version);
         }
         let mut objects = self.trail.clone();
         objects.extend(delta.filter(|_| anchor.is_some()));
@@ -236,7 +201,7 @@ impl Announcer {
         let Some((object, bytes)) = made else {
             return Ok(None);
         };
-        self.outlet.offer(&object, bytes).await.map_err(failed)?;
+        self.swarm.offer(&object, bytes).await.map_err(failed)?;
         Ok(Some(self.client.sign(object)?))
     }
 

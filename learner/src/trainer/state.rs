@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use muster_broadcaster::ObjectSource;
 use muster_protocol::bus::Delivery;
 use muster_protocol::dispatch_client::DispatchClient;
 use muster_protocol::envelope::{Signed, open};
@@ -19,7 +20,7 @@ use muster_protocol::message::fate::{Fate, FateRecord};
 use muster_protocol::message::group::Group;
 use muster_protocol::subject::Log;
 
-use super::announce::{Announcer, Outlet, RunFile};
+use super::announce::{Announcer, RunFile};
 use super::archive::Archive;
 use super::error::{TrainerError, lost};
 use super::logs::{RunLogs, StepRecord};
@@ -40,7 +41,7 @@ pub struct Trainer {
     pub(super) dir: PathBuf,
     /// None while a step runs.
     pub(super) stepper: Option<Box<dyn Stepper>>,
-    pub(super) outlet: Arc<dyn Outlet>,
+    pub(super) swarm: Arc<dyn ObjectSource>,
     pub(super) descriptor: Signed<Descriptor>,
     pub(super) files: Vec<RunFile>,
     pub(super) settings: TrainerSettings,

@@ -11,6 +11,7 @@ use super::state::CHUNK;
 use super::*;
 use crate::advantage::AdvantageConfig;
 use crate::stepper::{StepError, StepInput, StepOutput, StepStats};
+use muster_broadcaster::{FetchError, ObjectSource};
 use muster_protocol::bus::memory::{MemoryBus, MemoryConfig};
 use muster_protocol::credentials::Member;
 use muster_protocol::envelope::{Signed, Statement, open, seal};
@@ -78,18 +79,13 @@ impl Stepper for Counter {
 }
 
 /// Keeps no bytes: no peer fetches in these tests.
+#[derive(Debug)]
 struct NoPeers;
 
 #[async_trait]
-impl Outlet for NoPeers {
-    async fn offer(&self, _object: &Object, _bytes: Bytes) -> Result<(), String> {
-        Ok(())
-    }
-
-    fn keep_for(&self, _object: &Object, _version: PolicyVersion) {}
-
-    fn uploaded(&self) -> u64 {
-        0
+impl ObjectSource for NoPeers {
+    async fn fetch(&self, _object: &Object) -> Result<Bytes, FetchError> {
+        Err(FetchError::Stopped)
     }
 }
 
@@ -153,7 +149,7 @@ impl Run {
             roster: Roster { members },
             dir: self.dir.path().to_owned(),
             stepper: Box::new(Counter { steps: 0 }),
-            outlet: Arc::new(NoPeers),
+            swarm: Arc::new(NoPeers),
             descriptor: self.descriptor(),
             files: Vec::new(),
             settings: TrainerSettings {
