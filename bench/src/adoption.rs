@@ -1,9 +1,9 @@
-//! `muster-bench adoption`: what new weights cost a worker that goes on answering. An engine decodes as a worker's does, while
-//! a whole version, and then a delta, comes from a peer with a capped uplink, is checked, prepared and taken over between two
-//! steps. Tokens per second meanwhile are compared with those of the quiet time just before, and the longest step around the
-//! change with the usual one.
+//! `muster-bench adoption`: measures the cost of new weights for a worker that goes on answering. An engine decodes like a
+//! worker's. Meanwhile a whole version, and then a delta, arrives from a peer with a limited uplink, is checked, prepared, and
+//! adopted between two steps. The tokens per second are compared with those just before the transfer, and the longest step around
+//! the adoption with the usual one.
 //!
-//! The peer and the worker share this machine, and its processors: what the peer takes counts against the worker.
+//! The peer and the worker share this machine's processors, so the peer's work slows the worker.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
@@ -36,38 +36,36 @@ use crate::shape::{Shape, Stored};
 use muster_monitor::machine::load_average;
 use muster_monitor::output::say;
 
-/// Bytes per second of a Mbit/s.
+/// Bytes per second of 1 Mbit/s.
 const MBIT: NonZeroU64 = NonZeroU64::new(125_000).unwrap();
 /// Tokens of each prompt and of each answer.
 const PROMPT: usize = 16;
 const ANSWER: usize = 64;
-/// One weight of so many is moved by a unit in the last place, as a step at a small learning rate does.
+/// One weight in this many changes by a unit in the last place, as in a step at a small learning rate.
 const MOVED: usize = 100;
 
-/// What `bench adoption` takes.
 #[derive(Debug, Args)]
 pub(super) struct AdoptionArgs {
-    /// A known shape with random weights
+    /// The model's shape; its weights are random
     #[arg(long, value_enum, default_value = "135m")]
     shape: Shape,
-    /// Rows that decode together
+    /// Number of rows that decode together
     #[arg(long, value_name = "N", default_value = "8")]
     rows: NonZeroUsize,
-    /// Uplink of the peer that has the new weights, Mbit/s
+    /// Uplink in Mbit/s of the peer that has the new weights
     #[arg(long, value_name = "MBIT", default_value = "100")]
     up: NonZeroU64,
-    /// Seconds of quiet before each
+    /// Seconds of decoding before each transfer
     #[arg(long, value_name = "S", default_value = "10")]
     quiet: NonZeroU64,
-    /// How often
+    /// Number of rounds
     #[arg(long, value_name = "N", default_value = "3")]
     rounds: NonZeroUsize,
-    /// Where models of known shapes are kept
+    /// Folder of the models that the bench makes
     #[arg(long, value_name = "DIR", default_value = "runs/bench/models")]
     dir: PathBuf,
 }
 
-/// Measures and prints.
 pub(super) async fn run(args: AdoptionArgs) -> Result<()> {
     let folder = known(args.shape, Stored::Bf16, &args.dir)?;
     let config = Config::parse(&std::fs::read_to_string(folder.join("config.json"))?)?;
@@ -89,7 +87,7 @@ pub(super) async fn run(args: AdoptionArgs) -> Result<()> {
             let what = if delta { "delta" } else { "anchor" };
             tokio::time::sleep(Duration::from_secs(args.quiet.get())).await;
             let quiet = engine.steps();
-            // Peers that hold nothing yet, each time.
+            // Each round has new peers, which hold nothing.
             let seeder = peer(1, Some(args.up), (&tracker, &shutdown)).await?;
             let worker = peer(2, None, (&tracker, &shutdown)).await?;
             worker.add_peer(identity(1).peer_id(), seeder.peer_record());
@@ -100,7 +98,7 @@ pub(super) async fn run(args: AdoptionArgs) -> Result<()> {
             let fetched = (begun.elapsed(), engine.steps());
             let policy = engine.prepare(held.image.clone()).await?;
             engine.adopt(policy, (2 * round + usize::from(delta)) as u64)?;
-            // Until the answers that were underway have ended under the old weights.
+            // Waits until answers begun under the old weights have ended.
             tokio::time::sleep(Duration::from_secs_f64(
                 quiet.usual_seconds() * ANSWER as f64,
             ))
@@ -167,7 +165,7 @@ impl Lab {
         })
     }
 
-    /// Offers the second version as a whole or, to who holds the first, as a delta; and what is announced of it.
+    /// Offers the second version whole, or as a delta from the first. Returns its announcement.
     async fn announce(&self, seeder: &Swarm, delta: bool) -> Result<(Opened, Option<Held>)> {
         let run: RunId = "bench".parse()?;
         let object = &self.objects[1 + usize::from(delta)];
@@ -204,7 +202,7 @@ fn version(number: u64, image: &[u8]) -> Result<Version> {
     })
 }
 
-/// The same safetensors file with some bf16 weights a unit in the last place from where they were.
+/// The same safetensors file with some bf16 weights changed by a unit in the last place.
 fn moved(image: &[u8]) -> Result<Vec<u8>> {
     let (head, _) = image.split_first_chunk().context("an empty image")?;
     let first = 8 + usize::try_from(u64::from_le_bytes(*head))?;
@@ -234,12 +232,12 @@ fn identity(number: u8) -> Identity {
     Identity::from_seed(&MachineSeed::from_bytes([number + 1; 32]))
 }
 
-/// Steps of the engine in a stretch of time.
+/// The engine's steps in an interval.
 #[derive(Debug, Default)]
 struct Steps {
     tokens: u64,
     seconds: Vec<f64>,
-    /// How long it took to put new weights in the place of the old.
+    /// Time to replace the weights.
     swap: Duration,
 }
 
@@ -257,13 +255,13 @@ impl Steps {
     }
 }
 
-/// What the engine's thread says after each step, and after a swap.
+/// The report of the engine's thread after each step, and after a change of weights.
 enum Event {
     Stepped { tokens: u64, seconds: f64 },
     Swapped(Duration),
 }
 
-/// An engine on a thread of its own that never runs out of requests, as a worker's.
+/// An engine on its own thread that always has requests, like a worker's.
 struct Running {
     config: Config,
     policies: Sender<(Policy, u64)>,
@@ -295,7 +293,7 @@ impl Running {
         })
     }
 
-    /// What was done since this was asked last.
+    /// The steps since the last call.
     fn steps(&self) -> Steps {
         let mut steps = Steps::default();
         for event in self.events.try_iter() {
@@ -310,7 +308,7 @@ impl Running {
         steps
     }
 
-    /// New weights as the worker prepares them, on a thread that may block.
+    /// Prepares new weights like a worker, on a blocking thread.
     async fn prepare(&self, image: Bytes) -> Result<Policy> {
         let config = self.config.clone();
         tokio::task::spawn_blocking(move || policy(&config, &image)).await?
@@ -333,7 +331,7 @@ fn policy(config: &Config, image: &[u8]) -> Result<Policy> {
     )?)
 }
 
-/// Decodes until nobody listens any more.
+/// Decodes until the receiver of reports is dropped.
 fn decode(
     mut engine: Engine,
     rows: usize,

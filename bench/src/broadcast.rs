@@ -1,7 +1,7 @@
-//! `muster-bench broadcast`: how long one object takes from one host to many over home links, beside the physical bound.
+//! `muster-bench broadcast`: measures the time of one object from one host to many over home links, beside the physical bound.
 //!
-//! Each host is a network namespace with a link of its own ([`net`]), and runs the swarm as it is shipped ([`host`]), or a
-//! rival (a script: an HTTP star, libtorrent), over a [`path`] that may be long and lose packets. The bound is the fluid
+//! Each host is a network namespace with its own link ([`net`]). It runs the shipped swarm ([`host`]) or a rival's script (an
+//! HTTP star, libtorrent), over a [`path`] that may be long and lose packets. The bound is the fluid
 //! limit of the links, T* = max(S/u_s, S/d_min, N·S/(u_s + Σu)), with S the object's bytes, u_s the seeder's uplink, u and d
 //! the peers' up- and downlinks. It counts the object alone: headers of Ethernet, IP and TCP take 1514/1448 of it, those of
 //! QUIC a little more.
@@ -28,10 +28,9 @@ use crate::spread::Spread;
 use muster_monitor::machine::load_average;
 use muster_monitor::output::say;
 
-/// What `bench broadcast` takes.
 #[derive(Debug, Args)]
 pub(super) struct BroadcastArgs {
-    /// Hosts that fetch, besides the one that has it
+    /// Number of hosts that fetch the object
     #[arg(long, value_name = "N", default_value = "16")]
     peers: NonZeroUsize,
     /// Uplink of each peer, Mbit/s
@@ -40,34 +39,34 @@ pub(super) struct BroadcastArgs {
     /// Downlink of each peer, Mbit/s
     #[arg(long, value_name = "MBIT", default_value = "20")]
     down: NonZeroU64,
-    /// Uplink of the host that has it, Mbit/s; that of the peers by default
+    /// Uplink of the first holder, Mbit/s; that of the peers by default
     #[arg(long, value_name = "MBIT")]
     seeder_up: Option<NonZeroU64>,
-    /// Time from any host to another and back, besides what waiting for links takes, ms
+    /// Round-trip time between any two hosts, ms, without queues on links
     #[arg(long, value_name = "MS", default_value = "0")]
     round_trip: f64,
-    /// Packets that are lost on their way, percent
+    /// Packet loss, percent
     #[arg(long, value_name = "P", default_value = "0")]
     loss: f64,
     /// Size of the object, bytes
     #[arg(long, value_name = "B", default_value = "67108864")]
     bytes: NonZeroU64,
-    /// What carries shards from host to host; `quic` needs a build with the feature `nat`
+    /// Transport of shards; `quic` needs a build with the feature `nat`
     #[arg(long, value_enum, default_value = "tcp")]
     transport: Carrier,
-    /// How freely its first holder gives it: as a learner, or as any peer
+    /// How the first holder uploads: like a learner, or like any peer
     #[arg(long, value_enum, default_value = "learner")]
     seeder: Seeder,
-    /// What else is measured on the same links
+    /// Rivals to measure on the same links
     #[arg(long, value_name = "RIVAL", value_enum, value_delimiter = ',')]
     against: Vec<Rival>,
-    /// A Python with libtorrent for `--against libtorrent`
+    /// A Python program with libtorrent, for `--against libtorrent`
     #[arg(long, value_name = "FILE", default_value = "python3")]
     python: PathBuf,
-    /// How often each is run; the median counts
+    /// Runs of each; the median counts
     #[arg(long, value_name = "N", default_value = "1")]
     runs: NonZeroUsize,
-    /// Seconds after which a run is given up
+    /// Longest time of a run, in seconds
     #[arg(long, value_name = "S", default_value = "600")]
     patience: NonZeroU64,
     /// Print JSON lines
@@ -75,34 +74,31 @@ pub(super) struct BroadcastArgs {
     json: bool,
 }
 
-/// How the first holder gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Seeder {
-    /// Each shard once, and again only to peers that get it from nobody else
+    /// Each shard once, and again only to peers that no other peer serves
     Learner,
-    /// To whoever asks
+    /// Any shard to any peer
     Peer,
 }
 
-/// What is measured besides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Rival {
-    /// Everybody fetches from one HTTP server
+    /// All hosts fetch from one HTTP server
     Star,
     /// BitTorrent, tuned for one short broadcast
     Libtorrent,
 }
 
-/// What was run and what came of it.
 #[derive(Debug, Serialize)]
 struct Row {
     what: &'static str,
-    /// What carried the swarm's shards; rivals choose theirs.
+    /// Transport of the swarm's shards; rivals choose their own.
     transport: Option<Carrier>,
     peers: usize,
     bytes: u64,
     bound_seconds: f64,
-    /// Of the bound.
+    /// Bound over time, from 0 to 1.
     last: f64,
     /// Bytes that the first holder sent, as a share of the object.
     seeder_sent: f64,
@@ -111,7 +107,6 @@ struct Row {
     finish: Finish,
 }
 
-/// Measures and prints.
 pub(super) async fn run(args: BroadcastArgs) -> Result<()> {
     let hosts = args.peers.get() + 1;
     ensure!(

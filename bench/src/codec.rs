@@ -1,5 +1,5 @@
-//! `muster-bench codec`: how small deltas are and how fast they are made and applied, beside the alternatives, on synthetic
-//! training and on the versions of a real run. What is timed is in [`race`], what is synthetic in [`training`].
+//! `muster-bench codec`: measures the size of deltas and the speed of making and applying them, beside alternatives, on synthetic
+//! training and on the versions of a real run. [`race`] measures, [`training`] makes synthetic versions.
 
 mod pulse;
 mod race;
@@ -19,40 +19,39 @@ use muster_monitor::machine::load_average;
 use muster_monitor::output::say;
 use muster_monitor::text::short;
 
-/// Steps whose deltas are measured: the first, one after warm-up and one in the stride of training.
+/// Steps whose deltas are measured: the first, one after warm-up, and one late in training.
 const STEPS: [u32; 3] = [1, 8, 16];
-/// The step by which the bars are judged: every weight has a history by then.
+/// The step that bars apply to; every weight has changed by then.
 const JUDGED_STEP: u32 = 8;
-/// Learning rates and autocorrelations of the gradients, each with the least ratio to the full file that it must reach.
+/// Learning rates and autocorrelations of gradients, each with the least ratio of file size to delta size.
 const TRAININGS: [(f32, f32, Option<f64>); 4] = [
     (1e-6, 0.0, Some(250.0)),
     (1e-6, 0.9, Some(90.0)),
     (1e-5, 0.0, None),
     (1e-4, 0.0, None),
 ];
-/// Least ratio to the PULSE-style patch where updates are uncorrelated.
+/// Least ratio of the PULSE-style patch's size to the delta's for uncorrelated updates.
 const PULSE_RATIO: f64 = 3.3;
-/// Least speeds there: GB/s, and as a share of memcpy.
+/// Least speeds for them, in GB/s and as a share of memcpy.
 const ENCODE: (f64, f64) = (1.0, 0.25);
 const APPLY: (f64, f64) = (1.5, 0.35);
-/// Bytes that a tensor may cost more than it has.
+/// Most bytes that a tensor's delta may exceed the tensor by.
 const TENSOR_OVERHEAD: u64 = 64;
-/// Most versions of a run that are looked at: pairs of the newest.
+/// Most versions of a run that are measured, the newest ones.
 const VERSIONS_MAX: usize = 64;
 
-/// What `bench codec` takes.
 #[derive(Debug, Args)]
 pub(super) struct CodecArgs {
-    /// Weights of the synthetic model, rounded up to tensors of 4 Mi
+    /// Number of weights of the synthetic model, rounded up to tensors of 4 Mi
     #[arg(long, value_name = "N", default_value = "67108864")]
     elements: NonZeroU64,
-    /// The versions of a real run instead: a folder of numbered safetensors files, or of numbered checkpoint folders
+    /// Measure a real run's versions instead: a folder of numbered safetensors files or checkpoint folders
     #[arg(long, value_name = "DIR")]
     versions: Option<PathBuf>,
-    /// How often each is timed; the median counts
+    /// Timings of each; the median counts
     #[arg(long, value_name = "N", default_value = "3")]
     rounds: NonZeroUsize,
-    /// Only the sizes of deltas over several versions, against those of the single steps
+    /// Only compare the size of deltas over several versions with that of single steps
     #[arg(long)]
     squash: bool,
     /// Print JSON lines
@@ -60,7 +59,7 @@ pub(super) struct CodecArgs {
     json: bool,
 }
 
-/// A pair that was measured.
+/// A measured pair of versions.
 #[derive(Debug, Serialize)]
 struct Row {
     what: String,
@@ -69,7 +68,6 @@ struct Row {
     outcome: Outcome,
 }
 
-/// Measures, prints, judges.
 pub(super) fn run(args: &CodecArgs) -> Result<()> {
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     if args.squash {
@@ -183,7 +181,7 @@ fn ratio(full: u64, bytes: u64) -> f64 {
     full as f64 / bytes.max(1) as f64
 }
 
-/// The bars that an outcome does not reach.
+/// The bars that an outcome misses.
 fn bars_missed(
     outcome: &Outcome,
     least: Option<f64>,

@@ -1,4 +1,4 @@
-//! What a finished run is measured by, and whether a set of runs meets its bar. Pure: records in, figures out.
+//! The figures of a finished run, and whether runs meet their bars. Pure: records in, figures out.
 //!
 //! Seconds of RL are the sum of `time/step`: from the trainer's start to a version's announcement, with its waiting.
 //! Evaluations run beside the steps on the same cores, so they slow the steps down, but no step waits for one.
@@ -11,37 +11,34 @@ use muster_protocol::message::fate::Fate;
 
 /// Accuracy that a run must reach.
 pub(super) const ACCURACY_MIN: f64 = 0.9;
-/// Accuracy that the warm-up must leave below it, so that RL has something to do.
+/// Largest accuracy after warm-up, so that RL has something to improve.
 const WARMUP_ACCURACY_MAX: f64 = 0.65;
-/// What RL must add.
+/// Least gain of accuracy by RL.
 const GAIN_MIN: f64 = 0.25;
-/// How soon it must be there.
+/// Longest time of RL to that accuracy.
 const SECONDS_MAX: f64 = 180.0;
-/// How long the warm-up may take.
+/// Longest warm-up.
 const WARMUP_SECONDS_MAX: f64 = 90.0;
-/// What a control may gain by chance.
+/// Largest gain of a control, by chance.
 const CONTROL_GAIN_MAX: f64 = 0.05;
 /// Columns of a curve in the table.
 const CURVE_WIDTH: usize = 24;
 
-/// What the bench knows of a run besides its directory.
+/// Facts of a run that are not in its directory.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Conditions {
-    /// Which objective was trained.
     pub(super) objective: String,
-    /// Which control, if it is one.
     pub(super) control: Option<String>,
-    /// The run's seed.
     pub(super) seed: u64,
-    /// Steps that it was told to take.
+    /// Configured steps.
     pub(super) steps: u64,
-    /// From the command's start to a whole starting policy.
+    /// Seconds from the command's start to a complete starting policy.
     pub(super) warmup_seconds: f64,
-    /// From the command's start to its end.
+    /// Seconds from the command's start to its end.
     pub(super) wall_seconds: f64,
     /// Load average of the minute before it started.
     pub(super) load_average: Option<f64>,
-    /// Share of the machine's time during the run that a hypervisor gave to others.
+    /// Share of the machine's time during the run that a hypervisor gave to other machines.
     pub(super) steal: Option<f64>,
 }
 
@@ -59,7 +56,6 @@ pub(super) struct Point {
 /// A run's figures.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Figures {
-    /// Under which conditions.
     #[serde(flatten)]
     pub(super) conditions: Conditions,
     /// Held-out accuracy before any step.
@@ -68,20 +64,19 @@ pub(super) struct Figures {
     pub(super) accuracy: f64,
     /// The difference.
     pub(super) gain: f64,
-    /// Seconds of RL until a version was there that reached 90 %.
+    /// Seconds of RL until the first version with 90 %.
     pub(super) seconds_to_90: Option<f64>,
     /// Seconds of RL.
     pub(super) rl_seconds: f64,
     /// Mean age of the trained groups, in steps.
     pub(super) staleness_mean: f64,
-    /// Groups that a check found bad.
+    /// Rejected groups.
     pub(super) groups_rejected: u64,
-    /// Every evaluation.
     pub(super) curve: Vec<Point>,
 }
 
 impl Figures {
-    /// Measures a run; nothing when it was not evaluated before and after its steps.
+    /// The figures of a run; `None` if it was not evaluated before and after its steps.
     pub(super) fn of(conditions: Conditions, record: &RunRecord) -> Option<Self> {
         let curve: Vec<Point> = record
             .evals
@@ -111,7 +106,7 @@ impl Figures {
         })
     }
 
-    /// Which bars the run misses, each in a few words.
+    /// The bars that the run misses, each in a few words.
     pub(super) fn missed(&self) -> Vec<String> {
         let mut missed = Vec::new();
         if self.conditions.control.is_some() {
@@ -191,7 +186,7 @@ impl Figures {
     }
 }
 
-/// What each column of [`Figures::row`] is.
+/// Headings of the columns of [`Figures::row`].
 pub(super) fn header() -> String {
     format!(
         "{:<18}{:>5}{:>9}{:>9}{:>9}{:>8}{:>10}{:>10}{:>7}{:>9}{:>7}{:>8}  {}",
@@ -211,8 +206,8 @@ pub(super) fn header() -> String {
     )
 }
 
-/// The run that says most about the bar: of controls the one that gained most, otherwise the one that reached 90 % last,
-/// and of those that never did the one that ended lowest.
+/// The run closest to missing its bar, or that misses it most: of controls the one with the largest gain, of other runs the last
+/// to reach 90 %, and of runs that never did the one with the lowest accuracy.
 pub(super) fn worst(figures: &[Figures]) -> Option<&Figures> {
     let badness = |run: &Figures| match (&run.conditions.control, run.seconds_to_90) {
         (Some(_), _) => (0.0, run.gain),
@@ -227,7 +222,7 @@ pub(super) fn worst(figures: &[Figures]) -> Option<&Figures> {
 
 fn seconds_until(record: &RunRecord, version: u64) -> f64 {
     let before = record.steps.iter().filter(|line| line.step <= version);
-    // Not `sum`, whose nothing is −0.0 and is printed so.
+    // `sum` of no numbers is −0.0 and prints as such.
     before.fold(0.0, |seconds, line| seconds + line.time_step)
 }
 

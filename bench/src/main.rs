@@ -1,4 +1,4 @@
-//! `muster-bench`: measurements of Muster beside its rivals, one file per subject. The shipped `muster` holds nothing of this.
+//! `muster-bench`: measures Muster beside its rivals, one file per subject. The shipped `muster` contains none of it.
 #![allow(unreachable_pub)] // a binary has no outside: `pub` here means "for the other modules"
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -8,6 +8,7 @@ mod codec;
 mod figures;
 mod kernels;
 mod policy;
+mod program;
 mod quickstart;
 mod shape;
 mod spread;
@@ -32,15 +33,15 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Subject {
-    /// Whole quickstart runs: how soon held-out accuracy reaches 90 %, warm-up included
+    /// Measure whole quickstart runs: the time until held-out accuracy reaches 90 %, warm-up included
     Quickstart(quickstart::QuickstartArgs),
-    /// The policy engine alone: tokens per second of decoding, prefill, scoring and training
+    /// Measure the policy engine: tokens per second of decoding, prefill, scoring and training
     Policy(policy::PolicyArgs),
-    /// Deltas between versions: sizes and speeds, beside PULSE's patch, XOR planes and memcpy
+    /// Measure deltas between versions: sizes and speeds, beside PULSE's patch, XOR planes and memcpy
     Codec(codec::CodecArgs),
-    /// Weights to many hosts over home links: time against the physical bound, beside an HTTP star and BitTorrent
+    /// Measure a broadcast to many hosts over home links: time against the physical bound, an HTTP star and BitTorrent
     Broadcast(broadcast::BroadcastArgs),
-    /// A worker that answers while new weights arrive: its tokens per second meanwhile, and its longest pause
+    /// Measure a worker while new weights arrive: its tokens per second, and its longest pause
     Adoption(adoption::AdoptionArgs),
     /// One host of `broadcast`
     #[command(hide = true)]

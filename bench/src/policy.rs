@@ -1,8 +1,8 @@
-//! `muster-bench policy`: tokens per second of one model on this machine, on the path that workers, critics and the trainer
-//! take (`generate`, `score`, `gradients`), beside what the machine can do at best.
+//! `muster-bench policy`: measures tokens per second of one model on this machine, in the functions of workers, critics and the
+//! trainer (`generate`, `score`, `gradients`), beside the machine's roofline.
 //!
-//! Every figure is the median of rounds; a round takes each measurement once, so that whatever disturbs the machine disturbs
-//! all of them alike. Prompts differ from row to row, since equal ones are read once.
+//! Each figure is the median of rounds. A round makes each measurement once, so that a disturbance of the machine affects all of
+//! them. Each row has its own prompt, since equal ones would be read once.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -20,40 +20,40 @@ use muster_policy::{
 };
 
 use crate::kernels::Kernels;
+use crate::program;
 use crate::shape::{Shape, Stored};
 use crate::spread::Spread;
 use muster_monitor::machine::{CpuTime, load_average, memory_available, peak_memory};
 use muster_monitor::output::say;
 use muster_monitor::text::percent;
 
-/// A round measures at least so long: short calls are repeated.
+/// Shortest measurement; short calls are repeated.
 const SECONDS_MIN: f64 = 0.2;
 
 /// Rows that are read, scored and trained together.
 const ROWS: usize = 8;
 
-/// Memory swept for its bandwidth: several times the largest caches, unless the machine has little.
+/// Memory read to measure its bandwidth: several times the largest caches, unless the machine has little memory.
 const SWEEP_BYTES: u64 = 1 << 30;
 
-/// What `bench policy` takes.
 #[derive(Debug, Args)]
 pub(super) struct PolicyArgs {
     /// A Hugging Face folder
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     model: Option<PathBuf>,
-    /// A known shape with random weights, when no model is named
+    /// Shape of a model with random weights, if no model is named
     #[arg(long, value_enum, default_value = "quickstart")]
     shape: Shape,
-    /// How the shape's weights are stored
+    /// Type of that model's stored weights
     #[arg(long, value_enum, default_value = "bf16")]
     storage: Stored,
-    /// Which operations run; `int8` does not train
+    /// Operations to measure; `int8` does not train
     #[arg(long, value_enum, default_value = "fused")]
     kernels: Kernels,
     /// Threads of inference, and shards of a training pass; all processors by default
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
-    /// Rows that decode together
+    /// Numbers of rows that decode together
     #[arg(
         long,
         value_name = "N,…",
@@ -61,13 +61,13 @@ pub(super) struct PolicyArgs {
         default_value = "1,8,32,64"
     )]
     batch: Vec<NonZeroUsize>,
-    /// Tokens of each prompt; by default what suits the shape
+    /// Tokens of each prompt; the default depends on the shape
     #[arg(long, value_name = "N")]
     prompt_tokens: Option<NonZeroUsize>,
-    /// Tokens of each answer; by default what suits the shape
+    /// Tokens of each answer; the default depends on the shape
     #[arg(long, value_name = "N")]
     answer_tokens: Option<NonZeroUsize>,
-    /// What to measure
+    /// Measurements to make
     #[arg(
         long,
         value_name = "WHAT,…",
@@ -75,37 +75,39 @@ pub(super) struct PolicyArgs {
         default_value = "roofline,decode,prefill,score,train,first"
     )]
     measure: Vec<What>,
-    /// Rounds, of which medians are taken
+    /// Number of rounds; medians count
     #[arg(long, value_name = "N", default_value = "5")]
     rounds: NonZeroUsize,
     /// Print one JSON line
     #[arg(long)]
     json: bool,
-    /// Where models of known shapes are kept
+    /// Folder of the models that the bench makes
     #[arg(long, value_name = "DIR", default_value = "runs/bench/models")]
     dir: PathBuf,
-    /// Only write the shape's model
+    /// The `muster` program to start; the one beside this program by default
+    #[arg(long, value_name = "FILE")]
+    muster: Option<PathBuf>,
+    /// Only write that model
     #[arg(long)]
     write_only: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// The machine itself: reading memory, multiplying matrices
+    /// The machine's memory bandwidth and matrix throughput
     Roofline,
-    /// Answers of rows that decode together
+    /// Decoding of answers
     Decode,
-    /// Prompts
+    /// Reading of prompts
     Prefill,
     /// Teacher-forced scores of finished answers
     Score,
-    /// Forward and backward
+    /// Forward and backward passes
     Train,
-    /// From the command's start to the first token
+    /// Time from the start of `muster generate` to its first token
     First,
 }
 
-/// What came out.
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
@@ -121,12 +123,12 @@ struct Report {
     figures: Vec<Figure>,
     #[serde(skip_serializing_if = "Option::is_none")]
     first_token_seconds: Option<Spread>,
-    /// Most memory that the process had by the end of inference.
+    /// Largest memory of the process until the end of inference.
     peak_bytes: Option<u64>,
-    /// And by the end of training.
+    /// Largest memory of the process until the end of training.
     peak_bytes_trained: Option<u64>,
     load_average: Option<f64>,
-    /// Share of the machine's time that a hypervisor gave to others meanwhile.
+    /// Share of the machine's time that a hypervisor gave to other machines.
     steal: Option<f64>,
 }
 
@@ -149,7 +151,6 @@ struct Figure {
     matrix_share: Option<f64>,
 }
 
-/// Measures one model.
 pub(super) fn run(args: &PolicyArgs) -> Result<()> {
     let folder = match &args.model {
         Some(folder) => folder.clone(),
@@ -173,14 +174,14 @@ pub(super) fn run(args: &PolicyArgs) -> Result<()> {
     print(&report)
 }
 
-/// The folder of a known shape, written if it is not there. Another process writes it, so that the optimizer which random
-/// weights come from does not count as memory of this one.
+/// The folder of the shape's model, which another process writes if it is missing. The memory of writing it does not count as
+/// this process's.
 pub(super) fn known(shape: Shape, storage: Stored, models: &Path) -> Result<PathBuf> {
     let folder = shape.folder(storage, models);
     if folder.join("model.safetensors").try_exists()? {
         return Ok(folder);
     }
-    let mut command = Command::new(program()?);
+    let mut command = Command::new(program::own()?);
     command.args(["policy", "--write-only"]);
     for (flag, value) in [
         ("--shape", shape.to_possible_value()),
@@ -197,11 +198,7 @@ pub(super) fn known(shape: Shape, storage: Stored, models: &Path) -> Result<Path
     Ok(folder)
 }
 
-fn program() -> Result<PathBuf> {
-    std::env::current_exe().context("this program's own path is not known")
-}
-
-/// A model and what is done with it.
+/// A model under measurement.
 struct Bench<'a> {
     args: &'a PolicyArgs,
     folder: PathBuf,
@@ -211,7 +208,7 @@ struct Bench<'a> {
     answer: usize,
 }
 
-/// What a measurement gave in each round, in tokens per second.
+/// The tokens per second of a measurement, by round.
 struct Series {
     name: &'static str,
     rows: usize,
@@ -223,7 +220,7 @@ impl<'a> Bench<'a> {
         let threads = args.threads.map_or_else(Threads::all, Threads::new);
         let policy = Policy::load(&folder, args.kernels.set(), &Device::Cpu, &threads)
             .with_context(|| folder.display().to_string())?;
-        // A model from elsewhere is measured as the larger shape is.
+        // A named model has the lengths of the larger shape.
         let lengths = match args.model {
             Some(_) => Shape::Smol135m.lengths(),
             None => args.shape.lengths(),
@@ -265,7 +262,7 @@ impl<'a> Bench<'a> {
             series.push(self.training()?);
         }
         let peak_bytes_trained = peak_memory().filter(|_| self.wants(What::Train));
-        // Last, since the memory that is swept is none that the policy needs.
+        // Measured last, so that its memory is not part of the peaks.
         let roofline = self.wants(What::Roofline).then(|| self.machine());
         let cost = self.policy.token_cost();
         let figures = series.into_iter();
@@ -336,7 +333,7 @@ impl<'a> Bench<'a> {
         Ok(all.filter(|series| !series.rates.is_empty()).collect())
     }
 
-    /// Tokens of a text; another for every row, none of them special.
+    /// Tokens of the text of a row, none of them special.
     fn text(&self, row: usize, len: usize) -> Vec<u32> {
         let ids = self.policy.config().vocab_size.saturating_sub(3).max(1);
         let token = |place: usize| (row * 7_919 + place * 104_729) % ids;
@@ -345,7 +342,7 @@ impl<'a> Bench<'a> {
             .collect()
     }
 
-    /// Seconds that answers of `answer` tokens to so many prompts take.
+    /// Seconds to answer `rows` prompts with `answer` tokens each.
     fn generate(&self, rows: usize, answer: usize) -> Result<f64> {
         let engine = EngineConfig {
             slots: NonZeroUsize::new(rows).context("no rows")?,
@@ -368,7 +365,7 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// Tokens scored or read before what is scored, per second.
+    /// Tokens per second of prompts and scored answers.
     fn score(&self) -> Result<f64> {
         let texts: Vec<Vec<u32>> = (0..ROWS)
             .map(|row| self.text(row, self.prompt + self.answer))
@@ -395,7 +392,7 @@ impl<'a> Bench<'a> {
                 targets: std::iter::once(self.prompt..self.prompt + self.answer).collect(),
             })
             .collect();
-        // Prepared only now, since an image and values in f32 are nothing that inference has in memory.
+        // Loaded after inference, so that its memory is not part of inference's peak.
         let (config, image) = {
             let model = ModelFolder::read(&self.folder)?;
             (model.config, model.image)
@@ -416,10 +413,9 @@ impl<'a> Bench<'a> {
         Ok(series)
     }
 
-    /// Seconds from the start of `muster generate` to its end after one token, the model's files being in the system's
-    /// cache.
+    /// Seconds of `muster generate` for one token, with the model's files in the system's cache.
     fn first_token(&self) -> Result<f64> {
-        let mut command = Command::new(program()?);
+        let mut command = Command::new(program::muster(self.args.muster.as_deref())?);
         command.arg("generate").arg("--model").arg(&self.folder);
         command.args(["--prompt", "1", "--max-tokens", "1", "--threads"]);
         command
@@ -429,7 +425,7 @@ impl<'a> Bench<'a> {
             command.arg("--int8");
         }
         let start = Instant::now();
-        let status = command.status().context("this program cannot be started")?;
+        let status = command.status().context("muster cannot be started")?;
         if !status.success() {
             bail!(
                 "`muster generate` on {} failed: {status}",
@@ -467,7 +463,7 @@ impl Series {
         let tokens_per_second = Spread::of(self.rates);
         let rate = tokens_per_second.median;
         let (bytes, work) = (cost.weight_bytes as f64, cost.multiply_adds as f64);
-        // Only decoding reads every weight for every step and multiplies with every weight for every token.
+        // Only decoding reads all weights in each step and multiplies with all weights for each token.
         let machine = machine.filter(|_| name == "decode");
         Figure {
             name,

@@ -1,5 +1,5 @@
-//! `muster-bench quickstart`: whole runs of `muster local`, one after the other, as a user would start them: each a process
-//! of its own in a folder of its own, its warm-up included. Decides nothing; what counts is in `figures.rs`.
+//! `muster-bench quickstart`: measures whole runs of `muster local`, one after the other, with their warm-up. Each is a process in
+//! its own folder, as a user would start it. `figures.rs` computes the figures.
 
 use std::io::IsTerminal as _;
 use std::num::NonZeroU64;
@@ -14,6 +14,7 @@ use toml::{Table, Value};
 use muster_protocol::child::Child;
 
 use crate::figures::{Conditions, Figures, header, worst};
+use crate::program;
 use muster_monitor::machine::{CpuTime, load_average};
 use muster_monitor::output::say;
 use muster_monitor::record::RunRecord;
@@ -21,10 +22,9 @@ use muster_monitor::record::RunRecord;
 /// The configuration that `muster local` runs by default.
 const QUICKSTART: &str = include_str!("../../configs/quickstart.toml");
 
-/// What `bench quickstart` takes.
 #[derive(Debug, Args)]
 pub(super) struct QuickstartArgs {
-    /// One run for each
+    /// Seeds; each gives one run
     #[arg(
         long,
         value_name = "S,…",
@@ -32,13 +32,13 @@ pub(super) struct QuickstartArgs {
         default_value = "1,2,3,4,5"
     )]
     seeds: Vec<u64>,
-    /// Steps to take, instead of the configuration's; the bars are then for information
+    /// Number of steps, instead of the configuration's; bars are then not enforced
     #[arg(long)]
     steps: Option<NonZeroU64>,
     /// Runs that must learn nothing
     #[arg(long)]
     control: Option<Control>,
-    /// Which objective: the configuration's, Muster's default, or one after the other
+    /// Objective: the configuration's, Muster's default, or both
     #[arg(
         long,
         value_name = "NAME,…",
@@ -46,16 +46,16 @@ pub(super) struct QuickstartArgs {
         default_value = "chosen"
     )]
     objective: Vec<Objective>,
-    /// Another configuration in the quickstart's place
+    /// Configuration to run instead of the quickstart's
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print JSON lines
     #[arg(long)]
     json: bool,
-    /// Where the runs go; a new folder under runs/bench by default
+    /// Folder of the runs; a new one under runs/bench by default
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// The nats-server program, instead of the one that `muster local` finds
+    /// The nats-server program to use instead of the one that `muster local` finds
     #[arg(long, value_name = "FILE")]
     nats_server: Option<PathBuf>,
     /// The `muster` program to measure; the one beside this program by default
@@ -73,7 +73,7 @@ enum Control {
 enum Objective {
     /// The configuration's
     Chosen,
-    /// The one used where a configuration names none
+    /// The default of a configuration without one
     Default,
 }
 
@@ -95,7 +95,6 @@ struct Plan {
     dir: PathBuf,
 }
 
-/// Runs them all, then judges.
 pub(super) async fn run(args: QuickstartArgs) -> Result<()> {
     let root = folder(&args)?;
     let plans = plans(&args, &root)?;
@@ -115,7 +114,7 @@ pub(super) async fn run(args: QuickstartArgs) -> Result<()> {
     judge(&args, &done)
 }
 
-/// A new folder for the runs: what is left of earlier ones would be measured with them.
+/// A new folder for the runs, so that earlier runs are not measured.
 fn folder(args: &QuickstartArgs) -> Result<PathBuf> {
     let root = match &args.dir {
         Some(dir) => dir.clone(),
@@ -160,7 +159,7 @@ fn plans(args: &QuickstartArgs, root: &Path) -> Result<Vec<Plan>> {
     Ok(plans)
 }
 
-/// The configuration of one objective's runs, with the paths in it made absolute since it is written to another folder.
+/// The configuration of one objective's runs. Its paths are absolute, since it is written to another folder.
 fn config(args: &QuickstartArgs, objective: Objective) -> Result<Table> {
     let text = match &args.config {
         Some(path) => std::fs::read_to_string(path)
@@ -195,7 +194,7 @@ fn train(config: &mut Table) -> Result<&mut Table> {
     table(table(config, "learner")?, "train")
 }
 
-/// The table under `key`, which is added when it is missing.
+/// The table under `key`, added if it is missing.
 fn table<'a>(parent: &'a mut Table, key: &str) -> Result<&'a mut Table> {
     let entry = parent
         .entry(key)
@@ -205,7 +204,7 @@ fn table<'a>(parent: &'a mut Table, key: &str) -> Result<&'a mut Table> {
         .with_context(|| format!("`{key}` of the configuration is not a table"))
 }
 
-/// One run from its command to its end.
+/// Runs one command to its end.
 async fn measure(args: &QuickstartArgs, plan: &Plan, root: &Path) -> Result<Figures> {
     let Plan {
         objective, seed, ..
@@ -255,21 +254,9 @@ async fn measure(args: &QuickstartArgs, plan: &Plan, root: &Path) -> Result<Figu
     })
 }
 
-/// The command that a user would type, in the bench's own folder, so that a warm-up kept from elsewhere is not found.
+/// The command of a run. It runs in the bench's folder, so that it does not find an earlier warm-up.
 fn command(args: &QuickstartArgs, plan: &Plan, root: &Path) -> Result<Command> {
-    let program = match &args.muster {
-        Some(program) => std::path::absolute(program)?,
-        None => std::env::current_exe()
-            .context("this program's own path is not known")?
-            .with_file_name("muster"),
-    };
-    if !program.is_file() {
-        bail!(
-            "{} is missing: build it with `cargo build --release`, or name it with --muster",
-            program.display()
-        );
-    }
-    let mut command = Command::new(program);
+    let mut command = Command::new(program::muster(args.muster.as_deref())?);
     command
         .arg("local")
         .arg(&plan.config)
@@ -291,7 +278,7 @@ fn command(args: &QuickstartArgs, plan: &Plan, root: &Path) -> Result<Command> {
     Ok(command)
 }
 
-/// The worst run beside its bar. Whether the bar was met is the command's outcome, unless the runs were cut short.
+/// Prints the worst run beside its bar. A missed bar fails the command, unless `--steps` was given.
 fn judge(args: &QuickstartArgs, done: &[Figures]) -> Result<()> {
     let Some(worst) = worst(done) else {
         bail!("no seed was named: give one or more with --seeds");

@@ -1,8 +1,8 @@
-//! Models for `muster-bench policy` when none is at hand: a known shape with seeded random weights, written as a Hugging Face
-//! folder so that other engines load the same bytes.
+//! Models for `muster-bench policy`: a known shape with seeded random weights, written as a Hugging Face folder so that other
+//! engines can load the same bytes.
 //!
-//! Speed does not depend on what the weights say, only on how many there are. The tokenizer has as many tokens and merges
-//! as the vocabulary has room for, since reading it is a part of a cold start.
+//! Speed depends on the number of weights, not on their values. The tokenizer's vocabulary is full, since reading it is a part of
+//! a cold start.
 
 use std::path::{Path, PathBuf};
 
@@ -12,13 +12,13 @@ use serde_json::{Map, Value, json};
 
 use muster_policy::{Config, Master, ModelFolder, Storage, Tokenizer};
 
-/// Of the random weights: any would do, and everybody's are the same.
+/// Seed of the random weights, the same on all machines.
 const SEED: u64 = 1;
 
-/// Characters that a byte-level vocabulary names by themselves.
+/// Bytes that a byte-level vocabulary writes as themselves.
 const PRINTABLE: std::ops::RangeInclusive<u8> = b'!'..=b'~';
 
-/// A shape that models have.
+/// A model's shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Shape {
     /// The quickstart's: 0.3 million parameters
@@ -28,12 +28,12 @@ pub(super) enum Shape {
     Smol135m,
 }
 
-/// What the weights are stored in.
+/// Type of the stored weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Stored {
-    /// Half the bytes
+    /// bfloat16
     Bf16,
-    /// Whole float32
+    /// float32
     F32,
 }
 
@@ -45,7 +45,7 @@ impl Shape {
         }
     }
 
-    /// Tokens of a prompt and of an answer that suit it.
+    /// Default tokens of a prompt and of an answer.
     pub(super) fn lengths(self) -> (usize, usize) {
         match self {
             Self::Quickstart => (8, 12),
@@ -53,7 +53,7 @@ impl Shape {
         }
     }
 
-    /// Where the model of this shape is kept, below `root`.
+    /// The folder of this shape's model below `root`.
     pub(super) fn folder(self, stored: Stored, root: &Path) -> PathBuf {
         let storage = match stored {
             Stored::Bf16 => "bf16",
@@ -81,7 +81,6 @@ impl Shape {
         }
     }
 
-    /// Writes the model.
     pub(super) fn write(self, stored: Stored, folder: &Path) -> Result<()> {
         let config = Config::parse(&self.config().to_string())?;
         let storage = match stored {
@@ -104,7 +103,7 @@ impl Shape {
     }
 }
 
-/// A byte-level tokenizer of printable characters, pairs and triples of them, as many as there is room for.
+/// A byte-level tokenizer of `size` tokens: printable characters, then pairs and triples of them.
 fn vocabulary(size: usize) -> Value {
     let characters = || PRINTABLE.map(|byte| char::from(byte).to_string());
     let pairs = characters().flat_map(|a| characters().map(move |b| (a.clone(), b)));

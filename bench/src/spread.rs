@@ -1,8 +1,8 @@
-//! What several runs of one thing gave.
+//! The spread of several measurements of one quantity.
 
 use serde::Serialize;
 
-/// Median (the upper of two), smallest and largest; NaN of nothing.
+/// Median (the upper of two), smallest and largest; NaN without values.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Spread {
     pub(super) median: f64,
