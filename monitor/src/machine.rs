@@ -1,14 +1,13 @@
-//! How busy and how large this machine is, from `/proc` where Linux has it. A figure that the system does not give is
-//! missing, never made up.
+//! Load, processor time and memory of this machine, from `/proc`. A figure that the system does not give is `None`.
 
 use std::fs;
 
 #[cfg(target_os = "linux")]
 use nix::sys::prctl::set_thp_disable;
 
-/// Where `/proc/stat` has the time that a hypervisor gave to others, after the word `cpu`.
+/// Column of `/proc/stat` after the word `cpu` with the time that a hypervisor gave to other machines.
 const STEAL_COLUMN: usize = 7;
-/// Columns of `/proc/stat` that add up to all time; those behind them are counted in earlier ones already.
+/// Columns of `/proc/stat` that add up to all time; later columns are parts of these.
 const TIME_COLUMNS: usize = 8;
 
 /// Processes that ran or waited to run, mean of the last minute.
@@ -25,7 +24,6 @@ pub struct CpuTime {
 }
 
 impl CpuTime {
-    /// Up to now.
     pub fn now() -> Option<Self> {
         Self::parse(&fs::read_to_string("/proc/stat").ok()?)
     }
@@ -40,14 +38,14 @@ impl CpuTime {
         })
     }
 
-    /// Share of the time since `before` that a hypervisor gave to others.
+    /// Share of the time since `before` that a hypervisor gave to other machines, from 0 to 1.
     pub fn steal_since(&self, before: &Self) -> f64 {
         let all = self.all.saturating_sub(before.all);
         self.steal.saturating_sub(before.steal) as f64 / all.max(1) as f64
     }
 }
 
-/// Bytes of memory that could be had without swapping.
+/// Bytes of memory available without swapping.
 pub fn memory_available() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text
@@ -57,7 +55,7 @@ pub fn memory_available() -> Option<u64> {
     kibibytes.checked_mul(1 << 10)
 }
 
-/// Most bytes of memory that this process has had.
+/// Largest resident memory of this process so far, in bytes.
 pub fn peak_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -65,8 +63,8 @@ pub fn peak_memory() -> Option<u64> {
     kibibytes.checked_mul(1 << 10)
 }
 
-/// Asks for memory in small pages. The allocator asks for huge ones, each of which is taken whole when its first byte is
-/// written: that made a worker's peak a tenth to twice as large and made nothing faster (measured).
+/// Turns huge pages off for this process. The allocator asks for them, and the first byte written takes a whole one. They raised
+/// a worker's peak memory by 10 to 100 % and did not speed it up.
 pub fn small_pages() {
     // A kernel that does not know the request costs memory, nothing else.
     #[cfg(target_os = "linux")]

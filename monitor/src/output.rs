@@ -1,4 +1,4 @@
-//! Results on stdout. Whoever reads them may have gone (`| head`), which is an error like any other and no panic.
+//! Results on stdout. A reader that has gone (`| head`) is an error and not a panic.
 
 use std::io::{self, Write as _};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 /// Prints a line of a result.
 ///
 /// # Errors
-/// When stdout takes no more.
+/// Stdout is closed.
 pub fn say(line: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "{line}")

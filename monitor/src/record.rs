@@ -1,6 +1,5 @@
-//! What a run directory says about its run, read from its logs: once for the report, or again and again as they grow.
-//! Knows nothing about how it is shown. Invariant: every log is read once, however long the run; reasons, which a peer
-//! may have had a part in, are kept printable, and only so many different ones.
+//! Reads a run directory's logs: once for the report, or repeatedly as they grow. Knows nothing about the display.
+//! Invariants: each line of a log is read once; reasons, which may contain a peer's text, are printable and bounded in number.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,7 +15,7 @@ use muster_protocol::record::{
 
 use crate::text::printable;
 
-/// Most reasons told apart: there are a few dozen sentences, and a peer that varies its own must not fill the memory.
+/// Most reasons counted separately. Muster has a few dozen; a peer that varies its text must not fill the memory.
 const REASONS_MAX: usize = 64;
 /// Longest reason kept, in characters.
 const REASON_CHARS_MAX: usize = 240;
@@ -24,75 +23,60 @@ const REASON_CHARS_MAX: usize = 240;
 /// Why a run directory was not read.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// The directory holds no run.
     #[error("{} holds no run: its config.toml is missing; name the directory of a run", dir.display())]
-    NoRun {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// The operating system refused.
+    NoRun { dir: PathBuf },
     #[error("{} cannot be read: {source}", path.display())]
-    Io {
-        /// What was read.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A log is not what it should be.
+    Io { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Log(#[from] JsonLinesError),
 }
 
-/// Everything that the report and the screen show.
+/// All data of the report and the display.
 #[derive(Debug, Clone, Default)]
 pub struct RunRecord {
     /// The directory's name.
     pub name: String,
-    /// `config.toml` as it stands, empty until it is read.
+    /// Text of `config.toml`; empty until it is read.
     pub config: String,
     /// One per step, in order.
     pub steps: Vec<StepMetrics>,
     /// One per evaluation, in order.
     pub evals: Vec<EvalLine>,
-    /// How tickets ended.
     pub fates: Fates,
-    /// What became of each worker's groups.
+    /// Fates of each worker's groups.
     pub workers: BTreeMap<PeerId, WorkerTally>,
 }
 
-/// How tickets ended, and why.
+/// The fates of tickets and their reasons.
 #[derive(Debug, Clone, Default)]
 pub struct Fates {
-    /// How many ended each way.
     pub counts: BTreeMap<Fate, u64>,
-    /// Why, per fate and per sentence with its numbers left out.
+    /// Reasons by fate and by sentence without its numbers.
     pub reasons: BTreeMap<(Fate, String), Reason>,
-    /// The newest rejection in its own words.
+    /// The newest rejection's full sentence.
     pub newest_rejection: Option<String>,
 }
 
-/// A reason that recurs.
+/// A reason that several groups share.
 #[derive(Debug, Clone, Default)]
 pub struct Reason {
-    /// How often.
     pub count: u64,
-    /// The newest, with its numbers.
+    /// The newest such sentence, with its numbers.
     pub example: String,
 }
 
-/// What became of a worker's groups.
+/// The fates of a worker's groups.
 #[derive(Debug, Clone, Default)]
 pub struct WorkerTally {
-    /// How many ended each way.
     pub counts: BTreeMap<Fate, u64>,
-    /// How many were checked by a forward pass.
+    /// Groups checked by a forward pass.
     pub audited: u64,
     /// Completion tokens of its groups that were trained.
     pub tokens: u64,
 }
 
 impl Fates {
-    /// How many ended this way.
+    /// Tickets with this fate.
     pub fn of(&self, fate: Fate) -> u64 {
         self.counts.get(&fate).copied().unwrap_or(0)
     }
@@ -130,7 +114,7 @@ impl Fates {
     }
 }
 
-/// A sentence with `#` for each word that holds a digit, so that reasons that differ in their numbers are one.
+/// Replaces each word with a digit by `#`, so that sentences that differ in numbers only are equal.
 fn without_numbers(sentence: &str) -> String {
     let hide = |word: &str| {
         if !word.contains(|c: char| c.is_ascii_digit()) {
@@ -142,12 +126,10 @@ fn without_numbers(sentence: &str) -> String {
     sentence.split(' ').map(hide).collect::<Vec<_>>().join(" ")
 }
 
-/// How much was added to each log since the last look.
+/// Numbers of lines added to logs since the last read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Added {
-    /// New steps.
     pub steps: usize,
-    /// New evaluations.
     pub evals: usize,
 }
 
@@ -177,20 +159,18 @@ impl RecordReader {
         }
     }
 
-    /// What was read so far.
     pub fn record(&self) -> &RunRecord {
         &self.record
     }
 
-    /// What was read, when there is no more to come.
     pub fn into_record(self) -> RunRecord {
         self.record
     }
 
-    /// Takes up what was added to the logs. A log that a resumed run cut is read anew.
+    /// Reads the lines added to the logs. A log that a resumed run has truncated is read again from its start.
     ///
     /// # Errors
-    /// When a log cannot be read or holds lines of another kind.
+    /// A log cannot be read, or has lines of another kind.
     pub fn read_new(&mut self) -> Result<Added, JsonLinesError> {
         let steps = self.steps.read_new()?;
         let evals = self.evals.read_new()?;
@@ -222,10 +202,10 @@ impl RecordReader {
 }
 
 impl RunRecord {
-    /// Reads a run directory whole, the tokens of each worker's rollouts included.
+    /// Reads a whole run directory, with the tokens of each worker's rollouts.
     ///
     /// # Errors
-    /// When the directory holds no run, or a log cannot be read.
+    /// The directory has no run, or a log cannot be read.
     pub fn load(dir: &Path) -> Result<Self, RecordError> {
         let mut reader = RecordReader::new(dir);
         reader.read_new()?;
@@ -249,12 +229,11 @@ impl RunRecord {
         Ok(record)
     }
 
-    /// Steps taken.
     pub fn steps_taken(&self) -> u64 {
         self.steps.last().map_or(0, |line| line.step)
     }
 
-    /// Seconds that the steps took, waiting included, over all starts of the run.
+    /// Seconds of all steps over all starts of the run, waits for batches included.
     pub fn seconds(&self) -> f64 {
         self.steps.iter().map(|line| line.time_step).sum()
     }
@@ -264,7 +243,7 @@ impl RunRecord {
         self.steps.iter().map(|line| line.tokens_trained).sum()
     }
 
-    /// The evaluation with the highest accuracy, the earliest of equals.
+    /// The evaluation with the highest accuracy; of equal ones, the earliest.
     pub fn best_eval(&self) -> Option<&EvalLine> {
         self.evals
             .iter()
@@ -282,10 +261,10 @@ impl RunRecord {
     }
 }
 
-/// The newest checkpoint of a run, if it has one: checkpoints are folders named by their version.
+/// The folder of a run's newest checkpoint, named by its version.
 ///
 /// # Errors
-/// When the folder of checkpoints is there and cannot be listed.
+/// The folder of checkpoints exists and cannot be listed.
 pub fn newest_checkpoint(dir: &Path) -> Result<Option<PathBuf>, RecordError> {
     let folder = dir.join("checkpoints");
     let version = |path: &PathBuf| {
@@ -305,7 +284,7 @@ fn rollout_logs(folder: &Path) -> Result<Vec<PathBuf>, RecordError> {
     Ok(logs)
 }
 
-/// What a folder holds; nothing if there is none.
+/// The entries of a folder; none if the folder is missing.
 fn list(folder: &Path) -> Result<Vec<PathBuf>, RecordError> {
     let refused = |source| RecordError::Io {
         path: folder.to_owned(),

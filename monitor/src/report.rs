@@ -1,5 +1,5 @@
-//! `report.html`: a run's curves and tables on one page that needs nothing but itself. [`render`] is pure; reading the
-//! run directory is [`RunRecord::load`]'s. Invariant: whatever a peer had a part in is escaped before it is on the page.
+//! `report.html`: a run's curves and tables on one page without external files. [`render`] is pure; [`RunRecord::load`] reads
+//! the run directory. Invariant: text that a peer may have written is escaped.
 
 mod chart;
 
@@ -18,18 +18,13 @@ const WORKERS_SHOWN: usize = 200;
 /// The page's style, light and dark.
 const STYLE: &str = include_str!("report/style.css");
 
-/// Why there is no report.
 #[derive(Debug, thiserror::Error)]
 pub enum ReportError {
-    /// The run directory was not read.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// The page was not written.
     #[error("{} cannot be written: {source}; check its permissions and the free space", path.display())]
     Write {
-        /// The page.
         path: PathBuf,
-        /// What the system said.
         source: std::io::Error,
     },
 }
@@ -37,7 +32,7 @@ pub enum ReportError {
 /// Writes `report.html` into a run directory and returns its path.
 ///
 /// # Errors
-/// When the directory cannot be read or the page not written.
+/// The directory cannot be read, or the page cannot be written.
 pub fn write(dir: &Path) -> Result<PathBuf, ReportError> {
     let page = render(&RunRecord::load(dir)?);
     let path = dir.join("report.html");
@@ -72,7 +67,7 @@ pub fn render(record: &RunRecord) -> String {
     page
 }
 
-/// Text as it may stand between tags and in attributes.
+/// Escapes text for use between tags and in attributes.
 fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
@@ -110,10 +105,10 @@ fn tiles(record: &RunRecord) -> String {
     )
 }
 
-/// A step's value by name, for a chart.
+/// A named value of a step.
 type Value = (&'static str, fn(&StepMetrics) -> f64);
 
-/// A chart over the steps: title, what it tells, kind, its values.
+/// A chart over the steps: title, explanation, kind, values.
 type StepChart = (&'static str, &'static str, Kind, &'static [Value]);
 
 const STEP_CHARTS: &[StepChart] = &[

@@ -1,6 +1,6 @@
-//! Live progress of a run: a display that is redrawn on a terminal, plain lines otherwise. It follows the files of the
-//! run directory, so it shows the same whoever writes them. What is shown is decided in [`frame`] and [`Plain`], which
-//! are pure; this file draws. Invariant: everything goes to stderr, and a stderr that is gone stops nothing.
+//! Live progress of a run: a display that is redrawn on a terminal, or plain lines elsewhere. It reads the files of the run
+//! directory alone. [`frame`] and [`Plain`] decide what is shown and are pure; this file draws. Invariant: all output goes to
+//! stderr, and a closed stderr does not end the run.
 
 mod frame;
 mod plain;
@@ -21,16 +21,15 @@ pub use status::{Process, ProcessState, Status};
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScreenMode {
-    /// Lines that are redrawn in place.
+    /// A display that is redrawn in place.
     Live,
-    /// A line now and then.
+    /// Lines now and then.
     Plain,
-    /// Nothing.
     Quiet,
 }
 
 impl ScreenMode {
-    /// What suits whatever stderr is.
+    /// [`Self::Live`] if stderr is a terminal, else [`Self::Plain`].
     pub fn of_stderr() -> Self {
         if io::stderr().is_terminal() {
             Self::Live
@@ -58,10 +57,10 @@ pub struct LogWriter {
 }
 
 impl Screen {
-    /// A display of the run in `dir`. What its files already hold, of a run that is resumed, is not announced again.
+    /// A display of the run in `dir`. The present lines of its logs are not announced.
     ///
     /// # Errors
-    /// When a log of the run cannot be read.
+    /// A log of the run cannot be read.
     pub fn new(dir: &Path, mode: ScreenMode) -> Result<Self, JsonLinesError> {
         let mut reader = RecordReader::new(dir);
         reader.read_new()?;
@@ -81,10 +80,10 @@ impl Screen {
         })
     }
 
-    /// Takes up what is new and shows it.
+    /// Reads new lines of the logs and shows them.
     ///
     /// # Errors
-    /// When a log of the run cannot be read; what was shown stays, and the next call tries again.
+    /// A log of the run cannot be read. The display stays as it was, and the next call tries again.
     pub fn tick(&mut self, now: Instant, status: &Status) -> Result<(), JsonLinesError> {
         let added = self.reader.read_new()?;
         let record = self.reader.record();
@@ -107,13 +106,12 @@ impl Screen {
         Ok(())
     }
 
-    /// The newest step that was read.
     pub fn newest_step(&self) -> u64 {
         let steps = &self.reader.record().steps;
         steps.last().map_or(0, |line| line.step)
     }
 
-    /// Says something once, above the display.
+    /// Prints a line above the display.
     pub fn note(&self, line: &str) {
         match self.mode {
             ScreenMode::Quiet => {}
@@ -122,14 +120,14 @@ impl Screen {
         }
     }
 
-    /// Where logs go while the display stands.
+    /// The writer for logs during the display.
     pub fn log_writer(&self) -> LogWriter {
         LogWriter {
             lines: self.lines.clone(),
         }
     }
 
-    /// Leaves the last display standing and gives back what was read.
+    /// Ends the display; its last state stays on the terminal. Returns the record.
     pub fn finish(self) -> RunRecord {
         self.bars.iter().for_each(ProgressBar::abandon);
         self.reader.into_record()
@@ -160,14 +158,14 @@ impl Write for LogWriter {
     }
 }
 
-/// The display as it would stand now, for who looks once.
+/// A snapshot of the display, for commands such as `muster status`.
 ///
 /// * `elapsed` — seconds that the run has taken
 pub fn still(record: &RunRecord, status: &Status, elapsed: f64) -> Vec<String> {
     frame::live(record, status, elapsed)
 }
 
-/// A line on stderr. Nobody may be listening any more, which is no reason to end a run.
+/// Prints a line on stderr. A closed stderr is ignored, so that it does not end a run.
 fn to_stderr(line: &str) {
     writeln!(io::stderr(), "{line}").ok();
 }

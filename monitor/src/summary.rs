@@ -1,4 +1,4 @@
-//! What a run came to, in a few sentences: the end of the screen, and the head of the report.
+//! The summary of a run in a few sentences, at the end of the display and at the top of the report.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::text::{count, duration, percent, plural, short};
 /// Most reasons listed for the rejected groups.
 const REASONS_SHOWN: usize = 3;
 
-/// Held-out accuracy from the first evaluation to the last, and what it took.
+/// Held-out accuracy from the first evaluation to the last, with steps and time.
 pub fn headline(record: &RunRecord) -> String {
     let took = format!(
         "{} and {}",
@@ -41,8 +41,7 @@ pub fn headline(record: &RunRecord) -> String {
     line
 }
 
-/// How the groups ended: `1,120 trained, 3 rejected, 12 stale`; fates that never happened are left out but for the
-/// first two, whose absence is news.
+/// The fates of groups: `1,120 trained, 3 rejected, 12 stale`. Fates without groups are left out, except the first two.
 pub fn fates(record: &RunRecord) -> String {
     let shown = Fate::ALL.into_iter().filter(|&fate| {
         matches!(fate, Fate::Trained | Fate::Rejected) || record.fates.of(fate) > 0
@@ -53,7 +52,7 @@ pub fn fates(record: &RunRecord) -> String {
 
 /// The text that ends a run.
 ///
-/// * `report`, `checkpoint` — where they are, if there are any
+/// * `report`, `checkpoint` — their paths, if they exist
 pub fn summary(record: &RunRecord, report: Option<&Path>, checkpoint: Option<&Path>) -> String {
     let mut lines = vec![
         headline(record),

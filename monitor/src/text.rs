@@ -1,5 +1,5 @@
-//! Numbers, times and other people's words as a person reads them on a terminal or on a page.
-//! Knows nothing about runs. Invariant: what leaves [`printable`] cannot move a cursor or turn a line around.
+//! Formats numbers, times and foreign text for a terminal or a page. Knows nothing about runs. Invariant: text from
+//! [`printable`] cannot move the cursor or reverse the direction of a line.
 
 /// Steps of a sparkline, from low to high.
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
@@ -34,7 +34,7 @@ pub fn short(value: f64) -> String {
     }
 }
 
-/// A count with its thousands apart: `1,184`.
+/// A count with separated thousands: `1,184`.
 pub fn count(value: u64) -> String {
     let digits = value.to_string();
     let mut apart = String::with_capacity(digits.len() + digits.len() / 3);
@@ -69,7 +69,7 @@ pub fn plural(number: u64, noun: &str) -> String {
     format!("{} {noun}{ending}", count(number))
 }
 
-/// At most `width` characters that show how `values` went, each the mean of its share of them.
+/// A sparkline of at most `width` characters, each the mean of an equal part of `values`.
 pub fn sparkline(values: &[f64], width: usize) -> String {
     let columns = width.min(values.len());
     let means: Vec<f64> = (0..columns)
@@ -95,8 +95,8 @@ pub fn sparkline(values: &[f64], width: usize) -> String {
     means.iter().map(bar).collect()
 }
 
-/// Somebody else's words on one line of at most `chars_max` characters. Control characters could drive the terminal,
-/// and the marks that turn or hide text could make a line say what it does not; each becomes `�`, a line break a space.
+/// Foreign text on one line of at most `chars_max` characters. Control characters and marks that reverse or hide text become
+/// `�`, since they could drive the terminal or change what a line seems to say; a line break becomes a space.
 pub fn printable(words: &str, chars_max: usize) -> String {
     let shown = |c: char| match c {
         '\n' | '\r' | '\t' => ' ',

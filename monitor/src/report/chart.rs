@@ -1,10 +1,9 @@
-//! A chart over steps as inline SVG: lines with the band between their extremes, or areas on top of one another.
-//! Knows nothing about runs. Invariant: its size does not grow with the number of points, and no coordinate is other
-//! than finite.
+//! A chart over steps as inline SVG: lines with a band between their extremes, or stacked areas. Knows nothing about runs.
+//! Invariants: its size does not grow with the number of points, and all coordinates are finite.
 
 use crate::text::short;
 
-/// Most points drawn of a series: more than one per pixel and a half says nothing.
+/// Most points drawn of a series, one per 1.5 pixels.
 const POINTS_MAX: usize = 240;
 /// Up to this many points, each is also marked with a dot.
 const DOTS_MAX: usize = 60;
@@ -21,31 +20,29 @@ const BOTTOM: f64 = HEIGHT - 24.0;
 /// A curve: its name and its points, ordered by step.
 #[derive(Debug, Clone)]
 pub(crate) struct Series {
-    /// What it is called in the legend.
+    /// Name in the legend.
     pub(crate) name: &'static str,
     /// Step and value.
     pub(crate) points: Vec<(f64, f64)>,
 }
 
-/// How values are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Lines, the axis covering what there is.
+    /// Lines; the axis covers the range of the values.
     Lines,
-    /// Lines, the axis from 0 to 1 in per cent.
+    /// Lines; the axis runs from 0 to 100 %.
     Share,
-    /// Lines over powers of ten; zero sits at the bottom.
+    /// Lines on a logarithmic axis; zero is drawn at the bottom.
     Logarithmic,
-    /// Areas on top of one another, from zero.
+    /// Stacked areas, from zero.
     Stacked,
 }
 
 /// Series over the same axis.
 #[derive(Debug, Clone)]
 pub(crate) struct Chart {
-    /// How its values are laid out.
     pub(crate) kind: Kind,
-    /// The curves, at most three: so many colours there are.
+    /// The curves, at most three, since the page has three colours.
     pub(crate) series: Vec<Series>,
 }
 
@@ -58,7 +55,7 @@ struct Bucket {
     high: f64,
 }
 
-/// A value axis: what lies at its ends, and where it is marked.
+/// A value axis: its ends and its marks.
 #[derive(Debug, Clone, PartialEq)]
 struct Axis {
     low: f64,
@@ -101,7 +98,7 @@ impl Axis {
     }
 }
 
-/// An interval with an inside: equal ends are moved apart.
+/// An interval of positive length: equal ends are moved apart.
 fn widened(low: f64, high: f64) -> (f64, f64) {
     let margin = (low.abs().max(high.abs()) * 0.05).max(1e-12);
     if high - low > margin * 1e-6 {
@@ -144,7 +141,7 @@ fn buckets(points: &[(f64, f64)]) -> Vec<Bucket> {
 }
 
 impl Chart {
-    /// The drawing, or `None` when there is nothing to draw.
+    /// The drawing; `None` without points.
     pub(crate) fn svg(&self) -> Option<String> {
         let values: Vec<Vec<Bucket>> = self
             .series
@@ -184,7 +181,7 @@ impl Chart {
         Some(svg)
     }
 
-    /// What a value reads as on this chart.
+    /// The text of a value on this chart.
     pub(crate) fn label(&self, value: f64) -> String {
         match self.kind {
             Kind::Share => crate::text::percent(value),
@@ -192,7 +189,7 @@ impl Chart {
         }
     }
 
-    /// The points as they are laid out: for powers of ten, their logarithms.
+    /// The points on the axis: on a logarithmic axis, their logarithms.
     fn scaled(&self, points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         if self.kind != Kind::Logarithmic {
             return points.to_vec();
@@ -266,7 +263,7 @@ impl Chart {
         }
     }
 
-    /// Invisible columns that tell the values under the pointer.
+    /// Invisible columns that show the values under the pointer.
     fn draw_hints(&self, svg: &mut String, values: &[Vec<Bucket>], x_axis: &Axis) {
         let Some(longest) = values.iter().max_by_key(|curve| curve.len()) else {
             return;
@@ -301,7 +298,7 @@ impl Chart {
     }
 }
 
-/// Puts each curve on top of those before it.
+/// Stacks each curve on those before it.
 fn stack(curves: &mut [Vec<Bucket>]) {
     for at in 1..curves.len() {
         let (below, rest) = curves.split_at_mut(at);
@@ -374,7 +371,7 @@ fn draw_areas(svg: &mut String, curves: &[Vec<Bucket>], x_axis: &Axis, y_axis: &
     }
 }
 
-/// A round number without the zeros that say nothing.
+/// A round number without trailing zeros.
 fn tick_label(tick: f64) -> String {
     if tick.abs() < 1e-12 {
         return "0".to_owned();

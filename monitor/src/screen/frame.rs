@@ -1,4 +1,4 @@
-//! What the display says: lines of text from a run's record and its processes. Pure.
+//! The text of the display, made of a run's record and its processes. Pure.
 
 use muster_protocol::record::{EvalLine, StepMetrics};
 
@@ -11,10 +11,10 @@ use crate::text::{duration, percent, plural, short, sparkline};
 const BAR_WIDTH: u64 = 28;
 /// Columns of a sparkline.
 const SPARKLINE_WIDTH: usize = 32;
-/// Steps whose mean time tells how long the rest takes: enough to be steady, few enough to follow a change.
+/// Newest steps whose mean time gives the remaining time: enough for a steady value, few enough to follow changes.
 const PACE_STEPS: usize = 20;
 
-/// The lines of the live display, always as many, so that it does not jump.
+/// The lines of the live display. Their number is constant, so that the display does not jump.
 ///
 /// * `elapsed` — seconds since this process started
 pub(super) fn live(record: &RunRecord, status: &Status, elapsed: f64) -> Vec<String> {
@@ -38,7 +38,7 @@ pub(super) fn live(record: &RunRecord, status: &Status, elapsed: f64) -> Vec<Str
     .collect()
 }
 
-/// A step in one line, for where nothing is redrawn.
+/// A step in one line, for plain output.
 pub(super) fn step_line(record: &RunRecord, status: &Status) -> String {
     let Some(last) = record.steps.last() else {
         return status.phase.clone();
@@ -65,7 +65,7 @@ pub(super) fn eval_line(eval: &EvalLine) -> String {
     )
 }
 
-/// A process that did not stay up, in one line.
+/// A restart of a process in one line.
 pub(super) fn restart_line(process: &Process) -> String {
     format!(
         "{} ended and was started again ({})",
@@ -103,7 +103,7 @@ fn progress(record: &RunRecord, status: &Status, elapsed: f64) -> String {
     parts.join("  ")
 }
 
-/// Seconds until the last step at the present pace; `None` before the first step and after the last.
+/// Seconds until the last step at the pace of the newest steps; `None` before the first step and after the last.
 fn time_left(record: &RunRecord, status: &Status) -> Option<f64> {
     let steps_left = status
         .steps_total?

@@ -1,5 +1,5 @@
-//! Which lines are worth saying where nothing can be redrawn: a log file, a pipe, a continuous build. Pure: the time is
-//! handed in. Invariant: evaluations and restarts are always told, steps and phases at most once per [`PAUSE`].
+//! Chooses the lines of plain output, to a log file or a pipe. Pure: the caller gives the time. Invariant: all evaluations and
+//! restarts are printed, steps and phases at most once per [`PAUSE`].
 
 use std::time::{Duration, Instant};
 
@@ -7,10 +7,10 @@ use super::frame;
 use super::status::Status;
 use crate::record::{Added, RunRecord};
 
-/// Shortest time between two lines about steps: a run of an hour stays readable.
+/// Shortest time between two lines about steps, so that an hour's output stays readable.
 const PAUSE: Duration = Duration::from_secs(5);
 
-/// What was said last.
+/// The newest lines printed.
 #[derive(Debug, Default)]
 pub(super) struct Plain {
     last_step_line: Option<Instant>,
@@ -20,7 +20,7 @@ pub(super) struct Plain {
 }
 
 impl Plain {
-    /// The lines to say now.
+    /// The lines to print now.
     pub(super) fn lines(
         &mut self,
         now: Instant,

@@ -1,34 +1,30 @@
 //! The part of a run's state that its files do not tell: the phase before the first step, and the child processes.
 
-/// Whether a child process is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProcessState {
-    /// Started, or not needed to be seen yet.
     Up,
-    /// Ended by itself, to be started again.
+    /// Failed, and waits for its restart.
     Restarting,
-    /// Ended as it should.
+    /// Exited with success.
     Ended,
 }
 
 /// A child process as its parent knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
-    /// Role and number: `rollout-2`.
+    /// Role and number: `worker-2`.
     pub name: String,
-    /// Whether it is there.
     pub state: ProcessState,
-    /// How often it was started again.
     pub restarts: u64,
 }
 
-/// What the files do not tell.
+/// The state of a run that is not in its files.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Status {
     /// Steps that the run will take; `None` while the number does not matter yet.
     pub steps_total: Option<u64>,
-    /// What goes on before the first step, in a few words; empty when nothing needs to be said.
+    /// The activity before the first step, in a few words; empty if there is none to report.
     pub phase: String,
-    /// The parent's children; empty for a process without any.
+    /// The parent's children.
     pub processes: Vec<Process>,
 }
