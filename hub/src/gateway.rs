@@ -1,8 +1,8 @@
-//! Snapshots over HTTP: read-only, under the addresses of a model hub, so that the hub's own tools and plain `curl` fetch
-//! versions of a run as they fetch any model.
+//! Serves snapshots over HTTP, read-only, under the addresses of a model hub. A hub's tools and `curl` can download versions of a
+//! run like any model.
 //!
-//! Nothing is sent of a version before every byte of it was checked against the run's learner. Connections are bounded
-//! ([`server`]), and each holds one piece of a file in memory ([`file`]), however slow its client.
+//! A version is served only after every byte was checked against the learner's signature. Connections are bounded ([`server`]),
+//! and each keeps one piece of a file in memory ([`file`]).
 
 use std::sync::Arc;
 
@@ -31,11 +31,11 @@ pub mod source;
 mod span;
 pub mod version_cache;
 
-/// The owner under which a run may be named, for tools that want one in front of every model.
+/// Optional owner before the run's name, for tools that require one.
 const OWNER: &str = "/muster";
-/// What a version is when nobody says which.
+/// The revision of requests that name none.
 const NEWEST: &str = "main";
-/// What stands for the size of a pointer file, which hubs have for large files and we do not.
+/// Size reported for pointer files. Hubs have them for large files; this gateway has none.
 const POINTER_BYTES: u64 = 134;
 
 /// The versions of one run, served over HTTP.

@@ -1,5 +1,5 @@
-//! Models and snapshots in the forms of a model hub: [`pull`] fetches a model from a hub into a folder, [`gateway`] serves a
-//! run's versions to a hub's clients.
+//! The protocol of a model hub: [`pull`] downloads a model from a hub, and [`gateway`] serves a run's versions to the clients of
+//! hubs.
 //!
 //! The gateway's paths are routes of axum. `gateway::edition` opens a folder's files, verifies every byte against the
 //! learner's key, and keeps the files open: a file that replaces one later is not sent, and a file changed in place is

@@ -1,9 +1,9 @@
-//! Models from a hub that speaks Hugging Face's protocol: by id and revision, into the cache that their own tools share,
-//! and from there into a folder.
+//! Downloads a model from a hub with Hugging Face's protocol, by id and revision, into the cache of Hugging Face's tools, and from
+//! there into a folder.
 //!
-//! The layout of the cache and of addresses is the `hf-hub` crate's. Its transfers are not used: they append what a server
-//! sends without looking at sizes or hashes, and end the process on headers that they do not expect. Invariant: a file in
-//! the cache has the size that the hub announced and, where the hub names one, the SHA-256.
+//! The `hf-hub` crate gives the layout of the cache and the addresses. Its transfers are not used: they check neither sizes nor
+//! hashes, and panic on unexpected headers. Invariant: a file in the cache has the announced size and, if the hub announced one,
+//! the announced SHA-256.
 
 use std::path::{Path, PathBuf};
 
@@ -25,16 +25,16 @@ pub use self::request::{CachePolicy, PullRequest, Pulled};
 
 use self::files::{INDEX, NEEDED, OPTIONAL, SINGLE, read};
 
-/// Where models are when nobody says otherwise.
+/// The default hub.
 pub const ENDPOINT: &str = "https://huggingface.co";
 
 /// Largest file that is not weights: the longest tokenizers have about 35 MB.
 const TEXT_BYTES_MAX: u64 = 256 << 20;
 
-/// Largest weight file, 1 TiB: a bound on what a server may announce, not a limit on models.
+/// Largest weight file that a server may announce, 1 TiB.
 const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
 
-/// Longest id or revision: what the hub allows, and some more.
+/// Longest id or revision, somewhat longer than the hub allows.
 const NAME_BYTES_MAX: usize = 200;
 
 /// Downloads a model into the cache. `tell` receives each file's progress: name, received bytes, all bytes.
@@ -154,7 +154,7 @@ fn cache(named: Option<PathBuf>) -> Result<Cache, HubError> {
     }
 }
 
-/// Names become parts of addresses and of paths.
+/// Checks a name, since it becomes a part of addresses and paths.
 fn check_name(what: &'static str, name: &str) -> Result<(), HubError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let part = |part: &str| {

@@ -1,7 +1,7 @@
-//! One version, ready to be sent: a folder whose every byte was checked against the run's learner, its files held open.
+//! One version, ready to be served: a folder checked against the learner's signature, with its files held open.
 //!
-//! Files are read through what was opened before the check, so what is put in their place later is not sent; a file that was
-//! changed where it lies is noticed by its size and time, and refused. Everything here blocks.
+//! Files are read through the handles opened before the check, so a file that replaces one later is not served. A file changed in
+//! place is recognised by its size and time, and refused. All functions block.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -16,57 +16,53 @@ use sha2::{Digest, Sha256};
 use muster_broadcaster::snapshot::{MANIFEST_FILE, Report, SnapshotError, signed_contents, verify};
 use muster_protocol::id::{ContentHash, PeerId, RunId};
 
-/// Bytes read at once.
+/// Bytes per read.
 const PIECE_BYTES: u64 = 256 << 10;
 
-/// Whose versions are believed.
+/// The run and the learner whose versions are served.
 #[derive(Debug, Clone)]
 pub struct Trust {
-    /// The run's learner.
     pub learner: PeerId,
-    /// The run.
     pub run: RunId,
 }
 
 /// Why a folder is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum EditionError {
-    /// It is not what was signed.
+    /// The folder differs from the signed version.
     #[error("{}: {source}", folder.display())]
     Snapshot {
         folder: PathBuf,
         source: SnapshotError,
     },
-    /// A file cannot be read.
     #[error("{} cannot be read: {source}", path.display())]
     Read { path: PathBuf, source: io::Error },
-    /// Somebody writes into the folder.
+    /// Another process writes into the folder.
     #[error("{} was changed while it was checked: leave the folder alone, then ask again", path.display())]
     Changed { path: PathBuf },
 }
 
-/// A version, checked.
+/// A checked version.
 #[derive(Debug)]
 pub struct Edition {
-    /// What the learner signed.
+    /// The signed description.
     pub report: Report,
     /// The files, the manifest among them.
     pub leaves: BTreeMap<String, Leaf>,
 }
 
-/// A file of it.
+/// A file of a version.
 #[derive(Debug)]
 pub struct Leaf {
-    /// Its size.
     pub bytes: u64,
-    /// SHA-256 of its content in hexadecimal: what hubs name large files by, and what clients check.
+    /// SHA-256 of the content in hexadecimal. Hubs name large files by it, and clients check it.
     pub sha256: String,
     path: PathBuf,
     file: File,
     seen: Stamp,
 }
 
-/// What would differ after a change.
+/// Properties of a file that a change alters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     device: u64,
@@ -86,7 +82,7 @@ impl Stamp {
     }
 }
 
-/// The commit that stands for a version: 40 hexadecimal digits, as hubs have them, of the hash of what the learner signed.
+/// The commit of a version: the first 40 hexadecimal digits of the hash of the learner's signed statement.
 pub fn commit(statement: &ContentHash) -> String {
     statement.to_string().chars().take(40).collect()
 }
@@ -95,7 +91,7 @@ impl Edition {
     /// Opens and checks a folder.
     ///
     /// # Errors
-    /// When a file is missing, or a byte differs from what the learner signed.
+    /// A file is missing, or a byte differs from the signed version.
     pub fn open(folder: &Path, trust: &Trust) -> Result<Self, EditionError> {
         let refused = |source| EditionError::Snapshot {
             folder: folder.to_owned(),
@@ -118,12 +114,11 @@ impl Edition {
         Ok(Self { report, leaves })
     }
 
-    /// Its commit.
     pub fn commit(&self) -> String {
         commit(&self.report.statement)
     }
 
-    /// Whether no file was changed since it was checked.
+    /// Whether all files are unchanged since the check.
     pub fn is_intact(&self) -> bool {
         let check = |leaf: &Leaf| leaf.check_untouched().is_ok();
         self.leaves.values().all(check)
@@ -147,7 +142,7 @@ impl Leaf {
         })
     }
 
-    /// Hashes what was opened, and holds that it is still what its path leads to: that is what was checked.
+    /// Hashes the open file, and checks that its path still leads to it, since the check read the path.
     fn name_content(&mut self) -> Result<(), EditionError> {
         let failed = |source| EditionError::Read {
             path: self.path.clone(),
@@ -169,13 +164,13 @@ impl Leaf {
         Ok(())
     }
 
-    /// The first bytes of a range, as many as are read at once.
+    /// The first bytes of a range, at most [`PIECE_BYTES`].
     ///
     /// # Errors
-    /// When the file was changed since it was checked, or cannot be read.
+    /// The file was changed since the check, or cannot be read.
     pub fn read_piece(&self, range: &Range<u64>) -> io::Result<Bytes> {
         self.check_untouched()?;
-        // At most the size of a piece, so the cast holds.
+        // The length is at most a piece's, so the cast is exact.
         let mut piece = vec![0; range.end.saturating_sub(range.start).min(PIECE_BYTES) as usize];
         self.file.read_exact_at(&mut piece, range.start)?;
         Ok(piece.into())

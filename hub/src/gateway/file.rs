@@ -1,4 +1,4 @@
-//! A file of a version as an answer: all of it or the part that was asked for, read as the client takes it.
+//! The response with a file of a version, whole or a range, read as the client receives it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ const LINKED_ETAG: HeaderName = HeaderName::from_static("x-linked-etag");
 const LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 const REPO_COMMIT: HeaderName = HeaderName::from_static("x-repo-commit");
 
-/// A file or a part of it, by what the client asks for and has already.
+/// The response for a file, by the request's range and conditional headers.
 pub(super) fn answer(
     asked: &HeaderMap,
     edition: Arc<Edition>,
@@ -35,7 +35,7 @@ pub(super) fn answer(
     if is_known(asked, &etag) {
         return Ok((StatusCode::NOT_MODIFIED, described).into_response());
     }
-    // Bytes of another content than the client has the rest of would be joined to it.
+    // With another ETag the client would join parts of different files.
     let is_same = field(asked, &IF_RANGE).is_none_or(|known| known == etag);
     let range = field(asked, &RANGE).filter(|_| is_same);
     let (status, range) = match Span::asked(range, bytes) {
@@ -66,7 +66,7 @@ fn describe(
     revision: &str,
     file: &str,
 ) -> [(HeaderName, String); 7] {
-    // A commit names the same bytes for ever; what another revision names may change.
+    // A commit always names the same bytes; other revisions may move.
     let lasting = if revision == edition.commit() {
         "public, max-age=31536000, immutable"
     } else {
@@ -93,7 +93,7 @@ fn etag(leaf: &Leaf) -> String {
     format!("\"{}\"", leaf.sha256)
 }
 
-/// A field's value; what is not ASCII asks for nothing here.
+/// A header's value; one that is not ASCII is ignored.
 fn field<'a>(fields: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     fields.get(name)?.to_str().ok()
 }
@@ -107,7 +107,7 @@ fn is_known(asked: &HeaderMap, etag: &str) -> bool {
         .any(|known| known == etag || known == "*")
 }
 
-/// A part of a file, piece by piece, each read when the one before it has left.
+/// Streams a part of a file; each piece is read after the one before was sent.
 fn pieces(
     edition: Arc<Edition>,
     file: String,

@@ -1,4 +1,4 @@
-//! Why a request gets nothing, with the codes by which hubs' clients tell one from another.
+//! Refusals of requests, with the codes that hubs' clients distinguish.
 
 use axum::Json;
 use axum::http::StatusCode;
@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::version_cache::Absent;
 
-/// After how many seconds to ask again for a version that is being made ready.
+/// `Retry-After` for a version that is being prepared, in seconds.
 const RETRY_SECONDS: &str = "5";
 const ERROR_CODE: HeaderName = HeaderName::from_static("x-error-code");
 const ERROR_MESSAGE: HeaderName = HeaderName::from_static("x-error-message");
@@ -33,7 +33,7 @@ impl IntoResponse for Refusal {
             Self::NoFile => (StatusCode::NOT_FOUND, "EntryNotFound"),
         };
         let said = self.to_string();
-        // A line break in a field would begin another.
+        // A line break would begin another header.
         let shown: String = said.chars().filter(|c| matches!(c, ' '..='~')).collect();
         let fields = [(ERROR_CODE, code.to_owned()), (ERROR_MESSAGE, shown)];
         let body = Json(json!({ "error": said }));

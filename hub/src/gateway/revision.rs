@@ -1,17 +1,16 @@
-//! How an address names a version. Pure.
+//! The revision in an address, which names a version. Pure.
 
 use std::str::FromStr;
 
-/// A version as an evaluator names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Revision {
-    /// The newest that is here: `latest`, or `main` as hubs have it.
+    /// The newest available version: `latest`, or `main`.
     Latest,
-    /// By the number of steps: `v12` or `12`.
+    /// The number of steps: `v12` or `12`.
     Number(u64),
-    /// By the root of its weights, 64 hexadecimal digits.
+    /// The root of the weights, 64 hexadecimal digits.
     Root(String),
-    /// By its commit, 40 hexadecimal digits: of all revisions the only one that names every byte.
+    /// The commit, 40 hexadecimal digits. Only a commit names every byte.
     Commit(String),
 }
 

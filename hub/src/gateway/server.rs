@@ -1,6 +1,6 @@
-//! Connections to clients: a bounded number, each with a bound on what it may ask and on how long it may take.
+//! Client connections: bounded in number, in the size of requests and in time.
 //!
-//! What could hold a place for ever is cut off: a head that does not come, and a client that takes nothing.
+//! A connection that could stay for ever is closed: a client that does not finish its request's head, or reads no response.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,15 +21,14 @@ use tokio_util::task::TaskTracker;
 const HEAD_BYTES_MAX: usize = 16 << 10;
 /// Most header fields of a request.
 const FIELDS_MAX: usize = 64;
-/// How long the head of a request may take, the pause since the last answer included.
+/// Longest wait for the head of a request, from the last response on.
 const HEAD_WAIT: Duration = Duration::from_secs(30);
-/// How long a client may take nothing of an answer.
+/// Longest time in which a client reads no byte of a response.
 const TAKE_WAIT: Duration = Duration::from_secs(60);
-/// Pause after the system gave no connection, as when it has no more files to give.
+/// Pause after the system refused a connection, for example for lack of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// Answers on `listener`, to at most so many connections at once, until `shutdown`; others wait their turn in the system's
-/// queue.
+/// Serves at most `connections_max` connections at once on `listener`, until `shutdown`. Others wait in the system's queue.
 pub(super) async fn serve(
     router: Router,
     listener: TcpListener,
@@ -69,7 +68,7 @@ pub(super) async fn serve(
 }
 
 /// # Cancel safety
-/// A cancelled call drops at most a connection that nobody has answered.
+/// A cancelled call drops at most one new connection.
 async fn admit(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
@@ -80,7 +79,7 @@ async fn admit(
     Ok((stream, place))
 }
 
-/// Answers one client until it has no more requests, or breaks a bound.
+/// Serves one client until it closes the connection or breaks a bound.
 async fn converse<S>(stream: S, router: Router) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Send + 'static,

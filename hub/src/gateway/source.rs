@@ -1,5 +1,5 @@
-//! Where a gateway's versions come from: folders on this disk, or another source such as a live run. A folder is named by
-//! what the learner signed; its other bytes are for [`super::edition`] to check.
+//! The sources of a gateway's versions: folders on this disk, or another source such as a live run. A source reads the signed
+//! statement alone; [`super::edition`] checks the other bytes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

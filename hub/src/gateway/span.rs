@@ -1,21 +1,19 @@
-//! Which bytes a `Range` header asks for (RFC 9110 §14). Pure. Several ranges at once are answered with the whole, as a
-//! server may; so is what cannot be read.
+//! The bytes that a `Range` header names (RFC 9110 §14). Pure. A header with several ranges or with errors is ignored, as the RFC
+//! permits, so that the response has the whole file.
 
 use std::ops::Range;
 
-/// What is to be sent of a file.
+/// The part of a file to send.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Span {
-    /// All of it.
     Whole,
-    /// These bytes.
     Part(Range<u64>),
-    /// Nothing: the bytes asked for lie beyond its end.
+    /// The range begins after the end of the file.
     Beyond,
 }
 
 impl Span {
-    /// What `range`, the header's value, asks for of a file of so many bytes.
+    /// The part that `range`, the header's value, names of a file of `size` bytes.
     pub(super) fn asked(range: Option<&str>, bytes: u64) -> Self {
         let Some(asked) = range.and_then(|range| range.strip_prefix("bytes=")) else {
             return Self::Whole;
@@ -38,7 +36,7 @@ impl Span {
     }
 }
 
-/// Digits alone: `parse` would take a sign as well.
+/// Reads digits alone: `parse` would accept a sign.
 fn number(text: &str) -> Option<u64> {
     let is_number = text.chars().all(|c| c.is_ascii_digit());
     text.parse().ok().filter(|_| is_number)

@@ -1,5 +1,5 @@
-//! The versions that are ready to be sent, and a task that makes others ready: the newest as it comes, older ones when they
-//! are asked for. One at a time, so that nobody can make the machine check or pull more than that.
+//! The versions that are ready to be served, and a task that prepares others: each newest one, and older ones on request. It
+//! prepares one at a time, so that clients cannot overload the machine.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,35 +14,31 @@ use super::edition::{Edition, Trust};
 use super::revision::Revision;
 use super::source::{Listed, VersionSource};
 
-/// How often it is looked for a newer version, and how often at most.
+/// Usual and shortest interval between checks for a newer version.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// Longest wait for a version that must be made ready first: clients give up soon after.
+/// Longest wait for a version that is not ready; clients give up soon after.
 const READY_WAIT: Duration = Duration::from_secs(55);
 /// Most requests that wait for a version.
 const WAITING_MAX: usize = 64;
 /// Most versions that are ready at once: their files are held open.
 const READY_MAX: usize = 8;
 
-/// Why a version is not there.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Absent {
-    /// It does not exist, or not any more.
-    #[error("there is no such version here: see / for those there are")]
+    #[error("there is no such version: see / for the available ones")]
     Unknown,
-    /// It takes its time.
-    #[error("the version is being made ready: ask again")]
+    #[error("the version is being prepared: try again")]
     NotYet,
-    /// It does not hold.
+    /// The version failed its check.
     #[error("{0}")]
     Refused(String),
 }
 
-/// What is here.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
-    /// Ready to be sent, oldest first.
+    /// Ready versions, oldest first.
     ready: Vec<Arc<Edition>>,
-    /// What can be had, oldest first.
+    /// Available versions, oldest first.
     pub listed: Arc<[Listed]>,
 }
 
@@ -51,14 +47,14 @@ struct Want {
     answer: oneshot::Sender<Result<Arc<Edition>, Absent>>,
 }
 
-/// A handle to the versions.
+/// A handle to the ready versions.
 #[derive(Debug, Clone)]
 pub struct VersionCache {
     inventory: watch::Receiver<Inventory>,
     wants: mpsc::Sender<Want>,
 }
 
-/// The task.
+/// The task that prepares versions.
 pub struct Preparer {
     source: Box<dyn VersionSource>,
     trust: Trust,
@@ -68,15 +64,14 @@ pub struct Preparer {
 }
 
 impl VersionCache {
-    /// What is here now.
     pub fn inventory(&self) -> Inventory {
         self.inventory.borrow().clone()
     }
 
-    /// A version, made ready if need be.
+    /// A version, prepared first if it is not ready.
     ///
     /// # Errors
-    /// When the version does not exist, is not ready in time, or failed its check.
+    /// The version does not exist, is not ready in time, or failed its check.
     pub async fn find(&self, revision: Revision) -> Result<Arc<Edition>, Absent> {
         if let Some(edition) = self.inventory.borrow().find(&revision) {
             return Ok(edition);
@@ -119,10 +114,10 @@ impl Inventory {
 }
 
 impl Preparer {
-    /// Makes the newest version ready.
+    /// Prepares the newest version.
     ///
     /// # Errors
-    /// When there is none, or it does not hold: nothing is served then.
+    /// There is no version, or the newest one fails its check.
     pub async fn start(
         source: Box<dyn VersionSource>,
         trust: Trust,
@@ -182,7 +177,7 @@ impl Preparer {
     }
 
     async fn provide(&mut self, revision: &Revision) -> Result<Arc<Edition>, Absent> {
-        // Another request may have brought it meanwhile.
+        // Another request may have prepared it meanwhile.
         if let Some(edition) = self.inventory.borrow().find(revision) {
             return Ok(edition);
         }

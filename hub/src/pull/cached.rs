@@ -1,4 +1,4 @@
-//! A model that the cache holds whole, so that nobody has to be asked for it.
+//! Finds a model in the cache, so that the hub need not be asked.
 
 use std::path::{Path, PathBuf};
 
@@ -49,7 +49,7 @@ pub(super) fn whole(cache: &Cache, repo: &Repo) -> Result<Option<Pulled>, HubErr
     }))
 }
 
-/// The folder of the commit that a revision names, or of the commit that it is.
+/// The folder of the commit that a revision is or names.
 fn snapshot(cache: &Cache, repo: &Repo) -> Option<PathBuf> {
     let of_branch = cache.repo(repo.clone()).get("config.json");
     let folder = of_branch

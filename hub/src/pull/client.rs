@@ -1,7 +1,7 @@
-//! One model's files from a hub: what the hub says of each, then its bytes, going on where an earlier transfer broke off.
+//! Downloads one model's files: the headers of each file, then its bytes, from the end of an earlier transfer on.
 //!
-//! Headers are a stranger's: sizes are bounded before anything is written, and whatever becomes a path is checked. Invariant:
-//! all files of a pull belong to the commit that the first answer named.
+//! Headers are not trusted: sizes are bounded, and values that become paths are checked, before anything is written. Invariant:
+//! all files of a pull belong to the commit that the first response named.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -18,17 +18,17 @@ use ureq::http::{HeaderMap, StatusCode, Uri};
 use super::error::HubError;
 use super::request::PullRequest;
 
-/// How long a connection may take to come about, and a server to send its next bytes.
+/// Longest wait for a connection, and for the next bytes of a server.
 const CONNECT_WAIT: Duration = Duration::from_secs(20);
 const READ_WAIT: Duration = Duration::from_secs(60);
 
-/// How often a transfer is taken up again before the user is asked to.
+/// Most resumptions of a broken transfer in one command.
 const TRIES: u32 = 5;
 
-/// Wait before the first further try; each one doubles it.
+/// Pause before the first resumption; each further one doubles it.
 const RETRY_WAIT: Duration = Duration::from_millis(200);
 
-/// Relative redirects followed for what the hub says of a file: a model that was renamed has one.
+/// Most relative redirects followed for a file's headers; a renamed model has one.
 const REDIRECTS_MAX: usize = 5;
 
 /// Bytes between two reports on a transfer.
@@ -43,15 +43,15 @@ pub(super) struct Client {
     id: String,
     token: Option<String>,
     agent: Agent,
-    /// For what the hub says of a file, which stands in its own answer and not in that of a store it points to.
+    /// For headers. It follows no redirect, since the hub's own response has them and its store's has not.
     asking: Agent,
     commit: Option<String>,
     pub(super) received: u64,
 }
 
-/// What the hub says of a file.
+/// A file's headers.
 struct Facts {
-    /// Name of its bytes: SHA-256 of large files, the object's id in git of others.
+    /// SHA-256 of a large file, the id of the git object of others.
     etag: String,
     size: u64,
 }
@@ -64,7 +64,7 @@ impl Client {
         let settings = || {
             Agent::config_builder()
                 .http_status_as_error(false)
-                // A store that a secure hub points to must be secure too.
+                // An https hub must not redirect to an http store.
                 .https_only(request.endpoint.starts_with("https://"))
                 .redirect_auth_headers(RedirectAuthHeaders::SameHost)
                 .timeout_connect(Some(CONNECT_WAIT))
@@ -97,7 +97,7 @@ impl Client {
         }
     }
 
-    /// A file of the model in the cache, fetched if it is not there; none if the model has no such file.
+    /// The cached path of a file, downloaded first if it is missing; `None` if the model has no such file.
     pub(super) fn file(
         &mut self,
         name: &str,
@@ -136,7 +136,7 @@ impl Client {
         Ok(Some(pointer))
     }
 
-    /// Writes down which commit the revision names, so that the cache knows it next time.
+    /// Records in the cache which commit the revision names.
     pub(super) fn keep_revision(&self) -> Result<(), HubError> {
         let asked = self.cache.repo(self.asked());
         asked
@@ -144,12 +144,12 @@ impl Client {
             .map_err(|source| disk(self.cache.path(), source))
     }
 
-    /// The model at the revision that was asked for.
+    /// The model at the requested revision.
     fn asked(&self) -> Repo {
         self.repo.clone()
     }
 
-    /// The address of a file, at the commit as soon as that is known.
+    /// The address of a file, at the commit if it is known yet.
     fn address(&self, name: &str) -> String {
         let repo = match &self.commit {
             None => self.asked(),
@@ -229,7 +229,7 @@ impl Client {
                 id: self.id.clone(),
                 revision: self.repo.revision().to_owned(),
             }),
-            // A hub that does not say which of the three it is.
+            // This hub does not say which of the three is missing.
             (Some("EntryNotFound"), _) | (_, Some(_)) => Ok(None),
             (_, None) => Err(HubError::Status {
                 endpoint: self.endpoint.clone(),
@@ -263,7 +263,7 @@ impl Client {
         })
     }
 
-    /// Size, name and commit as the headers say them.
+    /// Reads size, name and commit from the headers.
     fn told(&mut self, headers: &HeaderMap, name: &str) -> Result<Facts, HubError> {
         let etag = header(headers, "x-linked-etag").or_else(|| header(headers, "etag"));
         let etag = etag
@@ -278,7 +278,7 @@ impl Client {
             let range = header(headers, "content-range")?;
             range.rsplit_once('/').map(|(_, size)| size)
         });
-        // A whole answer to a request for one byte comes from a server that knows no ranges, or for an empty file.
+        // A whole response to a request for one byte: the server does not support ranges, or the file is empty.
         let size = size.or_else(|| header(headers, "content-length"));
         let Some(size) = size.and_then(|size| size.parse().ok()) else {
             return Err(self.protocol(format!("{name} comes without its size")));
@@ -303,7 +303,7 @@ impl Client {
         })
     }
 
-    /// Brings a file's bytes into the cache, as often as it takes.
+    /// Downloads a file's bytes into the cache, with resumptions.
     fn fetch(
         &mut self,
         name: &str,
@@ -345,7 +345,7 @@ impl Client {
         std::fs::rename(&path, blob).map_err(|source| disk(blob, source))
     }
 
-    /// One transfer, from where the part ends.
+    /// One transfer, from the end of the partial file on.
     fn go_on(
         &mut self,
         name: &str,
@@ -369,14 +369,14 @@ impl Client {
             name,
             &[StatusCode::OK, StatusCode::PARTIAL_CONTENT],
         )?;
-        // Anything but the rest that was asked for would be appended in the wrong place.
+        // Any other range would be appended in the wrong place.
         let is_rest = answer.status() == StatusCode::PARTIAL_CONTENT
             && header(answer.headers(), "content-range")
                 .is_some_and(|range| range.starts_with(&format!("bytes {at}-")));
         if !is_rest && at > 0 {
             at = restart(part).map_err(failed)?;
         }
-        // One byte more than announced would show that the size is wrong.
+        // One byte beyond the announced size shows that it is wrong.
         let mut body = answer.into_body().into_reader().take(facts.size - at + 1);
         let mut buffer = vec![0; 1 << 18];
         let mut reported = at;
@@ -424,7 +424,7 @@ pub(super) fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.chars().all(|c| matches!(c, '0'..='9' | 'a'..='f'))
 }
 
-/// Holds the bytes against the SHA-256 that names them, where it does.
+/// Checks the bytes against their SHA-256, if their name is one.
 fn verify(name: &str, facts: &Facts, part: &mut File, path: &Path) -> Result<(), HubError> {
     if facts.etag.len() != 64 {
         return Ok(());
