@@ -1,4 +1,4 @@
-//! A run's configuration: one TOML file, every default written out into the run directory.
+//! A run's configuration: one TOML file. The run directory gets a copy with all defaults.
 //!
 //! Order: defaults, then the file, then flags. Unknown keys are refused. Rules between sections are in
 //! [`RunConfig::validate`]; each section checks itself.
@@ -21,19 +21,16 @@ use muster_protocol::message::descriptor::Thresholds;
 use muster_protocol::message::lease::{NumericClass, class_names};
 use muster_rewards::{Reward, RewardConfig, TaskConfig};
 
-/// The configuration of the quickstart, so that the binary needs no file to show what it does.
+/// The configuration of the quickstart, so that `muster local` needs no file.
 pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
 
-/// Why a configuration is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// No such file, or unreadable.
     #[error("configuration {path} cannot be read: {source}; check the path")]
     Read {
         path: PathBuf,
         source: std::io::Error,
     },
-    /// Not what it should be.
     #[error("{path}:{line}: {problem}")]
     Malformed {
         path: PathBuf,
@@ -41,17 +38,16 @@ pub enum ConfigError {
         /// The fault and its remedy.
         problem: String,
     },
-    /// Sections that do not fit one another.
+    /// A rule between sections is broken.
     #[error("{path}: {problem}")]
     Invalid {
-        /// Which file.
         path: PathBuf,
-        /// What is wrong, and the way out.
+        /// The fault and its remedy.
         problem: String,
     },
 }
 
-/// `[run]`: which run this is and how long it goes.
+/// `[run]`: name, seed and length of the run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunSection {
@@ -78,21 +74,20 @@ impl Default for RunSection {
     }
 }
 
-/// `[model]`: what is trained.
+/// `[model]`: the model to train.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelSection {
     /// A Hugging Face folder to start from; without one, `[warmup]` makes the starting policy.
     pub path: Option<PathBuf>,
-    /// Whether a prompt is put to the model as a user's message, in the words of its chat template. A matter of the model
-    /// and not of the task: the same task is asked of a base model as it is, and of one tuned for conversation in its
-    /// own format. Dates that a template would write are those written in it, so that prompts do not change overnight.
+    /// Whether prompts are put into the model's chat template as a user's message. It belongs to the model and not to the task: a
+    /// base model gets the same task as plain text. A template's date is the one written in it, so that prompts never change.
     pub chat: bool,
     /// Storage of the published weights.
     pub storage: Storage,
     /// Kernels of workers, critics and trainer.
     pub kernels: KernelSet,
-    /// Where the trainer computes: `cpu` or `cuda:N`.
+    /// The trainer's device: `cpu` or `cuda:N`.
     pub device: String,
 }
 
@@ -125,17 +120,17 @@ pub struct WarmupSection {
     pub kv_heads: NonZeroUsize,
     /// Rows of the embedding, at least the tokenizer's vocabulary.
     pub vocabulary: NonZeroUsize,
-    /// Longest text.
+    /// Longest context, in tokens.
     pub positions: NonZeroUsize,
     /// Demonstrations per update.
     pub batch: NonZeroUsize,
-    /// Step size after its own warm-up.
+    /// Learning rate after its rise.
     pub learning_rate: f32,
-    /// Updates over which the step size rises.
+    /// Updates over which the learning rate rises linearly.
     pub warmup_updates: u64,
     /// Most updates.
     pub updates_max: u64,
-    /// The development split is tried every so many updates.
+    /// Updates between two measurements of the accuracy on the development split.
     pub check_every: NonZeroU64,
     /// Greedy accuracy on the development split at which warm-up stops: low enough to leave room, high enough that
     /// sampled groups are sometimes right.
@@ -180,13 +175,13 @@ impl Default for WarmupSection {
     }
 }
 
-/// `[sampling]`: how groups are drawn.
+/// `[sampling]`: the sampling of groups.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SamplingSection {
     /// Rollouts per group, G.
     pub group_size: NonZeroU32,
-    /// Divides the logits.
+    /// Sampling temperature, by which logits are divided.
     pub temperature: f32,
     /// Longest answer in tokens, the stop token included.
     pub tokens_max: NonZeroU32,
@@ -222,9 +217,9 @@ impl Default for SamplingSection {
 pub struct LearnerSection {
     /// Groups per batch, B.
     pub batch_groups: NonZeroUsize,
-    /// Full state and a checkpoint folder every so many steps.
+    /// Steps between two checkpoints with full state.
     pub checkpoint_every: NonZeroU64,
-    /// How rewards become advantages.
+    /// The computation of advantages.
     pub advantage: AdvantageConfig,
     /// Objective, schedule, optimizer, updates and shards.
     pub train: TrainConfig,
@@ -248,25 +243,25 @@ impl Default for LearnerSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DispatchSection {
-    /// How long a ticket may stay unanswered, in milliseconds.
+    /// Longest life of an unanswered ticket, in milliseconds.
     pub ticket_ms: NonZeroU64,
-    /// How long a worker may take over a lease, in milliseconds.
+    /// Longest time of a worker for a lease, in milliseconds.
     pub lease_ms: NonZeroU64,
-    /// Which groups a forward pass re-checks.
+    /// The choice of groups that critics check by a forward pass.
     pub audit: AuditConfig,
-    /// How many critics must agree.
+    /// The number of critics per group.
     pub critique: CritiqueConfig,
-    /// When members are paused.
+    /// The rules that pause members.
     pub conduct: ConductConfig,
-    /// Names of workers who may go on under newer weights in mid-answer. They are the lab's own: whoever chooses the moment
-    /// of the swap chooses among answers.
+    /// Names of workers that may change to newer weights within an answer. Name the lab's own workers only: a worker that chooses
+    /// the moment of the change can choose among answers.
     pub in_flight: Vec<String>,
-    /// Classes of arithmetic that may answer. "int8-cpu" is of workers whose weights are rounded to eight bits: what they
-    /// answer is drawn from a policy beside the published one, for which the importance ratio makes up.
+    /// Numeric classes whose answers the run accepts. Workers of class "int8-cpu" round weights to eight bits, so they sample from
+    /// a policy that differs from the published one; the importance ratio corrects for it.
     pub classes: Vec<NumericClass>,
-    /// Bounds where worker and critic compute alike.
+    /// Audit bounds if worker and critic have the same numeric class.
     pub same_class: Thresholds,
-    /// Bounds where they do not.
+    /// Audit bounds if their classes differ.
     pub cross_class: Thresholds,
 }
 
@@ -286,11 +281,11 @@ impl Default for DispatchSection {
     }
 }
 
-/// `[worker]`: how much a worker takes at once.
+/// `[worker]`: limits of a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerSection {
-    /// Most rollouts decoded together; a worker measures itself and takes no more than pay and end in time.
+    /// Most rollouts decoded together; a worker measures its speed and takes fewer if more would be late.
     pub rollouts_max: NonZeroU32,
 }
 
@@ -302,11 +297,11 @@ impl Default for WorkerSection {
     }
 }
 
-/// `[critic]`: how much a critic takes at once.
+/// `[critic]`: limits of a critic.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CriticSection {
-    /// Groups judged together.
+    /// Most groups critiqued together.
     pub groups_max: NonZeroU32,
 }
 
@@ -318,11 +313,11 @@ impl Default for CriticSection {
     }
 }
 
-/// `[eval]`: the held-out set during a run.
+/// `[eval]`: evaluations on the held-out set during a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvalSection {
-    /// Every so many versions, and the last.
+    /// Versions between two evaluations; the last version is always evaluated.
     pub every: NonZeroU64,
     /// Held-out prompts; all of them when 0.
     pub samples: usize,
@@ -337,20 +332,20 @@ impl Default for EvalSection {
     }
 }
 
-/// `[local]`: who takes part on one machine.
+/// `[local]`: the members of a run on one machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LocalSection {
-    /// Rollout workers.
+    /// Number of workers.
     pub workers: usize,
     /// Names of the workers that answer with weights rounded to eight bits ("worker-2"). Their class, "int8-cpu", must be
     /// among `dispatch.classes`.
     pub int8_workers: Vec<String>,
-    /// Critics.
+    /// Number of critics.
     pub critics: usize,
-    /// Seeders: peers that only pass weights on.
+    /// Number of seeders, peers that only pass weights on.
     pub seeders: usize,
-    /// The NATS server's port; 0 for any free one.
+    /// The NATS server's port; 0 takes any free port.
     pub port: u16,
 }
 
@@ -370,44 +365,33 @@ impl Default for LocalSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
-    /// Which run.
     #[serde(default)]
     pub run: RunSection,
-    /// What is trained.
     #[serde(default)]
     pub model: ModelSection,
-    /// How the starting policy is made.
     #[serde(default)]
     pub warmup: WarmupSection,
-    /// How groups are drawn.
     #[serde(default)]
     pub sampling: SamplingSection,
-    /// Batches and training.
     #[serde(default)]
     pub learner: LearnerSection,
-    /// Tickets, leases, audits, verdicts.
     #[serde(default)]
     pub dispatch: DispatchSection,
-    /// Workers.
     #[serde(default)]
     pub worker: WorkerSection,
-    /// Critics.
     #[serde(default)]
     pub critic: CriticSection,
-    /// The held-out set.
     #[serde(default)]
     pub eval: EvalSection,
-    /// One machine.
     #[serde(default)]
     pub local: LocalSection,
-    /// What is asked.
     pub task: TaskConfig,
     /// Scores answers; compiled and checked when the file is read.
     pub reward: Reward,
 }
 
 impl RunConfig {
-    /// Its sections besides the two that a reward alone has.
+    /// Sections besides `task` and `reward`.
     pub const SECTIONS: [&'static str; 10] = [
         "run", "model", "warmup", "sampling", "learner", "dispatch", "worker", "critic", "eval",
         "local",
@@ -416,7 +400,7 @@ impl RunConfig {
     /// Reads a configuration file. Paths in it are relative to its folder.
     ///
     /// # Errors
-    /// Names the file, the line and the way out.
+    /// The file is missing or invalid; the error has the line and the remedy.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
             path: path.to_owned(),
@@ -457,15 +441,15 @@ impl RunConfig {
     /// The configuration with every default written out.
     ///
     /// # Errors
-    /// Never for a configuration that was read; the writer's own error otherwise.
+    /// The configuration has a value that TOML cannot express; one that was read never has.
     pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
         toml::to_string_pretty(self)
     }
 
-    /// Makes the paths in it absolute: they are relative to the file's folder, and the run directory is another one.
+    /// Makes its paths absolute, since they are relative to the file's folder and the run directory is elsewhere.
     ///
     /// # Errors
-    /// When the working directory is not known.
+    /// The working directory is not known.
     pub fn resolve_paths(&mut self, base: &Path) -> std::io::Result<()> {
         let base = std::path::absolute(if base.as_os_str().is_empty() {
             Path::new(".")
@@ -481,7 +465,7 @@ impl RunConfig {
         Ok(())
     }
 
-    /// Rules between sections. Returns what is wrong, and the way out.
+    /// Checks the rules between sections.
     ///
     /// # Errors
     /// The first rule broken.
@@ -584,7 +568,7 @@ impl RunConfig {
         Ok(())
     }
 
-    /// Rules for a run on one machine.
+    /// Checks the rules for a run on one machine.
     ///
     /// # Errors
     /// The first rule broken.

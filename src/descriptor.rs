@@ -1,4 +1,4 @@
-//! The run's descriptor, from its configuration and its starting policy: what all machines of the run must agree on.
+//! Makes the run's descriptor, the rules that all machines of the run share, from its configuration and starting policy.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,10 +17,10 @@ use muster_rewards::Task;
 
 use crate::config::RunConfig;
 
-/// The words in which a model is spoken to.
+/// The file of the chat template.
 pub const CHAT_FILE: &str = "chat_template.jinja";
 
-/// Files that make a checkpoint a folder that other libraries load; those that the starting policy has are taken along.
+/// Files that other libraries need to load a checkpoint. Those that the starting policy has are copied.
 const OPTIONAL_FILES: [&str; 4] = [
     CHAT_FILE,
     "tokenizer_config.json",
@@ -28,10 +28,10 @@ const OPTIONAL_FILES: [&str; 4] = [
     "special_tokens_map.json",
 ];
 
-/// The files that travel with every version.
+/// The files published with every version.
 ///
 /// # Errors
-/// When one cannot be read.
+/// A file cannot be read.
 pub fn run_files(folder: &Path, model: &ModelFolder, storage: Storage) -> Result<Vec<RunFile>> {
     let file = |name: &str, bytes: Vec<u8>| RunFile {
         name: name.to_owned(),
@@ -54,10 +54,10 @@ pub fn run_files(folder: &Path, model: &ModelFolder, storage: Storage) -> Result
     Ok(files)
 }
 
-/// The ids that end an answer: those that the configuration names as text, else the model's own.
+/// The token ids that end an answer: those of the configuration's stop texts, else the model's own.
 ///
 /// # Errors
-/// When a text is not one token, or there is no end at all.
+/// A stop text is not one token, or there is no stop token.
 pub fn stop_ids(config: &RunConfig, model: &Config, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     let named = &config.sampling.stop;
     if named.is_empty() {
@@ -79,10 +79,10 @@ pub fn stop_ids(config: &RunConfig, model: &Config, tokenizer: &Tokenizer) -> Re
     named.iter().map(id).collect()
 }
 
-/// How groups of the run are drawn.
+/// The run's sampling rules.
 ///
 /// # Errors
-/// As [`stop_ids`], and when an answer may be longer than the model can read.
+/// As [`stop_ids`], or an answer may be longer than the model's context.
 pub fn sampling_rules(
     config: &RunConfig,
     model: &Config,
@@ -107,7 +107,7 @@ pub fn sampling_rules(
 /// The descriptor of a run.
 ///
 /// # Errors
-/// When the configuration does not fit the model.
+/// The configuration does not fit the model.
 pub fn describe(
     config: &RunConfig,
     model: &ModelFolder,
@@ -136,7 +136,7 @@ pub fn describe(
     Ok(Descriptor {
         architecture: hash("config.json")?,
         tokenizer: hash("tokenizer.json")?,
-        // A template that no prompt is written with binds nobody.
+        // Without `model.chat` no prompt uses the template.
         chat_template: config.model.chat.then(|| hash(CHAT_FILE)).transpose()?,
         task: ContentHash(task.digest()),
         rewards: config.rewards().canonical_json()?,

@@ -1,4 +1,4 @@
-//! Accuracy on a split of the task: answers every item and scores it with the run's own reward.
+//! Measures accuracy on a split of the task: answers every item and scores it with the run's own reward.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -18,35 +18,28 @@ use crate::prompts::PromptForm;
 /// Rows that an evaluation decodes together.
 const SLOTS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
-/// How close to the largest reward an answer must come to count as right.
+/// An answer counts as right if its reward is this close to the largest one.
 const RIGHT_WITHIN: f64 = 1e-9;
 
-/// What is evaluated with.
+/// The parts of an evaluation besides policy and items.
 #[derive(Debug, Clone)]
 pub struct Examination<'a> {
-    /// Text to tokens and back.
     pub tokenizer: &'a Tokenizer,
-    /// How prompts are put.
     pub form: PromptForm,
-    /// What an answer is worth.
     pub reward: &'a Reward,
-    /// Where answers end.
     pub ends: Ends,
 }
 
-/// Where an answer ends.
+/// The rules that end an answer.
 #[derive(Debug, Clone)]
 pub struct Ends {
-    /// With one of these tokens.
     pub stop_ids: Arc<[u32]>,
-    /// With the token that completes one of these.
     pub stop_strings: Option<StopStrings>,
-    /// After so many tokens.
     pub tokens_max: usize,
 }
 
 impl Ends {
-    /// As the groups of a run end.
+    /// The rules of a run's groups.
     pub fn of(rules: &SamplingRules, tokenizer: &Tokenizer) -> Self {
         let strings = &rules.stop_strings;
         let bytes = || Arc::new(TokenBytes::new(tokenizer));
@@ -63,19 +56,18 @@ impl Ends {
 pub struct Outcome {
     /// Share of the answers with the largest reward.
     pub accuracy: f64,
-    /// Mean reward.
     pub reward: f64,
-    /// Answers.
+    /// Number of answers.
     pub samples: u64,
     /// Wall time.
     pub seconds: f64,
 }
 
 impl Examination<'_> {
-    /// Answers each item `samples` times: greedily when once, otherwise drawn at temperature 1 from `seed`.
+    /// Answers each item `samples` times: greedily if once, else at temperature 1 with draws from `seed`.
     ///
     /// # Errors
-    /// When an item does not fit the model, or a gold answer cannot be scored.
+    /// An item does not fit the model, or a gold answer cannot be scored.
     pub fn run(
         &self,
         policy: &Policy,

@@ -1,4 +1,4 @@
-//! What the commands ask of the operating system: free disk space, the lock of a file, a signal to a process, its children.
+//! The operating system's services for commands: free disk space, file locks, signals, child processes.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,16 +11,16 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Pid;
 
-/// Bytes that an ordinary user may still write where `path` lies.
+/// Bytes that an ordinary user may still write on the disk of `path`.
 pub(crate) fn disk_free(path: &Path) -> io::Result<u64> {
     let disk = statvfs(path)?;
-    // The types differ between systems.
+    // The fields' types differ between systems.
     #[allow(clippy::unnecessary_cast)]
     Ok((disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64))
 }
 
-/// Takes a file's lock for as long as this process has the file open; says who has it otherwise. It is gone with the
-/// process however that ends, so nothing is left to clean up after a kill.
+/// Takes a file's lock for as long as this process has the file open, or returns the id of the process that holds it. The system
+/// releases the lock when the process ends, even by a kill.
 pub(crate) fn lock_file(file: &File) -> io::Result<Result<(), Option<u32>>> {
     match fcntl(file, FcntlArg::F_SETLK(&whole_file())) {
         Ok(_) => Ok(Ok(())),
@@ -29,7 +29,7 @@ pub(crate) fn lock_file(file: &File) -> io::Result<Result<(), Option<u32>>> {
     }
 }
 
-/// The process that holds a file's lock, if another one does.
+/// The other process that holds a file's lock, if there is one.
 pub(crate) fn lock_holder(file: &File) -> io::Result<Option<u32>> {
     let mut lock = whole_file();
     fcntl(file, FcntlArg::F_GETLK(&mut lock))?;
@@ -37,7 +37,7 @@ pub(crate) fn lock_holder(file: &File) -> io::Result<Option<u32>> {
     Ok(u32::try_from(lock.l_pid).ok().filter(|_| is_held))
 }
 
-/// A writer's lock from the first byte to wherever the file ends.
+/// A write lock on the whole file.
 fn whole_file() -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
@@ -48,18 +48,18 @@ fn whole_file() -> libc::flock {
     }
 }
 
-/// Sends a process what Ctrl-C would send it.
+/// Sends SIGINT to a process, like Ctrl-C.
 pub(crate) fn interrupt(pid: u32) -> io::Result<()> {
     Ok(kill(Pid::from_raw(pid.cast_signed()), Signal::SIGINT)?)
 }
 
-/// The children of a process with the words that they were started with.
+/// The children of a process with their command lines.
 pub(crate) fn children_of(pid: u32) -> Vec<(u32, Vec<String>)> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
     };
     let mut children = Vec::new();
-    // Each thread has its own children, and one that has just ended has none.
+    // Each thread has its own list of children; the list of a thread that has just ended is missing.
     for thread in threads.filter_map(Result::ok) {
         let list = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
         for child in list.split_whitespace().filter_map(|pid| pid.parse().ok()) {
@@ -75,8 +75,7 @@ pub(crate) fn children_of(pid: u32) -> Vec<(u32, Vec<String>)> {
     children
 }
 
-/// Muster's folder, whose `.venv` may hold a NATS server: the working directory, or the one that this program was built
-/// in when it is called from elsewhere.
+/// Muster's folder, whose `.venv` may hold a NATS server: the working directory, or else the folder above this program.
 pub fn project() -> PathBuf {
     let has_server = |folder: &Path| folder.join(".venv/bin/nats-server").is_file();
     let here = std::env::current_dir().unwrap_or_default();

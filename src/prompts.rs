@@ -1,4 +1,4 @@
-//! The run's training prompts as dispatch wants them: the task's items as tokens, in an order that the run's seed fixes.
+//! The run's training prompts for dispatch: the task's items as tokens, in an order that the run's seed determines.
 
 use anyhow::{Context, Result, bail};
 
@@ -9,17 +9,16 @@ use muster_rewards::{Split, Task};
 
 use crate::config::RunConfig;
 
-/// How a task's prompt is put to the model.
+/// The form of a prompt for the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PromptForm {
-    /// As it is.
+    /// The prompt's text alone.
     Plain,
-    /// As a user's message.
+    /// A user's message in the model's chat template.
     Chat,
 }
 
 impl PromptForm {
-    /// The form that a configuration asks for.
     pub fn of(config: &RunConfig) -> Self {
         if config.model.chat {
             Self::Chat
@@ -31,7 +30,7 @@ impl PromptForm {
     /// Tokens of a prompt in this form.
     ///
     /// # Errors
-    /// When a character has no token, or the model has no chat template.
+    /// A character has no token, or the model has no chat template.
     pub fn encode(self, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
         match self {
             Self::Plain => tokenizer.encode_prompt(prompt),
@@ -48,10 +47,10 @@ pub struct TaskPrompts {
 }
 
 impl TaskPrompts {
-    /// Tokenises every training prompt, so that one that does not fit is found before the run starts.
+    /// Tokenises every training prompt, so that a prompt that does not fit fails before the run starts.
     ///
     /// # Errors
-    /// When a prompt has no tokens in this vocabulary, or leaves no room for an answer.
+    /// A prompt has no tokens in this vocabulary, or leaves no room for an answer.
     pub fn new(
         task: Task,
         tokenizer: &Tokenizer,

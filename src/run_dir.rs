@@ -1,4 +1,4 @@
-//! The run directory: where each file lies, and how the members' secrets and the configuration get there.
+//! The run directory: the paths of its files, its lock, its configuration and its members' secrets.
 
 use std::fs;
 use std::io::Write as _;
@@ -23,7 +23,7 @@ pub struct RunDir {
 /// A run directory's lock: while it is held, no other process runs the directory.
 #[derive(Debug)]
 pub struct RunLock {
-    /// Open as long as the lock is held.
+    /// The system holds the lock as long as this file is open.
     _file: fs::File,
 }
 
@@ -35,7 +35,6 @@ impl RunDir {
         }
     }
 
-    /// Its path.
     pub fn root(&self) -> &Path {
         &self.root
     }
@@ -78,7 +77,7 @@ impl RunDir {
         self.root.join("credentials").join(format!("{name}.json"))
     }
 
-    /// What a process of the run printed.
+    /// The output of a process of the run.
     pub fn log(&self, name: &str) -> PathBuf {
         self.root.join("logs").join(format!("{name}.log"))
     }
@@ -88,15 +87,15 @@ impl RunDir {
         self.root.join("nats")
     }
 
-    /// The file whose lock belongs to whoever runs the directory.
+    /// The file that the process that runs the directory locks.
     fn lock_path(&self) -> PathBuf {
         self.root.join("local.pid")
     }
 
-    /// Makes the directory this process's own until the lock is dropped.
+    /// Locks the directory for this process until the lock is dropped.
     ///
     /// # Errors
-    /// When another process runs it, or the folder cannot be written.
+    /// Another process runs the directory, or the folder cannot be written.
     pub fn lock(&self) -> Result<RunLock> {
         fs::create_dir_all(&self.root).with_context(|| {
             format!(
@@ -137,7 +136,7 @@ impl RunDir {
     /// The process that runs the directory, if one does.
     ///
     /// # Errors
-    /// When the lock cannot be looked at.
+    /// The lock cannot be read.
     pub fn runner(&self) -> Result<Option<u32>> {
         let path = self.lock_path();
         let file = match fs::File::open(&path) {
@@ -154,10 +153,10 @@ impl RunDir {
         self.root.join("checkpoints").join(version.to_string())
     }
 
-    /// The configuration of a run that exists.
+    /// The configuration of an existing run.
     ///
     /// # Errors
-    /// When there is none, or it cannot be used.
+    /// The directory has no configuration, or an invalid one.
     pub fn load_config(&self) -> Result<RunConfig> {
         let path = self.config();
         if !path.try_exists().unwrap_or(false) {
@@ -169,11 +168,11 @@ impl RunDir {
         Ok(RunConfig::load(&path)?)
     }
 
-    /// Writes the resolved configuration of a new run, or checks that a run that exists has the same. What may differ is
-    /// who takes part on this machine: a run may be resumed with other numbers of workers and critics.
+    /// Writes the resolved configuration of a new run, or checks that an existing run has the same one. Only the section `local`
+    /// may differ: a run may be resumed with other numbers of workers and critics.
     ///
     /// # Errors
-    /// When the run has another configuration, or the folder cannot be written.
+    /// The run has another configuration, or the folder cannot be written.
     pub fn open(&self, config: &RunConfig) -> Result<()> {
         for folder in ["", "credentials", "logs"] {
             let path = self.root.join(folder);
@@ -198,10 +197,10 @@ impl RunDir {
         write_whole(&path, config.to_toml()?.as_bytes())
     }
 
-    /// The members of the run, each with its own secret: those that exist keep theirs, new ones get one.
+    /// Writes the roster and the members' credentials. Existing members keep their secret, new ones get one.
     ///
     /// # Errors
-    /// When a secret cannot be read or written.
+    /// A secret cannot be read or written.
     pub fn enrol(
         &self,
         config: &RunConfig,
@@ -243,10 +242,10 @@ impl RunDir {
         Ok(roster)
     }
 
-    /// The run directory that was named, else the only one under `runs/`.
+    /// The named run directory, else the only one under `runs/`.
     ///
     /// # Errors
-    /// When none was named and there is not just one.
+    /// No directory is named, and `runs/` has none or several.
     pub fn named(path: Option<&Path>) -> Result<Self> {
         match path {
             Some(path) => Ok(Self::at(path)),
@@ -254,10 +253,10 @@ impl RunDir {
         }
     }
 
-    /// Who signs the run's versions.
+    /// The peer that signs the run's versions.
     ///
     /// # Errors
-    /// When the roster cannot be read, or has no trainer.
+    /// The roster cannot be read, or has no trainer.
     pub fn learner(&self) -> Result<PeerId> {
         let roster = Roster::load(&self.roster())?;
         let trainer = roster.first(Role::Trainer);
@@ -268,7 +267,7 @@ impl RunDir {
     /// The only run under `runs/`.
     ///
     /// # Errors
-    /// When there is none, or more than one to choose from.
+    /// There is none, or more than one.
     fn only_one() -> Result<Self> {
         let entries =
             fs::read_dir("runs").context("no run was started here: name one with --run")?;
@@ -290,7 +289,7 @@ impl RunDir {
 /// Writes a file whole or not at all.
 ///
 /// # Errors
-/// When it cannot be written.
+/// The file cannot be written.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = path.with_extension("part");
     fs::write(&temporary, bytes)

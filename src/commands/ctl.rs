@@ -76,7 +76,7 @@ async fn switch(which: &Which, wanted: Phase, event: ControlEvent) -> Result<()>
     say(&format!("the run in {} {news}", dir.root().display()))
 }
 
-/// Dispatch's own way to the bus: the control log is the lab's.
+/// Connects under dispatch's credentials, since only the lab may write the control log.
 async fn client(dir: &RunDir) -> Result<DispatchClient> {
     let credentials = Credentials::load(&dir.credentials("dispatch"))?;
     let identity = credentials.identity();
@@ -105,7 +105,7 @@ async fn order(client: &DispatchClient, wanted: Phase, event: ControlEvent) -> R
         bail!("the run is finished: raise `run.steps` in a new run to go further");
     }
     let record = client.sign(event)?.bytes;
-    // Every order counts: two under one key would be taken for one.
+    // Each order has its own key, since the log ignores a repeated key.
     let key = format!("ctl-{:016x}", rand::random::<u64>());
     client
         .bus()

@@ -112,7 +112,7 @@ fn print(outcome: &Outcome, json: bool) {
     }
 }
 
-/// Evaluates version 0, every so many after it, and the last.
+/// Evaluates version 0, every `eval.every`-th version after it, and the last.
 async fn follow(run: &Path, creds: &Path, nats: Option<&str>) -> Result<()> {
     let dir = RunDir::at(run);
     let config = dir.load_config()?;
@@ -205,7 +205,7 @@ impl Evaluator {
         !self.done.contains(&number) && (number.is_multiple_of(self.every) || number >= self.steps)
     }
 
-    /// Evaluates a version on a thread that may block, if its turn has come.
+    /// Evaluates a version on a blocking thread, if it is due.
     async fn on_version(self, version: PolicyVersion, image: Bytes) -> Result<Self> {
         if !self.is_due(version) {
             return Ok(self);

@@ -1,4 +1,4 @@
-//! `muster generate`: one answer from a model folder.
+//! `muster generate`: answers one prompt with a model folder.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -98,7 +98,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     say(&answer.text)
 }
 
-/// Tokens of the prompt. In a conversation the template may ask for today, as it may in transformers.
+/// Tokens of the prompt. A chat template may write today's date, as in transformers.
 fn prompt(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     if !args.chat {
         return Ok(tokenizer.encode_prompt(&args.prompt)?);

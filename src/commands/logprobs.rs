@@ -82,7 +82,7 @@ fn print(policy: &Policy, batch: &[Vec<u32>]) -> Result<()> {
     Ok(())
 }
 
-/// The lines of a file that anybody may have written.
+/// The lines of an untrusted file.
 struct Rows<'a, R> {
     reader: R,
     name: String,
@@ -115,7 +115,7 @@ impl<R: BufRead> Rows<'_, R> {
 
     fn tokens(&self, bytes: &[u8], place: &str) -> Result<Vec<u32>> {
         let line: Line = serde_json::from_slice(bytes).map_err(|error| {
-            // Its own "at line 1" would contradict the place.
+            // serde's own "at line 1" would contradict the line number.
             let text = error.to_string();
             let reason = text.split(" at line ").next().unwrap_or_default();
             let column = error.column();

@@ -66,8 +66,8 @@ fn prepare(path: &Path) -> Result<Prepared> {
         .with_context(|| path.display().to_string())
 }
 
-/// Whether a file has a section of a run's configuration besides `[task]` and `[[reward]]`. Of one that is no TOML the
-/// reader of rewards says why.
+/// Whether a file has a section of a run's configuration besides `[task]` and `[[reward]]`. False for a file that is not TOML, so
+/// that the reader of rewards reports the error.
 fn is_run_configuration(path: &Path) -> bool {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let sections = text.parse::<toml::Table>().unwrap_or_default();

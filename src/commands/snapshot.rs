@@ -139,13 +139,13 @@ struct Checkpoint {
     accuracy: Option<f64>,
 }
 
-/// A version that a live run tells of.
+/// A version of a live run.
 #[derive(Debug, Serialize)]
 struct Announced {
     policy_version: PolicyVersion,
     root: StateRoot,
     bytes: u64,
-    /// Whether peers hold what it takes to pull it.
+    /// Whether peers hold the objects to pull it.
     held: bool,
 }
 
@@ -161,7 +161,6 @@ impl Announced {
     }
 }
 
-/// Lists, pulls, verifies or serves.
 pub async fn run(args: SnapshotArgs) -> Result<()> {
     match args.what {
         What::List(args) => match &args.from.creds {
@@ -244,7 +243,7 @@ fn list_checkpoints(args: &ListArgs) -> Result<()> {
     Ok(())
 }
 
-/// Copies a checkpoint, verified before and after, without holding it in memory.
+/// Copies a checkpoint without reading it into memory whole, and verifies it before and after.
 fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
     let dir = RunDir::named(args.from.run.as_deref())?;
     let (learner, run) = (dir.learner()?, dir.load_config()?.run.name);
@@ -278,7 +277,7 @@ fn pull_checkpoint(args: &PullArgs) -> Result<Report> {
         Existing::Refuse,
     );
     copied.map_err(|error| match error {
-        // These name their path.
+        // These errors name their path.
         SnapshotError::Disk(error) => error.into(),
         error => anyhow::Error::new(error).context(folder.display().to_string()),
     })

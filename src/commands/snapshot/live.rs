@@ -1,4 +1,4 @@
-//! A live run as an evaluator sees it: which versions it tells of, and one of them as a folder.
+//! A live run as an evaluator sees it: lists its versions and pulls one as a folder.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -31,7 +31,7 @@ use crate::member::Member;
 
 /// Longest wait for an answer of a live run.
 const ANSWER_WAIT: Duration = Duration::from_secs(20);
-/// Most versions asked for one by one: more than dispatch remembers.
+/// Most versions requested one by one, more than dispatch remembers.
 const VERSIONS_ASKED_MAX: u64 = 128;
 
 /// A live run.
@@ -89,7 +89,7 @@ impl LiveRun {
         Ok(())
     }
 
-    /// Asks for one version, or for the newest, and returns its number.
+    /// Requests one version, or the newest, and returns its number.
     pub(crate) async fn hear_of(
         &mut self,
         version: Option<PolicyVersion>,
@@ -102,8 +102,8 @@ impl LiveRun {
         Ok(number)
     }
 
-    /// Fetches a version that was heard of from the peers and writes it as a folder, all of it or nothing, with files of
-    /// weights of at most `file_bytes_max` bytes.
+    /// Fetches a known version from the peers and writes it as a folder, whole or not at all, with files of weights of at most
+    /// `file_bytes_max` bytes.
     pub(crate) async fn pull(
         &self,
         version: PolicyVersion,
@@ -119,7 +119,7 @@ impl LiveRun {
         let mut opened =
             opened.with_context(|| format!("nothing was heard of version {version}"))?;
         refuse_tiny_files(opened.version.body.parameter_bytes(), file_bytes_max)?;
-        // From nothing the way is an anchor and single steps; members may have made shorter ones.
+        // The announced way is an anchor and single steps; members may have made shorter ones.
         let squashed = squashed_deltas(&self.member.client, PolicyVersion(0)).await;
         opened.add_squashed(source.as_ref(), squashed);
         let holdings = self.survey([&opened].into_iter()).await?;
@@ -144,7 +144,7 @@ impl LiveRun {
         let anchor = match held.anchor {
             Some(anchor) => anchor,
             None => {
-                // It came as an older anchor and deltas. The whole is described here, so that the folder can be verified shard by shard.
+                // The version came as an older anchor and deltas. This description lets `verify` check the folder shard by shard.
                 let body = &held.version.body;
                 let content = Content::Anchor { root: body.root };
                 self.member
@@ -167,7 +167,7 @@ impl LiveRun {
         Ok(written.await.context("the folder was not written")??)
     }
 
-    /// The versions that were heard of, in order, and whether peers hold what it takes to have each.
+    /// The known versions, in order, each with whether peers hold the objects to pull it.
     pub(crate) async fn held(&self) -> Result<Vec<(&Opened, bool)>> {
         let holdings = self.survey(self.heard.values()).await?;
         let judged = self
@@ -177,7 +177,7 @@ impl LiveRun {
         Ok(judged.collect())
     }
 
-    /// Asks the peers that dispatch names what they hold of these versions.
+    /// Asks dispatch's list of peers which objects of these versions they hold.
     async fn survey(&self, versions: impl Iterator<Item = &Opened>) -> Result<Holdings> {
         let mut peers = Vec::new();
         for bytes in answered(async { Ok(self.member.client.peers(None).await?) }).await? {
@@ -191,7 +191,6 @@ impl LiveRun {
         Ok(self.member.swarm.survey(peers, &objects).await)
     }
 
-    /// The weights and the files beside them.
     async fn fetch(&self, opened: Opened) -> Result<(BTreeMap<String, Bytes>, Held)> {
         let source = self.member.source();
         let mut files = BTreeMap::new();
@@ -215,7 +214,7 @@ impl LiveRun {
     }
 }
 
-/// Refuses before anything is fetched what could not be written after it.
+/// Refuses, before anything is fetched, a folder that cannot be written.
 fn refuse_tiny_files(bytes: u64, file_bytes_max: u64) -> Result<()> {
     let files = bytes.div_ceil(file_bytes_max.max(1));
     if files > FOLDER_FILES_MAX as u64 {
@@ -226,7 +225,7 @@ fn refuse_tiny_files(bytes: u64, file_bytes_max: u64) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of what leads to a version from nothing, and of the files beside it.
+/// Bytes of the objects that lead to a version from nothing, and of its other files.
 fn bytes_to_fetch(opened: &Opened) -> u64 {
     let objects: Vec<&Object> = opened.objects.iter().map(|object| &object.body).collect();
     let route = cheapest(&objects, None, opened.version.body.root).unwrap_or_default();
@@ -234,7 +233,7 @@ fn bytes_to_fetch(opened: &Opened) -> u64 {
     files.chain(route.iter().map(|object| object.bytes)).sum()
 }
 
-/// What a live run says in time.
+/// The answer of a live run, or an error after [`ANSWER_WAIT`].
 async fn answered<T>(answer: impl Future<Output = Result<T>>) -> Result<T> {
     let seconds = ANSWER_WAIT.as_secs();
     tokio::time::timeout(ANSWER_WAIT, answer)

@@ -1,4 +1,4 @@
-//! The versions of a live run as a source for the gateway: each is pulled into a cache when it is asked for.
+//! The versions of a live run as a source for the gateway. A version is pulled into a cache on request.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use super::live::LiveRun;
 /// A live run and the folder that keeps its versions.
 pub(super) struct LiveVersions {
     pub(super) run: LiveRun,
-    /// Folders are named after version and commit, and after the size of files where that is not the usual one.
+    /// Folders are named by version and commit, and by the size of files if it is not the default.
     pub(super) cache: PathBuf,
     /// Most folders kept.
     pub(super) keep: usize,
@@ -62,7 +62,7 @@ impl VersionSource for LiveVersions {
 }
 
 impl LiveVersions {
-    /// Removes the oldest folders, so that one more may come.
+    /// Removes the oldest folders to make room for one more.
     fn make_room(&self) -> Result<()> {
         let mut held: Vec<(u64, PathBuf)> = Vec::new();
         let entries = match self.cache.read_dir() {
@@ -73,7 +73,7 @@ impl LiveVersions {
             let entry = entry.with_context(|| self.cache.display().to_string())?;
             let name = entry.file_name();
             let version = name.to_str().and_then(|name| name.split_once('-'));
-            // What somebody else put there is left alone.
+            // Other entries of the folder are not ours.
             if let Some((version, _)) = version
                 && let Ok(version) = version.parse()
             {

@@ -1,4 +1,4 @@
-//! How far a transfer is: a bar on a terminal, now and then a line elsewhere. Knows bytes and time, not what is fetched.
+//! Shows the progress of a transfer: a bar on a terminal, lines now and then elsewhere.
 
 use std::io::IsTerminal as _;
 use std::time::Duration;
@@ -8,14 +8,14 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use muster_monitor::text::{duration, percent, short};
 
-/// How often the bar moves.
+/// Interval between updates of the bar.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// How often a line is written where there is no terminal.
+/// Interval between lines without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
-/// Bytes, their rate, and the time that the rest takes at that rate.
+/// Template of the bar: bytes, rate, and the remaining time at that rate.
 const TEMPLATE: &str = "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left";
 
-/// Does `work` and shows how many of `total` bytes were received meanwhile; `received` counts from the start.
+/// Does `work` and shows how many of `total` bytes have arrived; `received` counts from the start.
 ///
 /// # Cancel safety
 /// That of `work`.
@@ -36,7 +36,7 @@ pub(super) async fn watch<T>(
             done = &mut work => {
                 match &bar {
                     Some(bar) => bar.finish_and_clear(),
-                    // What was here before is not fetched again, so what has come is all there was to come.
+                    // Bytes that were here before are not fetched, so the received ones are all that were missing.
                     None => {
                         let all = received();
                         eprintln!("{}", line(what, all, all, started.elapsed()));
@@ -60,7 +60,7 @@ fn bar(what: &str, total: u64) -> Option<ProgressBar> {
     if !std::io::stderr().is_terminal() {
         return None;
     }
-    // A template that cannot be read would be our own mistake: lines say the same.
+    // The template is a constant and parses; if not, lines show the same.
     let style = ProgressStyle::with_template(TEMPLATE).ok()?;
     Some(
         ProgressBar::new(total)

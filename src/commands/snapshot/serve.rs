@@ -72,7 +72,7 @@ fn parse_connections(text: &str) -> Result<NonZeroUsize, String> {
     number.ok_or_else(|| format!("give a number from 1 to {CONNECTIONS_MAX}"))
 }
 
-/// Serves until told to stop.
+/// Serves until a signal stops it.
 pub(super) async fn run(args: ServeArgs) -> Result<()> {
     let (source, trust, shutdown) = open(&args).await?;
     let run = trust.run.clone();
@@ -107,7 +107,7 @@ pub(super) async fn run(args: ServeArgs) -> Result<()> {
         .context("the task that prepares versions failed")
 }
 
-/// Where versions come from, whose they are, and what tells the process to end.
+/// The source of versions, the learner that signed them, and the shutdown signal.
 async fn open(args: &ServeArgs) -> Result<(Box<dyn VersionSource>, Trust, CancellationToken)> {
     if let Some(creds) = &args.creds {
         let run = LiveRun::join(creds, args.nats.as_deref(), args.nat.config()).await?;
