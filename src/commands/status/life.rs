@@ -30,7 +30,7 @@ impl Stage {
     fn parse(process: &str, line: &str) -> Option<Self> {
         let (head, text) = line.split_once(&format!(" {}: ", life::TARGET))?;
         let (time, level) = head.split_once(' ')?;
-        (level.trim() == "DEBUG").then(|| Self {
+        level.trim_start().starts_with("DEBUG").then(|| Self {
             time: time.to_owned(),
             process: process.to_owned(),
             text: text.to_owned(),
