@@ -103,7 +103,9 @@ pub fn refused_after(arguments: &[&str], mut damage: impl FnMut() -> bool) -> St
         printed.is_empty(),
         "{arguments:?} printed results: {printed:?}"
     );
-    refusal(&output)
+    let sentence = refusal(&output);
+    assert!(!sentence.starts_with(char::is_uppercase), "{sentence}");
+    sentence
 }
 
 /// Checks that a command line is refused as wrong usage.
