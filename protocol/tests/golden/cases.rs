@@ -1,6 +1,8 @@
 //! The golden messages: small, every variant once. Every id is different and incompressible, so that a payload travels
 //! uncompressed and its bytes depend on this crate only.
 
+mod versions;
+
 use std::collections::BTreeMap;
 
 use serde_bytes::ByteBuf;
@@ -22,14 +24,13 @@ use muster_protocol::message::lease::{Lease, NumericClass, RolloutRange, Weights
 use muster_protocol::message::peer::PeerRecord;
 use muster_protocol::message::ticket::{SamplingRules, Ticket};
 use muster_protocol::message::verdict::{Decision, Finding, RolloutReward, Verdict};
-use muster_protocol::message::version::{
-    Announcement, Codec, Content, Dtype, FileEntry, Object, Parameter, Part, PartKind, Version,
-    VersionRef, state_root,
-};
+use muster_protocol::message::version::VersionRef;
 use muster_protocol::seed::{SeedBinding, lease_seed};
 use muster_protocol::subject::Role;
 
 use crate::run;
+
+pub use versions::{announcement, objects, version};
 
 /// 32 bytes that differ for every `name`.
 fn bytes_of(name: &str) -> [u8; 32] {
@@ -481,80 +482,6 @@ pub fn batch() -> Batch {
         step: PolicyVersion(6),
         parent: StateRoot(bytes_of("state")),
         groups: vec![entry],
-    }
-}
-
-pub fn version() -> Version {
-    let parameter = |name: &str, shape: &[u64], dtype, stage| Parameter {
-        name: name.to_owned(),
-        shape: shape.to_vec(),
-        dtype,
-        stage,
-    };
-    let part = |kind, name| Part {
-        kind,
-        root: ContentHash(bytes_of(name)),
-    };
-    let parts = vec![
-        part(PartKind::Base, "base"),
-        part(PartKind::Adapter, "adapter"),
-    ];
-    Version {
-        descriptor: DescriptorHash(bytes_of("descriptor")),
-        generation: Generation(3),
-        version: PolicyVersion(6),
-        parent: Some(StateRoot(bytes_of("state"))),
-        parameters: vec![
-            parameter("embed", &[16, 96], Dtype::Bf16, 0),
-            parameter("norm", &[96], Dtype::F32, 1),
-            parameter("head", &[300, 2], Dtype::F16, 1),
-        ],
-        root: state_root(&parts),
-        parts,
-        files: vec![FileEntry {
-            name: "config.json".to_owned(),
-            bytes: 612,
-            hash: ContentHash(bytes_of("config.json")),
-        }],
-    }
-}
-
-pub fn objects() -> Vec<(&'static str, Object)> {
-    let object = |content| Object {
-        content,
-        version: PolicyVersion(6),
-        bytes: 5_000,
-        codec: match content {
-            Content::Delta { .. } => Codec::Delta,
-            Content::Anchor { .. } | Content::File { .. } => Codec::Raw,
-        },
-        shard_bytes: 4_096,
-        shards: vec![
-            ContentHash(bytes_of("shard 0")),
-            ContentHash(bytes_of("shard 1")),
-        ],
-    };
-    let anchor = Content::Anchor {
-        root: StateRoot(bytes_of("state")),
-    };
-    let delta = Content::Delta {
-        from: StateRoot(bytes_of("older state")),
-        to: StateRoot(bytes_of("state")),
-    };
-    let file = Content::File {
-        hash: ContentHash(bytes_of("config.json")),
-    };
-    vec![
-        ("anchor", object(anchor)),
-        ("delta", object(delta)),
-        ("file", object(file)),
-    ]
-}
-
-pub fn announcement() -> Announcement {
-    Announcement {
-        version: envelope("version").into_vec(),
-        objects: vec![envelope("anchor"), envelope("file")],
     }
 }
 
