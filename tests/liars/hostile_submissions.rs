@@ -190,7 +190,10 @@ async fn hostile_submissions_are_answered_with_one_sentence_and_dispatch_keeps_r
 
     let theirs = lease(&other).await;
     let stolen = forged(group(&theirs.body, vec![-1.0; length]));
-    assert_refused(submit(&mallory, &theirs, &stolen).await, "its lease belongs to");
+    assert_refused(
+        submit(&mallory, &theirs, &stolen).await,
+        "its lease belongs to",
+    );
 
     let ask = |group: &Bytes| Ask::Submit {
         lease: ByteBuf::from(mine.bytes.to_vec()),
