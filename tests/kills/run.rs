@@ -294,7 +294,7 @@ fn launch(folder: &Path) -> Child {
     muster(&words)
         .env(
             "MUSTER_LOG",
-            "warn,muster=info,muster_dispatch=debug,muster_learner=debug,muster_rollout=info,muster_rewards=info",
+            "warn,muster=info,muster::life=debug,muster_dispatch=debug,muster_learner=debug,muster_rollout=info,muster_rewards=info",
         )
         .process_group(0)
         .stdout(Stdio::null())
