@@ -140,7 +140,7 @@ fn without_a_trainer_leases_and_verdicts_go_on_up_to_the_bound() {
     run.process("trainer").signal(Signal::SIGKILL);
     let (version, freed) = (run.steps_taken(), run.tickets_freed());
     let bound = (version + ASYNC_LEVEL + 1).min(STEPS) * BATCH_GROUPS + freed;
-    let before = run.tickets_in_log("handed on");
+    let before = run.tickets_in_log("ready for the trainer");
     for worker in &workers {
         worker.signal(Signal::SIGCONT);
     }
@@ -148,7 +148,7 @@ fn without_a_trainer_leases_and_verdicts_go_on_up_to_the_bound() {
     // Groups that were too stale for the critics before the trainer died have a fate already.
     let ended = run.tickets_ended();
     run.wait_for("every ticket up to the bound to be judged", |run| {
-        &run.tickets_in_log("handed on") | &ended == all
+        &run.tickets_in_log("ready for the trainer") | &ended == all
     });
     assert!(
         (&before | &ended) != all,
